@@ -1,0 +1,84 @@
+# Every target works on a fresh machine with Python 3.10 to 3.13, pip, git and a C++ compiler: the first one
+# makes $(VENV) and installs the versions pinned in constraints.txt; later ones find the stamp and start at once.
+#   PYTHON=python3.12   which Python the environment is made with
+#   ARGS='...'          more arguments for the command of the target
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+# `deepspeed`, and the `ninja` that it builds its C++ operators with, are found through PATH.
+RUN := PATH="$(BIN):$$PATH"
+RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest
+
+CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+	"error: hift_ds needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)
+CHECK_HEADERS := import os, sys, sysconfig; \
+	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint typecheck format bench clean
+
+help:
+	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
+	@echo "make test         set up, then the tests"
+	@echo "make test-slow    set up, then the long proofs that make test leaves out"
+	@echo "make lint         set up, then ruff check, ruff format --check and mypy"
+	@echo "make format       set up, then let ruff sort the imports and format the code"
+	@echo "make bench        set up, then step times of HiFT, full fine-tuning and a plain loop"
+	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "error: $(PYTHON) is not found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(CHECK_PYTHON)'
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "error: $(PYTHON) lacks venv and ensurepip (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null && "$(PYTHON)" -c '$(CHECK_HEADERS)' || \
+		echo "warning: no C++ compiler, or no Python.h (Debian, Ubuntu: apt install g++ python3-dev):" \
+			"DeepSpeed cannot build CPU Adam, which offload_optimizer: cpu needs" >&2
+	@echo "== setup: $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv "$(VENV)"
+	@echo "== setup: torch, as pinned in constraints.txt"
+	@"$(BIN)/python" -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@echo "== setup: hift_ds and everything else it needs, as pinned in constraints.txt"
+	@"$(BIN)/python" -m pip install -c constraints.txt -e '.[all]'
+	@touch "$@"
+
+quickstart: $(STAMP)
+	@echo "== quickstart: python launch/quickstart.py $(ARGS)"
+	@$(RUN) python launch/quickstart.py $(ARGS)
+
+test: $(STAMP)
+	@echo "== test: pytest $(ARGS) (without the long proofs of make test-slow)"
+	@$(RUN_TESTS) $(ARGS)
+
+test-slow: $(STAMP)
+	@echo "== test-slow: pytest -m slow $(ARGS)"
+	@$(RUN_TESTS) -m slow --timeout=3600 $(ARGS)
+
+lint: $(STAMP)
+	@echo "== lint: ruff check"
+	@$(RUN) ruff check .
+	@echo "== lint: ruff format --check"
+	@$(RUN) ruff format --check .
+	@$(MAKE) --no-print-directory typecheck
+
+typecheck: $(STAMP)
+	@echo "== typecheck: mypy"
+	@$(RUN) mypy
+
+format: $(STAMP)
+	@$(RUN) ruff check --select I --fix .
+	@$(RUN) ruff format .
+
+bench: $(STAMP)
+	@echo "== bench: python -m evaluation.efficiency $(ARGS)"
+	@$(RUN) python -m evaluation.efficiency $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find hift_ds launch evaluation tests -name __pycache__ -type d -prune -exec rm -rf {} +

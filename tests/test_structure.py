@@ -1,0 +1,327 @@
+"""The design's picture of the project, held against the sources without importing them: who imports whom, who
+may touch what, and that the declared versions, the pinned ones and the imports agree."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {  # folder -> the project's folders that its files may import from
+    "hift_ds": {"hift_ds"},
+    "launch": {"hift_ds", "launch"},
+    "evaluation": {"hift_ds", "launch", "evaluation"},
+}
+KNOWS_DEEPSPEED = {"hift_ds/engine.py", "hift_ds/zero.py"}
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+MAX_LINES = 600
+
+SOURCES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of all that a file imports, anywhere in it; `from a import b` counts as a.b."""
+    package = path.relative_to(ROOT).parent.parts
+    found = []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) in {"import_module", "__import__"}
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.append((node.lineno, str(node.args[0].value)))
+    return found
+
+
+def dotted(node: ast.expr) -> list[str]:
+    """["a", "b", "c"] of the expression a.b.c; empty for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return [node.id, *names] if isinstance(node, ast.Name) else []
+
+
+def safe_loaders(path: Path) -> set[str]:
+    """PyYAML's safe loaders and what a file derives from them."""
+    safe = {"SafeLoader", "CSafeLoader"}
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ClassDef) and any(safe.intersection(dotted(base)[-1:]) for base in node.bases):
+            safe.add(node.name)
+    return safe
+
+
+def is_under(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def report(problems: Iterator[str] | list[str]) -> None:
+    lines = list(problems)
+    assert not lines, "\n" + "\n".join(lines)
+
+
+# --- who imports whom -------------------------------------------------------------------------------
+
+
+def test_there_is_something_to_check():
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(MAY_IMPORT)
+
+
+def test_imports_go_one_way():
+    local = {*MAY_IMPORT, "tests", "configs"}
+    report(
+        f"{name_of(path)}:{line}: {path.relative_to(ROOT).parts[0]} must not import {name}"
+        for path in SOURCES
+        for line, name in imports_of(path)
+        if name.split(".")[0] in local - MAY_IMPORT[path.relative_to(ROOT).parts[0]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "strangers"),
+    [
+        ("hift_ds/blocks.py", [*MAY_IMPORT, "deepspeed", "torch.distributed"]),
+        ("hift_ds/schedule.py", [*MAY_IMPORT, "deepspeed", "torch"]),
+    ],
+)
+def test_the_core_stands_alone(file, strangers):
+    path = ROOT / file
+    used = [
+        (node.lineno, ".".join(dotted(node))) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)
+    ]
+    report(
+        f"{file}:{line}: must not know {name}" for line, name in imports_of(path) + used if is_under(name, *strangers)
+    )
+
+
+def test_private_names_of_deepspeed_stay_in_two_files():
+    problems = []
+    for path in SOURCES:
+        if name_of(path) in KNOWS_DEEPSPEED:
+            continue
+        imported = [(line, name) for line, name in imports_of(path) if is_under(name, "deepspeed")]
+        bound = {"deepspeed"} if imported else set()  # what the file calls DeepSpeed and its parts
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                origin = getattr(node, "module", None) or ""
+                bound |= {
+                    alias.asname or alias.name for alias in node.names if is_under(origin or alias.name, "deepspeed")
+                }
+            elif isinstance(node, ast.Attribute) and (names := dotted(node)) and names[0] in bound:
+                imported.append((node.lineno, ".".join(names)))
+        for line, name in imported:
+            private = [part for part in name.split(".") if re.match(r"_(?!_)", part)]
+            if private or is_under(name, "deepspeed.runtime"):
+                problems.append(f"{name_of(path)}:{line}: {name} belongs in {' or '.join(sorted(KNOWS_DEEPSPEED))}")
+    report(problems)
+
+
+def test_scripts_shadow_no_library():
+    """A script's folder is first on its path: launch/logging.py would hide Python's from launch/train.py."""
+    libraries = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
+    report(
+        f"{name_of(path)}: rename it, it hides the module {path.stem} from scripts in the same folder"
+        for path in (*(ROOT / "launch").glob("*"), *(ROOT / "evaluation").glob("*"))
+        if path.stem in libraries - set(MAY_IMPORT) and not path.stem.startswith("__")
+    )
+
+
+# --- what no source may hold ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "instead"),
+    [
+        (r"torch\.cuda|from torch import .*\bcuda\b", "deepspeed.accelerator.get_accelerator()"),
+        (r"\b(TODO|FIXME|XXX)\b|NotImplementedError", "finish it, or file an issue"),
+        (r"(^|[^\w.])/(work|tmp|root)/[A-Za-z.]", "a path that exists on every machine"),
+    ],
+    ids=["torch-cuda", "stubs", "machine-paths"],
+)
+def test_no_source_holds(pattern, instead):
+    report(
+        f"{name_of(path)}:{number}: {line.strip()!r} (instead: {instead})"
+        for path in SOURCES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    )
+
+
+def test_no_unsafe_loading():
+    loaders = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    unsafe = {"weights_only": False, "trust_remote_code": True, "allow_pickle": True}
+    problems = []
+    for path in SOURCES:
+        where = name_of(path)
+        problems += [f"{where}:{line}: imports {name}" for line, name in imports_of(path) if is_under(name, *loaders)]
+        for node in ast.walk(tree_of(path)):
+            settings: list[tuple[object, ast.expr]] = []
+            if isinstance(node, ast.Call):
+                settings = [(keyword.arg, keyword.value) for keyword in node.keywords]
+                if dotted(node.func) in (["yaml", "load"], ["yaml", "unsafe_load"], ["yaml", "full_load"]):
+                    loader = [*node.args[1:], *(keyword.value for keyword in node.keywords)]
+                    if not any(safe_loaders(path).intersection(dotted(value)[-1:]) for value in loader):
+                        problems.append(f"{where}:{node.lineno}: use yaml.safe_load")
+            elif isinstance(node, ast.Dict):
+                settings = [(getattr(k, "value", None), v) for k, v in zip(node.keys, node.values, strict=True)]
+            elif isinstance(node, ast.Assign):
+                settings = [(name, node.value) for target in node.targets for name in dotted(target)[-1:]]
+            for key, value in settings:
+                if key in unsafe and isinstance(value, ast.Constant) and value.value is unsafe[key]:
+                    problems.append(f"{where}:{value.lineno}: {key}={value.value}")
+    report(problems)
+
+
+def test_files_have_a_subject_and_a_readable_length():
+    files = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    report(f"{name_of(path)}: name it after its subject" for path in files if path.stem in {"utils", "util"})
+    report(
+        f"{name_of(path)}: {lines} lines, at most {MAX_LINES}" for path, lines in lengths.items() if lines > MAX_LINES
+    )
+
+
+# --- versions ---------------------------------------------------------------------------------------
+
+
+@cache
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """The libraries that pyproject.toml names, the given extras' too, without its reference to itself."""
+    extra = project()["optional-dependencies"]
+    lines = project()["dependencies"] + [line for name in extras for line in extra[name]]
+    return [need for need in map(Requirement, lines) if need.name != project()["name"]]
+
+
+@cache
+def pins(python: str) -> dict[str, str]:
+    """Library -> version that constraints.txt pins for one Python."""
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        (clause,) = pin.specifier
+        assert clause.operator == "==" and "*" not in clause.version, f"constraints.txt: {line}: not one exact version"
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert canonicalize_name(pin.name) not in found, f"constraints.txt: {pin.name} is pinned twice for {python}"
+            found[canonicalize_name(pin.name)] = clause.version
+    return found
+
+
+def test_the_extra_all_is_all():
+    extras = project()["optional-dependencies"]
+    (everything,) = map(Requirement, extras["all"])
+    assert everything.name == project()["name"] and everything.extras == set(extras) - {"all"}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_are_within_the_declared_ranges(python):
+    version = f"{python}.0"
+    assert version in Requirement(f"python{project()['requires-python']}").specifier
+    report(
+        f"{need}: constraints.txt pins {pinned} for Python {python}"
+        for need in declared(*project()["optional-dependencies"])
+        for pinned in [pins(python).get(canonicalize_name(need.name), "0")]
+        if not need.specifier.contains(pinned, prereleases=True)
+    )
+
+
+def test_everything_that_gets_installed_is_pinned():
+    """Follows what installed libraries need, for the running Python; torch's GPU packages are exempt."""
+    pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
+    queue = [(need, frozenset(need.extras)) for need in declared(*project()["optional-dependencies"])]
+    seen, problems = set(), []
+    while queue:
+        need, extras = queue.pop()
+        name = canonicalize_name(need.name)
+        if (name, extras) in seen or re.match(r"nvidia-|cuda-|triton$", name):
+            continue
+        seen.add((name, extras))
+        if name not in pinned:
+            problems.append(f"constraints.txt lacks {name}")
+            continue
+        for further in map(Requirement, importlib.metadata.requires(name) or []):
+            marker = further.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                queue.append((further, frozenset(further.extras)))
+    report(sorted(problems))
+
+
+def test_imported_libraries_are_declared():
+    """hift_ds must run on the dependencies alone; launch and evaluation also have the extra `train`."""
+    modules: dict[str, set[str]] = {}
+    for module, distributions in importlib.metadata.packages_distributions().items():
+        modules[module] = {canonicalize_name(name) for name in distributions}
+    extras = {"hift_ds": (), "launch": ("train",), "evaluation": ("train",)}
+    problems = []
+    for path in SOURCES:
+        folder = path.relative_to(ROOT).parts[0]
+        allowed = {canonicalize_name(need.name) for need in declared(*extras[folder])}
+        for line, name in imports_of(path):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top in MAY_IMPORT:
+                continue
+            if not modules.get(top, {top}) & allowed:
+                problems.append(f"{name_of(path)}:{line}: {top} is not among the libraries that {folder} may need")
+    report(problems)
+
+
+# --- the top level ----------------------------------------------------------------------------------
+
+
+def test_top_level_is_the_designs():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so that files of the project and others cannot be told apart")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    folders = {name.split("/")[0] for name in listed if "/" in name}
+    files = {name for name in listed if "/" not in name}
+    assert folders - {"docs"} == {*MAY_IMPORT, "configs", "tests", ".ci"}
+    needed = {
+        *("README.md", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt"),
+        *(".gitignore", ".pre-commit-config.yaml"),
+    }
+    assert not needed - files, f"missing: {sorted(needed - files)}"
+    strays = {name for name in files - needed if not name.endswith(".md")}
+    assert not strays, f"not part of the design: {sorted(strays)}"
+
+
+def test_readme_and_ci_name_the_commands():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [command for command in ("make quickstart", "make test") if command not in readme] == []
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
