@@ -1,0 +1,242 @@
+"""The ``hift`` section of a DeepSpeed config: its fields, their checks, and what cannot go with them."""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hift_ds.schedule import STRATEGIES
+
+SECTION = "hift"
+
+
+class ConfigError(ValueError):
+    """Every problem of a config at once, one to a line."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where the state of inactive blocks lives, and how the active block is stepped.
+
+    Attributes:
+        device: ``cpu``: host memory.
+        step: ``block``: the whole block's state comes to the device for its step; ``auto`` chooses.
+        buffer_size: bytes of a slice of the streamed step.
+        pin_memory: page-lock the host buffers where the device profits from it.
+        prefetch: let the next block's state travel while the current one computes.
+        nvme_path: folder for ``device: nvme``.
+    """
+
+    device: str = "cpu"
+    step: str = "auto"
+    buffer_size: int = 67108864
+    pin_memory: bool = True
+    prefetch: bool = True
+    nvme_path: str | None = None
+
+
+@dataclass(frozen=True)
+class HiFTConfig:
+    """The ``hift`` section (names as in the paper's section 3.1 and table 4 where it has one).
+
+    Attributes:
+        enabled: False gives DeepSpeed's own full-parameter training.
+        layers_per_block: m, consecutive layers in a block.
+        strategy: order of the blocks: ``bottom2up``, ``top2down`` or ``random``.
+        seed: of the ``random`` order.
+        steps_per_block: consecutive optimizer steps on a block.
+        freeze: glob patterns of parameter names that are never trained.
+        max_block_numel, balance: blocks finer than a layer; not available yet.
+        offload: see :class:`OffloadConfig`.
+    """
+
+    enabled: bool = True
+    layers_per_block: int = 1
+    strategy: str = "bottom2up"
+    seed: int = 0
+    steps_per_block: int = 1
+    freeze: tuple[str, ...] = ()
+    max_block_numel: int | None = None
+    balance: bool = False
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any] | None) -> "HiFTConfig":
+        """Build from the section's mapping; None means all defaults.
+
+        Raises:
+            ConfigError: with every problem, each naming the key, the value and the remedy.
+        """
+        problems = section_problems(section)
+        if problems:
+            raise ConfigError(problems)
+        values = dict(section or {})
+        values["freeze"] = tuple(values.get("freeze", ()))
+        values["offload"] = OffloadConfig(**values.get("offload", {}))
+        return cls(**values)
+
+
+def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The DeepSpeed config as a new dict, from a mapping or from the path of a JSON file."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    try:
+        loaded = json.loads(Path(config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"config={str(config)!r} cannot be read: {error.strerror}"]) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"config={str(config)!r} is no valid JSON: {error}"]) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"config={str(config)!r} holds a {type(loaded).__name__}; expected a JSON object"])
+    return loaded
+
+
+def problems(config: Mapping[str, Any]) -> list[str]:
+    """Everything wrong with the ``hift`` section of a whole DeepSpeed config, or with HiFT beside its other keys."""
+    section = config.get(SECTION)
+    found = section_problems(section)
+    if not found and HiFTConfig.from_dict(section).enabled:
+        found = conflicts(config)
+    return found
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# key -> (is the value right, what is expected)
+_Check = tuple[Callable[[Any], bool], str]
+_SECTION_CHECKS: dict[str, _Check] = {
+    "enabled": (lambda v: isinstance(v, bool), "true or false"),
+    "layers_per_block": (
+        lambda v: _is_int(v) and v >= 1,
+        "an integer from 1 to the model's number of layers",
+    ),
+    "strategy": (lambda v: v in STRATEGIES, "one of " + ", ".join(STRATEGIES)),
+    "seed": (_is_int, "an integer"),
+    "steps_per_block": (lambda v: _is_int(v) and v >= 1, "an integer of at least 1"),
+    "freeze": (
+        lambda v: isinstance(v, (list, tuple)) and all(isinstance(pattern, str) for pattern in v),
+        "a list of glob patterns over parameter names",
+    ),
+    "max_block_numel": (
+        lambda v: v is None,
+        "null: blocks finer than a layer are not available in this version",
+    ),
+    "balance": (lambda v: v is False, "false: blocks finer than a layer are not available in this version"),
+    "offload": (lambda v: isinstance(v, Mapping), "a mapping"),
+}
+_OFFLOAD_CHECKS: dict[str, _Check] = {
+    "device": (lambda v: v == "cpu", "cpu: nvme is not available in this version"),
+    "step": (lambda v: v in ("auto", "block"), "auto or block: streamed is not available in this version"),
+    "buffer_size": (
+        lambda v: v == OffloadConfig.buffer_size,
+        f"{OffloadConfig.buffer_size} (leave it out): the streamed step is not available in this version",
+    ),
+    "pin_memory": (lambda v: isinstance(v, bool), "true or false"),
+    "prefetch": (lambda v: isinstance(v, bool), "true or false"),
+    "nvme_path": (lambda v: v is None, "null: nvme is not available in this version"),
+}
+
+
+def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: str) -> list[str]:
+    found = []
+    for key, value in values.items():
+        if key not in checks:
+            nearest = difflib.get_close_matches(str(key), checks, n=1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            found.append(f"{prefix}.{key}={value!r} is an unknown key; {hint}known keys: {', '.join(checks)}")
+            continue
+        is_right, expected = checks[key]
+        if not is_right(value):
+            nearest = (
+                difflib.get_close_matches(value, STRATEGIES, n=1)
+                if key == "strategy" and isinstance(value, str)
+                else []
+            )
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            found.append(f"{prefix}.{key}={value!r}: expected {expected}{hint}")
+    return found
+
+
+def section_problems(section: Any) -> list[str]:
+    """Everything wrong inside the ``hift`` section itself."""
+    if section is None:
+        return []
+    if not isinstance(section, Mapping):
+        return [f"{SECTION}={section!r}: expected a mapping with keys {', '.join(_SECTION_CHECKS)}"]
+    found = _key_problems(section, _SECTION_CHECKS, SECTION)
+    if isinstance(section.get("offload"), Mapping):
+        found += _key_problems(section["offload"], _OFFLOAD_CHECKS, f"{SECTION}.offload")
+    assert set(_SECTION_CHECKS) == {f.name for f in fields(HiFTConfig)}
+    return found
+
+
+def _get(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _on(value: Any) -> bool:
+    return bool(value) and value != "none"
+
+
+# Keys of DeepSpeed that change which parameters train, who owns their state, or how gradients are formed. With them
+# a block-wise run was not shown to equal Algorithm 1, so they are refused instead of being trusted.
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "zero_optimization.offload_param.device": (_on, "set it to none"),
+    "zero_optimization.zenflow": (_on, "remove it"),
+    "zero_optimization.super_offload": (_on, "remove it"),
+    "zero_optimization.elastic_checkpoint": (_on, "remove it"),
+    "zero_optimization.zero_hpz_partition_size": (lambda v: v is not None and v != 1, "remove it"),
+    "zero_optimization.mics_shard_size": (lambda v: v is not None and v > 0, "remove it"),
+    "zero_optimization.zero_quantized_weights": (_on, "remove it"),
+    "zero_optimization.zero_quantized_nontrainable_weights": (_on, "remove it"),
+    "zero_optimization.zero_quantized_gradients": (_on, "remove it"),
+    "zero_optimization.offload_optimizer.ratio": (lambda v: v is not None and v != 1.0, "set it to 1.0"),
+    "hybrid_engine.enabled": (_on, "remove it"),
+    "tensor_parallel.autotp_size": (lambda v: v is not None and v > 1, "remove it"),
+    "torch_autocast.enabled": (_on, "use bf16 or fp16"),
+    "amp.enabled": (_on, "use bf16 or fp16"),
+    "compile.deepcompile": (_on, "remove it"),
+    "sparse_gradients": (_on, "remove it"),
+    "checkpoint.load_universal": (_on, "remove it"),
+    "managed_gradient_accumulation": (lambda v: v is False, "remove it"),
+    "fp16.fp16_master_weights_and_grads": (_on, "remove it"),
+    "bf16.bf16_master_weights_and_grads": (_on, "remove it"),
+    "progressive_layer_drop.enabled": (_on, "remove it"),
+    "compression_training": (_on, "remove it"),
+    "data_efficiency.data_routing.random_ltd.enabled": (_on, "remove it"),
+}
+
+
+def conflicts(config: Mapping[str, Any]) -> list[str]:
+    """What in the rest of the DeepSpeed config cannot be exact together with HiFT."""
+    stage = _get(config, "zero_optimization.stage") or 0
+    offload = _get(config, "zero_optimization.offload_optimizer.device")
+    found = []
+    if stage == 0 and _on(_get(config, "fp16.enabled")):
+        found.append(
+            "fp16.enabled=true with zero_optimization.stage=0: DeepSpeed divides by a loss scale there that it never "
+            "applied; use bf16, or stage 1, 2 or 3"
+        )
+    if stage == 0 and _on(offload):
+        found.append(
+            f"zero_optimization.offload_optimizer.device={offload!r} with zero_optimization.stage=0: DeepSpeed has no "
+            "host step there; use stage 1, 2 or 3, or remove offload_optimizer"
+        )
+    if stage != 0 and offload == "nvme":
+        found.append("zero_optimization.offload_optimizer.device='nvme' is not available with HiFT; use cpu")
+    for path, (is_refused, remedy) in _REFUSED.items():
+        value = _get(config, path)
+        if is_refused(value):
+            found.append(f"{path}={value!r} cannot be combined with HiFT; {remedy}, or set hift.enabled=false")
+    return found

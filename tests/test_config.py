@@ -1,0 +1,110 @@
+"""The `hift` section: what it takes, what it refuses, and that it says so all at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hift_ds import config
+from hift_ds.config import ConfigError, HiFTConfig, OffloadConfig
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    documented = {
+        **{"enabled": True, "layers_per_block": 1, "strategy": "bottom2up", "seed": 0, "steps_per_block": 1},
+        **{"freeze": [], "max_block_numel": None, "balance": False},
+        "offload": {
+            **{
+                "device": "cpu",
+                "step": "auto",
+                "buffer_size": 67108864,
+                "pin_memory": True,
+                "prefetch": True,
+            },
+            "nvme_path": None,
+        },
+    }
+    assert HiFTConfig.from_dict(documented) == HiFTConfig.from_dict({}) == HiFTConfig.from_dict(None) == HiFTConfig()
+
+
+def test_values_arrive() -> None:
+    section = {
+        "layers_per_block": 3,
+        "strategy": "random",
+        "seed": 7,
+        "freeze": ["*.bias"],
+        "offload": {"step": "block"},
+    }
+    built = HiFTConfig.from_dict(section)
+    assert (built.layers_per_block, built.strategy, built.seed, built.freeze) == (3, "random", 7, ("*.bias",))
+    assert built.offload == OffloadConfig(step="block")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"layer_per_block": 1}, ("layer_per_block", "layers_per_block")),
+        ({"strategy": "buttom2up"}, ("buttom2up", "bottom2up", "top2down", "random")),
+        ({"strategy": ["random"]}, ("random",)),
+        ({"layers_per_block": 0}, ("layers_per_block=0", "from 1")),
+        ({"layers_per_block": "2"}, ("'2'", "integer")),
+        ({"layers_per_block": True}, ("True", "integer")),
+        ({"steps_per_block": 0}, ("steps_per_block=0",)),
+        ({"seed": 1.5}, ("seed=1.5",)),
+        ({"enabled": "yes"}, ("'yes'", "true or false")),
+        ({"freeze": "*.bias"}, ("freeze", "list")),
+        ({"max_block_numel": 100}, ("max_block_numel=100", "null")),
+        ({"balance": True}, ("balance=True", "false")),
+        ({"offload": {"device": "nvme"}}, ("offload.device='nvme'", "cpu")),
+        ({"offload": {"step": "streamed"}}, ("offload.step='streamed'", "block")),
+        ({"offload": {"pin": True}}, ("offload.pin", "pin_memory")),
+        ({"offload": "cpu"}, ("offload='cpu'", "mapping")),
+        ([], ("mapping",)),
+        ("on", ("'on'", "mapping")),
+    ],
+)
+def test_every_bad_value_is_named_with_its_remedy(section: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        HiFTConfig.from_dict(section)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        HiFTConfig.from_dict({"strategy": "x", "layers_per_block": 0, "speed": 1})
+    assert len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ({"fp16": {"enabled": True}}, ("fp16", "stage=0")),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            ("offload_optimizer", "stage=0"),
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, ("nvme", "cpu")),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ("offload_param", "none")),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, ("zenflow",)),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ("elastic_checkpoint",)),
+        ({"torch_autocast": {"enabled": True}}, ("torch_autocast", "bf16")),
+        ({"compile": {"deepcompile": True}}, ("deepcompile",)),
+    ],
+)
+def test_what_cannot_be_exact_beside_hift_is_refused(rest: dict[str, Any], words: tuple[str, ...]) -> None:
+    found = config.problems({**rest, "hift": {}})
+    assert len(found) == 1 and all(word in found[0] for word in words), found
+    assert config.problems({**rest, "hift": {"enabled": False}}) == []
+
+
+def test_a_config_can_be_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"hift": {"seed": 3}}))
+    assert config.read(path) == {"hift": {"seed": 3}}
+    for content, word in (("{", "JSON"), ("[]", "object")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=word):
+            config.read(str(path))
+    with pytest.raises(ConfigError, match="No such file"):
+        config.read(tmp_path / "none.json")
