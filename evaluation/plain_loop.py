@@ -1,0 +1,117 @@
+"""Algorithm 1 of the HiFT paper (section 3) as a plain PyTorch loop: the ground truth of the parity tests and the
+baseline of the benchmark. It knows nothing of DeepSpeed, ranks or host memory."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+NamedTensors = list[tuple[str, Tensor]]
+
+
+class PlainHiFT:
+    """Trains one block a step, each block with an optimizer, and so a step count, of its own.
+
+    Args:
+        model: a module whose output has a scalar ``loss``, the mean over its micro batch.
+        blocks: the parameter names of each block, as ``model.named_parameters()`` gives them.
+        make_optimizer: builds a block's optimizer from its (name, tensor) pairs.
+        make_scheduler: builds the learning-rate schedule of one block's optimizer; it advances once a cycle.
+        order: indices into ``blocks`` in the order of one cycle; by default from the first to the last.
+        steps_per_block: consecutive steps that one block is trained.
+        clip: largest L2 norm of the active block's gradient, 0 for no limit.
+        norm: computes that norm; by default `global_norm`, in fp32. (DeepSpeed's ZeRO sums in fp64, slowly on a CPU.)
+
+    16-bit weights get fp32 masters, block by block (the paper's Mixed^Hi). Their gradients are summed over the micro
+    batches in the weights' own precision, as DeepSpeed does at every stage unless `grad_accum_dtype` says otherwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Iterable[str]],
+        make_optimizer: Callable[[NamedTensors], Optimizer],
+        *,
+        make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        order: Sequence[int] | None = None,
+        steps_per_block: int = 1,
+        clip: float = 0.0,
+        norm: Callable[[list[Tensor]], Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.order = list(order) if order is not None else list(range(len(blocks)))
+        self.steps_per_block = steps_per_block
+        self.clip = clip
+        self.norm = norm or global_norm
+        self.steps = 0  # optimizer steps so far, over all blocks
+        self.grad_norm = 0.0  # of the latest step, before clipping
+
+        by_name = dict(model.named_parameters())
+        self.blocks = [[by_name[name] for name in names] for names in blocks]
+        self.masters = [[_master(p) for p in block] for block in self.blocks]
+        self.optimizers = [
+            make_optimizer(list(zip(names, masters, strict=True)))
+            for names, masters in zip(blocks, self.masters, strict=True)
+        ]
+        self.schedulers = [make_scheduler(o) for o in self.optimizers] if make_scheduler else []
+        model.requires_grad_(False)
+
+    @property
+    def active_block(self) -> int:
+        """Index into `blocks` of the block that the next step trains."""
+        return self.order[self.steps // self.steps_per_block % len(self.order)]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step (of the first parameter group)."""
+        return self.optimizers[self.active_block].param_groups[0]["lr"]
+
+    def step(self, micro_batches: Sequence[Mapping[str, Any]]) -> float:
+        """One optimizer step of the active block on the mean gradient of the micro batches; returns the mean loss."""
+        active = self.active_block
+        params, masters, optimizer = self.blocks[active], self.masters[active], self.optimizers[active]
+        for p in params:
+            p.requires_grad_(True)
+
+        mean_loss = 0.0
+        for batch in micro_batches:
+            loss = self.model(**batch).loss / len(micro_batches)
+            loss.backward()
+            mean_loss += loss.item()
+
+        for p, master in zip(params, masters, strict=True):
+            p.requires_grad_(False)
+            if master is not p and p.grad is not None:
+                master.grad, p.grad = p.grad.float(), None
+        self._clip([m.grad for m in masters if m.grad is not None])
+        optimizer.step()
+        optimizer.zero_grad()
+        for p, master in zip(params, masters, strict=True):
+            if master is not p:
+                p.data.copy_(master)
+
+        self.steps += 1
+        if self.steps % (len(self.order) * self.steps_per_block) == 0:
+            for scheduler in self.schedulers:
+                scheduler.step()
+        return mean_loss
+
+    def _clip(self, grads: list[Tensor]) -> None:
+        """Scales the gradient down to the norm `clip`, by the factor clip / (norm + 1e-6) as DeepSpeed does."""
+        if self.clip:
+            norm = self.norm(grads)
+            torch._foreach_mul_(grads, 1 / ((norm + 1e-6) / self.clip).clamp(min=1))
+            self.grad_norm = norm.item()
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """L2 norm of all gradients as one vector, a scalar."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+def _master(p: nn.Parameter) -> Tensor:
+    """The tensor that the optimizer updates: the parameter itself in fp32, an fp32 copy of a 16-bit one."""
+    return p if p.dtype == torch.float32 else p.detach().float()

@@ -1,0 +1,88 @@
+"""A stopped run continues bit for bit: weights, masters, optimizer state, block, cycle and learning rate."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.distributed import run_on_ranks
+from tests.test_parity import STAGES, cases, check_update
+from tests.tiny import Case, Outcome
+
+FIRST_CYCLE, LATER = 2, 9  # of 12 steps in two cycles: at 2 only two of six blocks have state
+
+
+def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcome, list[str]]:
+    """In a rank: a run that saves at each stop, then, for each, a fresh engine that continues it to the same end.
+    Returns the first run and what differed in the others."""
+
+    def train(engine: Any, first: int, saves: tuple[int, ...] = ()) -> tuple[list[tuple[int, int, float]], Any]:
+        trace = []
+        for step in range(first, case.steps):
+            if step in saves:
+                assert engine.save_checkpoint(folder, tag=f"step{step}", client_state={"note": step})
+            trace.append((engine.active_block, engine.cycle, engine.get_lr()[0]))
+            tiny.optimizer_step(engine, step)
+        end = tiny.weights(engine), tiny.tensors(tiny.block_states(engine))
+        return trace, end
+
+    engine = tiny.initialize(case)
+    start = {n: p.detach().clone() for n, p in tiny.model(case.dtype, case.tied).named_parameters()}
+    try:
+        straight, (weights, states) = train(engine, 0, stops)
+        outcome = Outcome(start, weights, [], [], [], tiny.masters(engine) if case.dtype != "fp32" else {})
+    finally:
+        engine.destroy()
+
+    differences = []
+    for stop in stops:
+        other = tiny.model(case.dtype, case.tied)
+        for p in other.parameters():
+            torch.nn.init.normal_(p)  # nothing but the checkpoint can give the right weights
+        engine = tiny.initialize(case, llama=other)
+        try:
+            path, client_state = engine.load_checkpoint(folder, tag=f"step{stop}")
+            if path is None or client_state is None or client_state.get("note") != stop:
+                differences.append(f"from {stop}: loaded {path}, or without its client state")
+            trace, (resumed_weights, resumed_states) = train(engine, stop)
+        finally:
+            engine.destroy()
+        if trace != straight[stop:]:
+            differences.append(f"from {stop}: block, cycle, rate were {straight[stop:]}, are {trace}")
+        for what, ours, truth in (("weight", resumed_weights, weights), ("state", resumed_states, states)):
+            differences += [f"from {stop}: {what} {name} is missing or too much" for name in ours.keys() ^ truth.keys()]
+            differences += [
+                f"from {stop}: {what} {name} differs by {(ours[name].double() - truth[name].double()).abs().max()}"
+                for name in ours.keys() & truth.keys()
+                if not torch.equal(ours[name], truth[name])
+            ]
+    return outcome, differences
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        [Case(stage=stage, ranks=ranks, scheduler="WarmupLR") for stage in STAGES for ranks in (1, 2)],
+        [Case(stage=stage, scheduler="torch", dtype="bf16", strategy="random") for stage in STAGES],
+        [Case(stage=stage, scheduler="torch", offload=True) for stage in (1, 2, 3)],
+        [
+            Case(stage=stage, steps_per_block=2, layers_per_block=4, strategy="top2down", cycles=3, decay_groups=True)
+            for stage in STAGES
+        ],
+        [Case(stage=stage, optimizer="momentum", tied=True) for stage in STAGES],
+        [Case(stage=stage, optimizer="Adagrad") for stage in STAGES],
+        [Case(stage=stage, ranks=2, dtype="bf16", offload=True) for stage in (2, 3)],
+        [Case(stage=stage, optimizer="Adafactor", client_optimizer=True) for stage in (0,)],
+        [Case(stage=stage, optimizer="NAdam", client_optimizer=True, scheduler="torch") for stage in (0, 2, 3)],
+    ),
+    ids=str,
+)
+def test_a_stopped_run_continues_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    assert case.steps == 12
+    results = run_on_ranks(case.ranks, interrupted, case, str(tmp_path), (FIRST_CYCLE, LATER))
+    for rank, (_, differences) in enumerate(results):
+        assert not differences, f"rank {rank}: " + "\n".join(differences[:20])
+    if case.ranks == 1 or case.dtype == "fp32":
+        check_update(case, results[0][0])  # saving changed nothing either
