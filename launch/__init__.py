@@ -1,0 +1,1 @@
+"""The training entry point: settings, data, methods, the loop and its logs."""

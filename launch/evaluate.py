@@ -1,0 +1,81 @@
+"""The score on held-out examples: greedy answers or predicted classes, shared out over the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from transformers import PreTrainedTokenizerBase
+
+from launch.data import Data, EvalExample, collate, collate_prompts
+from launch.scores import Score
+from launch.settings import Settings
+
+
+@torch.no_grad()
+def evaluate(engine: Any, data: Data, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, Any] | None:
+    """Score the model on the held-out examples. Every rank must call it.
+
+    Returns:
+        None where the data has no score, else `metric`, `score` (0 to 1), the counts `correct`, `unanswered` and `n`,
+        and `sample`: the first held-out example's `prompt`, `answer` and `expected`.
+    """
+    if data.score is None or not data.eval:
+        return None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = settings.training.eval_batch_size or settings.micro_batch_size
+    mine = list(data.eval[rank::world])
+    # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples goes on with
+    # one that is then not counted.
+    n_batches = -(-len(data.eval[::world]) // size)
+    predict = _generate if settings.model.task == "causal-lm" else _classify
+    engine.eval()
+    predictions: list[Any] = []
+    for index in range(n_batches):
+        batch = mine[index * size : (index + 1) * size] or [data.eval[0]]
+        predictions += predict(engine, batch, tokenizer, settings)
+    engine.train()
+    score = _sum_over_ranks(data.score(predictions[: len(mine)], mine), engine.device)
+    return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
+            "unanswered": score.unanswered, "sample": _sample(data, predictions[0])}  # fmt: skip
+
+
+def _generate(
+    engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[str]:
+    """Greedy answers as text. Every rank makes a forward pass a token, as long as any rank still writes."""
+    inputs = {key: value.to(engine.device) for key, value in collate_prompts(batch, tokenizer.pad_token_id).items()}
+    stop = engine.module.generation_config.eos_token_id
+    tokens = engine.module.generate(  # (batch, prompt + new tokens)
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=settings.training.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+        synced_gpus=settings.zero_stage == 3 and dist.get_world_size() > 1,
+    )
+    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _classify(
+    engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[int]:
+    """Predicted label ids."""
+    inputs = {key: value.to(engine.device) for key, value in collate(batch, tokenizer.pad_token_id).items()}
+    del inputs["labels"]
+    return engine.module(**inputs).logits.argmax(dim=-1).tolist()
+
+
+def _sum_over_ranks(score: Score, device: torch.device) -> Score:
+    counts = torch.tensor([score.correct, score.n, score.unanswered], device=device)
+    dist.all_reduce(counts)
+    return Score(score.metric, *counts.tolist())
+
+
+def _sample(data: Data, prediction: Any) -> dict[str, str]:
+    """The first held-out example; the prediction that belongs to it is rank 0's first."""
+    answer = prediction if isinstance(prediction, str) else data.report["labels"][prediction]
+    return {"prompt": data.eval[0].prompt, "answer": answer, "expected": data.eval[0].reference}

@@ -1,0 +1,297 @@
+"""What a run tells people: metrics.jsonl, the summary, W&B, a progress bar and plain text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+
+import hift_ds
+from launch import models
+from launch.data import Data
+from launch.settings import REPOSITORY, LoggingSettings, Settings
+
+
+def say(rank: int, text: str) -> None:
+    if rank == 0:
+        print(text, flush=True)
+
+
+def quieten(settings: LoggingSettings, rank: int) -> None:
+    """Leave DeepSpeed's and transformers' warnings and errors on the terminal, not their reports."""
+    if not settings.verbose:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+        transformers.utils.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    if rank != 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+class RunLog:
+    """One record a step, to metrics.jsonl, W&B and the terminal. Made on rank 0 only.
+
+    Args:
+        folder: the run's output folder.
+        first_step: number of steps already done. Records of later ones, left by a run that went on after its last
+            checkpoint, are removed, since those steps are done again.
+        wandb_id: of the W&B run to continue, if any.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, first_step: int, wandb_id: str | None) -> None:
+        self.settings = settings
+        path = folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= first_step]
+        if len(kept) != first_step:
+            _warn(f"{path} has {len(kept)} of the {first_step} steps done; the summary can only count those")
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.bar = tqdm(
+            total=settings.training.max_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self.wandb = _start_wandb(folder, settings, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.wandb.id if self.wandb is not None else None
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self._to_wandb(lambda: self.wandb.log(_flat(record), step=record["step"]))
+        self.bar.set_postfix_str(f"block {record['block_name']}, loss {record['loss']:.4f}")
+        self.bar.update()
+        step, steps = record["step"], self.settings.training.max_steps
+        if self.bar.disable and (step == steps or step % self.settings.logging.every == 0):
+            parts = [
+                f"step {step}/{steps}: loss {record['loss']:.4f}",
+                f"learning rate {record['learning_rate']:.3g}",
+                f"block {record['block_name']}",
+                f"{record['tokens_per_second']:.0f} tokens/s",
+                *(["skipped (overflow)"] if record["skipped"] else []),
+            ]
+            print(", ".join(parts), flush=True)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        self.bar.close()
+        self.file.close()
+        self._to_wandb(lambda: self.wandb.summary.update(_flat(summary)))
+        self._to_wandb(lambda: self.wandb.finish())
+
+    def _to_wandb(self, send: Callable[[], Any]) -> None:
+        """W&B is a service: whatever fails there is said once and training goes on without it."""
+        if self.wandb is None:
+            return
+        try:
+            send()
+        except Exception as error:
+            _warn(f"Weights & Biases failed and is off from here on: {error}")
+            self.wandb = None
+
+
+def _start_wandb(folder: Path, settings: Settings, run_id: str | None) -> Any:
+    logging = settings.logging
+    if logging.wandb == "off":
+        return None
+    try:
+        import wandb
+
+        if logging.wandb == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("there is no API key; run `wandb login`, or set logging.wandb=offline")
+        return wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_name,
+            dir=str(folder),
+            mode="online" if logging.wandb == "online" else "offline",
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=settings.as_dict(),
+            settings=wandb.Settings(silent=not logging.verbose, init_timeout=20),
+        )
+    except Exception as error:
+        _warn(f"Weights & Biases cannot start, training goes on without: {' '.join(str(error).split())}")
+        return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")  # half a line: the process was killed while writing it
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+# ---- the summary -----------------------------------------------------------------------------------------------
+
+
+def summarize(
+    folder: Path,
+    settings: Settings,
+    recorded: dict[str, Any],
+    after: dict[str, Any] | None,
+    block_names: list[str],
+    cycles: int,
+) -> dict[str, Any]:
+    """The run in one mapping, from its metrics.jsonl and what was recorded at its start."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = [record["loss"] for record in records]
+    window = max(1, min(10, len(losses) // 2))
+    applied = [record["block"] for record in records if not record["skipped"]]
+    seconds = sum(record["seconds"] for record in records)
+    tokens = sum(record["tokens"] for record in records)
+    summary: dict[str, Any] = {
+        "method": settings.method.name,
+        "model": models.describe(settings.model),
+        "dataset": settings.data.name,
+        "steps": records[-1]["step"],
+        "steps_skipped": len(records) - len(applied),
+        "cycles": cycles,
+        "blocks": len(block_names),
+        "block_names": block_names,
+        "updates_per_block": [applied.count(block) for block in range(len(block_names))],
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "loss_window": window,
+        "loss_first_mean": sum(losses[:window]) / window,
+        "loss_last_mean": sum(losses[-window:]) / window,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seed": settings.training.seed,
+        "ranks": dist.get_world_size(),
+        "versions": versions(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "wandb_id": recorded["wandb_id"],
+        "data": recorded["data"],
+    }
+    for when, evaluation in (("before", recorded["before"]), ("after", after)):
+        if evaluation is not None:
+            summary[f"score_{when}"] = evaluation["score"]
+            summary[f"score_{when}_correct"] = evaluation["correct"]
+            summary[f"score_{when}_unanswered"] = evaluation["unanswered"]
+            summary[f"sample_{when}"] = evaluation["sample"]
+            summary["score_n"] = evaluation["n"]
+            summary["score_metric"] = evaluation["metric"]
+    return summary
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """The highest memory use so far in bytes, of the rank that used most, and what it is of. Every rank calls it."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        kind = "resident memory of a process, no device"
+    else:
+        peak, kind = get_accelerator().max_memory_allocated(), "allocated on a device"
+    highest = torch.tensor([peak], dtype=torch.int64, device=device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return {"peak_memory": int(highest.item()), "peak_memory_kind": kind}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers; the repository's commit has a "+" where files differ from it."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
+    found: dict[str, str | None] = {package: importlib.metadata.version(package) for package in packages}
+    return {"hift_ds": hift_ds.__version__, **found, "python": platform.python_version(), "git": _commit()}
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
+            return None  # installed inside somebody else's repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---- text ------------------------------------------------------------------------------------------------------
+
+
+def data_report(data: Data) -> str:
+    """What the data became, for the start of a run: counts of both parts, and what was left out or cut."""
+    lines = []
+    for part, name in (("train", "training data"), ("eval", "held-out data")):
+        counts = data.report[part]
+        lines.append(
+            f"{name}: {counts['used']} examples, {counts['tokens']} tokens, {counts['trained_tokens']} of them "
+            f"with a loss; {counts['truncated']} cut, {counts['skipped_no_target']} skipped"
+        )
+    return "\n".join([*lines, *data.report["notes"]])
+
+
+def report(summary: dict[str, Any]) -> str:
+    """The end of a run in plain text."""
+    s = summary
+    lines = [
+        f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole cycles of "
+        f"{s['blocks']} block{'s' * (s['blocks'] != 1)}",
+        f"loss               {s['loss_first']:.4f} at the first step, {s['loss_last']:.4f} at the last; means of "
+        f"{s['loss_window']}: {s['loss_first_mean']:.4f}, {s['loss_last_mean']:.4f}",
+    ]
+    for when in ("before", "after"):
+        if f"score_{when}" in s:
+            lines.append(
+                f"{s['score_metric'].replace('_', ' ') + ' ' + when:<18} {100 * s[f'score_{when}']:.1f} % "
+                f"({s[f'score_{when}_correct']} of {s['score_n']} held-out examples)"
+            )
+    lines += [
+        f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
+        f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",
+        f"updates            {_updates(s['block_names'], s['updates_per_block'])}",
+    ]
+    if s["steps_skipped"]:
+        lines.append(f"skipped            {s['steps_skipped']} steps (overflow)")
+    if "sample_before" in s:
+        lines.append(_indented("a held-out problem", s["sample_after"]["prompt"]))
+        lines.append(_indented("expected answer", s["sample_after"]["expected"]))
+    for when in ("before", "after"):
+        if f"sample_{when}" in s:
+            lines.append(_indented(f"answer {when} training", s[f"sample_{when}"]["answer"]))
+    return "\n".join(lines)
+
+
+def _updates(names: list[str], counts: list[int]) -> str:
+    """`12 x embeddings ... model.layers.3; 11 x head`: neighbors with equal counts together."""
+    runs: list[tuple[int, str, str]] = []
+    for name, count in zip(names, counts, strict=True):
+        first = runs.pop()[1] if runs and runs[-1][0] == count else name
+        runs.append((count, first, name))
+    return "; ".join(f"{n} x {first}" + (f" ... {last}" if last != first else "") for n, first, last in runs)
+
+
+def _indented(title: str, text: str) -> str:
+    return "\n".join([f"{title}:", *(f"    {line}" for line in text.splitlines() or ["(empty)"])])

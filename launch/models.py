@@ -1,0 +1,227 @@
+"""Model and tokenizer: from the Hub, a local folder, a GGUF file, or from scratch by a config."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from launch.errors import UserError
+from launch.tokenizer import byte_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from launch.settings import ModelSettings
+
+AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+T = TypeVar("T")
+
+
+def config_problems(mapping: dict) -> list[str]:
+    """What is wrong with a `model.config` mapping; transformers would keep an unknown key without a word."""
+    rest = dict(mapping)
+    name = rest.pop("model_type")
+    if name not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(name), CONFIG_MAPPING_NAMES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return [f"model.config.model_type: got {name!r}, expected an architecture of transformers.{hint}"]
+    default = AutoConfig.for_model(name)
+    problems = []
+    for key in rest:
+        if not hasattr(default, key):
+            near = difflib.get_close_matches(key, vars(default), n=1)
+            hint = f" Did you mean {near[0]}?" if near else " Remove it."
+            problems.append(f"model.config.{key}: unknown key of {type(default).__name__}.{hint}")
+    if not problems:
+        try:
+            AutoConfig.for_model(name, **rest)
+        except Exception as error:  # transformers checks types and values with exceptions of several libraries
+            problems.append(f"model.config: {' '.join(str(error).split())}")
+    return problems
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token: where it has none, padding uses its end-of-sequence token.
+
+    Padded positions are masked in attention and loss, so the stand-in changes no number.
+
+    Raises:
+        UserError: not found, not reachable, or without both tokens.
+    """
+    if settings.tokenizer == "byte":
+        return byte_tokenizer()
+    name = settings.tokenizer or settings.name_or_path
+    assert name is not None  # settings.py saw to it
+    source = _source(name, settings.revision if settings.tokenizer is None else None)
+    tokenizer = _explained(
+        "model.tokenizer" if settings.tokenizer else "model.name_or_path",
+        name,
+        lambda: AutoTokenizer.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
+    )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"model.tokenizer: {name!r} has neither a padding nor an end-of-sequence token. "
+                f"Expected a tokenizer with at least one of them."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
+) -> PretrainedConfig:
+    """The model's configuration; no weight is read.
+
+    Args:
+        num_labels: classes of the data, used for sequence classification where `model.num_labels` is null.
+    """
+    if settings.config is not None:
+        given = dict(settings.config)
+        given.setdefault("vocab_size", len(tokenizer))
+        for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given.setdefault(token, getattr(tokenizer, token))
+        config = AutoConfig.for_model(given.pop("model_type"), **given)
+        if config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"model.config.vocab_size: got {config.vocab_size}, but the tokenizer has {len(tokenizer)} "
+                f"tokens. Expected at least that many, or remove the key."
+            )
+    else:
+        name = str(settings.name_or_path)
+        source = _source(name, settings.revision)
+        config = _explained(
+            "model.name_or_path",
+            name,
+            lambda: AutoConfig.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
+        )
+    if settings.task == "sequence-classification":
+        if config.pad_token_id is None:  # needed to find a text's last token
+            config.pad_token_id = tokenizer.pad_token_id
+        config.num_labels = int(settings.num_labels or num_labels or config.num_labels)
+    return config
+
+
+def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device, names and shapes only: blocks are found before a weight is loaded."""
+    with torch.device("meta"):
+        return _from_config(settings, config)
+
+
+def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """The model on the host with weights in `dtype` ("float32", "bfloat16" or "float16").
+
+    A model from scratch is drawn in fp32 whatever `dtype` says, so that one seed gives one start; DeepSpeed casts it.
+
+    Raises:
+        UserError: not found or not reachable.
+    """
+    if settings.config is not None:
+        model = _from_config(settings, config)
+    else:
+        name = str(settings.name_or_path)
+        options = _source(name, settings.revision) | _options(settings)
+        if "gguf_file" in options:
+            options["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
+        auto = AUTO_CLASSES[settings.task]
+        model = _explained(
+            "model.name_or_path",
+            name,
+            lambda: auto.from_pretrained(config=config, dtype=getattr(torch, dtype), **options),
+        )
+        _forget_gguf(model)
+    if model.can_generate():
+        _make_savable(model.generation_config)
+    model.config.use_cache = False  # no key-value cache in training; generation asks for it itself
+    if settings.gradient_checkpointing:
+        # Non-reentrant: the other form gives no gradient where everything below a layer is frozen.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def takes_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether the model can compute its logits at chosen positions only."""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+
+def describe(settings: ModelSettings) -> str:
+    """What the model is, for summaries."""
+    if settings.config is not None:
+        return f"{settings.config['model_type']} from scratch"
+    return str(settings.name_or_path)
+
+
+def _from_config(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
+    auto = AUTO_CLASSES[settings.task]
+    return _explained(
+        "model",
+        f"{settings.task} with the architecture {config.model_type}",
+        lambda: auto.from_config(copy.deepcopy(config), dtype=torch.float32, **_options(settings)),
+    )
+
+
+def _options(settings: ModelSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    return options
+
+
+def _make_savable(config: GenerationConfig) -> None:
+    """Turn sampling on where a config only makes sense with it (Llama 2's own): it could not be saved as it is."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
+def _forget_gguf(model: Any) -> None:
+    """Remove the mark of a GGUF start: the weights are plain tensors, and marked models cannot be saved."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and isinstance(quantizer.quantization_config, GgufConfig):
+        quantizer.remove_quantization_config(model)
+        del model.hf_quantizer
+
+
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """`from_pretrained`'s arguments that say where to load from."""
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser().resolve()
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    local = Path(name).expanduser()
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(local) if local.exists() else name}
+    if revision is not None:
+        source["revision"] = revision
+    return source
+
+
+def _explained(key: str, name: str, load: Callable[[], T]) -> T:
+    """`load()`, with what transformers raises for a model that is absent, unreachable or unfit turned into text."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        reason = textwrap.shorten(str(error), 600)
+        raise UserError(
+            f"{key}: {name!r} cannot be loaded. Expected a Hub id that this machine can reach or has in its cache, a "
+            f"local folder, a .gguf file, or a model.config; and an architecture that has the model.task. The reason: "
+            f"{reason}"
+        ) from None

@@ -1,0 +1,134 @@
+"""The output folder of a run: whether it may be used, where to continue in it, and what made it.
+
+OUT/run.json        what the run is: its settings, and what must be the same when it is resumed
+OUT/metrics.jsonl   one record a step
+OUT/checkpoints/    DeepSpeed checkpoints; the file `latest` names the newest whole one
+OUT/model/          the trained model, a Hugging Face folder
+OUT/summary.json    written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch.data import Data
+from launch.errors import UserError
+from launch.settings import Settings
+
+OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
+
+# Settings that may change between a run and its continuation: they do not touch what is trained.
+FREE_DATA_KEYS = ("path", "eval_path", "eval_split", "eval_examples")  # the rows' hash stands for the path
+FREE_MODEL_KEYS = ("gradient_checkpointing", "attention")
+
+
+def folder(settings: Settings) -> Path:
+    return Path(str(settings.output.dir)).expanduser()
+
+
+def find_start(folder: Path, settings: Settings, resume: str | None) -> tuple[str | None, bool]:
+    """Where to begin: (tag of the checkpoint to continue from or None, whether the run is finished already).
+
+    Only reads. `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
+
+    Raises:
+        UserError: the folder holds a run and neither resume nor overwrite was asked for, or there is nothing to
+            resume.
+    """
+    used = [name for name in OWN_FILES if (folder / name).exists()]
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output.dir: {str(folder)!r} is a file. Expected a folder, or a name that is free.")
+    if resume is None:
+        if used and not settings.output.overwrite:
+            raise UserError(
+                f"output.dir: {str(folder)!r} already holds a run ({', '.join(used)}). Set another output.dir, "
+                f"continue it with --resume, or delete it with --set output.overwrite=true."
+            )
+        return None, False
+    if settings.output.overwrite:
+        raise UserError("output.overwrite: true would delete the run that --resume continues. Use one of them.")
+    if _is_finished(folder, settings):
+        return None, True
+    latest = folder / "checkpoints" / "latest"
+    tag = latest.read_text(encoding="utf-8").strip() if latest.exists() else None
+    if tag and (latest.parent / tag).is_dir():
+        return tag, False
+    if resume == "yes":
+        found = f"names {tag!r}, which does not exist" if tag else "does not exist"
+        raise UserError(
+            f"--resume: there is no checkpoint to continue from: {str(latest)!r} {found}. Checkpoints are written "
+            f"every training.save_every steps. `--resume auto` starts anew where there is none."
+        )
+    return None, False
+
+
+def _is_finished(folder: Path, settings: Settings) -> bool:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / "model").is_dir() and summary.get("steps", 0) >= settings.training.max_steps
+
+
+def clear(folder: Path) -> None:
+    """Make the folder, and delete an earlier run's files in it and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in OWN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
+    """What a continued run must share with the run it continues, by the names of the settings."""
+    return {
+        "method.name": settings.method.name,
+        "model": {key: value for key, value in asdict(settings.model).items() if key not in FREE_MODEL_KEYS},
+        "data": {key: value for key, value in asdict(settings.data).items() if key not in FREE_DATA_KEYS},
+        "rows of the training data (sha256)": data.report["train"]["sha256"],
+        "training.seed": settings.training.seed,
+        "training.batch_size": settings.training.batch_size,
+        "deepspeed.optimizer.type": settings.deepspeed["optimizer"]["type"],
+        "deepspeed.zero_optimization.stage": settings.zero_stage,
+        "dtype of the weights (deepspeed.bf16, fp16)": settings.dtype,
+        "number of ranks": world_size,
+    }
+
+
+def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json.
+
+    Raises:
+        UserError: naming each thing in which the present settings differ from the run in the folder.
+    """
+    try:
+        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"--resume: {str(folder / 'run.json')!r} is missing or unreadable, so it cannot be known whether these "
+            f"settings continue the same run. Start anew in another output.dir."
+        ) from None
+    now = json.loads(json.dumps(current))  # tuples as lists, as in the file
+    differing = [
+        f"  - {key}: the run has {recorded['identity'].get(key)!r}, these settings have {value!r}"
+        for key, value in now.items()
+        if recorded["identity"].get(key) != value
+    ]
+    if differing:
+        first = f"--resume: {str(folder)!r} was made with other settings. Use the same, or another output.dir:"
+        raise UserError("\n".join([first, *differing]))
+    return recorded
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)

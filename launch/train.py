@@ -1,0 +1,271 @@
+"""Fine-tune a model with HiFT, or all parameters at once with stock DeepSpeed.
+
+    deepspeed [--num_gpus N] launch/train.py --config configs/NAME.yaml [--set KEY=VALUE]... [--resume [auto]]
+    python launch/train.py ...                     the same in one process
+
+Reads one YAML (launch/settings.py), writes one folder (launch/outputs.py). Exit codes: 0 done, 2 the settings, the
+data or the folder need a change (said in one message, nothing was overwritten).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# So that the script runs from a checkout: Python puts launch/ on the path, the packages are one level above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import set_seed
+
+import hift_ds
+from launch import logs, models, outputs
+from launch.data import Data, collate, load_data, trained_tokens, window_batches
+from launch.errors import UserError
+from launch.evaluate import evaluate
+from launch.export import export_model
+from launch.methods import METHODS, schedule_factor
+from launch.settings import Settings, load_settings
+
+
+def train(
+    engine: Any, data: Data, pad_token_id: int, settings: Settings, first_step: int, log: logs.RunLog | None
+) -> None:
+    """The training loop, from step `first_step` (0-based) to `training.max_steps`."""
+    training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
+    windows = window_batches(
+        len(data.train), training.seed, training.batch_size, settings.micro_batch_size, rank, world, first_step
+    )
+    names = block_names(engine)
+    engine.train()
+    for step in range(first_step, training.max_steps):
+        started = time.perf_counter()
+        batches = [collate([data.train[i] for i in indices], pad_token_id) for indices in next(windows)]
+        tokens, targets = sum_over_ranks(
+            engine.device,
+            sum(int(batch["attention_mask"].sum()) for batch in batches),
+            sum(trained_tokens(batch) for batch in batches),
+        )
+        block, cycle = getattr(engine, "active_block", 0), getattr(engine, "cycle", step)
+        learning_rate = engine.basic_optimizer.param_groups[0]["lr"]
+        # Dropout depends on the step and the rank alone, so a resumed run draws what the straight one drew.
+        torch.manual_seed((training.seed * 1_000_003 + step) * world + rank)
+        loss = 0.0
+        for batch in batches:
+            share = summed_loss(engine, batch, settings.model.task) / targets
+            # DeepSpeed takes the mean over micro-batches and ranks; what is wanted is their sum.
+            engine.backward(share * (len(batches) * world))
+            engine.step()
+            loss += share.item()
+        (loss,) = sum_over_ranks(engine.device, loss)
+        if not math.isfinite(loss) and not engine.fp16_enabled():  # in fp16 DeepSpeed skips the step instead
+            raise UserError(
+                f"the loss is {loss} at step {step + 1}: training has diverged. Lower training.learning_rate "
+                f"(now {learning_rate:g}) or training.max_grad_norm."
+            )
+        seconds = time.perf_counter() - started
+        record = {"step": step + 1, "cycle": cycle, "block": block, "block_name": names[block], "loss": loss}
+        record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
+        record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, **engine_record(engine)}
+        if log is not None:
+            log.step(record)
+        if training.save_every and ((step + 1) % training.save_every == 0 or step + 1 == training.max_steps):
+            folder = outputs.folder(settings) / "checkpoints"
+            engine.save_checkpoint(str(folder), tag=f"step{step + 1}", client_state={"step": step + 1})
+
+
+def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str) -> torch.Tensor:
+    """Sum of the cross-entropies of a micro-batch's trained tokens (classification: of its examples), in fp32.
+
+    A sum, so that whoever knows the number of targets in the whole window can make the mean over all of them: then
+    the same global batch has the same loss however it is cut into micro-batches and ranks.
+    """
+    inputs = {key: value.to(engine.device) for key, value in batch.items()}
+    labels = inputs.pop("labels")
+    if task == "sequence-classification":
+        return F.cross_entropy(engine(**inputs).logits.float(), labels, reduction="sum")
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, length): position t predicts token t + 1
+    trained = targets != -100
+    # The head and the fp32 softmax over the vocabulary only see positions that some example trains.
+    kept = trained.any(dim=0).nonzero().squeeze(1)
+    if models.takes_logits_to_keep(engine.module):
+        logits = engine(**inputs, logits_to_keep=kept).logits  # (batch, kept, vocabulary)
+    else:
+        logits = engine(**inputs).logits[:, kept]
+    return F.cross_entropy(logits[trained[:, kept]].float(), targets[trained], reduction="sum")
+
+
+def engine_record(engine: Any) -> dict[str, Any]:
+    """What the engine knows about the step it just took."""
+    norm = engine.get_global_grad_norm()
+    record = {"grad_norm": None if norm is None else float(norm), "skipped": not engine.was_step_applied()}
+    if engine.fp16_enabled():
+        record["loss_scale"] = float(engine.optimizer.loss_scale)
+    if hasattr(engine, "memory_ledger"):
+        record["memory"] = engine.memory_ledger()
+    return record
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """One run from settings to summary. What can be wrong is checked before a weight is loaded or a file written."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    settings = load_settings(arguments.config, arguments.set, world)
+    logs.quieten(settings.logging, rank)
+    folder = outputs.folder(settings)
+    tag, finished = outputs.find_start(folder, settings, arguments.resume)
+    if finished:
+        logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
+        return
+    tokenizer = models.load_tokenizer(settings.model)
+    data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
+    config = models.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
+    ticks = schedule_ticks(settings, config)
+    identity = outputs.identity(settings, world, data)
+    recorded = outputs.check_same_run(folder, identity) if tag else {}
+
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    logs.say(rank, logs.data_report(data))
+    set_seed(settings.training.seed)
+    engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
+    first_step = load_checkpoint(engine, folder, tag) if tag else 0
+    before = recorded["before"] if tag else evaluate(engine, data, tokenizer, settings)
+
+    log = None
+    if rank == 0:
+        if not tag:
+            outputs.clear(folder)
+        log = logs.RunLog(folder, settings, first_step, recorded.get("wandb_id"))
+        recorded = {"identity": identity, "before": before, "wandb_id": log.wandb_id, "data": data.report}
+        outputs.write_json(folder / "run.json", recorded | {"settings": settings.as_dict()})
+    dist.barrier()
+    train(engine, data, tokenizer.pad_token_id, settings, first_step, log)
+    after = evaluate(engine, data, tokenizer, settings)
+    export_model(engine, tokenizer, folder / "model", getattr(config, "use_cache", None))
+
+    memory = logs.peak_memory(engine.device)
+    if log is not None:
+        cycles = getattr(engine, "cycle", settings.training.max_steps)
+        summary = logs.summarize(folder, settings, recorded, after, block_names(engine), cycles) | memory
+        log.close(summary)
+        outputs.write_json(folder / "summary.json", summary)
+        logs.say(rank, f"\n{logs.report(summary)}\nmodel              {folder / 'model'}")
+
+
+def schedule_ticks(settings: Settings, config: Any) -> int:
+    """How often the learning-rate schedule will advance; finds the blocks on a model without memory.
+
+    Raises:
+        UserError: the model cannot be cut into blocks as asked.
+    """
+    method = METHODS[settings.method.name]
+    if not method.block_wise:
+        return method.schedule_ticks(settings.training.max_steps, 1, 1)
+    hift = hift_ds.HiFTConfig.from_dict(settings.deepspeed["hift"])
+    skeleton = models.skeleton(settings.model, config)
+    try:
+        blocks = hift_ds.partition_model(
+            skeleton, hift.layers_per_block, hift.freeze, hift.max_block_numel, hift.balance
+        )
+    except ValueError as error:
+        raise UserError(f"deepspeed.hift: {error}") from None
+    return method.schedule_ticks(settings.training.max_steps, len(blocks), hift.steps_per_block)
+
+
+def make_engine(model: torch.nn.Module, settings: Settings, ticks: int) -> Any:
+    """The engine of the method, with `training.lr_schedule` unless the deepspeed section has a scheduler."""
+    training = settings.training
+
+    def factor(tick: int) -> float:
+        return schedule_factor(training.lr_schedule, training.warmup_ratio, ticks, tick)
+
+    has_scheduler = settings.deepspeed.get("scheduler")
+    try:
+        engine, *_ = hift_ds.initialize(
+            model=model,
+            model_parameters=model.parameters(),
+            config=settings.deepspeed,
+            lr_scheduler=None if has_scheduler else lambda optimizer: LambdaLR(optimizer, factor),
+        )
+    except ValueError as error:
+        raise UserError(f"deepspeed: {error}") from error
+    return engine
+
+
+def load_checkpoint(engine: Any, folder: Path, tag: str) -> int:
+    """Load the checkpoint `tag`; the number of steps it was saved after."""
+    try:
+        path, state = engine.load_checkpoint(str(folder / "checkpoints"), tag=tag)
+    except ValueError as error:
+        raise UserError(f"--resume: {error}") from error
+    if path is None:
+        raise UserError(f"--resume: the checkpoint {tag!r} in {str(folder / 'checkpoints')!r} cannot be loaded.")
+    return state["step"]
+
+
+def block_names(engine: Any) -> list[str]:
+    return [block.name for block in engine.blocks] if hasattr(engine, "blocks") else ["all"]
+
+
+def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")  # said once, not by every rank
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="launch/train.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="the run's YAML, e.g. configs/tiny.yaml")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    add("--resume", nargs="?", const="yes", choices=("yes", "auto"), help="continue from the newest checkpoint in "
+        "output.dir; without one it is an error, with `auto` a new start")  # fmt: skip
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher gives it; the environment has it too
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code."""
+    if "RANK" not in os.environ:  # started without a launcher: a world of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    try:
+        run(parse(argv))
+    except UserError as error:
+        # A mistake in the settings shows on every rank and is said once. The launcher ends the other ranks as soon
+        # as rank 0 has said it; one that is still alive after a minute has found something rank 0 did not.
+        if os.environ["RANK"] != "0":
+            time.sleep(60)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -1,0 +1,425 @@
+"""The training entry point, end to end on the tiny config: through the real launcher, on one and two ranks."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from launch.settings import REPOSITORY
+from tests.distributed import run_on_ranks
+
+TINY = str(REPOSITORY / "configs" / "tiny.yaml")
+STAGES = (0, 1, 2, 3)
+
+
+def arguments(out: Path, *overrides: str, resume: str | None = None) -> list[str]:
+    pairs = [f"output.dir={out}", *overrides]
+    flags = {None: [], "yes": ["--resume"], "auto": ["--resume", "auto"]}[resume]
+    return ["--config", TINY, *(part for pair in pairs for part in ("--set", pair)), *flags]
+
+
+def launch(ranks: int, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = str(Path(sys.executable).with_name("deepspeed"))
+    command = [sys.executable, script, "--num_gpus", str(ranks), "--master_port", str(port), "launch/train.py", *argv]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text())
+
+
+# ---- what runs on the ranks ----------------------------------------------------------------------------------------
+
+
+def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dict[str, Any]:
+    """Runs the command line on this rank, and compares the exported folder with the engine's own weights.
+
+    Args:
+        stop_after: raise once that many steps are recorded, as if the process had been killed there.
+    """
+    import deepspeed
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from launch import logs, train
+
+    seen: dict[str, Any] = {}
+    export, record_step = train.export_model, logs.RunLog.step
+
+    def spy(engine: Any, tokenizer: Any, folder: Path, use_cache: Any) -> None:
+        seen["tensors"] = {}
+        tensors = [*engine.module.named_parameters(remove_duplicate=False), *engine.module.named_buffers()]
+        for name, tensor in tensors:
+            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                seen["tensors"][name] = tensor.detach().cpu().clone()
+        seen["causal"] = "CausalLM" in type(engine.module).__name__
+        export(engine, tokenizer, folder, use_cache)
+        seen["folder"] = folder
+
+    def step_until(log: Any, record: dict[str, Any]) -> None:
+        record_step(log, record)
+        if record["step"] == stop_after:
+            raise KeyboardInterrupt
+
+    code: Any = None
+    printed = io.StringIO()
+    patches = [mock.patch.object(train, "export_model", spy), mock.patch.object(logs.RunLog, "step", step_until)]
+    with patches[0], patches[1], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.suppress(KeyboardInterrupt):
+            code = train.main(list(argv))
+    result: dict[str, Any] = {"code": code, "printed": printed.getvalue()}
+    if "folder" in seen:
+        kind = AutoModelForCausalLM if seen["causal"] else AutoModelForSequenceClassification
+        loaded = kind.from_pretrained(seen["folder"])
+        exported = {**dict(loaded.named_parameters(remove_duplicate=False)), **dict(loaded.named_buffers())}
+        result["same_names"] = set(exported) == set(seen["tensors"])
+        result["different"] = [
+            name
+            for name, tensor in seen["tensors"].items()
+            if not (tensor.dtype == exported[name].dtype and torch.equal(tensor, exported[name].detach()))
+        ]
+        result["digest"] = {name: tensor.double().sum().item() for name, tensor in seen["tensors"].items()}
+    return result
+
+
+def run_tiny(ranks: int, out: Path, *overrides: str, resume: str | None = None, stop_after: int | None = None) -> Any:
+    """`train_and_compare` on ranks that live through the session; rank 0's result."""
+    return run_on_ranks(ranks, train_and_compare, arguments(out, *overrides, resume=resume), stop_after=stop_after)[0]
+
+
+def assert_complete(out: Path, result: dict[str, Any], method: str = "hift") -> None:
+    """All files are there, they agree with each other, the loss fell, and the export is the trained model."""
+    assert result["code"] == 0, result["printed"]
+    assert result["same_names"] and result["different"] == []
+    steps, final = records(out), summary(out)
+    assert [record["step"] for record in steps] == list(range(1, final["steps"] + 1))
+    assert final["loss_last_mean"] < final["loss_first_mean"] - 0.05
+    assert (final["loss_first"], final["loss_last"]) == (steps[0]["loss"], steps[-1]["loss"])
+    assert final["method"] == method and final["seed"] == 0 and final["dataset"] == "arithmetic"
+    assert final["updates_per_block"] == ([2] * 6 if method == "hift" else [12])
+    assert (final["blocks"], final["cycles"]) == ((6, 2) if method == "hift" else (1, 12))
+    assert final["score_n"] == 8 and 0 <= final["score_before"] <= 1 and 0 <= final["score_after"] <= 1
+    assert final["seconds"] > 0 and final["tokens_per_second"] > 0 and final["peak_memory"] > 2**20
+    assert {"hift_ds", "torch", "deepspeed", "transformers", "python", "git"} <= set(final["versions"])
+    assert not (out / "checkpoints").exists()  # training.save_every is null
+    if method == "hift":
+        assert [record["block"] for record in steps] == [0, 1, 2, 3, 4, 5] * 2
+        assert [record["cycle"] for record in steps] == [0] * 6 + [1] * 6
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_through_the_launcher(ranks: int, tmp_path: Path) -> None:
+    """The command of the README, with the default and the hardest ZeRO stage."""
+    out = tmp_path / "run"
+    stage = {1: 2, 2: 3}[ranks]
+    done = launch(ranks, arguments(out, f"deepspeed=configs/deepspeed/zero{stage}.json", "logging.every=4"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    final, steps = summary(out), records(out)
+    assert final["ranks"] == ranks and len(steps) == 12
+    assert final["loss_last_mean"] < final["loss_first_mean"] - 0.05
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.use_cache  # switched off for training only
+    assert AutoTokenizer.from_pretrained(out / "model").decode([100]) != ""
+    for text in ("step 12/12", "loss", "exact match before", "exact match after", "of 8 held-out", "tokens/s"):
+        assert text in done.stdout
+    for text in ("updates            2 x embeddings ... head", "answer before training", "answer after training"):
+        assert text in done.stdout
+    assert done.stdout.count("step 12/12") == 1  # rank 0 alone speaks
+
+
+def test_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
+    done = launch(2, arguments(tmp_path / "run", "training.max_stepz=3"))
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("training.max_stepz: unknown key") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_hift(ranks: int, stage: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert_complete(out, run_tiny(ranks, out, f"deepspeed.zero_optimization.stage={stage}"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [pytest.param(r, s, marks=() if (r, s) in ((1, 0), (2, 3)) else pytest.mark.slow) for r in (1, 2) for s in STAGES],
+)
+def test_full(ranks: int, stage: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run_tiny(ranks, out, "method.name=full", f"deepspeed.zero_optimization.stage={stage}")
+    assert_complete(out, result, "full")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_with_an_untied_head(stage: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = ["deepspeed.bf16.enabled=true", "model.config.tie_word_embeddings=false"]
+    result = run_tiny(1, out, *overrides, f"deepspeed.zero_optimization.stage={stage}")
+    assert_complete(out, result)
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_both_methods_see_the_same_data(tmp_path: Path) -> None:
+    """Before the first update the loss is the same; and so are the tokens of every step."""
+    for method in ("hift", "full"):
+        run_tiny(1, tmp_path / method, f"method.name={method}")
+    hift, full = records(tmp_path / "hift"), records(tmp_path / "full")
+    assert hift[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-6)
+    assert [r["tokens"] for r in hift] == [r["tokens"] for r in full]
+    assert [r["trained_tokens"] for r in hift] == [r["trained_tokens"] for r in full]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    for flag in ("true", "false"):
+        run_tiny(1, tmp_path / flag, f"model.gradient_checkpointing={flag}", "data.eval_examples=0")
+    losses = [[r["loss"] for r in records(tmp_path / flag)] for flag in ("true", "false")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert "score_n" not in summary(tmp_path / "true")
+
+
+def test_sequence_classification(tmp_path: Path) -> None:
+    """Text and label from a CSV; the two classes can be told apart by one byte."""
+    rows = ["text,label", *(f"{'yes' if i % 2 else 'no'} number {i},{'good' if i % 2 else 'bad'}" for i in range(64))]
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "held_out.csv").write_text("\n".join([rows[0], *rows[-9:]]) + "\n")
+    out = tmp_path / "run"
+    overrides = ["model.task=sequence-classification", "data.name=csv", f"data.path={tmp_path / 'train.csv'}"]
+    overrides += [f"data.eval_path={tmp_path / 'held_out.csv'}", "data.train_examples=null", "data.eval_examples=null"]
+    result = run_tiny(2, out, *overrides, "training.max_steps=36", "training.eval_batch_size=2")
+    assert result["code"] == 0 and result["same_names"] and result["different"] == []
+    final = summary(out)
+    assert final["score_n"] == 9 and final["score_metric"] == "accuracy"  # an odd number over two ranks: each once
+    assert final["score_after"] == 1
+    assert final["sample_after"]["answer"] == final["sample_after"]["expected"]
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
+
+
+def uneven(folder: Path) -> list[str]:
+    """Completions of 1 to 40 tokens, the long ones together, so that a mean of means would be far off."""
+    lengths = [1, 2, 40, 35, 3, 1, 28, 2, 5, 39, 1, 1]
+    rows = [{"prompt": f"Write {n}:", "completion": "abcdefgh"[i % 8] * n} for i, n in enumerate(lengths)]
+    (folder / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data.name=jsonl", f"data.path={folder / 'uneven.jsonl'}", "data.train_examples=null"]
+    return [*overrides, "data.eval_examples=0", "training.batch_size=4", "training.max_steps=7"]
+
+
+@pytest.mark.parametrize("method", ["hift", "full"])
+def test_same_global_batch_has_the_same_loss(method: str, tmp_path: Path) -> None:
+    losses = {}
+    for ranks, micro in ((1, 4), (1, 1), (2, 1), (2, 2)):
+        out = tmp_path / f"{ranks}x{micro}"
+        settings = [f"training.micro_batch_size={micro}", f"method.name={method}", "training.learning_rate=1e-4"]
+        assert run_tiny(ranks, out, *uneven(tmp_path), *settings)["code"] == 0
+        losses[ranks, micro] = [record["loss"] for record in records(out)]
+    for cut, other in losses.items():
+        assert other == pytest.approx(losses[1, 4], rel=1e-6), cut
+
+
+def mean_loss_and_gradient(empty_first: bool) -> list[Any]:
+    """The window's loss and gradients by `launch.train`, where one of two micro-batches may have no trained token."""
+    from launch.train import summed_loss
+
+    class Engine:
+        device = torch.device("cpu")
+
+        def __init__(self, module: torch.nn.Module) -> None:
+            self.module = module
+
+        def __call__(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    from tests.tiny import model
+
+    llama = model()
+    ids = torch.arange(24).reshape(2, 12) % 60
+    labels = torch.where(torch.arange(12) > 6, ids, -100)
+    if empty_first:
+        labels[0] = -100
+    loss = torch.zeros(())
+    for row in range(2):
+        batch = {"input_ids": ids[row : row + 1], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
+        part = summed_loss(Engine(llama), batch | {"labels": labels[row : row + 1]}, "causal-lm")
+        part.backward()
+        loss = loss + part.detach()
+    reference = model()
+    logits = reference(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    expected.backward()
+    pairs = zip(llama.parameters(), reference.parameters(), strict=True)
+    worst = max(((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in pairs)
+    return [loss.item(), expected.item(), worst]
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_summed_loss_against_plain_cross_entropy(empty_first: bool) -> None:
+    loss, expected, gradient_error = mean_loss_and_gradient(empty_first)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert gradient_error < 1e-5
+
+
+def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Path) -> None:
+    overrides = ["training.max_steps=15", "training.lr_schedule=linear", "data.eval_examples=0"]
+    run_tiny(1, tmp_path / "hift", *overrides)
+    rates = [record["learning_rate"] for record in records(tmp_path / "hift")]
+    assert rates == pytest.approx([3e-3] * 6 + [2e-3] * 6 + [1e-3] * 3)  # 15 steps of 6 blocks: 3 ticks
+    run_tiny(1, tmp_path / "full", *overrides, "method.name=full")
+    rates = [record["learning_rate"] for record in records(tmp_path / "full")]
+    assert rates == pytest.approx([3e-3 * (15 - t) / 15 for t in range(15)])
+
+
+def test_diverged_training_stops(tmp_path: Path) -> None:
+    settings = ["training.learning_rate=3e38", "method.name=full", "data.eval_examples=0", "training.max_grad_norm=0"]
+    result = run_tiny(1, tmp_path / "run", *settings)
+    assert result["code"] == 2 and "training has diverged" in result["printed"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(1, 2), (2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1), (1, 0)))]
+)
+def test_resumed_run_equals_the_straight_one(ranks: int, stage: int, tmp_path: Path) -> None:
+    """Stopped after step 10, the last checkpoint being of step 8, in the middle of the second cycle."""
+    settings = ["training.save_every=4", f"deepspeed.zero_optimization.stage={stage}"]
+    settings += ["model.config.attention_dropout=0.1", "training.lr_schedule=linear"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    expected = run_tiny(ranks, straight, *settings)
+    if ranks == 1:
+        assert run_tiny(ranks, stopped, *settings, stop_after=10)["code"] is None
+        assert len(records(stopped)) == 10
+    else:  # the other ranks would wait in a collective for ever: let them finish, then take back what came after
+        run_tiny(ranks, stopped, *settings, "training.max_steps=12")
+        (stopped / "checkpoints" / "latest").write_text("step8")
+        (stopped / "summary.json").unlink()
+    resumed = run_tiny(ranks, stopped, *settings, resume="auto")
+    assert resumed["code"] == 0, resumed["printed"]
+    assert resumed["digest"] == expected["digest"]
+    keys = ("step", "cycle", "block", "loss", "learning_rate", "grad_norm", "tokens", "skipped")
+    assert [[r[key] for key in keys] for r in records(stopped)] == [[r[key] for key in keys] for r in records(straight)]
+    assert summary(stopped)["updates_per_block"] == [2] * 6
+    assert summary(stopped)["score_before"] == summary(straight)["score_before"]
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir() if p.is_dir()) == ["step12", "step4", "step8"]
+
+    # Finished: both forms of --resume leave everything as it is, and other settings are refused before that matters.
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    for resume in ("yes", "auto"):
+        again = run_tiny(ranks, stopped, *settings, resume=resume)
+        assert again["code"] == 0 and "nothing to do" in again["printed"]
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+    # Longer: the finished run goes on.
+    longer = run_tiny(ranks, stopped, *settings, "training.max_steps=14", resume="yes")
+    assert longer["code"] == 0 and summary(stopped)["steps"] == 14
+
+
+def test_resume_auto_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["training.max_steps=6", "data.eval_examples=0"]
+    assert run_tiny(1, out, *settings, stop_after=3)["code"] is None
+    assert len(records(out)) == 3
+    assert run_tiny(1, out, *settings, resume="auto")["code"] == 0
+    assert [record["step"] for record in records(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_with_other_blocks_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["training.max_steps=6", "training.save_every=4", "data.eval_examples=0"]
+    run_tiny(1, out, *settings, stop_after=5)
+    for changed in ("deepspeed.hift.layers_per_block=2", "deepspeed.hift.strategy=top2down", "training.seed=1"):
+        result = run_tiny(1, out, *settings, changed, resume="yes")
+        assert result["code"] == 2 and "--resume" in result["printed"], changed
+    assert len(records(out)) == 5
+    assert run_tiny(1, out, *settings, resume="yes")["code"] == 0
+
+
+def test_overwrite_replaces_the_runs_own_files_only(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["training.max_steps=3", "data.eval_examples=0"]
+    run_tiny(1, out, *settings, "training.save_every=2")
+    (out / "notes.txt").write_text("mine")
+    assert run_tiny(1, out, *settings, "output.overwrite=true")["code"] == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "checkpoints").exists() and len(records(out)) == 3
+
+
+# ---- logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run_tiny(1, out, "logging.wandb=offline", "training.max_steps=3", "data.eval_examples=0")
+    assert result["code"] == 0
+    (run,) = (out / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))[0].stat().st_size > 0
+    assert summary(out)["wandb_id"] in run.name
+
+
+def test_wandb_without_a_login_is_a_warning(tmp_path: Path) -> None:
+    result = run_on_ranks(1, _without_wandb_login, arguments(tmp_path / "run", "logging.wandb=online", *SHORT))[0]
+    assert result["code"] == 0
+    assert "warning: Weights & Biases cannot start" in result["printed"]
+
+
+SHORT = ("training.max_steps=2", "data.eval_examples=0")
+
+
+def _without_wandb_login(argv: Sequence[str]) -> dict[str, Any]:
+    with mock.patch.dict(os.environ, {"HOME": "/nonexistent", "NETRC": "/nonexistent"}):
+        os.environ.pop("WANDB_API_KEY", None)
+        return train_and_compare(argv)
+
+
+def test_wandb_that_fails_later_is_a_warning(tmp_path: Path) -> None:
+    result = run_on_ranks(1, _with_failing_wandb, arguments(tmp_path / "run", "logging.wandb=offline", *SHORT))[0]
+    assert result["code"] == 0
+    assert result["printed"].count("warning: Weights & Biases failed") == 1
+    assert len(records(tmp_path / "run")) == 2
+
+
+def _with_failing_wandb(argv: Sequence[str]) -> dict[str, Any]:
+    import wandb
+
+    service = mock.Mock(id="x")  # the service's side of the SDK
+    service.log.side_effect = ConnectionError("gone")
+    with mock.patch.object(wandb, "init", return_value=service):
+        return train_and_compare(argv)
+
+
+def test_deepspeeds_csv_monitor(tmp_path: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "tiny"}
+    result = run_tiny(1, tmp_path / "run", f"deepspeed.csv_monitor={json.dumps(monitor)}", *SHORT)
+    assert result["code"] == 0
+    assert list((tmp_path / "monitor").rglob("*lr*.csv"))
+
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
