@@ -136,7 +136,7 @@ def contest(shape: str, dtype: str, stage: int, batch: int, length: int, cycles:
             run(make_batch(shape, a_cycle, batch, length))
 
         means: dict[str, list[float]] = {name: [] for name in contestants}
-        with tqdm(total=cycles * a_cycle, desc=f"{dtype} stage {stage}", unit="step", leave=False) as bar:
+        with tqdm(total=cycles * a_cycle, desc=f"{dtype} stage {stage}", unit="step", leave=False, disable=None) as bar:
             for cycle in range(cycles):
                 seconds: dict[str, list[float]] = {name: [] for name in contestants}
                 for step in range(a_cycle):

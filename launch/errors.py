@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in the settings, the data or the environment; the message says what to do about it."""
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown `value`: the known one it resembles, if any."""
+    near = difflib.get_close_matches(value, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value from the data as it goes into a message: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,8 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
-from launch.data import Data, EvalExample, collate, collate_prompts
+from launch.data import Data, collate, collate_prompts
+from launch.encoding import EvalExample
 from launch.scores import Score
 from launch.settings import Settings
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import platform
 import resource
 import shlex
@@ -19,6 +18,7 @@ import torch
 import transformers
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.logging import set_log_level_from_string
 from tqdm import tqdm
 
 import hift_ds
@@ -33,9 +33,11 @@ def say(rank: int, text: str) -> None:
 
 
 def quieten(settings: LoggingSettings, rank: int) -> None:
-    """Leave DeepSpeed's and transformers' warnings and errors on the terminal, not their reports."""
-    if not settings.verbose:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    """Leave DeepSpeed's and transformers' warnings and errors on the terminal, and their reports if asked for."""
+    if settings.verbose:
+        set_log_level_from_string("info")
+    else:
+        set_log_level_from_string("warning" if rank == 0 else "error")
         transformers.utils.logging.set_verbosity_error()
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     if rank != 0 or not sys.stderr.isatty():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from launch.errors import UserError
+from launch.errors import UserError, nearest
 from launch.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -41,16 +40,14 @@ def config_problems(mapping: dict) -> list[str]:
     rest = dict(mapping)
     name = rest.pop("model_type")
     if name not in CONFIG_MAPPING_NAMES:
-        near = difflib.get_close_matches(str(name), CONFIG_MAPPING_NAMES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        return [f"model.config.model_type: got {name!r}, expected an architecture of transformers.{hint}"]
+        hint = nearest(str(name), CONFIG_MAPPING_NAMES)
+        return [f"model.config.model_type: got {name!r}. Expected an architecture of transformers, e.g. llama{hint}"]
     default = AutoConfig.for_model(name)
     problems = []
     for key in rest:
         if not hasattr(default, key):
-            near = difflib.get_close_matches(key, vars(default), n=1)
-            hint = f" Did you mean {near[0]}?" if near else " Remove it."
-            problems.append(f"model.config.{key}: unknown key of {type(default).__name__}.{hint}")
+            hint = nearest(key, vars(default))
+            problems.append(f"model.config.{key}: not a key of {type(default).__name__}, remove it{hint}")
     if not problems:
         try:
             AutoConfig.for_model(name, **rest)
@@ -117,7 +114,9 @@ def load_config(
     if settings.task == "sequence-classification":
         if config.pad_token_id is None:  # needed to find a text's last token
             config.pad_token_id = tokenizer.pad_token_id
-        config.num_labels = int(settings.num_labels or num_labels or config.num_labels)
+        labels = settings.num_labels or num_labels
+        if labels is not None:
+            config.num_labels = labels
     return config
 
 

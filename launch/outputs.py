@@ -23,7 +23,7 @@ from launch.settings import Settings
 OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
 
 # Settings that may change between a run and its continuation: they do not touch what is trained.
-FREE_DATA_KEYS = ("path", "eval_path", "eval_split", "eval_examples")  # the rows' hash stands for the path
+FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows stand for them
 FREE_MODEL_KEYS = ("gradient_checkpointing", "attention")
 
 
@@ -88,14 +88,20 @@ def clear(folder: Path) -> None:
 
 def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     """What a continued run must share with the run it continues, by the names of the settings."""
+    hift = settings.deepspeed["hift"]
     return {
         "method.name": settings.method.name,
         "model": {key: value for key, value in asdict(settings.model).items() if key not in FREE_MODEL_KEYS},
         "data": {key: value for key, value in asdict(settings.data).items() if key not in FREE_DATA_KEYS},
-        "rows of the training data (sha256)": data.report["train"]["sha256"],
+        "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],
         "training.seed": settings.training.seed,
         "training.batch_size": settings.training.batch_size,
-        "deepspeed.optimizer.type": settings.deepspeed["optimizer"]["type"],
+        # The checkpoint holds the optimizer's and the schedule's settings, so other ones would have no effect.
+        "training.lr_schedule": settings.training.lr_schedule,
+        "training.warmup_ratio": settings.training.warmup_ratio,
+        "deepspeed.scheduler": settings.deepspeed.get("scheduler"),
+        "deepspeed.optimizer": settings.deepspeed["optimizer"],
+        "deepspeed.hift": {key: value for key, value in hift.items() if key != "offload"},
         "deepspeed.zero_optimization.stage": settings.zero_stage,
         "dtype of the weights (deepspeed.bf16, fp16)": settings.dtype,
         "number of ranks": world_size,

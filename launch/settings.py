@@ -7,7 +7,6 @@ Nothing here loads a weight or writes a file. `load_settings` either returns set
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 import types
@@ -21,7 +20,7 @@ import yaml
 
 from launch import models
 from launch.data import DataSettings
-from launch.errors import UserError
+from launch.errors import UserError, nearest
 from launch.methods import METHODS, PLANNED_METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -387,9 +386,7 @@ def _outside(value: Any, limits: Mapping) -> str | None:
 
 def _expected(found: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
-    near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"Expected one of: {', '.join(allowed)}.{hint}"
+    return f"Expected one of: {', '.join(allowed)}{nearest(found, allowed)}"
 
 
 # ---- checks across keys ----------------------------------------------------------------------------------------------
@@ -554,7 +551,7 @@ def _hift_problems(section: dict) -> list[str]:
 
 def _deepspeed_problems(section: dict) -> list[str]:
     """What DeepSpeed's own parser has against the section; it is asked before anything is loaded."""
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     candidate = {key: value for key, value in section.items() if key not in ("hift", "train_batch_size")}

@@ -1,10 +1,28 @@
-"""Every process of the tests computes with one thread on DeepSpeed's CPU accelerator."""
+"""Every process of the tests computes with one thread on DeepSpeed's CPU accelerator. Shared fixtures."""
 
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> Any:
+    """A small byte-level BPE without a chat template."""
+    from tests.data_fixtures import bpe
+
+    return bpe()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Any:
+    """The same with the chat template ChatML, without the markers of what is trained."""
+    from tests.data_fixtures import CHATML_WITHOUT_MARKERS, bpe
+
+    return bpe(CHATML_WITHOUT_MARKERS)

@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks: real processes, kept alive between calls, because importing DeepSpeed costs seconds."""
+"""Runs a function on N gloo ranks: real processes, kept alive between calls; importing DeepSpeed costs seconds."""
 
 import atexit
 import gc
@@ -136,3 +136,4 @@ def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:
         pipe.send_bytes(message)
         del answer, message, args, kwargs
         gc.collect()
+        gc.freeze()  # DeepSpeed collects often, and the modules imported by now need no looking through

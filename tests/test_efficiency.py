@@ -41,9 +41,7 @@ def test_it_times_all_three_and_prints_a_table(tmp_path: Path) -> None:
         (["--json", "no/such/folder/times.json"], "there is no folder"),
     ],
 )
-def test_wrong_arguments_are_named(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         efficiency.main(arguments)
     assert stop.value.code == 2

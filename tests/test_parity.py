@@ -256,8 +256,8 @@ def test_checkpointed_activations(case: Case) -> None:
 def test_all_layers_in_one_block_is_stock_deepspeed(case: Case) -> None:
     """Bit for bit. Not at stage 0 in bf16: there stock DeepSpeed's set-up takes an optimizer step on zero gradients
     (`FP16_Optimizer.initialize_optimizer_states`), which decays the weights and shifts Adam's step count by one."""
-    (ours, _, _), = run_on_ranks(1, train, case)
-    (stock, _, _), = run_on_ranks(1, train, case, stock=True)
+    ((ours, _, _),) = run_on_ranks(1, train, case)
+    ((stock, _, _),) = run_on_ranks(1, train, case, stock=True)
     assert tiny.largest_difference(ours.end, stock.end) == 0
     assert ours.rates == stock.rates
     assert tiny.largest_difference(ours.end, ours.start) > 0

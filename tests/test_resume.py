@@ -64,7 +64,7 @@ def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcom
 @pytest.mark.parametrize(
     "case",
     cases(
-        [Case(stage=stage, ranks=ranks, scheduler="WarmupLR") for stage in STAGES for ranks in (1, 2)],
+        [Case(stage=stage, ranks=ranks, scheduler="OneCycle") for stage in STAGES for ranks in (1, 2)],
         [Case(stage=stage, scheduler="torch", dtype="bf16", strategy="random") for stage in STAGES],
         [Case(stage=stage, scheduler="torch", offload=True) for stage in (1, 2, 3)],
         [

@@ -142,11 +142,11 @@ def test_the_dtype_of_the_weights() -> None:
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what the message must hold)
-    "unknown section": (["modell.x=1"], ["modell", "Did you mean model?"]),
-    "unknown key": (["training.max_stepz=3"], ["training.max_stepz", "Did you mean max_steps?"]),
-    "unknown data key": (["data.colums={}"], ["data.colums", "Did you mean columns?"]),
+    "unknown section": (["modell.x=1"], ["modell", "did you mean 'model'?"]),
+    "unknown key": (["training.max_stepz=3"], ["training.max_stepz", "did you mean 'max_steps'?"]),
+    "unknown data key": (["data.colums={}"], ["data.colums", "did you mean 'columns'?"]),
     "unknown method key": (["method.rank=8"], ["method.rank", "name"]),
-    "unknown deepspeed key": (["deepspeed.zero_optimisation={}"], ["Did you mean zero_optimization?"]),
+    "unknown deepspeed key": (["deepspeed.zero_optimisation={}"], ["did you mean 'zero_optimization'?"]),
     "unknown zero key": (["deepspeed.zero_optimization.stagee=1"], ["stagee", "not permitted"]),
     "unknown bf16 key": (["deepspeed.bf16.enable=true"], ["enable", "not permitted"]),
     "unknown hift key": (["deepspeed.hift.layers_per_blok=1"], ["deepspeed.hift.layers_per_blok", "layers_per_block"]),
@@ -160,8 +160,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "zero steps": (["training.max_steps=0"], ["training.max_steps", "at least 1"]),
     "negative rate": (["training.learning_rate=-1e-3"], ["training.learning_rate", "-0.001", "more than 0"]),
     "warm-up above 1": (["training.warmup_ratio=1.5"], ["training.warmup_ratio", "at most 1"]),
-    "unknown choice": (["training.lr_schedule=cosin"], ["'cosin'", "constant, linear, cosine", "Did you mean cosine?"]),
-    "unknown method": (["method.name=hfit"], ["'hfit'", "hift, full", "Did you mean hift?"]),
+    "unknown choice": (
+        ["training.lr_schedule=cosin"],
+        ["'cosin'", "constant, linear, cosine", "did you mean 'cosine'?"],
+    ),
+    "unknown method": (["method.name=hfit"], ["'hfit'", "hift, full", "did you mean 'hift'?"]),
     "unknown strategy": (["deepspeed.hift.strategy=bottomup"], ["'bottomup'", "bottom2up", "top2down", "random"]),
     "block of size 0": (["deepspeed.hift.layers_per_block=0"], ["deepspeed.hift.layers_per_block=0", "1"]),
     "fp16 at stage 0": (
@@ -191,8 +194,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "two models": (["model.name_or_path=gpt2"], ["'gpt2'", "exactly one"]),
     "missing tokenizer": (["model.tokenizer=./nowhere"], ["model.tokenizer", "does not exist"]),
     "no tokenizer": (["model.tokenizer=null"], ["model.tokenizer", "byte"]),
-    "unknown architecture": (["model.config.model_type=lama"], ["'lama'", "Did you mean"]),
-    "unknown config key": (["model.config.hiden_size=64"], ["hiden_size", "Did you mean hidden_size?"]),
+    "unknown architecture": (["model.config.model_type=lama"], ["'lama'", "did you mean"]),
+    "unknown config key": (["model.config.hiden_size=64"], ["hiden_size", "did you mean 'hidden_size'?"]),
     "wrong config type": (["model.config.hidden_size=wide"], ["hidden_size", "wide"]),
     "impossible config": (["model.config.hidden_size=63"], ["63", "not a multiple"]),
     "labels without a task": (["model.num_labels=3"], ["model.num_labels", "sequence-classification"]),

@@ -82,7 +82,10 @@ def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dic
 
     code: Any = None
     printed = io.StringIO()
-    patches = [mock.patch.object(train, "export_model", spy), mock.patch.object(logs.RunLog, "step", step_until)]
+    patches: list[Any] = [
+        mock.patch.object(train, "export_model", spy),
+        mock.patch.object(logs.RunLog, "step", step_until),
+    ]
     with patches[0], patches[1], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         with contextlib.suppress(KeyboardInterrupt):
             code = train.main(list(argv))
@@ -273,7 +276,7 @@ def mean_loss_and_gradient(empty_first: bool) -> list[Any]:
     logits = reference(input_ids=ids).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
     expected.backward()
-    pairs = zip(llama.parameters(), reference.parameters(), strict=True)
+    pairs: Any = zip(llama.parameters(), reference.parameters(), strict=True)
     worst = max(((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in pairs)
     return [loss.item(), expected.item(), worst]
 
@@ -423,3 +426,77 @@ def test_deepspeeds_csv_monitor(tmp_path: Path) -> None:
 
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+# ---- where a model comes from --------------------------------------------------------------------------------------
+
+
+def test_a_trained_folder_can_be_trained_on(tmp_path: Path) -> None:
+    run_tiny(1, tmp_path / "first", "data.eval_examples=0")
+    source = f"model={json.dumps({'name_or_path': str(tmp_path / 'first' / 'model')})}"
+    second = run_tiny(1, tmp_path / "second", source, "training.seed=1")
+    assert second["code"] == 0 and second["same_names"] and second["different"] == []
+    assert summary(tmp_path / "second")["loss_first"] < summary(tmp_path / "first")["loss_first"] - 0.3
+    assert summary(tmp_path / "second")["model"] == str(tmp_path / "first" / "model")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gguf_start(stage: int, tmp_path: Path) -> None:
+    """The weights of the file are those that are trained, and the export no longer needs GGUF."""
+    weights = write_gguf(tmp_path / "tiny.gguf")
+    source = f"model={json.dumps({'name_or_path': str(tmp_path / 'tiny.gguf'), 'tokenizer': 'byte'})}"
+    settings = [source, f"deepspeed.zero_optimization.stage={stage}", "training.learning_rate=1e-12", *SHORT]
+    result = run_tiny(1, tmp_path / "run", *settings)
+    assert result["code"] == 0, result["printed"]
+    assert result["same_names"] and result["different"] == []
+    assert result["digest"]["model.embed_tokens.weight"] == pytest.approx(weights["token_embd.weight"].sum(), rel=1e-5)
+    assert "quantization_config" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+
+
+def write_gguf(path: Path) -> dict[str, Any]:
+    """A one-layer Llama of random weights for the byte tokenizer, unquantized."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    width, vocabulary = 32, 262
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    shapes = {"token_embd": (vocabulary, width), "output_norm": (width,), "output": (vocabulary, width)}
+    shapes |= {"blk.0.attn_norm": (width,), "blk.0.ffn_norm": (width,)}
+    shapes |= {"blk.0.attn_q": (width, width), "blk.0.attn_output": (width, width)}
+    shapes |= {"blk.0.attn_k": (width // 2, width), "blk.0.attn_v": (width // 2, width)}
+    shapes |= {"blk.0.ffn_gate": (2 * width, width), "blk.0.ffn_up": (2 * width, width)}
+    shapes |= {"blk.0.ffn_down": (width, 2 * width)}
+    random = np.random.default_rng(0)
+    tensors = {f"{name}.weight": 0.1 * random.standard_normal(shape, dtype="float32") for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_fp16_keeps_the_loss_scale_in_the_records(tmp_path: Path) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        pytest.skip("this processor has no fp16 arithmetic")
+    fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}  # overflows at first
+    settings = [f"deepspeed.fp16={json.dumps(fp16)}", "data.eval_examples=0", "training.max_steps=20"]
+    assert run_tiny(1, tmp_path / "run", *settings)["code"] == 0
+    steps, final = records(tmp_path / "run"), summary(tmp_path / "run")
+    skipped = [record for record in steps if record["skipped"]]
+    assert skipped and final["steps_skipped"] == len(skipped)
+    assert {record["block"] for record in skipped} == {0}  # an overflow keeps the block
+    assert sum(final["updates_per_block"]) == 20 - len(skipped)
+    assert steps[0]["loss_scale"] > steps[-1]["loss_scale"]

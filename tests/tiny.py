@@ -1,4 +1,4 @@
-"""The tiny Llama that the tests train: its weights, batches, DeepSpeed config, blocks and plain reference, all seeded."""
+"""The tiny Llama that the tests train: weights, batches, DeepSpeed config, blocks and plain reference, all seeded."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -51,10 +51,10 @@ class Case:
     def __str__(self) -> str:
         """Only what differs from the default: names the test."""
         shown = [f"stage{self.stage}", f"{self.ranks}rank", self.dtype]
-        for field, default in Case.__dataclass_fields__.items():
-            value = getattr(self, field)
-            if field not in ("stage", "ranks", "dtype") and value != default.default:
-                shown.append(field if value is True else f"{field}={value}")
+        for name, default in Case.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if name not in ("stage", "ranks", "dtype") and value != default.default:
+                shown.append(name if value is True else f"{name}={value}")
         return "-".join(shown)
 
 
