@@ -209,7 +209,8 @@ class HiFTEngine(DeepSpeedEngine):
     def optimizer_params(self) -> dict[str, Any] | None:
         params = super().optimizer_params()
         if self.optimizer_name() in (ADAM_OPTIMIZER, ADAMW_OPTIMIZER) and not self._has_fused("FusedAdamBuilder"):
-            return {**(params or {}), "torch_adam": True}
+            # torch's AdamW decays weights by default, DeepSpeed's does not.
+            return {"weight_decay": 0.0, **(params or {}), "torch_adam": True}
         return params
 
     def _has_fused(self, builder: str) -> bool:

@@ -22,7 +22,7 @@ class Lion(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-4,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ):

@@ -10,6 +10,7 @@ data or the folder need a change (said in one message, nothing was overwritten).
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import socket
@@ -190,12 +191,17 @@ def make_engine(model: torch.nn.Module, settings: Settings, ticks: int) -> Any:
     def factor(tick: int) -> float:
         return schedule_factor(training.lr_schedule, training.warmup_ratio, ticks, tick)
 
-    has_scheduler = settings.deepspeed.get("scheduler")
+    config = copy.deepcopy(settings.deepspeed)
+    has_scheduler = config.get("scheduler")
+    offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
+    if get_accelerator().device_name() == "cpu" and config["optimizer"]["type"].lower() in ("adam", "adamw"):
+        if not offloaded:  # torch's step, as HiFT takes there: no kernel to compile, and methods compare like with like
+            config["optimizer"]["params"].setdefault("torch_adam", True)
     try:
         engine, *_ = hift_ds.initialize(
             model=model,
             model_parameters=model.parameters(),
-            config=settings.deepspeed,
+            config=config,
             lr_scheduler=None if has_scheduler else lambda optimizer: LambdaLR(optimizer, factor),
         )
     except ValueError as error:
