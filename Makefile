@@ -9,7 +9,8 @@ ARGS ?=
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 # `deepspeed`, and the `ninja` that it builds its C++ operators with, are found through PATH.
-RUN := PATH="$(BIN):$$PATH"
+# Compiled for this environment, so kept in it: another checkout would compile them over again.
+RUN := PATH="$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(abspath $(VENV))/torch_extensions"
 RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
