@@ -1,0 +1,596 @@
+"""Plans the memory of a training run before it starts: without weights, without a GPU, without DeepSpeed.
+
+    python -m hift_ds.plan --model llama-7b --batch-size 1 --seq-len 512 [--gpu-memory 24GiB] [--json]
+
+Two accountings. ``--layout engine`` walks through a step as ``hift_ds.initialize`` takes it and says what is alive at
+the instant of the highest device total; every figure is of that instant. ``--layout paper`` is the HiFT paper's
+(section 4.3, appendix A.2, tables 3 and 6 to 9): the whole state of the block with most parameters on the device, its
+gradients in fp32, nothing else of DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from hift_ds import presets
+from hift_ds.blocks import partition_model
+from hift_ds.config import ConfigError, OffloadConfig
+from hift_ds.presets import STREAMED_IN_ENGINE, Request
+from hift_ds.simulate import (
+    CATEGORIES,
+    FP32,
+    ForwardStep,
+    LiveMemory,
+    Setup,
+    Simulator,
+    StepBase,
+    gathered,
+    make_step,
+    persistent,
+    state_numel,
+)
+
+GIB = 2**30
+_STOCK_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
+_LONGEST, _MOST = 2**20, 2**14  # tokens and sequences that a search ends at
+_GRANULE = 64  # tokens; the longest sequence is found to this
+
+
+@dataclass
+class BlockPlan:
+    """One block's step: what is on the device when it holds most.
+
+    ``simulated`` is False for a layer whose figures lie between those of the first and the last layer like it. Their
+    total is an upper bound: the true one is a maximum of straight lines over the layer's position.
+    """
+
+    name: str
+    numel: int
+    device: dict[str, int]
+    phase: str
+    simulated: bool = True
+
+
+@dataclass
+class Plan:
+    """Planned bytes of one rank by category; ``device`` at the instant of the highest total, which ``peak`` names."""
+
+    request: Request
+    total_parameters: int
+    peak_trainable_parameters: int
+    blocks: list[BlockPlan]
+    peak: dict[str, Any]  # block, name, phase: forward, backward or step
+    device: dict[str, int]
+    host: dict[str, int]
+    nvme: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
+    notes: list[str] = field(default_factory=list)
+    fit: dict[str, Any] | None = None
+    fitting: Request | None = None  # the request, with the change that makes it fit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; all sizes in bytes."""
+        inputs = {entry.name: getattr(self.request, entry.name) for entry in fields(Request)}
+        inputs |= {"model": self.request.name, "zero_stage": self.request.stage, "placement": self.request.placement}
+        blocks = [
+            {"name": b.name, "parameters": b.numel, "phase": b.phase, "simulated": b.simulated,
+             "device": _with_total(b.device)} for b in self.blocks
+        ]  # fmt: skip
+        places = {name: _with_total(getattr(self, name)) for name in ("device", "host", "nvme")}
+        counts = {name: getattr(self, name) for name in ("total_parameters", "peak_trainable_parameters")}
+        result = {**counts, **places, "peak": self.peak, "blocks": blocks, "notes": self.notes, "inputs": inputs}
+        return result | ({"fit": self.fit} if self.fit else {})
+
+
+def _with_total(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def plan_memory(
+    model: Any, *, gpu_memory: int | str | None = None, reserve: int | str = "1GiB", **options: Any
+) -> Plan:
+    """Plan the memory of a training run.
+
+    Args:
+        model: a preset (``hift_ds.presets.PRESETS``), a folder with a ``config.json``, such a file, a Hub id, a
+            mapping with ``model_type``, or a ``transformers`` configuration. No weights are read.
+        method: ``hift``, ``full`` (stock DeepSpeed), ``lora`` (PEFT's default layers) or ``mezo``.
+        precision: ``fp32``; ``mixed``: 16-bit weights and the fp32 masters of all of them on the device; ``mixed-hi``:
+            fp32 masters of the active block only (the paper's Mixed^Hi).
+        optimizer: ``adamw``, ``sgd``, ``sgdm``, ``adafactor``, ``adagrad`` or ``lion``. MeZO needs none.
+        batch_size: sequences of a micro-batch on one rank; ``seq_len`` tokens each, without padding.
+        layers_per_block: the paper's m.
+        zero_stage: of DeepSpeed, on ``ranks`` ranks; default 2, and 0 for Adafactor. Sizes are those of one rank.
+        offload_step: ``block``, ``streamed`` or ``auto``, as in ``hift.offload.step``.
+        offload_optimizer: ``cpu``: the step is on the host.
+        layout: ``engine`` or ``paper``.
+        accelerator: whose kernels: ``gpu``, or ``cpu`` for a run on a machine without one.
+        attention: ``attn_implementation`` of transformers, ``sdpa`` or ``eager``; by default transformers' choice.
+        gpu_memory: bytes, or text like ``24GiB``: also answer whether it fits, with ``reserve`` kept free for what
+            PyTorch does not count (the CUDA context, fragmentation, communication), and what would.
+
+    Raises:
+        hift_ds.config.ConfigError: (a ValueError) every problem of the arguments, with the remedy.
+    """
+    names = [entry.name for entry in fields(Request)]
+    unknown = [
+        f"{key}={value!r} is an unknown argument; "
+        + (f"did you mean {near[0]!r}?" if (near := difflib.get_close_matches(key, names, n=1)) else "")
+        + f" known: {', '.join(names)}, gpu_memory, reserve"
+        for key, value in options.items()
+        if key not in names
+    ]
+    if unknown:
+        raise ConfigError(unknown)
+    planner = Planner(Request(model, **options))
+    plan = planner.plan(planner.request)
+    if gpu_memory is not None:
+        plan = _Fit(
+            planner, presets.parse_size("--gpu-memory", gpu_memory), presets.parse_size("--reserve", reserve)
+        ).answer(plan)
+    return plan
+
+
+# --- planning ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Built:
+    """A model made for simulation, and what each step of the method trains."""
+
+    simulator: Simulator
+    shapes: dict[str, tuple[int, ...]]
+    units: list[tuple[str, tuple[str, ...]]]  # name, names of the parameters that a step trains
+    longest_input: int | None
+
+    def unit_shapes(self, unit: int) -> list[tuple[int, ...]]:
+        return [self.shapes[name] for name in self.units[unit][1]]
+
+    def numels(self, unit: int) -> list[int]:
+        return _numels(self.unit_shapes(unit))
+
+    def alike(self) -> Iterator[tuple[int, int]]:
+        """First and last of each run of consecutive units with the same shapes."""
+        first = 0
+        for unit in range(1, len(self.units) + 1):
+            if unit == len(self.units) or self.unit_shapes(unit) != self.unit_shapes(first):
+                yield first, unit - 1
+                first = unit
+
+
+def _numels(shapes: Iterable[Sequence[int]]) -> list[int]:
+    return [math.prod(shape) for shape in shapes]
+
+
+class Planner:
+    """Plans variants of one request for one model; what is built for one is used again for the others."""
+
+    def __init__(self, request: Request):
+        _check(request)
+        self.request = request
+        self.config = presets.load_config(request.model)
+        self.task = request.task or presets.task_of(self.config)
+        self._built: dict[tuple[Any, ...], _Built] = {}
+        self._simulated: dict[tuple[Request, int], LiveMemory] = {}
+
+    def plan(self, request: Request) -> Plan:
+        """The plan of a request for the same model. One step is simulated for each kind of block, the lowest and the
+        highest where there are several."""
+        built = self.build(request)
+        units = range(len(built.units))
+        numels = [sum(built.numels(unit)) for unit in units]
+        blocks: list[BlockPlan] = []
+        for first, last in built.alike():
+            low = self.simulate(request, first)
+            high = self.simulate(request, last) if last > first else low
+            for unit in range(first, last + 1):
+                name = built.units[unit][0]
+                blocks.append(_between(name, numels[unit], low, high, unit - first, last - first))
+        if request.layout == "paper":
+            top = max(units, key=lambda unit: numels[unit])
+        else:
+            top = max(units, key=lambda unit: sum(blocks[unit].device.values()))
+        return Plan(
+            request,
+            total_parameters=sum(_numels(built.shapes.values())),
+            peak_trainable_parameters=max(numels),
+            blocks=blocks,
+            peak={"block": top, "name": blocks[top].name, "phase": blocks[top].phase},
+            device=blocks[top].device,
+            host=self._host(request, built, top),
+            notes=request.notes(self.task),
+        )
+
+    def simulate(self, request: Request, unit: int) -> LiveMemory:
+        """One step on one unit, run once."""
+        key = (replace(request, model=None), unit)
+        if key not in self._simulated:
+            self._simulated[key] = self._simulate(request, unit)
+        return self._simulated[key]
+
+    def _simulate(self, request: Request, unit: int) -> LiveMemory:
+        built = self.build(request)
+        limit = built.longest_input
+        if limit is not None and request.seq_len > limit:
+            raise ConfigError([f"--seq-len={request.seq_len}: the model has {limit} positions; use at most {limit}"])
+        trained, shapes, step = built.units[unit][1], built.unit_shapes(unit), StepBase()
+        if request.method == "mezo":
+            trained, step = (), ForwardStep(request.weight * max(_numels(built.shapes.values())))
+        elif request.layout == "engine":
+            step = make_step(self._setup(request, built), shapes)
+        return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step)
+
+    def holds(self, request: Request, unit: int) -> dict[str, int]:
+        """What is on the device all the time of a step on one unit, by category."""
+        built = self.build(request)
+        everything, shapes = list(built.shapes.values()), built.unit_shapes(unit)
+        model, active = sum(_numels(everything)), sum(_numels(shapes))
+        others = sum(b.numel() * b.element_size() for b in built.simulator.model.buffers())
+        if request.method == "mezo":
+            return {"parameters": request.weight * model, "buffers": others}
+        if request.layout == "paper":
+            masters = 0 if request.precision == "fp32" else model if request.precision == "mixed" else active
+            return {
+                "parameters": request.weight * model,
+                "master_weights": FP32 * masters,
+                "gradients": FP32 * active,
+                "optimizer_state": FP32 * state_numel(request.optimizer, shapes),
+            }
+        setup = self._setup(request, built)
+        numels = _numels(everything)
+        weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
+        held = {
+            "parameters": request.weight * (weights + setup.persistent),
+            "buffers": others + request.weight * gathered(setup, numels),
+        }
+        units = [built.unit_shapes(index) for index in range(len(built.units))]
+        if setup.stage == 3:
+            held["buffers"] += request.weight * setup.bucket
+            if setup.placement != "host":
+                held["gradients"] = request.weight * max(setup.partition(_numels(shapes)) for shapes in units)
+        if setup.placement == "resident":
+            held["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
+            held["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
+        return held
+
+    def build(self, request: Request) -> _Built:
+        """The model as a request needs it, made once."""
+        _check(request)
+        rank = request.lora_rank if request.method == "lora" else None
+        m = request.layers_per_block if request.method == "hift" else None
+        key = (request.weight, request.activation_checkpointing, request.accelerator, request.attention, rank, m)
+        if key not in self._built:
+            dtype = torch.float32 if request.weight == FP32 else torch.bfloat16
+            gpu = request.accelerator == "gpu"
+            model: Any = presets.skeleton(self.config, self.task, dtype, request.attention, gpu)
+            if request.activation_checkpointing:
+                presets.checkpoint_activations(model)
+            if rank is not None:
+                model = presets.with_lora(model, rank, self.task)
+            if m is None:
+                trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+                units = [("all" if rank is None else "adapters", trained)]
+            else:
+                try:
+                    units = [(block.name, block.parameter_names) for block in partition_model(model, m)]
+                except ValueError as error:
+                    raise ConfigError([str(error)]) from error
+            shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+            limit = presets.longest_input(model)
+            self._built[key] = _Built(Simulator(model, self.task), shapes, units, limit)
+        return self._built[key]
+
+    def _setup(self, request: Request, built: _Built) -> Setup:
+        numels = [built.numels(unit) for unit in range(len(built.units))]
+        bucket = _STOCK_BUCKET
+        if request.method == "hift":
+            bucket = min(bucket, max(sum(block) for block in numels))
+        setup = Setup(
+            stage=request.stage,
+            ranks=request.ranks,
+            weight=request.weight,
+            optimizer=request.optimizer,
+            gpu=request.accelerator == "gpu",
+            placement=request.placement,
+            bucket=bucket,
+            staging=max(max(block) for block in numels),
+            accumulates=request.gradient_accumulation_steps > 1,
+            slices=OffloadConfig.buffer_size,
+        )
+        return replace(setup, persistent=persistent(setup, _numels(built.shapes.values())))
+
+    def _host(self, request: Request, built: _Built, top: int) -> dict[str, int]:
+        """Host memory of one rank: the state that is not on the device, in buffers that are made once."""
+        host = dict.fromkeys(CATEGORIES, 0)
+        units = [built.unit_shapes(unit) for unit in range(len(built.units))]
+        if request.method == "mezo":
+            return host
+        if request.layout == "paper":
+            for unit, shapes in enumerate(units):
+                if unit != top:
+                    host["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
+                    host["master_weights"] += FP32 * sum(_numels(shapes)) * (request.precision == "mixed-hi")
+            return host
+        setup = self._setup(request, built)
+        if setup.placement == "resident":
+            return host
+        partitions = [setup.partition(_numels(shapes)) for shapes in units]
+        host["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
+        host["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
+        if setup.placement == "host":
+            host["gradients"] = FP32 * sum(partitions)
+            if setup.stage == 3:
+                host["gradients"] += setup.weight * max(partitions)
+            else:  # the updated weights on their way back, and a buffer for one parameter's gradient
+                host["buffers"] = setup.weight * (sum(partitions) + setup.staging)
+                if setup.accumulates:
+                    host["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
+        return host
+
+
+def _check(request: Request) -> None:
+    found = request.problems()
+    if found:
+        raise ConfigError(found)
+
+
+def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
+    """The figures of a block at ``position`` of ``length`` between two that were simulated."""
+    phases = {}
+    for phase, start in low.peaks.items():
+        steps = {category: high.peaks[phase][category] - start[category] for category in CATEGORIES}
+        phases[phase] = {
+            category: start[category] - (-step * position // max(length, 1)) for category, step in steps.items()
+        }
+    top = max(phases, key=lambda phase: sum(phases[phase].values()))
+    return BlockPlan(name, numel, phases[top], top, simulated=position in (0, length))
+
+
+# --- does it fit -------------------------------------------------------------------------------------------------
+
+
+class _Fit:
+    """Answers what fits on a device, and what would make it fit."""
+
+    def __init__(self, planner: Planner, memory: int, reserve: int):
+        if reserve >= memory:
+            raise ConfigError([f"--reserve={reserve}: expected less than --gpu-memory, which is {memory} bytes"])
+        self.planner, self.memory, self.reserve, self.room = planner, memory, reserve, memory - reserve
+
+    def answer(self, plan: Plan) -> Plan:
+        """The plan with its ``fit``: the smallest change that fits where the plan does not, and what fits at most."""
+        chosen: tuple[list[str], Request] | None = ([], plan.request)
+        if sum(plan.device.values()) > self.room:
+            chosen = next((change for change in self._changes(plan.request) if self.fits(change[1])), None)
+        plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": chosen is not None and not chosen[0]}
+        plan.fit |= {"change": None, "longest_sequence": None, "largest_batch": None}
+        if chosen is not None:
+            change, request = chosen
+            changed = self.planner.plan(request) if change else plan
+            limit = self.planner.build(request).longest_input or _LONGEST
+            plan.fit |= {
+                "change": " and ".join(change) or None,
+                "device_total": sum(changed.device.values()),
+                "longest_sequence": self.largest(request, "seq_len", _GRANULE, limit),
+                "largest_batch": self.largest(request, "batch_size", 1, _MOST),
+            }
+            plan.fitting = request
+        return plan
+
+    def fits(self, request: Request) -> bool:
+        units = [first for first, _ in self.planner.build(request).alike()]
+        if sum(self.planner.holds(request, units[0]).values()) > self.room:
+            return False
+        return all(self._total(request, unit) <= self.room for unit in units)
+
+    def largest(self, request: Request, name: str, granule: int, limit: int) -> int:
+        """The largest value of a size that fits, a multiple of ``granule``, up to ``limit``; ``request`` must fit.
+
+        Memory grows in straight lines with it, ever steeper ones, so two points tell the next one to try.
+        """
+        units = [first for first, _ in self.planner.build(request).alike()]
+        granule = min(granule, getattr(request, name))
+
+        def grows(unit: int) -> int:
+            peaks = self.planner.simulate(request, unit).peaks.items()
+            return max(sum(peak.values()) for phase, peak in peaks if phase != "step")
+
+        unit = max(units, key=grows)
+
+        def at(count: int) -> Request:
+            changed: Any = {name: max(1, count * granule)}
+            return replace(request, **changed)
+
+        low, high = max(1, getattr(request, name) // granule), limit // granule + 1  # fits, does not
+        below, guess = self._total(at(low), unit), 2 * low
+        while high - low > 1:
+            guess = min(max(guess, low + 1), high - 1)
+            total = self._total(at(guess), unit)
+            slope = max(1, total - below) / (guess - low)
+            if total <= self.room:
+                low, below = guess, total
+            else:
+                high = guess
+            guess = low + int((self.room - below) / slope)
+        while low > 1 and not self.fits(at(low)):  # another block needs more than the one that was followed
+            low -= max(1, low // 100)
+        return max(1, low * granule)
+
+    def _total(self, request: Request, unit: int) -> int:
+        return max(sum(peak.values()) for peak in self.planner.simulate(request, unit).peaks.values())
+
+    def _changes(self, request: Request) -> Iterator[tuple[list[str], Request]]:
+        """Variants of a request with what is changed, the smallest changes first."""
+        variants: list[tuple[list[str], Request]] = [([], request)]
+        if not request.activation_checkpointing and request.method != "mezo":
+            variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
+            yield variants[-1]
+        for said, base in list(variants):
+            yield from self._smaller_batches(said, base)
+            if base.method == "hift" and base.placement == "block" and STREAMED_IN_ENGINE:
+                yield said + ["the streamed step"], replace(base, offload_step="streamed")
+            if base.placement != "host" and base.stage > 0 and base.method != "mezo":
+                variants.append((said + ["the step on the host"], replace(base, offload_optimizer="cpu")))
+                yield variants[-1]
+                yield from self._smaller_batches(*variants[-1])
+        if request.optimizer != "adafactor" and request.method != "mezo":
+            for ranks in (2**power for power in range(1, 8) if 2**power > request.ranks):
+                for said, base in variants:
+                    yield said + [f"ZeRO-3 on {ranks} ranks"], replace(base, zero_stage=3, ranks=ranks)
+        said, least = variants[-1]
+        short = replace(least, batch_size=1, seq_len=_GRANULE)
+        if request.seq_len > _GRANULE and self.fits(short):
+            length = self.largest(short, "seq_len", _GRANULE, request.seq_len)
+            yield said + [f"batch 1 and sequences of {length} tokens"], replace(short, seq_len=length)
+
+    def _smaller_batches(self, said: list[str], request: Request) -> Iterator[tuple[list[str], Request]]:
+        """The same batch in more, smaller micro-batches."""
+        for parts in range(2, request.batch_size + 1):
+            batch, rest = divmod(request.batch_size, parts)
+            steps = request.gradient_accumulation_steps * parts
+            if rest == 0 and (batch == 1 or self.fits(replace(request, batch_size=1))):
+                changed = replace(request, batch_size=batch, gradient_accumulation_steps=steps)
+                yield said + [f"batch {batch} with {steps} gradient accumulation steps"], changed
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def table(plan: Plan, full: Plan | None = None) -> str:
+    """The plan as text, in GiB; ``full``: full fine-tuning beside it."""
+
+    def gib(sizes: Mapping[str, int], key: str = "total") -> str:
+        return f"{_with_total(sizes)[key] / GIB:>12.2f}"
+
+    request, peak = plan.request, plan.peak
+    zero = f"ZeRO-{request.stage} on {request.ranks} rank{'s' * (request.ranks > 1)}"
+    lines = [
+        f"{request.name}: {plan.total_parameters:,} parameters; {request.method}, {request.precision}, "
+        f"{request.optimizer}, batch {request.batch_size} x {request.seq_len} tokens, "
+        + (zero if request.layout == "engine" else "the paper's accounting"),
+        f"A step trains up to {plan.peak_trainable_parameters:,} parameters. Most memory: in the {peak['phase']} of "
+        f"block {peak['block']}, {peak['name']}.",
+        f"\n{'GiB':<18}{'device':>12}{'host':>12}{'    device, full' * bool(full)}",
+    ]
+    for key in (*CATEGORIES, "total"):
+        more = "    " + gib(full.device, key) if full else ""
+        lines.append(f"{key.replace('_', ' '):<18}{gib(plan.device, key)}{gib(plan.host, key)}{more}")
+    lines.append(f"\n{'block':<36}{'parameters':>14}{'device, GiB':>14}  largest in")
+    rows = [(f"{b.numel:>14,}{gib(b.device):>14}  {b.phase}", b.name) for b in plan.blocks]
+    for row, alike in groupby(rows, key=lambda row: row[0]):
+        names = [name for _, name in alike]
+        shown = names[0] if len(names) == 1 else f"{names[0][:20]} to {names[-1][-12:]}"
+        lines.append(f"{shown[:35]:<36}{row}")
+    if fit := plan.fit:
+        verdict = "It fits" if fit["fits"] else f"It does not fit, but does with {fit['change']}"
+        if "device_total" in fit:
+            verdict += (
+                f": {fit['device_total'] / GIB:.2f} GiB. Then fit at most {fit['longest_sequence']:,} tokens in a "
+                f"sequence, or {fit['largest_batch']:,} sequences in a micro-batch."
+            )
+        else:
+            verdict = "It does not fit, nor does it with any change that the planner knows."
+        lines.append(f"\n{fit['gpu_memory'] / GIB:g} GiB, {fit['reserve'] / GIB:g} GiB of it kept free: {verdict}")
+    return "\n".join([*lines, *(["", *(f"- {note}" for note in plan.notes)] if plan.notes else [])])
+
+
+def plot(plan: Plan, full: Plan, path: str) -> None:
+    """A stacked bar beside that of full fine-tuning, as a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(["--plot: matplotlib is not installed; install it with: pip install matplotlib"]) from error
+    colors = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999")  # Okabe and Ito's: told apart by all
+    axes = (figure := Figure(figsize=(7, 5), layout="constrained")).subplots()
+    bars = {"full fine-tuning": full, f"{plan.request.method}, {plan.request.precision}": plan}
+    bottom = [0.0] * len(bars)
+    for category, color in zip(CATEGORIES, colors, strict=True):
+        heights = [entry.device[category] / GIB for entry in bars.values()]
+        axes.bar(list(bars), heights, 0.55, bottom, color=color, edgecolor="white", label=category.replace("_", " "))
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    for position, total in enumerate(bottom):
+        axes.annotate(f"{total:.1f} GiB", (position, total), (0, 4), textcoords="offset points", ha="center")
+    if plan.fit:
+        axes.axhline(plan.fit["gpu_memory"] / GIB, color="black", linestyle="--", linewidth=1, label="the device")
+    request = plan.request
+    axes.set(ylabel="GiB on the device", ylim=(0, max(bottom) * 1.12), xlim=(-0.6, len(bars) - 0.4))
+    axes.set_title(f"{request.name}, {request.optimizer}, {request.batch_size} x {request.seq_len} tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+
+
+# --- command -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{message}; see --help"])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        "python -m hift_ds.plan", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    for entry in fields(Request):
+        option = "--" + entry.name.replace("_", "-")
+        if entry.type == "bool":
+            parser.add_argument(option, action="store_true")
+        else:
+            kind, said = (int if "int" in str(entry.type) else str), presets.HELP[entry.name]
+            parser.add_argument(option, type=kind, help=said, required=entry.name == "model", metavar="X")
+    parser.add_argument("--gpu-memory", metavar="24GiB", help="does it fit, and what does at most")
+    parser.add_argument("--reserve", metavar="1GiB", help="of it, for what PyTorch does not count")
+    parser.add_argument("--json", action="store_true", help="one object, sizes in bytes")
+    parser.add_argument("--write-config", metavar="FILE", help="the DeepSpeed config of what fits")
+    parser.add_argument("--plot", metavar="FILE.png", help="a picture beside full fine-tuning")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``; the exit code."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        options = vars(_parse(argv))
+        as_json, config, picture = (options.pop(name, None) for name in ("json", "write_config", "plot"))
+        for file in (config, picture):
+            if file and (not Path(file).resolve().parent.is_dir() or file == config and Path(file).exists()):
+                raise ConfigError([f"{file!r} exists, or its folder does not; give another name, or make the folder"])
+        plan = plan_memory(**options)
+        if config and plan.fit and plan.fitting is None:
+            raise ConfigError(["--write-config: nothing that the planner knows fits, so there is no config to write"])
+        written = (plan.fitting or plan.request).deepspeed_config() if config else None
+        full = None if plan.request.method == "full" or (as_json and not picture) else _full(plan.request)
+        if picture:
+            plot(plan, full or plan, picture)
+        if config:
+            Path(config).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    print(json.dumps(plan.as_dict(), indent=2) if as_json else table(plan, full))
+    return 0
+
+
+def _full(request: Request) -> Plan:
+    """Full fine-tuning of the same model on the same batch, as stock DeepSpeed does it."""
+    full = replace(request, method="full", offload_step="auto", offload_optimizer="none")
+    return Planner(full).plan(full)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
