@@ -299,7 +299,9 @@ def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Pat
 
 
 def test_diverged_training_stops(tmp_path: Path) -> None:
+    # At stages 1 to 3 DeepSpeed skips a step whose gradients are not finite; at stage 0 they reach the weights.
     settings = ["training.learning_rate=1e30", "method.name=full", "data.eval_examples=0", "training.max_grad_norm=0"]
+    settings += ["deepspeed.zero_optimization.stage=0"]
     result = run_tiny(1, tmp_path / "run", *settings)
     assert result["code"] == 2 and "training has diverged" in result["printed"]
     assert not (tmp_path / "run" / "model").exists()
