@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from launch.settings import REPOSITORY
+from tests import ENVIRONMENT
 from tests.distributed import run_on_ranks
 
 TINY = str(REPOSITORY / "configs" / "tiny.yaml")
@@ -36,7 +37,7 @@ def launch(ranks: int, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         port = probe.getsockname()[1]
     script = str(Path(sys.executable).with_name("deepspeed"))
     command = [sys.executable, script, "--num_gpus", str(ranks), "--master_port", str(port), "launch/train.py", *argv]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
