@@ -156,6 +156,14 @@ class Data:
     report: dict[str, Any]
     score: Callable[[Sequence[Any], Sequence[EvalExample]], scores.Score] | None
 
+    def longest(self, max_new_tokens: int) -> tuple[int, int]:
+        """Tokens of the longest example, and of the longest held-out prompt with its answer (0 without answers)."""
+        answered = self.eval if self.score is not None and self.report["labels"] is None else []
+        return (
+            max(len(example.input_ids) for example in [*self.train, *self.eval]),
+            max((len(example.prompt_ids) + max_new_tokens for example in answered), default=0),
+        )
+
 
 def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -> Data:
     """Read, convert and tokenize; everything is then in memory.

@@ -259,7 +259,8 @@ def report(summary: dict[str, Any]) -> str:
     """The end of a run in plain text."""
     s = summary
     lines = [
-        f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole cycles of "
+        f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole "
+        f"cycle{'s' * (s['cycles'] != 1)} of "
         f"{s['blocks']} block{'s' * (s['blocks'] != 1)}",
         f"loss               {s['loss_first']:.4f} at the first step, {s['loss_last']:.4f} at the last; means of "
         f"{s['loss_window']}: {s['loss_first_mean']:.4f}, {s['loss_last_mean']:.4f}",

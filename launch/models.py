@@ -162,6 +162,34 @@ def takes_logits_to_keep(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
+def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
+    """Refuse examples for which the model has no positions, before its weights are loaded.
+
+    Args:
+        longest: tokens of the longest example, after `data.max_length`.
+        answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 where nothing is generated.
+
+    Raises:
+        UserError: either is more than the configuration's `max_position_embeddings`.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    problems = []
+    if positions is not None and longest > positions:
+        problems.append(
+            f"data.max_length: the longest example has {longest} tokens, but the model has {positions} positions "
+            f"(max_position_embeddings). Set data.max_length={positions} (what is longer is cut and counted), or take "
+            "a model with more."
+        )
+    if positions is not None and answered > positions:
+        problems.append(
+            f"training.max_new_tokens: the longest held-out prompt and its answer need {answered} positions, but the "
+            f"model has {positions} (max_position_embeddings). Lower training.max_new_tokens by at least "
+            f"{answered - positions}, or set data.eval_examples=0."
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def describe(settings: ModelSettings) -> str:
     """What the model is, for summaries."""
     if settings.config is not None:

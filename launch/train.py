@@ -132,6 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = models.load_tokenizer(settings.model)
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
     config = models.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
+    models.check_length(config, *data.longest(settings.training.max_new_tokens))
     ticks = schedule_ticks(settings, config)
     identity = outputs.identity(settings, world, data)
     recorded = outputs.check_same_run(folder, identity) if tag else {}

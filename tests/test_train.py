@@ -299,6 +299,18 @@ def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Pat
     assert rates == pytest.approx([3e-3 * (15 - t) / 15 for t in range(15)])
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    """Before a weight is loaded, both problems at once, and nothing is written."""
+    settings = ["model.config.max_position_embeddings=64", "training.max_new_tokens=60"]
+    result = run_tiny(1, tmp_path / "run", *settings)
+    assert result["code"] == 2
+    assert "data.max_length: the longest example has" in result["printed"]
+    assert "training.max_new_tokens: the longest held-out prompt" in result["printed"]
+    assert "64 positions" in result["printed"] and not (tmp_path / "run").exists()
+    result = run_tiny(1, tmp_path / "run", settings[0], "data.max_length=64", "data.eval_examples=0", *SHORT)
+    assert result["code"] == 0, result["printed"]
+
+
 def test_diverged_training_stops(tmp_path: Path) -> None:
     # At stages 1 to 3 DeepSpeed skips a step whose gradients are not finite; at stage 0 they reach the weights.
     settings = ["training.learning_rate=1e30", "method.name=full", "data.eval_examples=0", "training.max_grad_norm=0"]
