@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from hift_ds.schedule import STRATEGIES
 
 SECTION = "hift"
+# Bytes; below this a slice would hold fewer elements than it wastes.
+MIN_BUFFER = 65536
 
 
 class ConfigError(ValueError):
@@ -25,12 +28,14 @@ class OffloadConfig:
     """Where the state of inactive blocks lives, and how the active block is stepped.
 
     Attributes:
-        device: ``cpu``: host memory.
-        step: ``block``: the whole block's state comes to the device for its step; ``auto`` chooses.
-        buffer_size: bytes of a slice of the streamed step.
-        pin_memory: page-lock the host buffers where the device profits from it.
-        prefetch: let the next block's state travel while the current one computes.
-        nvme_path: folder for ``device: nvme``.
+        device: ``cpu``: host memory; ``nvme``: files in ``nvme_path``; ``none``: it stays on the device.
+        step: ``block``: the whole block's state comes to the device for its step; ``streamed``: in slices; ``auto``:
+            streamed where the optimizer is element-wise.
+        buffer_size: bytes of a slice; two of them are on the device.
+        pin_memory: page-lock the host buffers.
+        prefetch: let state travel before the step: with ``streamed`` the first slices while forward and backward run,
+            with ``block`` the whole from the end of backward on.
+        nvme_path: an existing folder for ``device: nvme``.
     """
 
     device: str = "cpu"
@@ -133,16 +138,30 @@ _SECTION_CHECKS: dict[str, _Check] = {
     "offload": (lambda v: isinstance(v, Mapping), "a mapping"),
 }
 _OFFLOAD_CHECKS: dict[str, _Check] = {
-    "device": (lambda v: v == "cpu", "cpu: nvme is not available in this version"),
-    "step": (lambda v: v in ("auto", "block"), "auto or block: streamed is not available in this version"),
-    "buffer_size": (
-        lambda v: v == OffloadConfig.buffer_size,
-        f"{OffloadConfig.buffer_size} (leave it out): the streamed step is not available in this version",
-    ),
+    "device": (lambda v: v in ("cpu", "nvme", "none"), "cpu, nvme or none"),
+    "step": (lambda v: v in ("auto", "block", "streamed"), "auto, block or streamed"),
+    "buffer_size": (lambda v: _is_int(v) and v >= MIN_BUFFER, f"bytes, an integer of at least {MIN_BUFFER}"),
     "pin_memory": (lambda v: isinstance(v, bool), "true or false"),
     "prefetch": (lambda v: isinstance(v, bool), "true or false"),
-    "nvme_path": (lambda v: v is None, "null: nvme is not available in this version"),
+    "nvme_path": (lambda v: v is None or isinstance(v, str), "the path of a folder, or null"),
 }
+
+
+def _place_problems(offload: Mapping[str, Any]) -> list[str]:
+    """Whether ``nvme_path`` is there exactly where it is needed, and can be written."""
+    device, folder = offload.get("device", OffloadConfig.device), offload.get("nvme_path")
+    prefix = f"{SECTION}.offload"
+    if device != "nvme":
+        return [f"{prefix}.nvme_path={folder!r} has no effect with device={device!r}; remove it"] if folder else []
+    if not folder:
+        return [f"{prefix}.device='nvme' needs {prefix}.nvme_path, an existing folder on the drive"]
+    if not Path(folder).is_dir():
+        return [f"{prefix}.nvme_path={folder!r} is no folder; make it, or name one that exists"]
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"{prefix}.nvme_path={folder!r} cannot be written ({error.strerror}); name a folder that can"]
 
 
 def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: str) -> list[str]:
@@ -173,7 +192,8 @@ def section_problems(section: Any) -> list[str]:
         return [f"{SECTION}={section!r}: expected a mapping with keys {', '.join(_SECTION_CHECKS)}"]
     found = _key_problems(section, _SECTION_CHECKS, SECTION)
     if isinstance(section.get("offload"), Mapping):
-        found += _key_problems(section["offload"], _OFFLOAD_CHECKS, f"{SECTION}.offload")
+        inside = _key_problems(section["offload"], _OFFLOAD_CHECKS, f"{SECTION}.offload")
+        found += inside or _place_problems(section["offload"])
     assert set(_SECTION_CHECKS) == {f.name for f in fields(HiFTConfig)}
     return found
 
@@ -232,6 +252,12 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
         found.append(
             f"zero_optimization.offload_optimizer.device={offload!r} with zero_optimization.stage=0: DeepSpeed has no "
             "host step there; use stage 1, 2 or 3, or remove offload_optimizer"
+        )
+    place = _get(config, f"{SECTION}.offload.device")
+    if stage != 0 and _on(offload) and place not in (None, "cpu"):
+        found.append(
+            f"{SECTION}.offload.device={place!r} with zero_optimization.offload_optimizer.device={offload!r}: the step "
+            "on the host needs the state in host memory; remove one of them"
         )
     if stage != 0 and offload == "nvme":
         found.append("zero_optimization.offload_optimizer.device='nvme' is not available with HiFT; use cpu")

@@ -12,7 +12,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LION_OPTIMIZER, DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -22,14 +21,16 @@ from deepspeed.utils.timer import NoopTimer
 from hift_ds import config as hift_config
 from hift_ds.blocks import partition_model
 from hift_ds.lion import Lion
+from hift_ds.offload import HostMemory
 from hift_ds.schedule import BlockSchedule
 from hift_ds.zero import (
     BlockOptimizers,
-    FusedBlockOptimizer,
+    PlainBlockOptimizer,
     UnfusedBlockOptimizer,
     Zero3BlockOptimizer,
     ZeroBlockOptimizer,
     is_elementwise,
+    state_bytes,
 )
 
 # Our entry in a checkpoint's client state.
@@ -90,7 +91,10 @@ class HiFTEngine(DeepSpeedEngine):
                 "one this step trains. If the model never uses these parameters, add them to hift.freeze; if "
                 "activation checkpointing is on, use its non-reentrant form (use_reentrant=False)"
             )
-        return super().backward(loss, *args, **kwargs)
+        result = super().backward(loss, *args, **kwargs)
+        if self.is_gradient_accumulation_boundary():
+            self.block_optimizers.prefetch()
+        return result
 
     def save_checkpoint(
         self,
@@ -149,6 +153,7 @@ class HiFTEngine(DeepSpeedEngine):
     def reload_states(self, *args: Any, **kwargs: Any) -> None:
         with self._all_blocks():
             super().reload_states(*args, **kwargs)
+            self.block_optimizers.return_to_host()
 
     def destroy(self) -> None:
         if hasattr(self, "block_optimizers"):
@@ -171,6 +176,7 @@ class HiFTEngine(DeepSpeedEngine):
         for parameters in self._block_parameters:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+        self.block_optimizers.settle()
         self.optimizer = self.block_optimizers
         try:
             yield
@@ -179,13 +185,11 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         self.block_optimizers.copy_settings()
-        self.block_optimizers.state_to_device()
         scheduler, self.lr_scheduler = self.lr_scheduler, None  # its turn is at the end of a cycle
         try:
             super()._take_model_step(lr_kwargs)
         finally:
             self.lr_scheduler = scheduler
-            self.block_optimizers.state_to_host()
         if not self.was_step_applied():
             return
         if self._schedule.advance() and scheduler is not None:
@@ -238,7 +242,7 @@ class HiFTEngine(DeepSpeedEngine):
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         super()._configure_optimizer(client_optimizer, model_parameters)
         if not isinstance(self.optimizer, BlockOptimizers):  # stage 0 in fp32: DeepSpeed uses the bare optimizer
-            self.optimizer = self._per_block(self.optimizer, lambda optimizer: optimizer, flattens=False)
+            self.optimizer = self._per_block(self.optimizer, PlainBlockOptimizer, flattens=False)
         self.block_optimizers = self.optimizer
 
     def _configure_lr_scheduler(self) -> None:
@@ -249,30 +253,18 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _configure_fp16_optimizer(self, optimizer: torch.optim.Optimizer, low_precision_dtype: torch.dtype) -> Any:
         """Stage 0 in bf16."""
-        from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
 
         def wrap(inner: torch.optim.Optimizer) -> Any:
-            fused = isinstance(inner, FusedAdam)
-            scale = LossScaleConfig(
+            return UnfusedBlockOptimizer(
+                inner,
+                deepspeed=self,
                 low_precision_dtype=low_precision_dtype,
-                dynamic_loss_scale=self.dynamic_loss_scale(),
                 static_loss_scale=self.loss_scale(),
-                dynamic_loss_args=self.dynamic_loss_scale_args(),
-                profile=LossScaleProfile.FUSED if fused else LossScaleProfile.UNFUSED,
-                initial_dynamic_scale=self.initial_dynamic_scale() if fused else None,
+                mpu=self.mpu,
+                clip_grad=self.gradient_clipping(),
             )
-            common = {
-                "deepspeed": self,
-                "loss_scale_config": scale,
-                "low_precision_dtype": low_precision_dtype,
-                "mpu": self.mpu,
-                "clip_grad": self.gradient_clipping(),
-            }
-            if fused:
-                return FusedBlockOptimizer(inner, timers=self._step_timers(), **common)
-            return UnfusedBlockOptimizer(inner, **common)
 
-        return self._per_block(optimizer, wrap, flattens=isinstance(optimizer, FusedAdam))
+        return self._per_block(optimizer, wrap, flattens=False)
 
     def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         # DeepSpeed's choice for stage 1 with bf16 weights and fp32 accumulation makes fp32 gradient buffers for the
@@ -381,13 +373,34 @@ class HiFTEngine(DeepSpeedEngine):
                 f"{type(optimizer).__name__} uses the shape of a parameter, and zero_optimization.stage="
                 f"{self.zero_optimization_stage()} flattens it; use stage 0, or an element-wise optimizer such as AdamW"
             )
-        if flattens:
-            device = "cpu" if self.zero_use_cpu_optimizer() else get_accelerator().current_device_name()
-        else:
-            device = get_accelerator().current_device_name()
-        return BlockOptimizers(
-            optimizer, self._block_parameters, wrap, torch.device(device), self.hift.offload.pin_memory
-        )
+        return BlockOptimizers(optimizer, self._block_parameters, wrap, **self._offload(optimizer))
+
+    def _offload(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Where the state lives and how it gets to the device, as ``BlockOptimizers`` wants it.
+
+        Raises:
+            ValueError: a streamed step of an optimizer that needs whole tensors.
+        """
+        offload = self.hift.offload
+        if offload.device == "none" or self.zero_use_cpu_optimizer():
+            return {"host": None}
+        elementwise = is_elementwise(optimizer)
+        if offload.step == "streamed" and not elementwise:
+            raise ValueError(
+                f"hift.offload.step='streamed' cuts tensors, and {type(optimizer).__name__} uses their shape; use "
+                "'block' or 'auto', or an element-wise optimizer such as AdamW"
+            )
+        slice_bytes = None
+        if elementwise and offload.step != "block":
+            # No larger than the largest block's state, each of whose tensors may waste a little by its alignment.
+            ranks = self.dp_world_size if self.zero_optimization() else 1
+            numel = max(-(-block.numel // ranks) + 256 * len(block.parameter_names) for block in self.blocks) + 4096
+            slice_bytes = min(offload.buffer_size, max(numel * (4 + state_bytes(optimizer)), hift_config.MIN_BUFFER))
+        return {
+            "host": HostMemory(offload.pin_memory, offload.nvme_path),
+            "slice_bytes": slice_bytes,
+            "prefetch": offload.prefetch,
+        }
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()

@@ -1,44 +1,191 @@
-"""Host memory for the state of inactive blocks."""
+"""Host memory and files for the state of inactive blocks, and the way between them and the device.
 
-from collections.abc import Iterable
+Nothing here knows which block comes when, nor anything of DeepSpeed but its accelerator interface.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+
+# Byte offsets inside a staging area are multiples of this, which suits every dtype and every copy engine.
+_ALIGNMENT = 256
 
 
-class HostState:
-    """Moves the tensors of one block between the device and host buffers that are made once.
-
-    A tensor keeps its identity and changes its ``data``, so optimizer state keyed by it stays valid. Where the
-    device is the host (a CPU accelerator, or DeepSpeed's own ``offload_optimizer: cpu``) there is nothing to move.
+class HostMemory:
+    """The one allocator of everything that is kept off the device.
 
     Args:
-        device: where the active block's state has to be.
-        pin_memory: page-lock the host buffers, through DeepSpeed's accelerator.
+        pin_memory: page-lock the buffers, through DeepSpeed's accelerator. Where the system refuses, they stay
+            pageable, and that is said once.
+        folder: keep the buffers in files there instead, mapped into memory: the kernel writes them out and drops
+            their pages as it needs room. The files have no name, so nothing is left behind, whatever ends the process.
+
+    Attributes:
+        buffers: all that was handed out, never more than the run needs and never freed before its end.
     """
 
-    def __init__(self, device: torch.device, pin_memory: bool = True):
+    def __init__(self, pin_memory: bool = True, folder: str | None = None):
+        self._pin_memory = pin_memory and folder is None and get_accelerator().device_name() != "cpu"
+        self.folder = folder
+        self.buffers: list[torch.Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def empty(self, like: torch.Tensor) -> torch.Tensor:
+        """An uninitialized buffer with the shape and dtype of ``like``.
+
+        Raises:
+            OSError: the folder's file system is full or cannot be written.
+        """
+        if self.folder is not None:
+            buffer = self._mapped(like)
+        else:
+            buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+            if self._pin_memory:
+                try:
+                    buffer = get_accelerator().pin_memory(buffer)
+                except RuntimeError as error:
+                    self._pin_memory = False
+                    logger.warning(
+                        f"host buffers cannot be page-locked ({str(error).splitlines()[0]}); they stay pageable, which "
+                        "slows the transfers. Raise the limit (ulimit -l), or set hift.offload.pin_memory=false"
+                    )
+        self.buffers.append(buffer)
+        return buffer
+
+    def _mapped(self, like: torch.Tensor) -> torch.Tensor:
+        assert self.folder is not None
+        if not like.nbytes:
+            return torch.empty(like.shape, dtype=like.dtype)
+        with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
+            # Reserved now: a page that finds no room on the disk later would kill the process.
+            os.posix_fallocate(file.fileno(), 0, like.nbytes)
+            flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+        return flat.view(like.shape)
+
+
+class Lane:
+    """A stream of the device for copies in one direction; on a device without streams, copies just happen."""
+
+    def __init__(self) -> None:
+        stream = get_accelerator().Stream
+        self._stream = stream() if stream is not None else None
+
+    @contextmanager
+    def after(self, *events: Any) -> Iterator[None]:
+        """What is issued inside runs on the lane, not before the events (None: already passed)."""
+        if self._stream is None:
+            yield
+            return
+        for event in events:
+            if event is not None:
+                self._stream.wait_event(event)
+        with get_accelerator().stream(self._stream):
+            yield
+
+    def mark(self) -> Any:
+        """An event that passes when everything issued on the lane so far is done."""
+        return _record(self._stream)
+
+    def outlives(self, tensor: torch.Tensor) -> None:
+        """Tell the device's allocator that the lane still uses ``tensor`` when Python lets go of it."""
+        if self._stream is not None and tensor.device.type != "cpu":
+            tensor.record_stream(self._stream)
+
+
+def mark() -> Any:
+    """An event that passes when everything computed on the device so far is done."""
+    return _record(get_accelerator().current_stream())
+
+
+def wait(event: Any) -> None:
+    """Nothing that is computed on the device from here on begins before the event."""
+    if event is not None:
+        get_accelerator().current_stream().wait_event(event)
+
+
+def _record(stream: Any) -> Any:
+    kind = get_accelerator().Event
+    if kind is None or stream is None:
+        return None
+    event = kind()
+    event.record(stream)
+    return event
+
+
+class Slot:
+    """One staging area on the device."""
+
+    def __init__(self, area: torch.Tensor | None):
+        self.area = area
+        self.free: Any = None  # passes when what was last in the area has been written back
+
+
+class Staging:
+    """Where state stands on the device during a step, shared by all blocks.
+
+    Args:
+        device: of the staging areas.
+        slot_bytes: two areas of this size, made once, which slices take in turn: while one is stepped the other is
+            filled. None: one area, as large as is asked for and released after the step.
+    """
+
+    def __init__(self, device: torch.device, slot_bytes: int | None):
         self.device = device
-        self.pin_memory = pin_memory
-        self._buffers: dict[torch.Tensor, torch.Tensor] = {}
+        self.slot_bytes = slot_bytes
+        self.fetching, self.storing = Lane(), Lane()
+        if slot_bytes is None:
+            self.slots = [Slot(None)]
+        else:
+            self.slots = [Slot(self._area(slot_bytes)) for _ in range(2)]
 
-    def to_host(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Copy ``tensors`` to host memory and release their device memory; True where anything moved."""
-        if self.device.type == "cpu":
-            return False
-        for tensor in tensors:
-            if tensor not in self._buffers:
-                buffer = torch.empty_like(tensor.data, device="cpu")
-                self._buffers[tensor] = get_accelerator().pin_memory(buffer) if self.pin_memory else buffer
-            # Not non_blocking: the host buffer may be read (a checkpoint) right after this returns.
-            self._buffers[tensor].copy_(tensor.data)
-            tensor.data = self._buffers[tensor]
-        return True
+    def _area(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def to_device(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Copy ``tensors`` back to the device; True where anything moved."""
-        if self.device.type == "cpu":
-            return False
-        for tensor in tensors:
-            tensor.data = tensor.data.to(self.device, non_blocking=self.pin_memory)
-        return True
+    def fill(self, slot: Slot, sources: list[torch.Tensor], written: Any) -> tuple[list[torch.Tensor], Any]:
+        """Copy host tensors into a slot, each with its shape and dtype.
+
+        Args:
+            written: event after which the sources hold what they shall.
+
+        Returns:
+            The copies on the device, and the event after which they may be used.
+        """
+        sizes = [math.ceil(source.nbytes / _ALIGNMENT) * _ALIGNMENT for source in sources]
+        ready = None
+        if self.slot_bytes is None:
+            slot.area = self._area(sum(sizes))
+            ready = mark()  # the memory may be what earlier computations still use
+        assert slot.area is not None and sum(sizes) <= slot.area.numel()
+        copies, offset = [], 0
+        for source, size in zip(sources, sizes, strict=True):
+            copies.append(slot.area[offset : offset + source.nbytes].view(source.dtype).view(source.shape))
+            offset += size
+        with self.fetching.after(slot.free, written, ready):
+            for copy, source in zip(copies, sources, strict=True):
+                copy.copy_(source, non_blocking=True)
+        return copies, self.fetching.mark()
+
+    def drain(self, slot: Slot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        """Copy pairs (host, device) to the host, after all that was computed so far, and set the slot free.
+
+        Returns:
+            The event after which the host tensors hold the values.
+        """
+        with self.storing.after(mark()):
+            for host, device in pairs:
+                host.copy_(device, non_blocking=True)
+                self.storing.outlives(device)
+        slot.free = self.storing.mark()
+        if self.slot_bytes is None:
+            slot.area = None
+        return slot.free

@@ -8,23 +8,27 @@ alone, and the object that holds them all.
 With ``engine.py`` the only file that touches DeepSpeed's private names.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm, get_weight_norm, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from hift_ds.lion import Lion
-from hift_ds.offload import HostState
+from hift_ds.offload import HostMemory, Staging
+from hift_ds.step import BlockState, Piece, has_elements
 
 _ELEMENTWISE = (
     *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
@@ -103,24 +107,112 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     return torch.allclose(updated(lambda t: [t]), updated(lambda t: t.flatten().chunk(2)), rtol=1e-5, atol=1e-7)
 
 
-class _NoWarmUpStep:
-    """Leaves out the step on zero gradients that DeepSpeed takes at set-up to make optimizer state.
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that an element-wise optimizer keeps for each element, found by a trial step."""
+    parameter = torch.nn.Parameter(torch.ones(8, device=get_accelerator().current_device_name()))
+    parameter.grad = torch.ones_like(parameter)
+    trial, _ = restrict(optimizer, [])
+    trial.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+    trial = with_initial_state(trial)
+    trial.step()
+    return sum(value.element_size() for value in trial.state[parameter].values() if has_elements(value))
 
-    That step counts, decays the masters, and builds state for every block at once.
-    """
 
-    optimizer: Any
+def _fp32_piece(gradients: Iterable[torch.Tensor], piece: Piece, shape: torch.Size) -> torch.Tensor:
+    """The elements of a piece, in fp32, of the gradients laid end to end."""
+    result: torch.Tensor | None = None
+    offset = 0
+    for gradient in gradients:
+        begin, end = max(piece.start, offset), min(piece.stop, offset + gradient.numel())
+        if begin < end:
+            if result is None:
+                result = torch.empty(piece.stop - piece.start, dtype=torch.float32, device=gradient.device)
+            part = gradient.reshape(-1)[begin - offset : end - offset]
+            result[begin - piece.start : end - piece.start].copy_(part)
+        offset += gradient.numel()
+    assert result is not None and offset >= piece.stop, "the gradients are shorter than what they belong to"
+    return result.view(shape)
 
-    def initialize_optimizer_states(self) -> None:
-        self.optimizer = with_initial_state(self.optimizer)
+
+class PlainBlockOptimizer:
+    """fp32 at stage 0, where DeepSpeed uses the torch optimizer as it is and the weights are their own masters."""
+
+    offloaded: BlockState | None = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer: Any = optimizer
+        self._stepped = [(weights, g) for g, group in enumerate(optimizer.param_groups) for weights in group["params"]]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self) -> None:
+        if self.offloaded is None:
+            self.optimizer.step()
+        else:
+            self.offloaded.step()
+
+    def stepped(self) -> list[tuple[torch.Tensor, int]]:
+        return self._stepped
+
+    def gradient(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
+        weights, _ = self._stepped[piece.number]
+        if weights.grad is None:
+            return torch.zeros(shape, device=weights.device)
+        return weights.grad.reshape(-1)[piece.start : piece.stop].view(shape)
+
+    def weights(self, index: int) -> None:
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], **_: Any) -> None:
+        self.optimizer.load_state_dict(state_dict)
 
 
-class UnfusedBlockOptimizer(_NoWarmUpStep, FP16_UnfusedOptimizer):
+class UnfusedBlockOptimizer(FP16_UnfusedOptimizer):
     """bf16 at stage 0: fp32 masters that keep their parameters' shapes."""
 
+    optimizer: Any
+    offloaded: BlockState | None = None
 
-class FusedBlockOptimizer(_NoWarmUpStep, FP16_Optimizer):
-    """bf16 at stage 0 with a fused Adam: one flat fp32 master for each parameter group."""
+    def initialize_optimizer_states(self) -> None:
+        # DeepSpeed takes a step on zero gradients here, which counts, decays the masters, and builds state for every
+        # block at once.
+        self.optimizer = with_initial_state(self.optimizer)
+
+    def step(self, closure: Any = None) -> bool:
+        if self.offloaded is None:
+            return super().step(closure)
+        self.overflow = self.overflow_checker.check()
+        if self.overflow:
+            return self._skip_invalid_grad_norm()
+        gradients = [split_params_grads_into_shared_and_expert_params(members)[0] for members in self.fp16_groups]
+        norms = [get_weight_norm(members, mpu=self.mpu) if members else 0.0 for members in gradients]
+        self._global_grad_norm = get_global_norm(norm_list=norms)
+        if is_invalid_grad_norm(self._global_grad_norm):
+            return self._skip_invalid_grad_norm()
+        self._update_scale(False)
+        self._combined_scale = self.unscale_and_clip_grads(self._global_grad_norm, apply_scale=False)
+        self.offloaded.step()
+        return self.overflow
+
+    def stepped(self) -> list[tuple[torch.Tensor, int]]:
+        return [(master, g) for g, masters in enumerate(self.fp32_groups) for master in masters]
+
+    def gradient(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
+        weights = self.weights(piece.number)
+        if weights.grad is None:
+            return torch.zeros(shape, device=weights.device)
+        return _fp32_piece([weights.grad], piece, shape).mul_(1.0 / self._combined_scale)
+
+    def weights(self, index: int) -> torch.Tensor:
+        return [weights for members in self.fp16_groups for weights in members][index]
 
 
 class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
@@ -129,6 +221,8 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     optimizer: Any
     temp_grad_buffer_for_cpu_offload: torch.Tensor
     temp_grad_buffer_for_gpu_offload: torch.Tensor
+    ready_for_gradients: bool
+    offloaded: BlockState | None = None
 
     def initialize_optimizer_states(self) -> None:
         if not isinstance(self.optimizer, torch.optim.Adagrad):
@@ -148,12 +242,96 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     def staging_numel(self) -> int:
         return self.temp_grad_buffer_for_cpu_offload.numel() if self.cpu_offload else 0
 
+    # On one rank there is nothing to reduce: gradients stay where autograd put them, without a copy in a bucket.
+    @property
+    def _alone(self) -> bool:
+        return not self.cpu_offload and dist.get_world_size(self.dp_process_group) == 1
+
+    def setup_buckets(self) -> None:
+        if not self._alone:
+            super().setup_buckets()
+        elif not self.ready_for_gradients:
+            self.micro_step_id += 1
+            self.ready_for_gradients = True
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
+        if not self._alone:
+            super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
+        elif self._use_compact_grad_partition_buffer(i):  # fp32 sums of 16-bit gradients
+            place = self._get_compact_grad_partition_slice(i, 0, self.get_param_id(param), param.numel())
+            self._add_to_grad_partition_buffer(place, self.get_gradient_for_reduction(param).reshape(-1))
+            self.clear_grad_attribute(param)
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        if not self._alone:
+            super().reduce_ipg_grads(comm_dtype)
+
+    def step(self, closure: Any = None) -> None:
+        if self.offloaded is None:
+            super().step(closure)
+            return
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        self.overflow = False
+        if self.check_grad_overflow:
+            self.check_overflow(self.partition_gradients)
+        norm = None
+        if self.compute_grad_norm and not self.overflow:
+            norm = self.scaled_global_norm()
+            if self.dtype != torch.bfloat16 or self.check_grad_overflow:
+                self.overflow = bool(is_invalid_grad_norm(norm))
+        scale = self.loss_scale
+        self._update_scale(self.overflow)
+        self._global_grad_norm = None if norm is None else norm / scale
+        if self.overflow:
+            self._global_grad_norm = float("inf") if self.compute_grad_norm else None
+            self.zero_grad(set_to_none=True)
+        else:
+            for others in self.params_not_in_partition:
+                self.free_grad_in_param_list(others)
+            self._scaled_norm = norm
+            if self.offloaded.step():
+                self.relink()
+            for mine in self.params_in_partition:
+                self.free_grad_in_param_list(mine)
+        for group in self.averaged_gradients:
+            self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+        if not self.overflow:
+            all_gather_dp_groups(
+                groups_flat=self.bit16_groups_flat,
+                partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+                dp_process_group=self.real_dp_process_group,
+                start_alignment_factor=self.nccl_start_alignment_factor,
+                allgather_bucket_size=self.allgather_bucket_size,
+            )
+
+    def stepped(self) -> list[tuple[torch.Tensor, int]]:
+        return [(master, group) for group, master in enumerate(self.single_partition_of_fp32_groups)]
+
+    def gradient(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
+        gradient = _fp32_piece(self.averaged_gradients[piece.number], piece, shape)
+        self.unscale_and_clip_grads([gradient], self._scaled_norm)
+        return gradient
+
+    def weights(self, index: int) -> torch.Tensor:
+        rank = dist.get_rank(group=self.real_dp_process_group[index])
+        return self.parallel_partitioned_bit16_groups[index][rank]
+
     def relink(self) -> None:
         """Point DeepSpeed's per-parameter views (``safe_get_full_fp32_param`` ...) at where the state is now."""
         self._link_all_hp_params()
         self._hp_optimizer_states_linked = False
         if all(self.optimizer.state.get(master) for master in self.single_partition_of_fp32_groups):
             self._lazy_init_hp_params_optimizer_state()
+        for parameters in self.bit16_groups if self.offloaded is not None else ():
+            for parameter in parameters:
+                for name in ("get_full_hp_param", "set_full_hp_param"):
+                    setattr(parameter, name, functools.partial(self._settled, getattr(parameter, name)))
+
+    def _settled(self, access: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Access to state in host memory: after what is under way, and before anything is fetched again."""
+        assert self.offloaded is not None
+        self.offloaded.settle()
+        return access(*args, **kwargs)
 
 
 class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
@@ -161,6 +339,7 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     optimizer: Any
     grad_partitions_flat_buffer: torch.Tensor
+    offloaded: BlockState | None = None
 
     def __init__(self, *args: Any, first: "Zero3BlockOptimizer | None", **kwargs: Any):
         self._first = first
@@ -196,6 +375,8 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     @contextmanager
     def _trainable(self, param: Any) -> Iterator[None]:
+        if self.offloaded is not None:
+            self.offloaded.settle()
         before = param.requires_grad
         param.requires_grad_(before or self.get_param_id(param) in self.grad_position)
         try:
@@ -232,37 +413,48 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def staging_numel(self) -> int:
         return self.grad_partitions_flat_buffer.numel()
 
+    # DeepSpeed steps one sub-group after another; the block is stepped once, at the last of them.
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: Any) -> None:
+        if self.offloaded is None:
+            super()._prepare_sub_group(sub_group_id, timer_names)
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
+        if self.offloaded is None:
+            super().unscale_and_clip_grads(sub_group_id, total_norm)
+            return
+        self._inverse_scale = 1.0 / self.loss_scale
+        if self.clip_grad > 0.0:
+            clip = torch.clamp(((total_norm / self.loss_scale) + 1e-6) / self.clip_grad, min=1.0)
+            self._inverse_scale = 1.0 / (clip * self.loss_scale)
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        if self.offloaded is None:
+            super()._optimizer_step(sub_group_id)
+        elif sub_group_id == len(self.fp16_groups) - 1:
+            self.offloaded.step()
+
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
+        if self.offloaded is None:
+            super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
+        elif sub_group_id == len(self.fp16_groups) - 1:
+            for sub_group in range(len(self.fp16_groups)):
+                self.averaged_gradients[sub_group] = None
+                self._unflatten_partitioned_parameters(sub_group)
+
+    def stepped(self) -> list[tuple[torch.Tensor, int]]:
+        groups = self.sub_group_to_group_id
+        return [(master, groups[sub_group]) for sub_group, master in enumerate(self.fp32_partitioned_groups_flat)]
+
+    def gradient(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
+        return _fp32_piece(self.averaged_gradients[piece.number], piece, shape).mul_(self._inverse_scale)
+
+    def weights(self, index: int) -> torch.Tensor | None:
+        weights = self.fp16_partitioned_groups_flat[index]
+        # In fp32 DeepSpeed may take the weights themselves as masters.
+        return None if weights is self.fp32_partitioned_groups_flat[index] else weights
+
     def relink(self) -> None:
         """Nothing to do: stage 3 looks its state up at each access."""
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside a DeepSpeed optimizer, or a bare one itself."""
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-
-
-def _masters(optimizer: Any) -> Iterator[torch.Tensor]:
-    """The fp32 masters of one block that are tensors of their own (fp32 weights at stage 3 are their own masters)."""
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        yield from optimizer.single_partition_of_fp32_groups
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        for master, weights in zip(
-            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
-        ):
-            if master is not weights:
-                yield master
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for masters in optimizer.fp32_groups:
-            yield from masters
-    elif isinstance(optimizer, FP16_Optimizer):
-        yield from optimizer.fp32_groups_flat
-
-
-def state_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """Masters and optimizer state of one block; step counters (single elements) stay where they are."""
-    state = _inner(optimizer).state.values()
-    moments = [value for entry in state for value in entry.values() if torch.is_tensor(value) and value.numel() > 1]
-    return [*_masters(optimizer), *moments]
 
 
 class BlockOptimizers:
@@ -275,9 +467,10 @@ class BlockOptimizers:
     Args:
         configured: the torch optimizer over all parameters; it carries settings and is never stepped.
         parameters: for each block, what it trains.
-        wrap: makes DeepSpeed's optimizer for a block around a torch one, or returns that one itself.
-        device: where the active block is stepped; elsewhere its state lives in host memory.
-        pin_memory: page-lock that memory.
+        wrap: makes DeepSpeed's optimizer for a block around a torch one.
+        host: where masters and state live, but for the time of a step. None: where DeepSpeed keeps them.
+        slice_bytes: of the streamed step; None: the whole block's state comes to the device at once.
+        prefetch: let state travel before the step.
     """
 
     # Attributes that describe, and methods that must reach, every block.
@@ -295,31 +488,41 @@ class BlockOptimizers:
         configured: torch.optim.Optimizer,
         parameters: Sequence[Sequence[torch.nn.Parameter]],
         wrap: Callable[[torch.optim.Optimizer], Any],
-        device: torch.device,
-        pin_memory: bool,
+        host: HostMemory | None,
+        slice_bytes: int | None = None,
+        prefetch: bool = True,
     ):
         self.optimizer = configured
+        self.host = host
         self.blocks: list[Any] = []
+        self._prefetch = prefetch and host is not None
+        self._streamed = slice_bytes is not None
         self._sources: list[list[int]] = []
-        self._host: list[HostState] = []
+        staging = None
         for members in parameters:
             inner, sources = restrict(configured, members)
             # DeepSpeed takes what is trainable at construction, and hooks it. One block at a time, and its state
             # leaves the device at once, so that set-up never holds more than one block's.
             for parameter in members:
                 parameter.requires_grad_(True)
-            self.blocks.append(wrap(inner))
+            block = wrap(inner)
             for parameter in members:
                 parameter.requires_grad_(False)
+            if host is not None:
+                element = 4 + state_bytes(inner) if slice_bytes is not None else 0
+                if staging is None:
+                    staging = Staging(torch.device(get_accelerator().current_device_name()), slice_bytes)
+                block.offloaded = BlockState(block, host, staging, element)
+                if hasattr(block, "relink"):
+                    block.relink()
+            self.blocks.append(block)
             self._sources.append(sources)
-            self._host.append(HostState(device, pin_memory))
-            self.active = len(self.blocks) - 1
-            self.state_to_host()
+        self.staging = staging
         self._share()
         self.active = 0
 
     def _share(self) -> None:
-        """Give all blocks the one loss scale, and the largest block's staging buffers."""
+        """Give all blocks the one loss scale, and the largest block's gradient buffers."""
         for attribute in ("loss_scaler", "loss_scale_config"):
             if hasattr(self.blocks[0], attribute):
                 for block in self.blocks:
@@ -350,28 +553,43 @@ class BlockOptimizers:
 
     def activate(self, index: int) -> Any:
         """Make a block the active one; returns its optimizer, with the current settings."""
+        if index != self.active and self.blocks[self.active].offloaded is not None:
+            self.blocks[self.active].offloaded.forget()
         self.active = index
         self.copy_settings()
+        if self._streamed:  # two slices, whose places on the device are taken in any case
+            self.prefetch()
         return self.blocks[index]
 
     def copy_settings(self) -> None:
         """Copy learning rate, weight decay ... of the configured optimizer to the active block's."""
-        groups = _inner(self.blocks[self.active]).param_groups
+        groups = self.blocks[self.active].optimizer.param_groups
         for group, source in zip(groups, self._sources[self.active], strict=True):
             settings = self.optimizer.param_groups[source]
             group.update({key: value for key, value in settings.items() if key != "params"})
 
-    def state_to_device(self) -> None:
-        """Bring the active block's masters and optimizer state to the device."""
-        block = self.blocks[self.active]
-        if self._host[self.active].to_device(state_tensors(block)) and hasattr(block, "relink"):
-            block.relink()
+    def prefetch(self) -> None:
+        """Let the active block's state begin to travel to the device, as far as there is a place for it.
 
-    def state_to_host(self) -> None:
-        """Take the active block's masters and optimizer state off the device."""
-        block = self.blocks[self.active]
-        if self._host[self.active].to_host(state_tensors(block)) and hasattr(block, "relink"):
-            block.relink()
+        A whole block's state would stand on top of the activations: with ``offload.step: block`` this is to be called
+        after the backward pass.
+        """
+        if self._prefetch:
+            self.blocks[self.active].offloaded.prefetch()
+
+    def settle(self) -> None:
+        """Wait until the state of all blocks is in host memory; what was fetched ahead is dropped."""
+        for block in self.blocks:
+            if block.offloaded is not None:
+                block.offloaded.settle()
+
+    def return_to_host(self) -> None:
+        """Put back where it belongs what others have moved or replaced."""
+        for block in self.blocks:
+            if block.offloaded is not None:
+                block.offloaded.to_host()
+            if hasattr(block, "relink"):
+                block.relink()
 
     def state_dict(self) -> dict[str, Any]:
         """All blocks' state, on one rank.
@@ -379,6 +597,7 @@ class BlockOptimizers:
         At stages 1 to 3 the masters stand also where ``zero_to_fp32.py``, which DeepSpeed puts beside a checkpoint,
         looks for them; they are the same tensors, so the file does not grow.
         """
+        self.settle()
         blocks = [block.state_dict() for block in self.blocks]
         whole: dict[str, Any] = {}
         if "zero_stage" in blocks[0]:
@@ -394,6 +613,7 @@ class BlockOptimizers:
 
     def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
         """Restore all blocks' state, from one state dict or (ZeRO) from the list with one entry a rank."""
+        self.settle()
         saved = state_dict if state_dict is not None else next(entry for entry in state_dict_list if entry)
         if "blocks" not in saved or len(saved["blocks"]) != len(self.blocks):
             count = len(saved["blocks"]) if "blocks" in saved else "no"
@@ -407,9 +627,7 @@ class BlockOptimizers:
                 block.load_state_dict(state_dict_list=entries, **options)
             else:
                 block.load_state_dict(saved["blocks"][index], **options)
-            self._host[index] = HostState(self._host[index].device, self._host[index].pin_memory)
-            if hasattr(block, "relink"):
-                block.relink()
+        self.return_to_host()
         if options.get("load_optimizer_states", True):
             for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
                 group.update(settings)

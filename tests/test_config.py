@@ -56,8 +56,13 @@ def test_values_arrive() -> None:
         ({"freeze": "*.bias"}, ("freeze", "list")),
         ({"max_block_numel": 100}, ("max_block_numel=100", "null")),
         ({"balance": True}, ("balance=True", "false")),
-        ({"offload": {"device": "nvme"}}, ("offload.device='nvme'", "cpu")),
-        ({"offload": {"step": "streamed"}}, ("offload.step='streamed'", "block")),
+        ({"offload": {"device": "gpu"}}, ("offload.device='gpu'", "cpu, nvme or none")),
+        ({"offload": {"device": "nvme"}}, ("offload.device='nvme'", "nvme_path")),
+        ({"offload": {"device": "nvme", "nvme_path": "/nowhere"}}, ("nvme_path='/nowhere'", "make it")),
+        ({"offload": {"device": "nvme", "nvme_path": "/proc"}}, ("nvme_path='/proc'", "cannot be written")),
+        ({"offload": {"nvme_path": "/tmp"}}, ("nvme_path='/tmp'", "remove it")),
+        ({"offload": {"step": "whole"}}, ("offload.step='whole'", "streamed")),
+        ({"offload": {"buffer_size": 1000}}, ("offload.buffer_size=1000", "65536")),
         ({"offload": {"pin": True}}, ("offload.pin", "pin_memory")),
         ({"offload": "cpu"}, ("offload='cpu'", "mapping")),
         ([], ("mapping",)),
@@ -85,6 +90,13 @@ def test_all_problems_come_at_once() -> None:
             ("offload_optimizer", "stage=0"),
         ),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, ("nvme", "cpu")),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "hift": {"offload": {"device": "none"}},
+            },
+            ("offload.device='none'", "offload_optimizer"),
+        ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ("offload_param", "none")),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, ("zenflow",)),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ("elastic_checkpoint",)),
@@ -93,7 +105,7 @@ def test_all_problems_come_at_once() -> None:
     ],
 )
 def test_what_cannot_be_exact_beside_hift_is_refused(rest: dict[str, Any], words: tuple[str, ...]) -> None:
-    found = config.problems({**rest, "hift": {}})
+    found = config.problems({"hift": {}, **rest})
     assert len(found) == 1 and all(word in found[0] for word in words), found
     assert config.problems({**rest, "hift": {"enabled": False}}) == []
 

@@ -27,7 +27,9 @@ class Case:
     stage: int = 0
     ranks: int = 1
     dtype: str = "fp32"
-    offload: bool = False
+    offload: bool = False  # DeepSpeed's: the step runs on the host
+    place: str = "cpu"  # hift.offload.device
+    step: str = "auto"  # hift.offload.step
     strategy: str = "bottom2up"
     layers_per_block: int = 1
     steps_per_block: int = 1
@@ -220,6 +222,8 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
             "seed": 3,
             "steps_per_block": case.steps_per_block,
         }
+        if not case.offload:  # the smallest slices: several to a block
+            config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
     return config
 
 
