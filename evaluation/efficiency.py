@@ -1,8 +1,9 @@
-"""Step time of HiFT against stock DeepSpeed's full fine-tuning and against the plain PyTorch loop.
+"""Step time of HiFT against stock DeepSpeed's full fine-tuning and against a plain PyTorch loop.
 
     python -m evaluation.efficiency --model-shape smollm2-135m --batch 4 --length 256 --stages 0,1,2,3 --cycles 3
+    python -m evaluation.efficiency --memory          peak memory instead (peak_memory.py)
 
-All three train the same model from the same weights on the same batches with AdamW, in one process, a step each in
+All train the same model from the same weights on the same batches with AdamW, in one process, a step each in
 turn. A step is forward, backward and optimizer step. HiFT's blocks differ in cost, so its unit is the mean over a whole
 cycle, in which each block is trained once; every number is the median of those means with their least and greatest.
 """
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hift_ds
+from evaluation import peak_memory
 from evaluation.plain_loop import PlainHiFT
 
 Batch = dict[str, torch.Tensor]
@@ -53,6 +55,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+CONTESTANTS = {
+    "hift": "HiFT",
+    "kept": "HiFT without offload",
+    "full": "full fine-tuning",
+    "plain": "plain loop",
+}
+ENGINES: dict[str, dict[str, Any]] = {  # the hift section of those that DeepSpeed runs
+    "hift": {},
+    "kept": {"offload": {"device": "none"}},
+    "full": {"enabled": False},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = (0, 1, 2, 3)
 LEARNING_RATE = 1e-4
@@ -61,23 +74,15 @@ CLIP = 1.0
 
 @dataclass
 class Contest:
-    """Seconds a step of the three, one mean for each measured cycle."""
+    """Seconds a step of each contestant, one mean for each measured cycle."""
 
     dtype: str
     stage: int
-    hift: list[float]
-    stock: list[float]
-    plain: list[float]
+    seconds: dict[str, list[float]]
 
-    @property
-    def to_stock(self) -> list[float]:
-        """HiFT's time divided by stock's, cycle by cycle."""
-        return [ours / theirs for ours, theirs in zip(self.hift, self.stock, strict=True)]
-
-    @property
-    def to_plain(self) -> list[float]:
-        """HiFT's time divided by the plain loop's, cycle by cycle."""
-        return [ours / theirs for ours, theirs in zip(self.hift, self.plain, strict=True)]
+    def ratios(self, other: str) -> list[float]:
+        """HiFT's time divided by another's, cycle by cycle."""
+        return [ours / theirs for ours, theirs in zip(self.seconds["hift"], self.seconds[other], strict=True)]
 
 
 def make_model(shape: str, dtype: str) -> LlamaForCausalLM:
@@ -104,8 +109,17 @@ def deepspeed_step(engine: Any) -> Callable[[Batch], None]:
     return step
 
 
-def contest(shape: str, dtype: str, stage: int, batch: int, length: int, cycles: int, stock_every: int) -> Contest:
-    """Times the three side by side for `cycles` cycles, after one on short batches in which all state is made."""
+def contest(
+    names: Sequence[str],
+    shape: str,
+    dtype: str,
+    stage: int,
+    batch: int,
+    length: int,
+    cycles: int,
+    stock_every: int,
+) -> Contest:
+    """Times them side by side for `cycles` cycles, after one on short batches in which all state is made."""
     config = {
         "train_micro_batch_size_per_gpu": batch,
         "gradient_clipping": CLIP,
@@ -114,25 +128,28 @@ def contest(shape: str, dtype: str, stage: int, batch: int, length: int, cycles:
         "bf16": {"enabled": dtype == "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
     }
-    hift = hift_ds.initialize(model=make_model(shape, dtype), config=config | {"hift": {"enabled": True}})[0]
-    stock = hift_ds.initialize(model=make_model(shape, dtype), config=config | {"hift": {"enabled": False}})[0]
-    plain = PlainHiFT(
-        make_model(shape, dtype),
-        [list(block.parameter_names) for block in hift.blocks],
-        lambda named: torch.optim.AdamW([p for _, p in named], lr=LEARNING_RATE, weight_decay=0.0, foreach=True),
-        clip=CLIP,
-    )
-    a_cycle = len(hift.blocks)
-    contestants: dict[str, Callable[[Batch], Any]] = {
-        "hift": deepspeed_step(hift),
-        "plain": lambda batch: plain.step([batch]),
-        "stock": deepspeed_step(stock),
+    engines = {
+        name: hift_ds.initialize(model=make_model(shape, dtype), config=config | {"hift": section})[0]
+        for name, section in ENGINES.items()
+        if name in names
     }
+    contestants: dict[str, Callable[[Batch], Any]] = {name: deepspeed_step(engine) for name, engine in engines.items()}
+    hift = engines["hift"]
+    if "plain" in names:
+        plain = PlainHiFT(
+            make_model(shape, dtype),
+            [list(block.parameter_names) for block in hift.blocks],
+            lambda named: torch.optim.AdamW([p for _, p in named], lr=LEARNING_RATE, weight_decay=0.0, foreach=True),
+            clip=CLIP,
+        )
+        contestants["plain"] = lambda batch: plain.step([batch])
+    a_cycle = len(hift.blocks)
     try:
         for step in range(a_cycle):
             for run in contestants.values():
                 run(make_batch(shape, step, 1, min(8, length)))
-        contestants["stock"](make_batch(shape, a_cycle, batch, length))
+        if "full" in contestants:
+            contestants["full"](make_batch(shape, a_cycle, batch, length))
 
         means: dict[str, list[float]] = {name: [] for name in contestants}
         with tqdm(total=cycles * a_cycle, desc=f"{dtype} stage {stage}", unit="step", leave=False, disable=None) as bar:
@@ -140,18 +157,18 @@ def contest(shape: str, dtype: str, stage: int, batch: int, length: int, cycles:
                 seconds: dict[str, list[float]] = {name: [] for name in contestants}
                 for step in range(a_cycle):
                     data = make_batch(shape, cycle * a_cycle + step, batch, length)
-                    turns = list(contestants)[step % 3 :] + list(contestants)[: step % 3]
-                    for name in turns:
-                        if name == "stock" and step % stock_every:
+                    first = step % len(contestants)
+                    for name in [*contestants][first:] + [*contestants][:first]:
+                        if name == "full" and step % stock_every:
                             continue  # its steps all cost the same, so some of them are enough
                         seconds[name].append(timed(contestants[name], data))
                     bar.update()
                 for name, values in seconds.items():
                     means[name].append(statistics.fmean(values))
     finally:
-        hift.destroy()
-        stock.destroy()
-    return Contest(dtype, stage, means["hift"], means["stock"], means["plain"])
+        for engine in engines.values():
+            engine.destroy()
+    return Contest(dtype, stage, means)
 
 
 def timed(run: Callable[[Batch], Any], batch: Batch) -> float:
@@ -183,13 +200,15 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def table(contests: Sequence[Contest]) -> str:
     """A Markdown table of seconds a step and of ratios."""
-    head = ["precision", "stage", "full fine-tuning, s", "HiFT, s", "plain loop, s", "HiFT / full", "HiFT / plain"]
+    others = [name for name in contests[0].seconds if name != "hift"]
+    head = ["precision", "stage", *(f"{CONTESTANTS[name]}, s" for name in ("hift", *others))]
+    head += [f"HiFT / {name}" for name in others]
     rows = [
         [
             c.dtype,
             str(c.stage),
-            *(spread(seconds, 3) for seconds in (c.stock, c.hift, c.plain)),
-            *(spread(ratios, 2) for ratios in (c.to_stock, c.to_plain)),
+            *(spread(c.seconds[name], 3) for name in ("hift", *others)),
+            *(spread(c.ratios(name), 2) for name in others),
         ]
         for c in contests
     ]
@@ -212,6 +231,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def join_world() -> None:
+    """Make this process a world of one rank."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.distributed.is_initialized():
+        backend = get_accelerator().communication_backend_name()
+        torch.distributed.init_process_group(
+            "gloo" if backend == "ccl" else backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Contest]:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.efficiency", description=(__doc__ or "").splitlines()[0]
@@ -219,25 +248,33 @@ def main(arguments: Sequence[str] | None = None) -> list[Contest]:
     parser.add_argument("--model-shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--batch", type=positive, default=4, help="examples a step")
     parser.add_argument("--length", type=positive, default=256, help="tokens an example")
+    parser.add_argument(
+        "--against",
+        type=comma_separated([name for name in CONTESTANTS if name != "hift"]),
+        default="full,plain",
+        help="full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state left on the device",
+    )
     parser.add_argument("--stages", type=comma_separated([str(s) for s in STAGES]), default="0,1,2,3")
     parser.add_argument("--dtypes", type=comma_separated(list(DTYPES)), default="fp32,bf16")
     parser.add_argument("--cycles", type=positive, default=1, help="measured cycles; a cycle is a step for each block")
     parser.add_argument("--stock-every", type=positive, default=4, help="time full fine-tuning in every N-th step only")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of step time (Linux)")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     options = parser.parse_args(arguments)
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
 
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if not torch.distributed.is_initialized():
-        backend = get_accelerator().communication_backend_name()
-        torch.distributed.init_process_group(
-            "gloo" if backend == "ccl" else backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
     given = sys.argv[1:] if arguments is None else arguments
+    origin = f"{datetime.date.today()}: python -m evaluation.efficiency {shlex.join(given)}"
+    if options.memory:
+        print(f"Peak memory above the loaded model on {machine()}\n{origin}", flush=True)
+        print(f"{options.model_shape}, {options.batch} x {options.length} tokens, fp32, AdamW", flush=True)
+        print("\n" + peak_memory.table(peak_memory.compare(options.model_shape, options.batch, options.length)))
+        return []
+    join_world()
     heading = [
         f"Step time on {machine()}",
-        f"{datetime.date.today()}: python -m evaluation.efficiency {shlex.join(given)}",
+        origin,
         f"{options.model_shape}, {options.batch} x {options.length} tokens, AdamW, median of cycle means "
         f"(least to greatest) over {options.cycles} cycles",
     ]
@@ -247,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Contest]:
         for stage in map(int, options.stages):
             contests.append(
                 contest(
+                    ["hift", *options.against],
                     options.model_shape,
                     dtype,
                     stage,

@@ -3,6 +3,7 @@
 Source: the paper, Algorithm 1 and section 3.1. With ``zero.py`` the only file that touches DeepSpeed's private names.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from deepspeed.utils.timer import NoopTimer
 from hift_ds import config as hift_config
 from hift_ds.blocks import partition_model
 from hift_ds.lion import Lion
+from hift_ds.memory import Held, Ledger, count, device_total
 from hift_ds.offload import HostMemory
 from hift_ds.schedule import BlockSchedule
 from hift_ds.zero import (
@@ -70,6 +72,10 @@ class HiFTEngine(DeepSpeedEngine):
             for optimizer in self.block_optimizers.blocks:
                 if optimizer is not self.optimizer:
                     optimizer.register_grad_acc_post_hook(self._backward_post_hook)
+        for optimizer in self.block_optimizers.blocks:
+            if optimizer.offloaded is not None:
+                optimizer.offloaded.watch = self._watch_memory
+        self._peak_ledger = self._count_memory()
         self._warn_of_long_schedule()
 
     # ---- what users see ----------------------------------------------------------------------------------------
@@ -92,6 +98,7 @@ class HiFTEngine(DeepSpeedEngine):
                 "activation checkpointing is on, use its non-reentrant form (use_reentrant=False)"
             )
         result = super().backward(loss, *args, **kwargs)
+        self._watch_memory()
         if self.is_gradient_accumulation_boundary():
             self.block_optimizers.prefetch()
         return result
@@ -145,6 +152,39 @@ class HiFTEngine(DeepSpeedEngine):
                 self._schedule.load_state_dict(position)
             self._activate()
         return path, client_state
+
+    def memory_ledger(self, peak: bool = False) -> Ledger:
+        """Bytes of this rank's ``parameters``, ``gradients``, ``master_weights``, ``optimizer_state`` and ``buffers``.
+
+        Counted from the live tensors, for each of ``device``, ``host`` and ``nvme``. Activations, and what an
+        optimizer's kernel needs for a moment, are not tensors that anybody keeps, and are not in it.
+
+        Args:
+            peak: as it was at the instant of the highest device total so far. Looked at after set-up, after each
+                backward pass, and when a step's first slice is on the device.
+        """
+        return copy.deepcopy(self._peak_ledger) if peak else self._count_memory()
+
+    def _count_memory(self) -> Ledger:
+        ledger = count(self._held(), self.block_optimizers.host)
+        for category, nbytes in self.block_optimizers.staged():
+            ledger["device"][category] += nbytes
+            ledger["device"]["buffers"] -= nbytes
+        return ledger
+
+    def _held(self) -> Iterator[Held]:
+        for parameter in self.module.parameters():
+            yield Held("parameters", parameter.data)
+            yield Held("parameters", getattr(parameter, "ds_tensor", None))
+            yield Held("gradients", parameter.grad)
+            yield Held("gradients", getattr(parameter, "grad_accum", None))
+        yield from self.block_optimizers.held()
+        yield from (Held("buffers", buffer) for buffer in self.module.buffers())
+
+    def _watch_memory(self) -> None:
+        ledger = self._count_memory()
+        if device_total(ledger) > device_total(self._peak_ledger):
+            self._peak_ledger = ledger
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         with self._all_blocks():

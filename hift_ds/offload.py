@@ -66,10 +66,18 @@ class HostMemory:
         assert self.folder is not None
         if not like.nbytes:
             return torch.empty(like.shape, dtype=like.dtype)
-        with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
-            # Reserved now: a page that finds no room on the disk later would kill the process.
-            os.posix_fallocate(file.fileno(), 0, like.nbytes)
-            flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
+                # Reserved now: a page that finds no room on the disk later would kill the process.
+                os.posix_fallocate(file.fileno(), 0, like.nbytes)
+                flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: hift.offload.nvme_path={self.folder!r} has to take {like.nbytes} bytes more of "
+                f"masters and optimizer state, beside {self.nbytes} bytes so far; make room there, name another "
+                "folder, or set hift.offload.device='cpu'",
+            ) from error
         return flat.view(like.shape)
 
 
@@ -127,7 +135,8 @@ class Slot:
 
     def __init__(self, area: torch.Tensor | None):
         self.area = area
-        self.free: Any = None  # passes when what was last in the area has been written back
+        # Passes when what was last in the area has been written back; at first, when nothing uses its memory any more.
+        self.free: Any = mark()
 
 
 class Staging:

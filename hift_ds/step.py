@@ -6,6 +6,7 @@ holds even one block's state. An element-wise optimizer does not see the differe
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -64,6 +65,10 @@ class BlockState:
         host: where the state lives.
         staging: where it stands during a step.
         bytes_per_element: of state and master; how many elements a slice holds follows from it.
+
+    Attributes:
+        under_way: during a step, the slice on the device: its masters, state and fp32 gradients by category.
+        watch: called once in each step, when its first slice, which none exceeds, is on the device.
     """
 
     def __init__(self, owner: Stepped, host: HostMemory, staging: Staging, bytes_per_element: int):
@@ -80,6 +85,8 @@ class BlockState:
         self._buffers: dict[tuple[int, str | None], torch.Tensor] = {}
         self._written: list[Any] = [None] * len(self._slices)
         self._staged: dict[int, _Staged] = {}
+        self.under_way: list[tuple[str, torch.Tensor]] = []
+        self.watch: Callable[[], None] | None = None
         self.to_host()
 
     def to_host(self) -> None:
@@ -154,34 +161,47 @@ class BlockState:
         """Step the block; True where this made state that was not there before."""
         optimizer = self._owner.optimizer
         groups, state = optimizer.param_groups, optimizer.state
-        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         known = self._known()
         is_new = False
         try:
-            for number, pieces in enumerate(self._slices):
+            for number in range(len(self._slices)):
                 for ahead in range(len(self._staging.slots)):
                     self._fetch(number + ahead, known)
                 staged = self._staged.pop(number)
                 wait(staged.ready)
-                stand_ins = self._stand_ins(pieces, staged)
-                by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
-                for piece, stand_in in zip(pieces, stand_ins, strict=True):
-                    by_group[self._groups[piece.number]].append(stand_in)
-                optimizer.state = defaultdict(dict)
-                for stand_in, values, piece in zip(stand_ins, staged.states, pieces, strict=True):
-                    for name, value in known[piece.number].items():
-                        optimizer.state[stand_in][name] = values[name] if name in values else _copied(value)
-                optimizer.param_groups = [{**before[g], "params": members} for g, members in by_group.items()]
-                optimizer.step()
-                for g, after in zip(by_group, optimizer.param_groups, strict=True):
-                    groups[g].update({key: value for key, value in after.items() if key != "params"})
-                pairs, made = self._results(pieces, stand_ins, optimizer.state, state)
+                pairs, made = self._step_slice(number, staged, known, groups, state)
                 is_new |= made
                 self._written[number] = self._staging.drain(staged.slot, pairs)
-                del staged, stand_ins, by_group, pairs
+                del staged, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state
         return is_new
+
+    def _step_slice(
+        self, number: int, staged: _Staged, known: list[dict[str, Any]], groups: list[dict[str, Any]], state: Any
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool]:
+        """Step what is on the device; returns what ``_results`` does. A gradient of it does not outlive the call."""
+        optimizer, pieces = self._owner.optimizer, self._slices[number]
+        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        stand_ins = self._stand_ins(pieces, staged)
+        if number == 0 and self.watch is not None:
+            self.under_way = _by_category(staged, stand_ins)
+            self.watch()
+            self.under_way = []
+        by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for piece, stand_in in zip(pieces, stand_ins, strict=True):
+            by_group[self._groups[piece.number]].append(stand_in)
+        optimizer.state = defaultdict(dict)
+        for stand_in, values, piece in zip(stand_ins, staged.states, pieces, strict=True):
+            for name, value in known[piece.number].items():
+                optimizer.state[stand_in][name] = values[name] if name in values else _copied(value)
+        optimizer.param_groups = [{**before[g], "params": members} for g, members in by_group.items()]
+        optimizer.step()
+        for g, after in zip(by_group, optimizer.param_groups, strict=True):
+            groups[g].update({key: value for key, value in after.items() if key != "params"})
+        results = self._results(pieces, stand_ins, optimizer.state, state)
+        optimizer.param_groups, optimizer.state = groups, state
+        return results
 
     def _stand_ins(self, pieces: list[Piece], staged: _Staged) -> list[torch.nn.Parameter]:
         """For each piece a parameter on the device, with its gradient."""
@@ -218,6 +238,13 @@ class BlockState:
                     state[tensor][name] = self._buffers[piece.number, name] = self._host.empty(like)
                 pairs.append((_cut(state[tensor][name], piece), value))
         return pairs, is_new
+
+
+def _by_category(staged: _Staged, stand_ins: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
+    """What a slice has on the device, for the ledger."""
+    found = [("master_weights", master) for master in staged.masters if master is not None]
+    found += [("optimizer_state", value) for state in staged.states for value in state.values()]
+    return found + [("gradients", stand_in.grad) for stand_in in stand_ins if stand_in.grad is not None]
 
 
 def _slices(sizes: list[int], limit: int | None) -> list[list[Piece]]:

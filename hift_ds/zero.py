@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from hift_ds.lion import Lion
+from hift_ds.memory import Held
 from hift_ds.offload import HostMemory, Staging
 from hift_ds.step import BlockState, Piece, has_elements
 
@@ -457,6 +458,30 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """Nothing to do: stage 3 looks its state up at each access."""
 
 
+def held(block: Any) -> Iterator[Held]:
+    """All tensors that one block's optimizer keeps, but the weights."""
+    on_host = bool(getattr(block, "cpu_offload", False) or getattr(block, "offload_optimizer", False))
+    for index, (tensor, _) in enumerate(block.stepped()):
+        if block.weights(index) is not None:
+            yield Held("master_weights", tensor, on_host)
+            yield Held("gradients", tensor.grad, on_host)
+        for value in block.optimizer.state.get(tensor, {}).values():
+            if has_elements(value):
+                yield Held("optimizer_state", value, on_host)
+    if isinstance(block, ZeroBlockOptimizer):
+        for gradients in (*block.averaged_gradients.values(), *block.all_grad_tensors.values()):
+            yield from (Held("gradients", gradient) for gradient in gradients or ())
+        if on_host:
+            yield from (Held("gradients", gradient, True) for gradient in block.accumulated_grads_in_cpu.values())
+            yield Held("buffers", block.temp_grad_buffer_for_gpu_offload)
+            yield Held("buffers", block.temp_grad_buffer_for_cpu_offload, True)
+            yield from (Held("buffers", buffer, True) for buffer in block.param_buffer_of_bit16_for_cpu_offload_groups)
+        yield from (Held("buffers", buffer) for bucket in block.ipg_buckets.values() for buffer in bucket.buffer)
+    if isinstance(block, Zero3BlockOptimizer):
+        yield Held("gradients", block.grad_partitions_flat_buffer, on_host)
+        yield from (Held("buffers", bucket.buffer) for bucket in block.ipg_buckets.values())
+
+
 class BlockOptimizers:
     """The optimizers of all blocks, behind the interface of one.
 
@@ -576,6 +601,21 @@ class BlockOptimizers:
         """
         if self._prefetch:
             self.blocks[self.active].offloaded.prefetch()
+
+    def held(self) -> Iterator[Held]:
+        """All tensors that the blocks' optimizers keep, but the weights."""
+        for block in self.blocks:
+            yield from held(block)
+            if block.offloaded is not None:
+                yield from (Held("gradients", t) for name, t in block.offloaded.under_way if name == "gradients")
+        if self.staging is not None:
+            yield from (Held("buffers", slot.area) for slot in self.staging.slots)
+
+    def staged(self) -> Iterator[tuple[str, int]]:
+        """Category and bytes of what stands in the staging areas now, during a step."""
+        for block in self.blocks:
+            if block.offloaded is not None:
+                yield from ((name, t.nbytes) for name, t in block.offloaded.under_way if name != "gradients")
 
     def settle(self) -> None:
         """Wait until the state of all blocks is in host memory; what was fetched ahead is dropped."""

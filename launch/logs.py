@@ -274,6 +274,7 @@ def report(summary: dict[str, Any]) -> str:
     lines += [
         f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
         f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",
+        *_kept(s.get("memory")),
         f"updates            {_updates(s['block_names'], s['updates_per_block'])}",
     ]
     if s["steps_skipped"]:
@@ -285,6 +286,16 @@ def report(summary: dict[str, Any]) -> str:
         if f"sample_{when}" in s:
             lines.append(_indented(f"answer {when} training", s[f"sample_{when}"]["answer"]))
     return "\n".join(lines)
+
+
+def _kept(memory: dict[str, dict[str, int]] | None) -> list[str]:
+    """The ledger at its highest: `MiB kept           device 516 (parameters 513, ...); host 1539 (...)`."""
+    places = []
+    for place, sizes in (memory or {}).items():
+        parts = [f"{name.replace('_', ' ')} {size / 2**20:.0f}" for name, size in sizes.items() if size >= 2**19]
+        if parts:
+            places.append(f"{place} {sum(sizes.values()) / 2**20:.0f} ({', '.join(parts)})")
+    return [f"MiB kept           {'; '.join(places)}"] if places else []
 
 
 def _updates(names: list[str], counts: list[int]) -> str:

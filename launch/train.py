@@ -116,6 +116,8 @@ def engine_record(engine: Any) -> dict[str, Any]:
         record["loss_scale"] = float(engine.optimizer.loss_scale)
     if hasattr(engine, "memory_ledger"):
         record["memory"] = engine.memory_ledger()
+    if engine.device.type != "cpu":
+        record["memory_allocated"] = get_accelerator().memory_allocated()  # by the allocator: activations too
     return record
 
 
@@ -157,6 +159,8 @@ def run(arguments: argparse.Namespace) -> None:
     export_model(engine, tokenizer, folder / "model", getattr(config, "use_cache", None))
 
     memory = logs.peak_memory(engine.device)
+    if hasattr(engine, "memory_ledger"):
+        memory["memory"] = engine.memory_ledger(peak=True)
     if log is not None:
         cycles = getattr(engine, "cycle", settings.training.max_steps)
         summary = logs.summarize(folder, settings, recorded, after, block_names(engine), cycles) | memory
