@@ -4,6 +4,7 @@ Source: the paper, Algorithm 1 and section 3.1. With ``zero.py`` the only file t
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from hift_ds.blocks import partition_model
 from hift_ds.lion import Lion
 from hift_ds.memory import Held, Ledger, count, device_total
 from hift_ds.offload import HostMemory
+from hift_ds.optimizers import is_elementwise, state_bytes
 from hift_ds.schedule import BlockSchedule
 from hift_ds.zero import (
     BlockOptimizers,
@@ -31,8 +33,6 @@ from hift_ds.zero import (
     UnfusedBlockOptimizer,
     Zero3BlockOptimizer,
     ZeroBlockOptimizer,
-    is_elementwise,
-    state_bytes,
 )
 
 # Our entry in a checkpoint's client state.
@@ -419,7 +419,7 @@ class HiFTEngine(DeepSpeedEngine):
         """Where the state lives and how it gets to the device, as ``BlockOptimizers`` wants it.
 
         Raises:
-            ValueError: a streamed step of an optimizer that needs whole tensors.
+            ValueError: a streamed step of an optimizer that needs whole tensors; no room for all the state.
         """
         offload = self.hift.offload
         if offload.device == "none" or self.zero_use_cpu_optimizer():
@@ -430,17 +430,20 @@ class HiFTEngine(DeepSpeedEngine):
                 f"hift.offload.step='streamed' cuts tensors, and {type(optimizer).__name__} uses their shape; use "
                 "'block' or 'auto', or an element-wise optimizer such as AdamW"
             )
-        slice_bytes = None
+        ranks = self.dp_world_size if self.zero_optimization() else 1
+        slice_bytes, element = None, 4
+        if elementwise:
+            element += state_bytes(optimizer)
         if elementwise and offload.step != "block":
             # No larger than the largest block's state, each of whose tensors may waste a little by its alignment.
-            ranks = self.dp_world_size if self.zero_optimization() else 1
             numel = max(-(-block.numel // ranks) + 256 * len(block.parameter_names) for block in self.blocks) + 4096
-            slice_bytes = min(offload.buffer_size, max(numel * (4 + state_bytes(optimizer)), hift_config.MIN_BUFFER))
-        return {
-            "host": HostMemory(offload.pin_memory, offload.nvme_path),
-            "slice_bytes": slice_bytes,
-            "prefetch": offload.prefetch,
-        }
+            slice_bytes = min(offload.buffer_size, max(numel * element, hift_config.MIN_BUFFER))
+        if not (self.zero_optimization() or self.bfloat16_enabled()):
+            element -= 4  # fp32 weights at stage 0 are their own masters
+        host = HostMemory(offload.pin_memory, offload.nvme_path)
+        local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by DeepSpeed's launcher
+        host.check_room(sum(block.numel for block in self.blocks) * element // ranks * local_ranks)
+        return {"host": host, "slice_bytes": slice_bytes, "prefetch": offload.prefetch}
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()

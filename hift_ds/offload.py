@@ -5,11 +5,13 @@ Nothing here knows which block comes when, nor anything of DeepSpeed but its acc
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
@@ -39,6 +41,27 @@ class HostMemory:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse before anything is built what could not be held in the end.
+
+        Args:
+            nbytes: that all processes of this machine will ask for together.
+
+        Raises:
+            ValueError: there is less.
+        """
+        if self.folder is not None:
+            free, place = shutil.disk_usage(self.folder).free, f"the drive of hift.offload.nvme_path={self.folder!r}"
+            remedy = "make room there, or name a folder on a larger drive"
+        else:
+            free, place = psutil.virtual_memory().available, "host memory"
+            remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
+        if nbytes > free:
+            raise ValueError(
+                f"masters and optimizer state of all blocks need {nbytes / 2**30:.2f} GiB of {place}, and "
+                f"{free / 2**30:.2f} GiB are free; {remedy}"
+            )
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
         """An uninitialized buffer with the shape and dtype of ``like``.
