@@ -52,7 +52,7 @@ def cached_model() -> Path:
 def main() -> int:
     try:
         job = ["--config", "configs/quickstart.yaml", "--set", f"model.name_or_path={cached_model()}"]
-    except OSError as error:
+    except (OSError, zipfile.BadZipFile) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         print(
             "quickstart: going on with a tiny model from scratch (configs/tiny.yaml). It shows the machinery, but is "
