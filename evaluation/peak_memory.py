@@ -48,7 +48,7 @@ def train(method: str, checkpointing: bool, shape: str, batch: int, length: int)
     join_world()
     model = make_model(shape, "fp32")
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        hift_ds.checkpoint_activations(model)
     loaded = anonymous()
     highest, done = loaded, threading.Event()
 

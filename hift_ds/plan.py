@@ -24,34 +24,27 @@ from typing import Any, NoReturn
 import torch
 
 from hift_ds import presets
+from hift_ds.activations import checkpoint_activations
 from hift_ds.blocks import partition_model
-from hift_ds.config import ConfigError, OffloadConfig
-from hift_ds.presets import STREAMED_IN_ENGINE, Request
-from hift_ds.simulate import (
-    CATEGORIES,
-    FP32,
-    ForwardStep,
-    LiveMemory,
-    Setup,
-    Simulator,
-    StepBase,
-    gathered,
-    make_step,
-    persistent,
-    state_numel,
-)
+from hift_ds.config import ConfigError
+from hift_ds.fit import Fit
+from hift_ds.presets import Request
+from hift_ds.simulate import CATEGORIES, ForwardStep, LiveMemory, Simulator, StepBase
+from hift_ds.stages import FP32, Setup, gathered, make_step, persistent, slot_bytes, state_numel
 
 GIB = 2**30
 _STOCK_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
-_LONGEST, _MOST = 2**20, 2**14  # tokens and sequences that a search ends at
-_GRANULE = 64  # tokens; the longest sequence is found to this
+_STOCK = {  # no blocks: what of a request only the engine does is as if it was not asked for
+    name: getattr(Request, name) for name in ("offload_device", "offload_step", "nvme_path", "offload_optimizer")
+} | {"method": "full"}
+_NUMBERS = 64  # bytes of single numbers for each parameter: step counts, norms
 
 
 @dataclass
 class BlockPlan:
     """One block's step: what is on the device when it holds most.
 
-    ``simulated`` is False for a layer whose figures lie between those of the first and the last layer like it. Their
+    ``simulated`` is False for a layer whose figures lie between those of the second and the last layer like it. Their
     total is an upper bound: the true one is a maximum of straight lines over the layer's position.
     """
 
@@ -97,7 +90,7 @@ def _with_total(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def plan_memory(
-    model: Any, *, gpu_memory: int | str | None = None, reserve: int | str = "1GiB", **options: Any
+    model: Any, *, gpu_memory: int | str | None = None, reserve: int | str | None = None, **options: Any
 ) -> Plan:
     """Plan the memory of a training run.
 
@@ -111,13 +104,13 @@ def plan_memory(
         batch_size: sequences of a micro-batch on one rank; ``seq_len`` tokens each, without padding.
         layers_per_block: the paper's m.
         zero_stage: of DeepSpeed, on ``ranks`` ranks; default 2, and 0 for Adafactor. Sizes are those of one rank.
-        offload_step: ``block``, ``streamed`` or ``auto``, as in ``hift.offload.step``.
+        offload_device, offload_step, buffer_size, nvme_path: as ``device``, ``step`` ... of ``hift.offload``.
         offload_optimizer: ``cpu``: the step is on the host.
         layout: ``engine`` or ``paper``.
         accelerator: whose kernels: ``gpu``, or ``cpu`` for a run on a machine without one.
         attention: ``attn_implementation`` of transformers, ``sdpa`` or ``eager``; by default transformers' choice.
-        gpu_memory: bytes, or text like ``24GiB``: also answer whether it fits, with ``reserve`` kept free for what
-            PyTorch does not count (the CUDA context, fragmentation, communication), and what would.
+        gpu_memory: bytes, or text like ``24GiB``: also answer whether it fits, and what would, with ``reserve``
+            (1GiB) kept free for what PyTorch does not count: the CUDA context, fragmentation, communication.
 
     Raises:
         hift_ds.config.ConfigError: (a ValueError) every problem of the arguments, with the remedy.
@@ -132,13 +125,40 @@ def plan_memory(
     ]
     if unknown:
         raise ConfigError(unknown)
-    planner = Planner(Request(model, **options))
+    planner, fit = _prepare(Request(model, **options), gpu_memory, reserve)
     plan = planner.plan(planner.request)
-    if gpu_memory is not None:
-        plan = _Fit(
-            planner, presets.parse_size("--gpu-memory", gpu_memory), presets.parse_size("--reserve", reserve)
-        ).answer(plan)
-    return plan
+    return fit.answer(plan) if fit else plan
+
+
+def _prepare(
+    request: Request, gpu_memory: int | str | None, reserve: int | str | None, found: Iterable[str] = ()
+) -> tuple[Planner, Fit | None]:
+    """What plans and what answers whether it fits.
+
+    Raises:
+        ConfigError: every problem of the arguments, after those that were found before.
+    """
+    found = list(found)
+    planner, memory, kept = None, 0, presets.parse_size("--reserve", "1GiB")
+    try:
+        planner = Planner(request)
+    except ConfigError as error:
+        found += error.problems
+    try:
+        memory = presets.parse_size("--gpu-memory", gpu_memory) if gpu_memory is not None else 0
+    except ConfigError as error:
+        found += error.problems
+    try:
+        kept = presets.parse_size("--reserve", reserve) if reserve is not None else kept
+    except ConfigError as error:
+        found += error.problems
+    if gpu_memory is None and reserve is not None:
+        found.append(f"--reserve={reserve} has no effect without --gpu-memory; add it, or leave --reserve out")
+    elif memory and kept >= memory:
+        found.append(f"--reserve={kept}: expected less than --gpu-memory, which is {memory} bytes")
+    if planner is None or found:
+        raise ConfigError(found)
+    return planner, Fit(planner, memory, kept) if memory else None
 
 
 # --- planning ----------------------------------------------------------------------------------------------------
@@ -159,6 +179,10 @@ class _Built:
     def numels(self, unit: int) -> list[int]:
         return _numels(self.unit_shapes(unit))
 
+    def decisive(self) -> list[int]:
+        """The units whose steps bound those of all."""
+        return sorted({unit for first, last in self.alike() for unit in (first, min(first + 1, last), last)})
+
     def alike(self) -> Iterator[tuple[int, int]]:
         """First and last of each run of consecutive units with the same shapes."""
         first = 0
@@ -176,26 +200,32 @@ class Planner:
     """Plans variants of one request for one model; what is built for one is used again for the others."""
 
     def __init__(self, request: Request):
-        _check(request)
+        found = request.problems()
+        try:
+            self.config = presets.load_config(request.model)
+        except ConfigError as error:
+            found = error.problems + found
+        if found:
+            raise ConfigError(found)
         self.request = request
-        self.config = presets.load_config(request.model)
         self.task = request.task or presets.task_of(self.config)
         self._built: dict[tuple[Any, ...], _Built] = {}
         self._simulated: dict[tuple[Request, int], LiveMemory] = {}
 
     def plan(self, request: Request) -> Plan:
-        """The plan of a request for the same model. One step is simulated for each kind of block, the lowest and the
-        highest where there are several."""
+        """The plan of a request for the same model. One step is simulated for each kind of block, three where there
+        are many: the lowest two and the highest."""
         built = self.build(request)
         units = range(len(built.units))
         numels = [sum(built.numels(unit)) for unit in units]
         blocks: list[BlockPlan] = []
         for first, last in built.alike():
-            low = self.simulate(request, first)
-            high = self.simulate(request, last) if last > first else low
+            # Below the first layer nothing needs a gradient, so it does not lie on the line of those above it.
+            low = min(first + 1, last)
             for unit in range(first, last + 1):
-                name = built.units[unit][0]
-                blocks.append(_between(name, numels[unit], low, high, unit - first, last - first))
+                start, end = (first, first) if unit == first else (low, last)
+                ends = self.simulate(request, start), self.simulate(request, end)
+                blocks.append(_between(built.units[unit][0], numels[unit], *ends, unit - start, end - start))
         if request.layout == "paper":
             top = max(units, key=lambda unit: numels[unit])
         else:
@@ -207,7 +237,8 @@ class Planner:
             blocks=blocks,
             peak={"block": top, "name": blocks[top].name, "phase": blocks[top].phase},
             device=blocks[top].device,
-            host=self._host(request, built, top),
+            host=self._off_device(request, built, top, "host"),
+            nvme=self._off_device(request, built, top, "nvme"),
             notes=request.notes(self.task),
         )
 
@@ -251,7 +282,7 @@ class Planner:
         weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + request.weight * gathered(setup, numels),
+            "buffers": others + _NUMBERS * len(numels) + request.weight * gathered(setup, numels) + 2 * setup.slot,
         }
         units = [built.unit_shapes(index) for index in range(len(built.units))]
         if setup.stage == 3:
@@ -265,7 +296,9 @@ class Planner:
 
     def build(self, request: Request) -> _Built:
         """The model as a request needs it, made once."""
-        _check(request)
+        found = request.problems()
+        if found:
+            raise ConfigError(found)
         rank = request.lora_rank if request.method == "lora" else None
         m = request.layers_per_block if request.method == "hift" else None
         key = (request.weight, request.activation_checkpointing, request.accelerator, request.attention, rank, m)
@@ -274,7 +307,7 @@ class Planner:
             gpu = request.accelerator == "gpu"
             model: Any = presets.skeleton(self.config, self.task, dtype, request.attention, gpu)
             if request.activation_checkpointing:
-                presets.checkpoint_activations(model)
+                checkpoint_activations(model)
             if rank is not None:
                 model = presets.with_lora(model, rank, self.task)
             if m is None:
@@ -295,53 +328,49 @@ class Planner:
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
+        ranks, streamed = request.ranks if request.stage > 0 else 1, request.placement == "streamed"
         setup = Setup(
             stage=request.stage,
             ranks=request.ranks,
             weight=request.weight,
             optimizer=request.optimizer,
             gpu=request.accelerator == "gpu",
+            stock=request.method != "hift",
             placement=request.placement,
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
-            slices=OffloadConfig.buffer_size,
+            slot=slot_bytes(request.optimizer, numels, ranks, request.buffer_size) if streamed else 0,
         )
         return replace(setup, persistent=persistent(setup, _numels(built.shapes.values())))
 
-    def _host(self, request: Request, built: _Built, top: int) -> dict[str, int]:
-        """Host memory of one rank: the state that is not on the device, in buffers that are made once."""
-        host = dict.fromkeys(CATEGORIES, 0)
+    def _off_device(self, request: Request, built: _Built, top: int, place: str) -> dict[str, int]:
+        """Bytes of one rank in host memory or in files: state that is not on the device, in buffers made once."""
+        sizes = dict.fromkeys(CATEGORIES, 0)
         units = [built.unit_shapes(unit) for unit in range(len(built.units))]
-        if request.method == "mezo":
-            return host
+        if request.method == "mezo" or place != ("nvme" if request.offload_device == "nvme" else "host"):
+            return sizes
         if request.layout == "paper":
-            for unit, shapes in enumerate(units):
-                if unit != top:
-                    host["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
-                    host["master_weights"] += FP32 * sum(_numels(shapes)) * (request.precision == "mixed-hi")
-            return host
+            for shapes in units[:top] + units[top + 1 :]:
+                if request.precision == "mixed-hi":
+                    sizes["master_weights"] += FP32 * sum(_numels(shapes))
+                sizes["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
+            return sizes
         setup = self._setup(request, built)
         if setup.placement == "resident":
-            return host
+            return sizes
         partitions = [setup.partition(_numels(shapes)) for shapes in units]
-        host["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
-        host["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
+        sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
+        sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
         if setup.placement == "host":
-            host["gradients"] = FP32 * sum(partitions)
+            sizes["gradients"] = FP32 * sum(partitions)
             if setup.stage == 3:
-                host["gradients"] += setup.weight * max(partitions)
+                sizes["gradients"] += setup.weight * max(partitions)
             else:  # the updated weights on their way back, and a buffer for one parameter's gradient
-                host["buffers"] = setup.weight * (sum(partitions) + setup.staging)
+                sizes["buffers"] = setup.weight * (sum(partitions) + setup.staging)
                 if setup.accumulates:
-                    host["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
-        return host
-
-
-def _check(request: Request) -> None:
-    found = request.problems()
-    if found:
-        raise ConfigError(found)
+                    sizes["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
+        return sizes
 
 
 def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
@@ -356,113 +385,6 @@ def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position:
     return BlockPlan(name, numel, phases[top], top, simulated=position in (0, length))
 
 
-# --- does it fit -------------------------------------------------------------------------------------------------
-
-
-class _Fit:
-    """Answers what fits on a device, and what would make it fit."""
-
-    def __init__(self, planner: Planner, memory: int, reserve: int):
-        if reserve >= memory:
-            raise ConfigError([f"--reserve={reserve}: expected less than --gpu-memory, which is {memory} bytes"])
-        self.planner, self.memory, self.reserve, self.room = planner, memory, reserve, memory - reserve
-
-    def answer(self, plan: Plan) -> Plan:
-        """The plan with its ``fit``: the smallest change that fits where the plan does not, and what fits at most."""
-        chosen: tuple[list[str], Request] | None = ([], plan.request)
-        if sum(plan.device.values()) > self.room:
-            chosen = next((change for change in self._changes(plan.request) if self.fits(change[1])), None)
-        plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": chosen is not None and not chosen[0]}
-        plan.fit |= {"change": None, "longest_sequence": None, "largest_batch": None}
-        if chosen is not None:
-            change, request = chosen
-            changed = self.planner.plan(request) if change else plan
-            limit = self.planner.build(request).longest_input or _LONGEST
-            plan.fit |= {
-                "change": " and ".join(change) or None,
-                "device_total": sum(changed.device.values()),
-                "longest_sequence": self.largest(request, "seq_len", _GRANULE, limit),
-                "largest_batch": self.largest(request, "batch_size", 1, _MOST),
-            }
-            plan.fitting = request
-        return plan
-
-    def fits(self, request: Request) -> bool:
-        units = [first for first, _ in self.planner.build(request).alike()]
-        if sum(self.planner.holds(request, units[0]).values()) > self.room:
-            return False
-        return all(self._total(request, unit) <= self.room for unit in units)
-
-    def largest(self, request: Request, name: str, granule: int, limit: int) -> int:
-        """The largest value of a size that fits, a multiple of ``granule``, up to ``limit``; ``request`` must fit.
-
-        Memory grows in straight lines with it, ever steeper ones, so two points tell the next one to try.
-        """
-        units = [first for first, _ in self.planner.build(request).alike()]
-        granule = min(granule, getattr(request, name))
-
-        def grows(unit: int) -> int:
-            peaks = self.planner.simulate(request, unit).peaks.items()
-            return max(sum(peak.values()) for phase, peak in peaks if phase != "step")
-
-        unit = max(units, key=grows)
-
-        def at(count: int) -> Request:
-            changed: Any = {name: max(1, count * granule)}
-            return replace(request, **changed)
-
-        low, high = max(1, getattr(request, name) // granule), limit // granule + 1  # fits, does not
-        below, guess = self._total(at(low), unit), 2 * low
-        while high - low > 1:
-            guess = min(max(guess, low + 1), high - 1)
-            total = self._total(at(guess), unit)
-            slope = max(1, total - below) / (guess - low)
-            if total <= self.room:
-                low, below = guess, total
-            else:
-                high = guess
-            guess = low + int((self.room - below) / slope)
-        while low > 1 and not self.fits(at(low)):  # another block needs more than the one that was followed
-            low -= max(1, low // 100)
-        return max(1, low * granule)
-
-    def _total(self, request: Request, unit: int) -> int:
-        return max(sum(peak.values()) for peak in self.planner.simulate(request, unit).peaks.values())
-
-    def _changes(self, request: Request) -> Iterator[tuple[list[str], Request]]:
-        """Variants of a request with what is changed, the smallest changes first."""
-        variants: list[tuple[list[str], Request]] = [([], request)]
-        if not request.activation_checkpointing and request.method != "mezo":
-            variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
-            yield variants[-1]
-        for said, base in list(variants):
-            yield from self._smaller_batches(said, base)
-            if base.method == "hift" and base.placement == "block" and STREAMED_IN_ENGINE:
-                yield said + ["the streamed step"], replace(base, offload_step="streamed")
-            if base.placement != "host" and base.stage > 0 and base.method != "mezo":
-                variants.append((said + ["the step on the host"], replace(base, offload_optimizer="cpu")))
-                yield variants[-1]
-                yield from self._smaller_batches(*variants[-1])
-        if request.optimizer != "adafactor" and request.method != "mezo":
-            for ranks in (2**power for power in range(1, 8) if 2**power > request.ranks):
-                for said, base in variants:
-                    yield said + [f"ZeRO-3 on {ranks} ranks"], replace(base, zero_stage=3, ranks=ranks)
-        said, least = variants[-1]
-        short = replace(least, batch_size=1, seq_len=_GRANULE)
-        if request.seq_len > _GRANULE and self.fits(short):
-            length = self.largest(short, "seq_len", _GRANULE, request.seq_len)
-            yield said + [f"batch 1 and sequences of {length} tokens"], replace(short, seq_len=length)
-
-    def _smaller_batches(self, said: list[str], request: Request) -> Iterator[tuple[list[str], Request]]:
-        """The same batch in more, smaller micro-batches."""
-        for parts in range(2, request.batch_size + 1):
-            batch, rest = divmod(request.batch_size, parts)
-            steps = request.gradient_accumulation_steps * parts
-            if rest == 0 and (batch == 1 or self.fits(replace(request, batch_size=1))):
-                changed = replace(request, batch_size=batch, gradient_accumulation_steps=steps)
-                yield said + [f"batch {batch} with {steps} gradient accumulation steps"], changed
-
-
 # --- output ------------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +392,7 @@ def table(plan: Plan, full: Plan | None = None) -> str:
     """The plan as text, in GiB; ``full``: full fine-tuning beside it."""
 
     def gib(sizes: Mapping[str, int], key: str = "total") -> str:
-        return f"{_with_total(sizes)[key] / GIB:>12.2f}"
+        return f"{_with_total(sizes)[key] / GIB:.2f}"
 
     request, peak = plan.request, plan.peak
     zero = f"ZeRO-{request.stage} on {request.ranks} rank{'s' * (request.ranks > 1)}"
@@ -480,11 +402,16 @@ def table(plan: Plan, full: Plan | None = None) -> str:
         + (zero if request.layout == "engine" else "the paper's accounting"),
         f"A step trains up to {plan.peak_trainable_parameters:,} parameters. Most memory: in the {peak['phase']} of "
         f"block {peak['block']}, {peak['name']}.",
-        f"\n{'GiB':<18}{'device':>12}{'host':>12}{'    device, full' * bool(full)}",
     ]
+    columns = {"device": plan.device, "host": plan.host}
+    if any(plan.nvme.values()):
+        columns["files"] = plan.nvme
+    if full:
+        columns["full fine-tuning"] = full.device
+    lines.append(f"\n{'GiB':<18}" + "".join(f"{name:>{_width(name)}}" for name in columns))
     for key in (*CATEGORIES, "total"):
-        more = "    " + gib(full.device, key) if full else ""
-        lines.append(f"{key.replace('_', ' '):<18}{gib(plan.device, key)}{gib(plan.host, key)}{more}")
+        row = "".join(f"{gib(sizes, key):>{_width(name)}}" for name, sizes in columns.items())
+        lines.append(f"{key.replace('_', ' '):<18}{row}")
     lines.append(f"\n{'block':<36}{'parameters':>14}{'device, GiB':>14}  largest in")
     rows = [(f"{b.numel:>14,}{gib(b.device):>14}  {b.phase}", b.name) for b in plan.blocks]
     for row, alike in groupby(rows, key=lambda row: row[0]):
@@ -502,6 +429,10 @@ def table(plan: Plan, full: Plan | None = None) -> str:
             verdict = "It does not fit, nor does it with any change that the planner knows."
         lines.append(f"\n{fit['gpu_memory'] / GIB:g} GiB, {fit['reserve'] / GIB:g} GiB of it kept free: {verdict}")
     return "\n".join([*lines, *(["", *(f"- {note}" for note in plan.notes)] if plan.notes else [])])
+
+
+def _width(name: str) -> int:
+    return max(12, len(name) + 4)
 
 
 def plot(plan: Plan, full: Plan, path: str) -> None:
@@ -539,6 +470,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message}; see --help"])
 
 
+def _integer(text: str) -> int | str:
+    """What is no integer stays text, which the request then names with all that is wrong."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         "python -m hift_ds.plan", description=__doc__, allow_abbrev=False,
@@ -549,7 +488,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if entry.type == "bool":
             parser.add_argument(option, action="store_true")
         else:
-            kind, said = (int if "int" in str(entry.type) else str), presets.HELP[entry.name]
+            kind, said = (_integer if "int" in str(entry.type) else str), presets.HELP[entry.name]
             parser.add_argument(option, type=kind, help=said, required=entry.name == "model", metavar="X")
     parser.add_argument("--gpu-memory", metavar="24GiB", help="does it fit, and what does at most")
     parser.add_argument("--reserve", metavar="1GiB", help="of it, for what PyTorch does not count")
@@ -567,11 +506,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = vars(_parse(argv))
         as_json, config, picture = (options.pop(name, None) for name in ("json", "write_config", "plot"))
-        for file in (config, picture):
-            if file and (not Path(file).resolve().parent.is_dir() or file == config and Path(file).exists()):
-                raise ConfigError([f"{file!r} exists, or its folder does not; give another name, or make the folder"])
-        plan = plan_memory(**options)
-        if config and plan.fit and plan.fitting is None:
+        memory, reserve = (options.pop(name, None) for name in ("gpu_memory", "reserve"))
+        planner, fit = _prepare(Request(**options), memory, reserve, _file_problems(config, picture))
+        if config:
+            planner.request.deepspeed_config()  # what cannot be written is said before the plan is made
+        plan = planner.plan(planner.request)
+        if fit:
+            plan = fit.answer(plan)
+        if config and fit and plan.fitting is None:
             raise ConfigError(["--write-config: nothing that the planner knows fits, so there is no config to write"])
         written = (plan.fitting or plan.request).deepspeed_config() if config else None
         full = None if plan.request.method == "full" or (as_json and not picture) else _full(plan.request)
@@ -586,9 +528,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _file_problems(config: str | None, picture: str | None) -> list[str]:
+    found = []
+    for option, file in (("--write-config", config), ("--plot", picture)):
+        if file and not Path(file).resolve().parent.is_dir():
+            found.append(f"{option}={file!r}: there is no such folder; make it, or name another one")
+    if config and Path(config).exists():
+        found.append(f"--write-config={config!r} exists; give another name, or remove it")
+    if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
+        found.append(f"--plot={picture!r}: expected a name that ends in .png, .svg or .pdf")
+    return found
+
+
 def _full(request: Request) -> Plan:
     """Full fine-tuning of the same model on the same batch, as stock DeepSpeed does it."""
-    full = replace(request, method="full", offload_step="auto", offload_optimizer="none")
+    full = Request(**{**vars(request), **_STOCK})
     return Planner(full).plan(full)
 
 

@@ -10,7 +10,6 @@ import difflib
 import json
 import re
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hift_ds.config import ConfigError
+from hift_ds.config import MIN_BUFFER, ConfigError, OffloadConfig
 from hift_ds.config import problems as config_problems
-from hift_ds.simulate import FP32, FUSED, MOMENTS
-
-# The engine of this version steps whole blocks only: until it has the streamed step, `auto` means `block`.
-STREAMED_IN_ENGINE = False
+from hift_ds.stages import FP32, FUSED, MOMENTS
 
 TASKS = ("causal-lm", "sequence-classification")
 METHODS = ("hift", "full", "lora", "mezo")
@@ -155,7 +151,10 @@ class Request:
     layers_per_block: int = 1
     zero_stage: int | None = None
     ranks: int = 1
-    offload_step: str = "auto"
+    offload_device: str = OffloadConfig.device
+    offload_step: str = OffloadConfig.step
+    buffer_size: int = OffloadConfig.buffer_size
+    nvme_path: str | None = None
     offload_optimizer: str = "none"
     activation_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
@@ -183,13 +182,14 @@ class Request:
 
     @property
     def placement(self) -> str:
-        """Where masters and optimizer state are for the step, as in :class:`hift_ds.simulate.Setup`."""
+        """Where masters and optimizer state are for the step, as in :class:`hift_ds.stages.Setup`."""
         if self.offload_optimizer == "cpu":
             return "host"
-        if self.method != "hift" or self.precision == "mixed":
+        if self.method != "hift" or self.precision == "mixed" or self.offload_device == "none":
             return "resident"
-        streams = STREAMED_IN_ENGINE and self.optimizer != "adafactor"
-        return ("streamed" if streams else "block") if self.offload_step == "auto" else self.offload_step
+        if self.offload_step != "auto":
+            return self.offload_step
+        return "block" if self.optimizer == "adafactor" else "streamed"
 
     def problems(self) -> list[str]:
         found = []
@@ -197,6 +197,7 @@ class Request:
             "method": METHODS,
             "precision": PRECISIONS,
             "optimizer": OPTIMIZERS,
+            "offload_device": ("cpu", "nvme", "none"),
             "offload_step": ("auto", "block", "streamed"),
             "offload_optimizer": ("none", "cpu"),
             "layout": LAYOUTS,
@@ -216,17 +217,24 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 found.append(f"{_option(name)}={value!r}: expected an integer of at least 1")
+        if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
+            found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
         return found or self._conflicts()
 
     def _conflicts(self) -> list[str]:
         found = []
+        moved = [
+            f"{_option(name)}={getattr(self, name)}"
+            for name in ("offload_device", "offload_step", "offload_optimizer")
+            if getattr(self, name) != getattr(Request, name)
+        ]
         if self.layout == "paper":
             if self.ranks > 1:
                 found.append(f"--ranks={self.ranks}: the paper counts one device; use --layout engine, or --ranks 1")
-            if self.offload_optimizer != "none" or self.offload_step == "streamed":
+            if moved and self.offload_step != "block":
                 found.append(
-                    f"--offload-optimizer={self.offload_optimizer}, --offload-step={self.offload_step}: the paper has "
-                    "the active block's whole state on the device; leave them out, or use --layout engine"
+                    f"{', '.join(moved)}: the paper has the active block's whole state on the device and the others' "
+                    "in host memory; leave it out, or use --layout engine"
                 )
             return found
         if self.optimizer == "adafactor" and self.stage > 0:
@@ -238,11 +246,19 @@ class Request:
             found.append(
                 "--offload-optimizer=cpu with --zero-stage=0: DeepSpeed has no host step there; use stage 1 to 3"
             )
-        if self.offload_step == "streamed":
-            if self.optimizer == "adafactor":
-                found.append("--offload-step=streamed with --optimizer=adafactor: it is not element-wise; use block")
-            if self.method != "hift":
-                found.append(f"--offload-step=streamed with --method={self.method}: only hift has blocks; leave it out")
+        if self.offload_optimizer == "cpu" and len(moved) > 1:
+            found.append(f"{', '.join(moved)}: with the step on the host, state stays there; leave the others out")
+        elif self.method != "hift" and moved and self.offload_optimizer == "none":
+            found.append(f"{', '.join(moved)} with --method={self.method}: only hift has blocks to move; leave it out")
+        elif self.offload_device == "none" and self.offload_step != "auto":
+            found.append(
+                f"--offload-step={self.offload_step} with --offload-device=none: state that stays on the device does "
+                "not come to it; leave one of them out"
+            )
+        elif self.offload_step == "streamed" and self.optimizer == "adafactor":
+            found.append("--offload-step=streamed with --optimizer=adafactor: it is not element-wise; use block")
+        if self.nvme_path is not None and self.offload_device != "nvme":
+            found.append(f"--nvme-path={self.nvme_path}: only --offload-device nvme has files; leave it out")
         return found
 
     def notes(self, task: str) -> list[str]:
@@ -250,8 +266,6 @@ class Request:
         notes = []
         if self.layout == "paper":
             return ["the paper's accounting, of the block with most parameters; activations as simulated here"]
-        if self.placement == "streamed" and not STREAMED_IN_ENGINE:
-            notes.append("streamed: not in the engine of this version")
         if self.method == "hift" and self.precision == "mixed":
             notes.append("mixed keeps the masters of all blocks on the device; the engine does mixed-hi")
         if self.method == "mezo":
@@ -279,8 +293,6 @@ class Request:
             found.append("--write-config with --method=mezo: it has no DeepSpeed optimizer; use another method")
         if self.method == "hift" and self.precision == "mixed":
             found.append("--write-config with --precision=mixed: the engine does mixed-hi; use that, or --method full")
-        if self.offload_step == "streamed" and not STREAMED_IN_ENGINE:
-            found.append("--write-config with --offload-step=streamed: not in the engine of this version; use auto")
         if found:
             raise ConfigError(found)
         kind, params = _DEEPSPEED_OPTIMIZERS[self.optimizer]
@@ -300,8 +312,13 @@ class Request:
                 config["zero_force_ds_cpu_optimizer"] = False
         if self.method == "hift":
             config["hift"] = {"enabled": True, "layers_per_block": self.layers_per_block}
-            if self.placement in ("block", "streamed"):
-                config["hift"]["offload"] = {"step": self.offload_step}
+            offload = {
+                "device": self.offload_device, "step": self.offload_step, "buffer_size": self.buffer_size,
+                "nvme_path": self.nvme_path,
+            }  # fmt: skip
+            config["hift"]["offload"] = {
+                key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)
+            }
         elif self.stage > 0:
             config["zero_allow_untested_optimizer"] = True
         problems = config_problems(config)
@@ -330,7 +347,10 @@ HELP = {
     "layers_per_block": "the paper's m; default 1",
     "zero_stage": "0 to 3; default 2, and 0 with adafactor",
     "ranks": "GPUs; default 1",
+    "offload_device": "where the state of blocks lives, as hift.offload.device: cpu (default), nvme or none",
     "offload_step": "auto (default), block or streamed, as hift.offload.step",
+    "buffer_size": "bytes of a slice of the streamed step, as hift.offload.buffer_size; default 64 MiB",
+    "nvme_path": "for --write-config: the folder of --offload-device nvme",
     "offload_optimizer": "none (default) or cpu: the step is on the host",
     "gradient_accumulation_steps": "micro-batches of a step; default 1",
     "layout": "engine (default): what the engine does; paper: the HiFT paper's accounting",
@@ -471,13 +491,6 @@ def _mask(batch_size: int, q_length: int, kv_length: int, local_size: int | None
     if local_size is None or kv_length < local_size:
         return None
     return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool)
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer in backward, in the form that works where everything below a layer is frozen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def with_lora(model: Any, rank: int, task: str) -> Any:

@@ -172,6 +172,8 @@ class BlockState:
                 pairs, made = self._step_slice(number, staged, known, groups, state)
                 is_new |= made
                 self._written[number] = self._staging.drain(staged.slot, pairs)
+                if made and self._written[number] is not None:
+                    self._written[number].synchronize()  # new state is in no slot: not to pile up on the device
                 del staged, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state

@@ -22,6 +22,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm, get_w
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
+from hift_ds.config import NORM_PIECE
 from hift_ds.memory import Held
 from hift_ds.offload import HostMemory, Staging
 from hift_ds.optimizers import restrict, state_bytes, with_initial_state
@@ -42,6 +43,16 @@ def _fp32_piece(gradients: Iterable[torch.Tensor], piece: Piece, shape: torch.Si
         offset += gradient.numel()
     assert result is not None and offset >= piece.stop, "the gradients are shorter than what they belong to"
     return result.view(shape)
+
+
+def _in_pieces(gradients: Iterable[torch.Tensor], owners: Iterable[Any]) -> tuple[list[torch.Tensor], list[Any]]:
+    """Large gradients cut, with the parameter of each piece: DeepSpeed takes norms of copies in fp64."""
+    pairs = []
+    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    for gradient, owner in zip(real, owners, strict=False):
+        pieces = gradient.reshape(-1).split(NORM_PIECE) if gradient.numel() > NORM_PIECE else [gradient]
+        pairs += [(piece, owner) for piece in pieces]
+    return [piece for piece, _ in pairs], [owner for _, owner in pairs]
 
 
 class PlainBlockOptimizer:
@@ -176,6 +187,9 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
         if not self._alone:
             super().reduce_ipg_grads(comm_dtype)
 
+    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
+        return super().get_grad_norm_direct(*_in_pieces(gradients, params), norm_type)
+
     def step(self, closure: Any = None) -> None:
         if self.offloaded is None:
             super().step(closure)
@@ -249,6 +263,7 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     optimizer: Any
     grad_partitions_flat_buffer: torch.Tensor
+    module: torch.nn.Module
     offloaded: BlockState | None = None
 
     def __init__(self, *args: Any, first: "Zero3BlockOptimizer | None", **kwargs: Any):
@@ -323,6 +338,17 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def staging_numel(self) -> int:
         return self.grad_partitions_flat_buffer.numel()
 
+    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
+        return super().get_grad_norm_direct(*_in_pieces(gradients, params), norm_type)
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        # DeepSpeed looks for all of the model's parameters in this optimizer's flat buffer, which holds one block's.
+        module, self.module = self.module, torch.nn.ParameterList(p for members in self.fp16_groups for p in members)
+        try:
+            super().offload_states(*args, **kwargs)
+        finally:
+            self.module = module
+
     # DeepSpeed steps one sub-group after another; the block is stepped once, at the last of them.
     def _prepare_sub_group(self, sub_group_id: int, timer_names: Any) -> None:
         if self.offloaded is None:
@@ -362,9 +388,6 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
         weights = self.fp16_partitioned_groups_flat[index]
         # In fp32 DeepSpeed may take the weights themselves as masters.
         return None if weights is self.fp32_partitioned_groups_flat[index] else weights
-
-    def relink(self) -> None:
-        """Nothing to do: stage 3 looks its state up at each access."""
 
 
 def held(block: Any) -> Iterator[Held]:
@@ -407,15 +430,9 @@ class BlockOptimizers:
         prefetch: let state travel before the step.
     """
 
-    # Attributes that describe, and methods that must reach, every block.
+    # What describes, and what must reach, every block.
     _LISTS = ("round_robin_bit16_groups", "bit16_groups", "fp16_groups", "bf16_groups")
-    _ALL = (
-        "destroy",
-        "refresh_fp32_params",
-        "_restore_from_bit16_weights",
-        "offload_states",
-        "reload_states",
-    )
+    _ALL = ("destroy", "refresh_fp32_params", "_restore_from_bit16_weights", "offload_states", "reload_states")
 
     def __init__(
         self,
@@ -427,6 +444,7 @@ class BlockOptimizers:
         prefetch: bool = True,
     ):
         self.optimizer = configured
+        configured.state.clear()  # Adagrad makes its state at once, and for the whole model
         self.host = host
         self.blocks: list[Any] = []
         self._prefetch = prefetch and host is not None
@@ -435,8 +453,7 @@ class BlockOptimizers:
         staging = None
         for members in parameters:
             inner, sources = restrict(configured, members)
-            # DeepSpeed takes what is trainable at construction, and hooks it. One block at a time, and its state
-            # leaves the device at once, so that set-up never holds more than one block's.
+            # DeepSpeed hooks what is trainable now. A block's state leaves the device before the next one's.
             for parameter in members:
                 parameter.requires_grad_(True)
             block = wrap(inner)
@@ -451,8 +468,8 @@ class BlockOptimizers:
                     block.relink()
             self.blocks.append(block)
             self._sources.append(sources)
+            self._share()
         self.staging = staging
-        self._share()
         self.active = 0
 
     def _share(self) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+import hift_ds
 from launch.errors import UserError, nearest
 from launch.tokenizer import byte_tokenizer
 
@@ -152,8 +153,7 @@ def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) ->
         _make_savable(model.generation_config)
     model.config.use_cache = False  # no key-value cache in training; generation asks for it itself
     if settings.gradient_checkpointing:
-        # Non-reentrant: the other form gives no gradient where everything below a layer is frozen.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hift_ds.checkpoint_activations(model)
     return model
 
 

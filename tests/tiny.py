@@ -235,7 +235,7 @@ def initialize(case: Case, stock: bool = False, llama: LlamaForCausalLM | None =
 
     llama = llama or model(case.dtype, case.tied)
     if case.checkpointing:
-        llama.gradient_checkpointing_enable({"use_reentrant": False})
+        hift_ds.checkpoint_activations(llama)
     arguments: dict[str, Any] = {"model": llama, "config": ds_config(case, stock)}
     params = decay_groups(llama.named_parameters()) if case.decay_groups else list(llama.parameters())
     if case.client_optimizer:
