@@ -133,11 +133,13 @@ def assert_complete(out: Path, result: dict[str, Any], method: str = "hift") -> 
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_through_the_launcher(ranks: int, tmp_path: Path) -> None:
-    """The command of the README, with the default and the hardest ZeRO stage."""
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [pytest.param(r, s, marks=() if (r, s) in ((1, 2), (2, 3)) else pytest.mark.slow) for r in (1, 2) for s in STAGES],
+)
+def test_through_the_launcher(ranks: int, stage: int, tmp_path: Path) -> None:
+    """The command of the README; by default with the default and the hardest ZeRO stage."""
     out = tmp_path / "run"
-    stage = {1: 2, 2: 3}[ranks]
     done = launch(ranks, arguments(out, f"deepspeed=configs/deepspeed/zero{stage}.json", "logging.every=4"))
     assert done.returncode == 0, done.stdout + done.stderr
     final, steps = summary(out), records(out)
