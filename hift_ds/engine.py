@@ -183,7 +183,8 @@ class HiFTEngine(DeepSpeedEngine):
 
     def _watch_memory(self) -> None:
         ledger = self._count_memory()
-        if device_total(ledger) > device_total(self._peak_ledger):
+        # Also where it is equal: later, when all blocks have state, the ledger of the host is the full one.
+        if device_total(ledger) >= device_total(self._peak_ledger):
             self._peak_ledger = ledger
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
