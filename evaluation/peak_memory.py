@@ -60,7 +60,7 @@ def train(method: str, checkpointing: bool, shape: str, batch: int, length: int)
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        with tempfile.TemporaryDirectory(dir=os.environ.get("HIFT_NVME")) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             config: dict[str, Any] = {
                 "train_micro_batch_size_per_gpu": batch,
                 "gradient_clipping": 1.0,

@@ -3,7 +3,7 @@
 import difflib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,21 @@ SECTION = "hift"
 MIN_BUFFER = 65536
 # Elements of a gradient that its norm takes at a time, each as an fp64 copy.
 NORM_PIECE = 2**22
+
+
+def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, buffer_size: int) -> int:
+    """Bytes of each of the two staging areas of the streamed step.
+
+    No more than the largest block's state on a rank, and what the alignment of its tensors may waste.
+
+    Args:
+        blocks: elements of each block's parameters.
+        ranks: that share them.
+        per_element: bytes of fp32 master and state.
+        buffer_size: ``hift.offload.buffer_size``.
+    """
+    numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
+    return min(buffer_size, max(numel * per_element, MIN_BUFFER))
 
 
 class ConfigError(ValueError):

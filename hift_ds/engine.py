@@ -21,6 +21,7 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 
 from hift_ds import config as hift_config
+from hift_ds.block_optimizers import BlockOptimizers
 from hift_ds.blocks import partition_model
 from hift_ds.lion import Lion
 from hift_ds.memory import Held, Ledger, count, device_total
@@ -28,7 +29,6 @@ from hift_ds.offload import HostMemory
 from hift_ds.optimizers import is_elementwise, state_bytes
 from hift_ds.schedule import BlockSchedule
 from hift_ds.zero import (
-    BlockOptimizers,
     PlainBlockOptimizer,
     UnfusedBlockOptimizer,
     Zero3BlockOptimizer,
@@ -98,8 +98,8 @@ class HiFTEngine(DeepSpeedEngine):
                 "activation checkpointing is on, use its non-reentrant form (use_reentrant=False)"
             )
         result = super().backward(loss, *args, **kwargs)
-        self._watch_memory()
         if self.is_gradient_accumulation_boundary():
+            self._watch_memory()
             self.block_optimizers.prefetch()
         return result
 
@@ -160,8 +160,8 @@ class HiFTEngine(DeepSpeedEngine):
         optimizer's kernel needs for a moment, are not tensors that anybody keeps, and are not in it.
 
         Args:
-            peak: as it was at the instant of the highest device total so far. Looked at after set-up, after each
-                backward pass, and when a step's first slice is on the device.
+            peak: as it was at the instant of the highest device total so far. Looked at after set-up, after the last
+                backward pass before a step, and when a step's first slice is on the device.
         """
         return copy.deepcopy(self._peak_ledger) if peak else self._count_memory()
 
@@ -435,16 +435,16 @@ class HiFTEngine(DeepSpeedEngine):
         slice_bytes, element = None, 4
         if elementwise:
             element += state_bytes(optimizer)
+        per_element = element
         if elementwise and offload.step != "block":
-            # No larger than the largest block's state, each of whose tensors may waste a little by its alignment.
-            numel = max(-(-block.numel // ranks) + 256 * len(block.parameter_names) for block in self.blocks) + 4096
-            slice_bytes = min(offload.buffer_size, max(numel * element, hift_config.MIN_BUFFER))
+            numels = [[parameter.numel() for parameter in parameters] for parameters in self._block_parameters]
+            slice_bytes = hift_config.slot_bytes(numels, ranks, per_element, offload.buffer_size)
         if not (self.zero_optimization() or self.bfloat16_enabled()):
             element -= 4  # fp32 weights at stage 0 are their own masters
         host = HostMemory(offload.pin_memory, offload.nvme_path)
         local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by DeepSpeed's launcher
         host.check_room(sum(block.numel for block in self.blocks) * element // ranks * local_ranks)
-        return {"host": host, "slice_bytes": slice_bytes, "prefetch": offload.prefetch}
+        return {"host": host, "slice_bytes": slice_bytes, "per_element": per_element, "prefetch": offload.prefetch}
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()

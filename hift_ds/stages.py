@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hift_ds.config import MIN_BUFFER, NORM_PIECE
+from hift_ds import config
+from hift_ds.config import NORM_PIECE
 from hift_ds.simulate import LiveMemory, StepBase
 
 FP32 = 4  # bytes of an element
@@ -37,12 +38,8 @@ def state_numel(optimizer: str, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def slot_bytes(optimizer: str, blocks: Iterable[Sequence[int]], ranks: int, buffer_size: int) -> int:
-    """Bytes of each of the two staging areas of the streamed step; ``blocks``: elements of each block's parameters.
-
-    No more than the largest block's state on a rank, and what the alignment of its tensors may waste.
-    """
-    numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
-    return min(buffer_size, max(numel * _per_element(optimizer), MIN_BUFFER))
+    """Bytes of each of the two staging areas of the streamed step; ``blocks``: elements of each block's parameters."""
+    return config.slot_bytes(blocks, ranks, _per_element(optimizer), buffer_size)
 
 
 def _per_element(optimizer: str) -> int:

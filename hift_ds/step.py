@@ -161,6 +161,7 @@ class BlockState:
         """Step the block; True where this made state that was not there before."""
         optimizer = self._owner.optimizer
         groups, state = optimizer.param_groups, optimizer.state
+        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         known = self._known()
         is_new = False
         try:
@@ -169,7 +170,7 @@ class BlockState:
                     self._fetch(number + ahead, known)
                 staged = self._staged.pop(number)
                 wait(staged.ready)
-                pairs, made = self._step_slice(number, staged, known, groups, state)
+                pairs, made = self._step_slice(number, staged, known, before, groups, state)
                 is_new |= made
                 self._written[number] = self._staging.drain(staged.slot, pairs)
                 if made and self._written[number] is not None:
@@ -180,11 +181,19 @@ class BlockState:
         return is_new
 
     def _step_slice(
-        self, number: int, staged: _Staged, known: list[dict[str, Any]], groups: list[dict[str, Any]], state: Any
+        self,
+        number: int,
+        staged: _Staged,
+        known: list[dict[str, Any]],
+        before: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
+        state: Any,
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool]:
-        """Step what is on the device; returns what ``_results`` does. A gradient of it does not outlive the call."""
+        """Step what is on the device; returns what ``_results`` does. A gradient of it does not outlive the call.
+
+        Every slice starts from the counts and settings ``known`` and ``before`` the step, so that none counts twice.
+        """
         optimizer, pieces = self._owner.optimizer, self._slices[number]
-        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         stand_ins = self._stand_ins(pieces, staged)
         if number == 0 and self.watch is not None:
             self.under_way = _by_category(staged, stand_ins)

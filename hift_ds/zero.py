@@ -3,7 +3,7 @@
 DeepSpeed's optimizers assume that what they own is trained in every step. So each block gets one of its own, of the
 class that DeepSpeed would have used for the whole model: what DeepSpeed does to a model, it does to one block, and
 nothing in its steps has to be narrowed. Here are the few places in which such an optimizer must know that it is not
-alone, and the object that holds them all.
+alone; ``block_optimizers.py`` holds them all.
 
 With ``engine.py`` the only file that touches DeepSpeed's private names.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm, get_weight_norm, is_invalid_grad_norm
@@ -24,9 +23,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 
 from hift_ds.config import NORM_PIECE
 from hift_ds.memory import Held
-from hift_ds.offload import HostMemory, Staging
-from hift_ds.optimizers import restrict, state_bytes, with_initial_state
+from hift_ds.optimizers import with_initial_state
 from hift_ds.step import BlockState, Piece, has_elements
+
+# What describes, and what must reach, every block.
+LISTS_OF_ALL = ("round_robin_bit16_groups", "bit16_groups", "fp16_groups", "bf16_groups")
+METHODS_OF_ALL = ("destroy", "refresh_fp32_params", "_restore_from_bit16_weights", "offload_states", "reload_states")
 
 
 def _fp32_piece(gradients: Iterable[torch.Tensor], piece: Piece, shape: torch.Size) -> torch.Tensor:
@@ -106,6 +108,7 @@ class UnfusedBlockOptimizer(FP16_UnfusedOptimizer):
         # DeepSpeed takes a step on zero gradients here, which counts, decays the masters, and builds state for every
         # block at once.
         self.optimizer = with_initial_state(self.optimizer)
+        self._weights = [weights for members in self.fp16_groups for weights in members]
 
     def step(self, closure: Any = None) -> bool:
         if self.offloaded is None:
@@ -133,7 +136,7 @@ class UnfusedBlockOptimizer(FP16_UnfusedOptimizer):
         return _fp32_piece([weights.grad], piece, shape).mul_(1.0 / self._combined_scale)
 
     def weights(self, index: int) -> torch.Tensor:
-        return [weights for members in self.fp16_groups for weights in members][index]
+        return self._weights[index]
 
 
 class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
@@ -414,187 +417,17 @@ def held(block: Any) -> Iterator[Held]:
         yield from (Held("buffers", bucket.buffer) for bucket in block.ipg_buckets.values())
 
 
-class BlockOptimizers:
-    """The optimizers of all blocks, behind the interface of one.
+def whole_state(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint of all blocks holds beside their own state dicts.
 
-    What users and schedulers see as the optimizer: its ``param_groups`` are those of the optimizer that was
-    configured, over all parameters, and their settings (learning rate ...) reach a block when it steps. Anything else
-    that is asked of it, the active block's optimizer answers.
-
-    Args:
-        configured: the torch optimizer over all parameters; it carries settings and is never stepped.
-        parameters: for each block, what it trains.
-        wrap: makes DeepSpeed's optimizer for a block around a torch one.
-        host: where masters and state live, but for the time of a step. None: where DeepSpeed keeps them.
-        slice_bytes: of the streamed step; None: the whole block's state comes to the device at once.
-        prefetch: let state travel before the step.
+    At stages 1 to 3 the masters, where ``zero_to_fp32.py``, which DeepSpeed puts beside a checkpoint, looks for them;
+    they are the same tensors, so the file does not grow.
     """
-
-    # What describes, and what must reach, every block.
-    _LISTS = ("round_robin_bit16_groups", "bit16_groups", "fp16_groups", "bf16_groups")
-    _ALL = ("destroy", "refresh_fp32_params", "_restore_from_bit16_weights", "offload_states", "reload_states")
-
-    def __init__(
-        self,
-        configured: torch.optim.Optimizer,
-        parameters: Sequence[Sequence[torch.nn.Parameter]],
-        wrap: Callable[[torch.optim.Optimizer], Any],
-        host: HostMemory | None,
-        slice_bytes: int | None = None,
-        prefetch: bool = True,
-    ):
-        self.optimizer = configured
-        configured.state.clear()  # Adagrad makes its state at once, and for the whole model
-        self.host = host
-        self.blocks: list[Any] = []
-        self._prefetch = prefetch and host is not None
-        self._streamed = slice_bytes is not None
-        self._sources: list[list[int]] = []
-        staging = None
-        for members in parameters:
-            inner, sources = restrict(configured, members)
-            # DeepSpeed hooks what is trainable now. A block's state leaves the device before the next one's.
-            for parameter in members:
-                parameter.requires_grad_(True)
-            block = wrap(inner)
-            for parameter in members:
-                parameter.requires_grad_(False)
-            if host is not None:
-                element = 4 + state_bytes(inner) if slice_bytes is not None else 0
-                if staging is None:
-                    staging = Staging(torch.device(get_accelerator().current_device_name()), slice_bytes)
-                block.offloaded = BlockState(block, host, staging, element)
-                if hasattr(block, "relink"):
-                    block.relink()
-            self.blocks.append(block)
-            self._sources.append(sources)
-            self._share()
-        self.staging = staging
-        self.active = 0
-
-    def _share(self) -> None:
-        """Give all blocks the one loss scale, and the largest block's gradient buffers."""
-        for attribute in ("loss_scaler", "loss_scale_config"):
-            if hasattr(self.blocks[0], attribute):
-                for block in self.blocks:
-                    setattr(block, attribute, getattr(self.blocks[0], attribute))
-        if hasattr(self.blocks[0], "share_buffers"):
-            largest = max(self.blocks, key=lambda block: block.staging_numel())
-            for block in self.blocks:
-                block.share_buffers(largest)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "blocks" not in self.__dict__:
-            raise AttributeError(name)
-        if name in self._LISTS:
-            return [entry for block in self.blocks for entry in getattr(block, name)]
-        if name in self._ALL:
-            methods = [getattr(block, name) for block in self.blocks]
-
-            def call_all(*args: Any, **kwargs: Any) -> None:
-                for method in methods:
-                    method(*args, **kwargs)
-
-            return call_all
-        return getattr(self.blocks[self.active], name)
-
-    def activate(self, index: int) -> Any:
-        """Make a block the active one; returns its optimizer, with the current settings."""
-        if index != self.active and self.blocks[self.active].offloaded is not None:
-            self.blocks[self.active].offloaded.forget()
-        self.active = index
-        self.copy_settings()
-        if self._streamed:  # two slices, whose places on the device are taken in any case
-            self.prefetch()
-        return self.blocks[index]
-
-    def copy_settings(self) -> None:
-        """Copy learning rate, weight decay ... of the configured optimizer to the active block's."""
-        groups = self.blocks[self.active].optimizer.param_groups
-        for group, source in zip(groups, self._sources[self.active], strict=True):
-            settings = self.optimizer.param_groups[source]
-            group.update({key: value for key, value in settings.items() if key != "params"})
-
-    def prefetch(self) -> None:
-        """Let the active block's state begin to travel to the device, as far as there is a place for it.
-
-        A whole block's state would stand on top of the activations: with ``offload.step: block`` this is to be called
-        after the backward pass.
-        """
-        if self._prefetch:
-            self.blocks[self.active].offloaded.prefetch()
-
-    def held(self) -> Iterator[Held]:
-        """All tensors that the blocks' optimizers keep, but the weights."""
-        for block in self.blocks:
-            yield from held(block)
-            if block.offloaded is not None:
-                yield from (Held("gradients", t) for name, t in block.offloaded.under_way if name == "gradients")
-        if self.staging is not None:
-            yield from (Held("buffers", slot.area) for slot in self.staging.slots)
-
-    def staged(self) -> Iterator[tuple[str, int]]:
-        """Category and bytes of what stands in the staging areas now, during a step."""
-        for block in self.blocks:
-            if block.offloaded is not None:
-                yield from ((name, t.nbytes) for name, t in block.offloaded.under_way if name != "gradients")
-
-    def settle(self) -> None:
-        """Wait until the state of all blocks is in host memory; what was fetched ahead is dropped."""
-        for block in self.blocks:
-            if block.offloaded is not None:
-                block.offloaded.settle()
-
-    def return_to_host(self) -> None:
-        """Put back where it belongs what others have moved or replaced."""
-        for block in self.blocks:
-            if block.offloaded is not None:
-                block.offloaded.to_host()
-            if hasattr(block, "relink"):
-                block.relink()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All blocks' state, on one rank.
-
-        At stages 1 to 3 the masters stand also where ``zero_to_fp32.py``, which DeepSpeed puts beside a checkpoint,
-        looks for them; they are the same tensors, so the file does not grow.
-        """
-        self.settle()
-        blocks = [block.state_dict() for block in self.blocks]
-        whole: dict[str, Any] = {}
-        if "zero_stage" in blocks[0]:
-            whole = {key: blocks[0][key] for key in ("zero_stage", "partition_count")}
-            masters = "single_partition_of_fp32_groups" if whole["zero_stage"] <= 2 else "fp32_flat_groups"
-            whole[masters] = [master for block in blocks for master in block[masters]]
-            if isinstance(whole["partition_count"], list):
-                whole["partition_count"] = [count for block in blocks for count in block["partition_count"]]
-        settings = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-        ]
-        return {**whole, "blocks": blocks, "settings": settings}
-
-    def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
-        """Restore all blocks' state, from one state dict or (ZeRO) from the list with one entry a rank."""
-        self.settle()
-        saved = state_dict if state_dict is not None else next(entry for entry in state_dict_list if entry)
-        if "blocks" not in saved or len(saved["blocks"]) != len(self.blocks):
-            count = len(saved["blocks"]) if "blocks" in saved else "no"
-            raise ValueError(
-                f"the checkpoint holds {count} blocks of optimizer state, this run has {len(self.blocks)}; resume "
-                "with the layers_per_block and freeze it was saved with, or load with load_optimizer_states=False"
-            )
-        for index, block in enumerate(self.blocks):
-            if state_dict_list is not None:
-                entries = [entry and entry["blocks"][index] for entry in state_dict_list]
-                block.load_state_dict(state_dict_list=entries, **options)
-            else:
-                block.load_state_dict(saved["blocks"][index], **options)
-        self.return_to_host()
-        if options.get("load_optimizer_states", True):
-            for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
-                group.update(settings)
-        self._share()
+    if "zero_stage" not in blocks[0]:
+        return {}
+    whole = {key: blocks[0][key] for key in ("zero_stage", "partition_count")}
+    masters = "single_partition_of_fp32_groups" if whole["zero_stage"] <= 2 else "fp32_flat_groups"
+    whole[masters] = [master for block in blocks for master in block[masters]]
+    if isinstance(whole["partition_count"], list):
+        whole["partition_count"] = [count for block in blocks for count in block["partition_count"]]
+    return whole

@@ -11,8 +11,9 @@ import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+from hift_ds.block_optimizers import BlockOptimizers
 from hift_ds.offload import HostMemory
-from hift_ds.zero import BlockOptimizers, ZeroBlockOptimizer
+from hift_ds.zero import ZeroBlockOptimizer
 from tests import tiny
 from tests.device_memory import DeviceMemory
 from tests.distributed import run_on_ranks

@@ -226,6 +226,26 @@ def test_1000_round_trips_keep_every_bit(step: str) -> None:
     assert [tensor.data_ptr() for tensor in resident] == addresses
 
 
+class CountsInItsGroup(torch.optim.SGD):
+    """Keeps its count of steps in the parameter group, as some fused optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            group["lr"] = 1.0 / group["step"]
+        return super().step(closure)
+
+
+def test_slices_of_one_step_count_as_one() -> None:
+    owner = Owner([5000], True, torch.Generator().manual_seed(0))
+    owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.stepped()], lr=1.0)
+    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12)
+    assert len(state._slices) > 1
+    for step in range(1, 4):
+        state.step()
+        assert owner.optimizer.param_groups[0]["step"] == step
+
+
 # ---- the engine -------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,188 @@
+"""The optimizers of all blocks as one: which is active, what reaches all of them, and what is saved.
+
+Not one name of DeepSpeed's inside: ``zero.py`` has those.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from hift_ds.memory import Held
+from hift_ds.offload import HostMemory, Staging
+from hift_ds.optimizers import restrict
+from hift_ds.step import BlockState
+from hift_ds.zero import LISTS_OF_ALL, METHODS_OF_ALL, held, whole_state
+
+
+class BlockOptimizers:
+    """The optimizers of all blocks, behind the interface of one.
+
+    What users and schedulers see as the optimizer: its ``param_groups`` are those of the optimizer that was
+    configured, over all parameters, and their settings (learning rate ...) reach a block when it steps. Anything else
+    that is asked of it, the active block's optimizer answers.
+
+    Args:
+        configured: the torch optimizer over all parameters; it carries settings and is never stepped.
+        parameters: for each block, what it trains.
+        wrap: makes DeepSpeed's optimizer for a block around a torch one.
+        host: where masters and state live, but for the time of a step. None: where DeepSpeed keeps them.
+        slice_bytes: of the streamed step; None: the whole block's state comes to the device at once.
+        per_element: bytes of master and state of an element; with ``slice_bytes`` it says how many fill a slice.
+        prefetch: let state travel before the step.
+    """
+
+    def __init__(
+        self,
+        configured: torch.optim.Optimizer,
+        parameters: Sequence[Sequence[torch.nn.Parameter]],
+        wrap: Callable[[torch.optim.Optimizer], Any],
+        host: HostMemory | None,
+        slice_bytes: int | None = None,
+        per_element: int = 0,
+        prefetch: bool = True,
+    ):
+        self.optimizer = configured
+        configured.state.clear()  # Adagrad makes its state at once, and for the whole model
+        self.host = host
+        self.blocks: list[Any] = []
+        self._prefetch = prefetch and host is not None
+        self._streamed = slice_bytes is not None
+        self._sources: list[list[int]] = []
+        staging = None
+        for members in parameters:
+            inner, sources = restrict(configured, members)
+            # DeepSpeed hooks what is trainable now. A block's state leaves the device before the next one's.
+            for parameter in members:
+                parameter.requires_grad_(True)
+            block = wrap(inner)
+            for parameter in members:
+                parameter.requires_grad_(False)
+            if host is not None:
+                if staging is None:
+                    staging = Staging(torch.device(get_accelerator().current_device_name()), slice_bytes)
+                block.offloaded = BlockState(block, host, staging, per_element)
+                if hasattr(block, "relink"):
+                    block.relink()
+            self.blocks.append(block)
+            self._sources.append(sources)
+            self._share()
+        self.staging = staging
+        self.active = 0
+
+    def _share(self) -> None:
+        """Give all blocks the one loss scale, and the largest block's gradient buffers."""
+        for attribute in ("loss_scaler", "loss_scale_config"):
+            if hasattr(self.blocks[0], attribute):
+                for block in self.blocks:
+                    setattr(block, attribute, getattr(self.blocks[0], attribute))
+        if hasattr(self.blocks[0], "share_buffers"):
+            largest = max(self.blocks, key=lambda block: block.staging_numel())
+            for block in self.blocks:
+                block.share_buffers(largest)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "blocks" not in self.__dict__:
+            raise AttributeError(name)
+        if name in LISTS_OF_ALL:
+            return [entry for block in self.blocks for entry in getattr(block, name)]
+        if name in METHODS_OF_ALL:
+            methods = [getattr(block, name) for block in self.blocks]
+
+            def call_all(*args: Any, **kwargs: Any) -> None:
+                for method in methods:
+                    method(*args, **kwargs)
+
+            return call_all
+        return getattr(self.blocks[self.active], name)
+
+    def activate(self, index: int) -> Any:
+        """Make a block the active one; returns its optimizer, with the current settings."""
+        if index != self.active and self.blocks[self.active].offloaded is not None:
+            self.blocks[self.active].offloaded.forget()
+        self.active = index
+        self.copy_settings()
+        if self._streamed:  # two slices, whose places on the device are taken in any case
+            self.prefetch()
+        return self.blocks[index]
+
+    def copy_settings(self) -> None:
+        """Copy learning rate, weight decay ... of the configured optimizer to the active block's."""
+        groups = self.blocks[self.active].optimizer.param_groups
+        for group, source in zip(groups, self._sources[self.active], strict=True):
+            settings = self.optimizer.param_groups[source]
+            group.update({key: value for key, value in settings.items() if key != "params"})
+
+    def prefetch(self) -> None:
+        """Let the active block's state begin to travel to the device, as far as there is a place for it.
+
+        A whole block's state would stand on top of the activations: with ``offload.step: block`` this is to be called
+        after the backward pass.
+        """
+        if self._prefetch:
+            self.blocks[self.active].offloaded.prefetch()
+
+    def held(self) -> Iterator[Held]:
+        """All tensors that the blocks' optimizers keep, but the weights."""
+        for block in self.blocks:
+            yield from held(block)
+            if block.offloaded is not None:
+                yield from (Held("gradients", t) for name, t in block.offloaded.under_way if name == "gradients")
+        if self.staging is not None:
+            yield from (Held("buffers", slot.area) for slot in self.staging.slots)
+
+    def staged(self) -> Iterator[tuple[str, int]]:
+        """Category and bytes of what stands in the staging areas now, during a step."""
+        for block in self.blocks:
+            if block.offloaded is not None:
+                yield from ((name, t.nbytes) for name, t in block.offloaded.under_way if name != "gradients")
+
+    def settle(self) -> None:
+        """Wait until the state of all blocks is in host memory; what was fetched ahead is dropped."""
+        for block in self.blocks:
+            if block.offloaded is not None:
+                block.offloaded.settle()
+
+    def return_to_host(self) -> None:
+        """Put back where it belongs what others have moved or replaced."""
+        for block in self.blocks:
+            if block.offloaded is not None:
+                block.offloaded.to_host()
+            if hasattr(block, "relink"):
+                block.relink()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All blocks' state, on one rank."""
+        self.settle()
+        blocks = [block.state_dict() for block in self.blocks]
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        return {**whole_state(blocks), "blocks": blocks, "settings": settings}
+
+    def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
+        """Restore all blocks' state, from one state dict or (ZeRO) from the list with one entry a rank."""
+        self.settle()
+        saved = state_dict if state_dict is not None else next(entry for entry in state_dict_list if entry)
+        if "blocks" not in saved or len(saved["blocks"]) != len(self.blocks):
+            count = len(saved["blocks"]) if "blocks" in saved else "no"
+            raise ValueError(
+                f"the checkpoint holds {count} blocks of optimizer state, this run has {len(self.blocks)}; resume "
+                "with the layers_per_block and freeze it was saved with, or load with load_optimizer_states=False"
+            )
+        for index, block in enumerate(self.blocks):
+            if state_dict_list is not None:
+                entries = [entry and entry["blocks"][index] for entry in state_dict_list]
+                block.load_state_dict(state_dict_list=entries, **options)
+            else:
+                block.load_state_dict(saved["blocks"][index], **options)
+        self.return_to_host()
+        if options.get("load_optimizer_states", True):
+            for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
+                group.update(settings)
+        self._share()
