@@ -18,6 +18,7 @@ class PlainHiFT:
     Args:
         model: a module whose output has a scalar ``loss``, the mean over its micro batch.
         blocks: the parameter names of each block, as ``model.named_parameters()`` gives them.
+        rows: for each block the first and last (exclusive) row that it trains of a parameter that is cut, by name.
         make_optimizer: builds a block's optimizer from its (name, tensor) pairs.
         make_scheduler: builds the learning-rate schedule of one block's optimizer; it advances once a cycle.
         order: indices into ``blocks`` in the order of one cycle; by default from the first to the last.
@@ -35,6 +36,7 @@ class PlainHiFT:
         blocks: Sequence[Iterable[str]],
         make_optimizer: Callable[[NamedTensors], Optimizer],
         *,
+        rows: Sequence[Mapping[str, tuple[int, int]]] | None = None,
         make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         order: Sequence[int] | None = None,
         steps_per_block: int = 1,
@@ -51,7 +53,15 @@ class PlainHiFT:
 
         by_name = dict(model.named_parameters())
         self.blocks = [[by_name[name] for name in names] for names in blocks]
-        self.masters = [[_master(p) for p in block] for block in self.blocks]
+        cut = rows or [{} for _ in blocks]
+        self.rows = [
+            [slice(*of_block[name]) if name in of_block else None for name in names]
+            for names, of_block in zip(blocks, cut, strict=True)
+        ]
+        self.masters = [
+            [_master(p if r is None else p.detach()[r]) for p, r in zip(params, cuts, strict=True)]
+            for params, cuts in zip(self.blocks, self.rows, strict=True)
+        ]
         self.optimizers = [
             make_optimizer(list(zip(names, masters, strict=True)))
             for names, masters in zip(blocks, self.masters, strict=True)
@@ -73,6 +83,7 @@ class PlainHiFT:
         """One optimizer step of the active block on the mean gradient of the micro batches; returns the mean loss."""
         active = self.active_block
         params, masters, optimizer = self.blocks[active], self.masters[active], self.optimizers[active]
+        rows = self.rows[active]
         for p in params:
             p.requires_grad_(True)
 
@@ -82,16 +93,16 @@ class PlainHiFT:
             loss.backward()
             mean_loss += loss.item()
 
-        for p, master in zip(params, masters, strict=True):
+        for p, cut, master in zip(params, rows, masters, strict=True):
             p.requires_grad_(False)
             if master is not p and p.grad is not None:
-                master.grad, p.grad = p.grad.float(), None
+                master.grad, p.grad = (p.grad if cut is None else p.grad[cut]).float(), None
         self._clip([m.grad for m in masters if m.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
-        for p, master in zip(params, masters, strict=True):
+        for p, cut, master in zip(params, rows, masters, strict=True):
             if master is not p:
-                p.data.copy_(master)
+                (p.data if cut is None else p.data[cut]).copy_(master)
 
         self.steps += 1
         if self.steps % (len(self.order) * self.steps_per_block) == 0:

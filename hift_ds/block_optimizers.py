@@ -26,6 +26,8 @@ class BlockOptimizers:
     Args:
         configured: the torch optimizer over all parameters; it carries settings and is never stepped.
         parameters: for each block, what it trains.
+        parts: for each block None, or the first and last (exclusive) element of its only parameter that it trains.
+            Blocks that share a parameter share DeepSpeed's optimizer.
         wrap: makes DeepSpeed's optimizer for a block around a torch one.
         host: where masters and state live, but for the time of a step. None: where DeepSpeed keeps them.
         slice_bytes: of the streamed step; None: the whole block's state comes to the device at once.
@@ -37,6 +39,7 @@ class BlockOptimizers:
         self,
         configured: torch.optim.Optimizer,
         parameters: Sequence[Sequence[torch.nn.Parameter]],
+        parts: Sequence[tuple[int, int] | None],
         wrap: Callable[[torch.optim.Optimizer], Any],
         host: HostMemory | None,
         slice_bytes: int | None = None,
@@ -46,12 +49,22 @@ class BlockOptimizers:
         self.optimizer = configured
         configured.state.clear()  # Adagrad makes its state at once, and for the whole model
         self.host = host
-        self.blocks: list[Any] = []
+        self.owners: list[Any] = []  # DeepSpeed's optimizers
+        self._place: list[tuple[int, int]] = []  # of each block: its owner, and which part of that it is
         self._prefetch = prefetch and host is not None
         self._streamed = slice_bytes is not None
         self._sources: list[list[int]] = []
         staging = None
-        for members in parameters:
+        cuts: list[list[tuple[int, int]]] = []  # by owner
+        owned: list[Sequence[torch.nn.Parameter]] = []
+        for members, part in zip(parameters, parts, strict=True):
+            if part is None or not (owned and owned[-1][0] is members[0]):
+                owned.append(members)
+                cuts.append([])
+            if part is not None:
+                cuts[-1].append(part)
+            self._place.append((len(owned) - 1, max(len(cuts[-1]) - 1, 0)))
+        for members, cut in zip(owned, cuts, strict=True):
             inner, sources = restrict(configured, members)
             # DeepSpeed hooks what is trainable now. A block's state leaves the device before the next one's.
             for parameter in members:
@@ -62,10 +75,10 @@ class BlockOptimizers:
             if host is not None:
                 if staging is None:
                     staging = Staging(torch.device(get_accelerator().current_device_name()), slice_bytes)
-                block.offloaded = BlockState(block, host, staging, per_element)
+                block.offloaded = BlockState(block, host, staging, per_element, cut)
                 if hasattr(block, "relink"):
                     block.relink()
-            self.blocks.append(block)
+            self.owners.append(block)
             self._sources.append(sources)
             self._share()
         self.staging = staging
@@ -74,12 +87,12 @@ class BlockOptimizers:
     def _share(self) -> None:
         """Give all blocks the one loss scale, and the largest block's gradient buffers."""
         for attribute in ("loss_scaler", "loss_scale_config"):
-            if hasattr(self.blocks[0], attribute):
-                for block in self.blocks:
-                    setattr(block, attribute, getattr(self.blocks[0], attribute))
-        if hasattr(self.blocks[0], "share_buffers"):
-            largest = max(self.blocks, key=lambda block: block.staging_numel())
-            for block in self.blocks:
+            if hasattr(self.owners[0], attribute):
+                for block in self.owners:
+                    setattr(block, attribute, getattr(self.owners[0], attribute))
+        if hasattr(self.owners[0], "share_buffers"):
+            largest = max(self.owners, key=lambda block: block.staging_numel())
+            for block in self.owners:
                 block.share_buffers(largest)
 
     @property
@@ -87,34 +100,40 @@ class BlockOptimizers:
         return self.optimizer.param_groups
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "blocks" not in self.__dict__:
+        if name.startswith("__") or "owners" not in self.__dict__:
             raise AttributeError(name)
         if name in LISTS_OF_ALL:
-            return [entry for block in self.blocks for entry in getattr(block, name)]
+            return [entry for block in self.owners for entry in getattr(block, name)]
         if name in METHODS_OF_ALL:
-            methods = [getattr(block, name) for block in self.blocks]
+            methods = [getattr(block, name) for block in self.owners]
 
             def call_all(*args: Any, **kwargs: Any) -> None:
                 for method in methods:
                     method(*args, **kwargs)
 
             return call_all
-        return getattr(self.blocks[self.active], name)
+        return getattr(self._owner, name)
+
+    @property
+    def _owner(self) -> Any:
+        return self.owners[self._place[self.active][0]]
 
     def activate(self, index: int) -> Any:
         """Make a block the active one; returns its optimizer, with the current settings."""
-        if index != self.active and self.blocks[self.active].offloaded is not None:
-            self.blocks[self.active].offloaded.forget()
+        if index != self.active and self._owner.offloaded is not None:
+            self._owner.offloaded.forget()
         self.active = index
+        if self._owner.offloaded is not None:
+            self._owner.offloaded.select(self._place[index][1])
         self.copy_settings()
         if self._streamed:  # two slices, whose places on the device are taken in any case
             self.prefetch()
-        return self.blocks[index]
+        return self._owner
 
     def copy_settings(self) -> None:
         """Copy learning rate, weight decay ... of the configured optimizer to the active block's."""
-        groups = self.blocks[self.active].optimizer.param_groups
-        for group, source in zip(groups, self._sources[self.active], strict=True):
+        groups = self._owner.optimizer.param_groups
+        for group, source in zip(groups, self._sources[self._place[self.active][0]], strict=True):
             settings = self.optimizer.param_groups[source]
             group.update({key: value for key, value in settings.items() if key != "params"})
 
@@ -125,11 +144,11 @@ class BlockOptimizers:
         after the backward pass.
         """
         if self._prefetch:
-            self.blocks[self.active].offloaded.prefetch()
+            self._owner.offloaded.prefetch()
 
     def held(self) -> Iterator[Held]:
         """All tensors that the blocks' optimizers keep, but the weights."""
-        for block in self.blocks:
+        for block in self.owners:
             yield from held(block)
             if block.offloaded is not None:
                 yield from (Held("gradients", t) for name, t in block.offloaded.under_way if name == "gradients")
@@ -138,19 +157,19 @@ class BlockOptimizers:
 
     def staged(self) -> Iterator[tuple[str, int]]:
         """Category and bytes of what stands in the staging areas now, during a step."""
-        for block in self.blocks:
+        for block in self.owners:
             if block.offloaded is not None:
                 yield from ((name, t.nbytes) for name, t in block.offloaded.under_way if name != "gradients")
 
     def settle(self) -> None:
         """Wait until the state of all blocks is in host memory; what was fetched ahead is dropped."""
-        for block in self.blocks:
+        for block in self.owners:
             if block.offloaded is not None:
                 block.offloaded.settle()
 
     def return_to_host(self) -> None:
         """Put back where it belongs what others have moved or replaced."""
-        for block in self.blocks:
+        for block in self.owners:
             if block.offloaded is not None:
                 block.offloaded.to_host()
             if hasattr(block, "relink"):
@@ -159,23 +178,25 @@ class BlockOptimizers:
     def state_dict(self) -> dict[str, Any]:
         """All blocks' state, on one rank."""
         self.settle()
-        blocks = [block.state_dict() for block in self.blocks]
+        blocks = [block.state_dict() for block in self.owners]
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
-        return {**whole_state(blocks), "blocks": blocks, "settings": settings}
+        counts = [owner.offloaded.counts() if owner.offloaded is not None else [] for owner in self.owners]
+        return {**whole_state(blocks), "blocks": blocks, "settings": settings, "counts": counts}
 
     def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
         """Restore all blocks' state, from one state dict or (ZeRO) from the list with one entry a rank."""
         self.settle()
         saved = state_dict if state_dict is not None else next(entry for entry in state_dict_list if entry)
-        if "blocks" not in saved or len(saved["blocks"]) != len(self.blocks):
+        if "blocks" not in saved or len(saved["blocks"]) != len(self.owners):
             count = len(saved["blocks"]) if "blocks" in saved else "no"
             raise ValueError(
-                f"the checkpoint holds {count} blocks of optimizer state, this run has {len(self.blocks)}; resume "
-                "with the layers_per_block and freeze it was saved with, or load with load_optimizer_states=False"
+                f"the checkpoint holds {count} blocks of optimizer state, this run has {len(self.owners)}; resume "
+                "with the layers_per_block, max_block_numel, balance and freeze it was saved with, or load with "
+                "load_optimizer_states=False"
             )
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.owners):
             if state_dict_list is not None:
                 entries = [entry and entry["blocks"][index] for entry in state_dict_list]
                 block.load_state_dict(state_dict_list=entries, **options)
@@ -183,6 +204,9 @@ class BlockOptimizers:
                 block.load_state_dict(saved["blocks"][index], **options)
         self.return_to_host()
         if options.get("load_optimizer_states", True):
+            for owner, counts in zip(self.owners, saved["counts"], strict=True):
+                if owner.offloaded is not None:
+                    owner.offloaded.load_counts(counts)
             for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
                 group.update(settings)
         self._share()

@@ -16,10 +16,13 @@ are a block. The layers are found from the module tree alone:
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 from torch import nn
 
@@ -83,18 +86,17 @@ def partition_model(
         model: any model whose hidden layers are in an ``nn.ModuleList`` or ``nn.Sequential``.
         layers_per_block: m of the paper, from 1 to the number of layers n.
         freeze: shell-style patterns (``fnmatch``) over parameter names; those parameters are never trained.
-        max_block_numel: must be None in this version.
-        balance: must be False in this version.
+        max_block_numel: cut a block with more parameters than this into parts of about the same size, between
+            modules where that will do, else between tensors, and a larger tensor by rows (its first dimension). The
+            rows of one tensor are blocks of their own, with nothing else in them.
+        balance: even the blocks out. Without ``max_block_numel`` none gets larger than a typical one, the median of
+            the blocks of whole layers, by more than an eighth; and a block of less than half of that size joins a
+            neighbor, if together they stay within the limit.
 
     Raises:
         ValueError: no hidden layers were found, a pattern in ``freeze`` matches nothing, nothing is left to
-            train, ``layers_per_block`` is out of range, or blocks finer than a layer are asked for.
+            train, ``layers_per_block`` is out of range, or ``max_block_numel`` is less than a row of a tensor.
     """
-    if max_block_numel is not None or balance is not False:
-        raise ValueError(
-            f"max_block_numel={max_block_numel!r}, balance={balance!r}: blocks finer than a layer are not "
-            "available in this version; set max_block_numel=null and balance=false"
-        )
     parameters = dict(model.named_parameters())
     frozen = _frozen_by_pattern(model, freeze)
     trained = [name for name, p in parameters.items() if p.requires_grad and name not in frozen]
@@ -118,13 +120,116 @@ def partition_model(
         numel = sum(_numel(parameters[name]) for name in names)
         blocks.append(Block(_block_name([layer_names[layer] for layer in chosen]), tuple(names), numel))
     _check_each_once(trained, blocks)
-    return blocks
+    if max_block_numel is None and not balance:
+        return blocks
+    typical = int(statistics.median(block.numel for block in blocks))
+    limit = max_block_numel if max_block_numel is not None else typical * 9 // 8
+    blocks = _finer(blocks, {name: _shape(parameters[name]) for name in trained}, limit)
+    return _joined(blocks, typical, limit) if balance else blocks
 
 
 def frozen_parameter_names(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     """Names, in model order, of the parameters that no block trains."""
     in_blocks = {name for block in blocks for name in block.parameter_names}
     return [name for name, _ in model.named_parameters() if name not in in_blocks]
+
+
+# --- finer than a layer -------------------------------------------------------------------------------------
+
+
+def _finer(blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]], limit: int) -> list[Block]:
+    """Cut blocks that are larger than ``limit``.
+
+    Raises:
+        ValueError: a row of a tensor is larger.
+    """
+    numels = {name: math.prod(shape) for name, shape in shapes.items()}
+    rows = {name: numels[name] // shape[0] for name, shape in shapes.items() if shape and numels[name] > limit}
+    if too_long := [f"{name} ({numel})" for name, numel in rows.items() if numel > limit]:
+        raise ValueError(
+            f"max_block_numel={limit}: a tensor is cut by rows, and a row has more parameters in "
+            f"{', '.join(too_long[:4])}{' ...' if len(too_long) > 4 else ''}; set it to at least {max(rows.values())}"
+        )
+    result = []
+    for block in blocks:
+        if block.numel <= limit:
+            result.append(block)
+            continue
+        inside = block.name + "."
+        atoms = list(_atoms(block.parameter_names, numels, limit))
+        parts: dict[str, list[Block]] = {}  # by the path of the first atom
+        for part in _packed([atom for atom in atoms if atom[2] <= limit], limit):
+            said = " + ".join(path.removeprefix(inside) for path, _, _ in part)
+            names = tuple(name for _, members, _ in part for name in members)
+            parts[part[0][0]] = [Block(f"{block.name}: {said}", names, sum(numel for _, _, numel in part))]
+        for name, _, numel in atoms:
+            if numel > limit:
+                count = -(-shapes[name][0] // (limit // rows[name]))
+                ends = [shapes[name][0] * part // count for part in range(count + 1)]
+                parts[name] = [
+                    Block(
+                        f"{block.name}: {name.removeprefix(inside)}[{start}:{stop}]",
+                        (name,),
+                        (stop - start) * rows[name],
+                        {name: (start, stop)},
+                    )
+                    for start, stop in zip(ends, ends[1:], strict=False)
+                ]
+        result += [part for path, _, _ in atoms for part in parts.get(path, ())]
+    return result
+
+
+_Atom = tuple[str, tuple[str, ...], int]  # path of a module or a tensor, parameters, their number of elements
+
+
+def _atoms(names: Sequence[str], numels: Mapping[str, int], limit: int, depth: int = 1) -> Iterator[_Atom]:
+    """The largest modules that are within the limit, and the tensors that are not in one; in the order of ``names``."""
+    for path, run in groupby(names, key=lambda name: ".".join(name.split(".")[:depth])):
+        members = tuple(run)
+        numel = sum(numels[name] for name in members)
+        if numel <= limit or members == (path,):
+            yield path, members, numel
+        else:
+            yield from _atoms(members, numels, limit, depth + 1)
+
+
+def _packed(atoms: Sequence[_Atom], limit: int) -> list[list[_Atom]]:
+    """Atoms in few parts within ``limit``, the largest of them about as small as it can be."""
+    if not atoms:
+        return []
+
+    def filled(limit: int) -> list[list[_Atom]]:
+        parts: list[list[_Atom]] = []
+        rooms: list[int] = []
+        for atom in atoms:
+            fits = next((index for index, room in enumerate(rooms) if atom[2] <= room), len(rooms))
+            if fits == len(rooms):
+                parts.append([])
+                rooms.append(limit)
+            parts[fits].append(atom)
+            rooms[fits] -= atom[2]
+        return parts
+
+    fewest = len(filled(limit))
+    low, high = max(numel for _, _, numel in atoms), limit
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(filled(middle)) <= fewest else (middle + 1, high)
+    return filled(high)
+
+
+def _joined(blocks: Sequence[Block], typical: int, limit: int) -> list[Block]:
+    """Blocks of less than half the typical size joined to the one before, else to the one after, within the limit."""
+    result: list[Block] = []
+    for block in blocks:
+        before = result[-1] if result else block
+        is_small = min(block.numel, before.numel) < typical / 2
+        if result and is_small and not (block.slices or before.slices) and block.numel + before.numel <= limit:
+            names = before.parameter_names + block.parameter_names
+            result[-1] = Block(f"{before.name} + {block.name}", names, before.numel + block.numel)
+        else:
+            result.append(block)
+    return result
 
 
 # --- which layer a parameter belongs to ---------------------------------------------------------------------
@@ -376,6 +481,10 @@ def _children(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
 def _numel(parameter: nn.Parameter) -> int:
     # ZeRO-3 leaves an empty tensor in place of a partitioned parameter and keeps its size beside it.
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _frozen_by_pattern(model: nn.Module, patterns: Sequence[str]) -> set[str]:

@@ -74,7 +74,8 @@ class HiFTConfig:
         seed: of the ``random`` order.
         steps_per_block: consecutive optimizer steps on a block.
         freeze: glob patterns of parameter names that are never trained.
-        max_block_numel, balance: blocks finer than a layer; not available yet.
+        max_block_numel: cut blocks with more parameters, between modules or tensors, or a tensor by rows.
+        balance: even the blocks out: cut those far above the typical one, join those far below.
         offload: see :class:`OffloadConfig`.
     """
 
@@ -148,10 +149,10 @@ _SECTION_CHECKS: dict[str, _Check] = {
         "a list of glob patterns over parameter names",
     ),
     "max_block_numel": (
-        lambda v: v is None,
-        "null: blocks finer than a layer are not available in this version",
+        lambda v: v is None or _is_int(v) and v >= 1,
+        "null, or the most parameters that a block may have",
     ),
-    "balance": (lambda v: v is False, "false: blocks finer than a layer are not available in this version"),
+    "balance": (lambda v: isinstance(v, bool), "true or false"),
     "offload": (lambda v: isinstance(v, Mapping), "a mapping"),
 }
 _OFFLOAD_CHECKS: dict[str, _Check] = {

@@ -4,6 +4,7 @@ Source: the paper, Algorithm 1 and section 3.1. With ``zero.py`` the only file t
 """
 
 import copy
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from deepspeed.utils.timer import NoopTimer
 
 from hift_ds import config as hift_config
 from hift_ds.block_optimizers import BlockOptimizers
-from hift_ds.blocks import partition_model
+from hift_ds.blocks import Block, partition_model
 from hift_ds.lion import Lion
 from hift_ds.memory import Held, Ledger, count, device_total
 from hift_ds.offload import HostMemory
@@ -64,15 +65,17 @@ class HiFTEngine(DeepSpeedEngine):
         for parameter in named.values():
             if id(parameter) not in trained:
                 parameter.requires_grad_(False)
+        for name in {name: None for block in self.blocks for name in block.slices}:  # before DeepSpeed's hooks
+            named[name].register_post_accumulate_grad_hook(functools.partial(self._clear_other_rows, name))
         self._schedule = BlockSchedule(len(self.blocks), hift.strategy, hift.steps_per_block, hift.seed)
         super().__init__(model=model, **kwargs)
         if self.basic_optimizer is None:
             raise ValueError("HiFT needs an optimizer: pass one, or add an 'optimizer' section to the DeepSpeed config")
         if self._support_torch_style_backward:
-            for optimizer in self.block_optimizers.blocks:
+            for optimizer in self.block_optimizers.owners:
                 if optimizer is not self.optimizer:
                     optimizer.register_grad_acc_post_hook(self._backward_post_hook)
-        for optimizer in self.block_optimizers.blocks:
+        for optimizer in self.block_optimizers.owners:
             if optimizer.offloaded is not None:
                 optimizer.offloaded.watch = self._watch_memory
         self._peak_ledger = self._count_memory()
@@ -84,6 +87,10 @@ class HiFTEngine(DeepSpeedEngine):
     def active_block(self) -> int:
         """Index into ``blocks`` of the block that the next step trains."""
         return self._schedule.active_block
+
+    @property
+    def _cut(self) -> list[list[Any]]:
+        return [[block.name, block.numel] for block in self.blocks]
 
     @property
     def cycle(self) -> int:
@@ -112,7 +119,7 @@ class HiFTEngine(DeepSpeedEngine):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """DeepSpeed's ``save_checkpoint``; the state of all blocks and the place in the schedule go with it."""
-        state = {**(client_state or {}), _STATE_KEY: self._schedule.state_dict()}
+        state = {**(client_state or {}), _STATE_KEY: {**self._schedule.state_dict(), "blocks": self._cut}}
         with self._all_blocks():
             return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
 
@@ -148,6 +155,12 @@ class HiFTEngine(DeepSpeedEngine):
                     raise ValueError(
                         f"the checkpoint in {load_dir!r} was made without HiFT; for its weights alone use "
                         "load_module_only=True"
+                    )
+                if (saved := position.pop("blocks", self._cut)) != self._cut:
+                    raise ValueError(
+                        f"the checkpoint in {load_dir!r} holds the blocks {_shortened(saved)}, this run has "
+                        f"{_shortened(self._cut)}; resume with the layers_per_block, max_block_numel, balance and "
+                        "freeze it was saved with"
                     )
                 self._schedule.load_state_dict(position)
             self._activate()
@@ -206,10 +219,17 @@ class HiFTEngine(DeepSpeedEngine):
     def _activate(self) -> None:
         """Freeze everything but the scheduled block, and make its optimizer the engine's."""
         active = self._schedule.active_block
-        for index, parameters in enumerate(self._block_parameters):
+        for parameters in (*self._block_parameters, self._block_parameters[active]):  # blocks may share a parameter
             for parameter in parameters:
-                parameter.requires_grad_(index == active)
+                parameter.requires_grad_(parameters is self._block_parameters[active])
         self.optimizer = self.block_optimizers.activate(active)
+
+    def _clear_other_rows(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Autograd makes the whole gradient; what the active block does not train is not to count in its norm."""
+        start, stop = self.blocks[self.active_block].slices[name]
+        assert parameter.grad is not None
+        parameter.grad[:start].zero_()
+        parameter.grad[stop:].zero_()
 
     @contextmanager
     def _all_blocks(self) -> Iterator[None]:
@@ -317,7 +337,7 @@ class HiFTEngine(DeepSpeedEngine):
             raise ValueError("HiFT needs an optimizer: pass one, or add an 'optimizer' section to the DeepSpeed config")
         stage = self.zero_optimization_stage()
         _, accumulation_dtype = self.get_data_types()
-        largest = max(block.numel for block in self.blocks)
+        largest = max(sum(map(_numel, parameters)) for parameters in self._block_parameters)
         common = {
             "timers": self._step_timers(),
             "static_loss_scale": self.loss_scale(),
@@ -414,18 +434,39 @@ class HiFTEngine(DeepSpeedEngine):
                 f"{type(optimizer).__name__} uses the shape of a parameter, and zero_optimization.stage="
                 f"{self.zero_optimization_stage()} flattens it; use stage 0, or an element-wise optimizer such as AdamW"
             )
-        return BlockOptimizers(optimizer, self._block_parameters, wrap, **self._offload(optimizer))
+        parts = [self._part(block) for block in self.blocks]
+        return BlockOptimizers(optimizer, self._block_parameters, parts, wrap, **self._offload(optimizer))
+
+    def _part(self, block: Block) -> tuple[int, int] | None:
+        """First and last (exclusive) element that a block trains of a parameter that is cut."""
+        for start, stop in block.slices.values():
+            row = block.numel // (stop - start)
+            return start * row, stop * row
+        return None
 
     def _offload(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Where the state lives and how it gets to the device, as ``BlockOptimizers`` wants it.
 
         Raises:
-            ValueError: a streamed step of an optimizer that needs whole tensors; no room for all the state.
+            ValueError: a tensor is cut, by a streamed step or by ``max_block_numel``, and the optimizer needs it whole;
+                rows of a tensor with state where DeepSpeed keeps it; no room for all the state.
         """
         offload = self.hift.offload
+        cut = next((name for block in self.blocks for name in block.slices), None)
+        where = "hift.offload.device='none'" if offload.device == "none" else "offload_optimizer"
         if offload.device == "none" or self.zero_use_cpu_optimizer():
+            if cut:
+                raise ValueError(
+                    f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {where} keeps the state of whole "
+                    "tensors; remove it, or raise max_block_numel, or set balance=false"
+                )
             return {"host": None}
         elementwise = is_elementwise(optimizer)
+        if cut and not elementwise:
+            raise ValueError(
+                f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {type(optimizer).__name__} uses its "
+                "shape; raise max_block_numel, set balance=false, or use an element-wise optimizer such as AdamW"
+            )
         if offload.step == "streamed" and not elementwise:
             raise ValueError(
                 f"hift.offload.step='streamed' cuts tensors, and {type(optimizer).__name__} uses their shape; use "
@@ -437,7 +478,10 @@ class HiFTEngine(DeepSpeedEngine):
             element += state_bytes(optimizer)
         per_element = element
         if elementwise and offload.step != "block":
-            numels = [[parameter.numel() for parameter in parameters] for parameters in self._block_parameters]
+            numels = [
+                [block.numel] if block.slices else [parameter.numel() for parameter in parameters]
+                for block, parameters in zip(self.blocks, self._block_parameters, strict=True)
+            ]
             slice_bytes = hift_config.slot_bytes(numels, ranks, per_element, offload.buffer_size)
         if not (self.zero_optimization() or self.bfloat16_enabled()):
             element -= 4  # fp32 weights at stage 0 are their own masters
@@ -459,6 +503,15 @@ class HiFTEngine(DeepSpeedEngine):
                 f"{ticks * self._schedule.steps_per_cycle} steps, not after {ticks}. For a run of N steps give it "
                 f"ceil(N / {self._schedule.steps_per_cycle}) ticks"
             )
+
+
+def _shortened(cut: list[list[Any]]) -> str:
+    shown = ", ".join(f"{name} ({numel})" for name, numel in cut[:3])
+    return f"{shown}{' ...' if len(cut) > 3 else ''} ({len(cut)} in all)"
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor in its place
 
 
 def initialize(

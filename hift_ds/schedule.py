@@ -73,7 +73,7 @@ class BlockSchedule:
         if saved != (self.order, self.steps_per_block):
             raise ValueError(
                 f"the checkpoint was saved with block order {saved[0]} and steps_per_block={saved[1]}, this run has "
-                f"{self.order} and {self.steps_per_block}; resume with the layers_per_block, strategy, seed, freeze "
-                "and steps_per_block it was saved with"
+                f"{self.order} and {self.steps_per_block}; resume with the layers_per_block, max_block_numel, "
+                "balance, strategy, seed, freeze and steps_per_block it was saved with"
             )
         self.step = state["step"]

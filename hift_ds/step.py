@@ -6,7 +6,8 @@ holds even one block's state. An element-wise optimizer does not see the differe
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,6 +46,10 @@ class Stepped(Protocol):
         """The weights on the device that a master is the fp32 copy of; None where the tensor is the weights."""
         ...
 
+    def origin(self) -> int:
+        """Which element of its only parameter the first tensor begins with. Asked for where a parameter is cut."""
+        ...
+
 
 class _Staged(NamedTuple):
     """A slice on the device: for each of its pieces the master (None: it never left) and the state by name."""
@@ -55,8 +60,31 @@ class _Staged(NamedTuple):
     ready: Any
 
 
+@dataclass
+class _Part:
+    """What is stepped at a time: all of the block's optimizer, or some rows of its only parameter.
+
+    Attributes:
+        slices: in which it comes to the device.
+        written: for each slice, the event after which it is in host memory again.
+        counts: of a part of several, by tensor: the state that is no tensor of elements (a step count). It is the
+            part's own, while ``optimizer.state`` has that of the part that was stepped last.
+        settings: of a part of several, by parameter group: what the optimizer itself counts there.
+        is_new: the optimizer has made no state for it so far.
+    """
+
+    slices: list[list[Piece]]
+    written: list[Any]
+    counts: list[dict[str, Any]] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    is_new: bool = False
+
+
 class BlockState:
     """Masters and optimizer state of one block, in host memory but for the time of a step.
+
+    Where a parameter is cut by rows, this is the state of the whole parameter, and each block that trains some of its
+    rows is a *part*: stepped by itself, with a step count of its own.
 
     ``optimizer.state`` and the masters' ``data`` are the host buffers, and stay so; what is on the device are copies.
 
@@ -65,13 +93,21 @@ class BlockState:
         host: where the state lives.
         staging: where it stands during a step.
         bytes_per_element: of state and master; how many elements a slice holds follows from it.
+        parts: first and last (exclusive) element of each part of the only parameter; empty: it is not cut.
 
     Attributes:
         under_way: during a step, the slice on the device: its masters, state and fp32 gradients by category.
         watch: called once in each step, when its first slice, which none exceeds, is on the device.
     """
 
-    def __init__(self, owner: Stepped, host: HostMemory, staging: Staging, bytes_per_element: int):
+    def __init__(
+        self,
+        owner: Stepped,
+        host: HostMemory,
+        staging: Staging,
+        bytes_per_element: int,
+        parts: Sequence[tuple[int, int]] = (),
+    ):
         self._owner = owner
         self._host = host
         self._staging = staging
@@ -81,13 +117,50 @@ class BlockState:
         limit = None
         if staging.slot_bytes is not None and bytes_per_element:
             limit = staging.slot_bytes // bytes_per_element
-        self._slices = _slices([tensor.numel() for tensor in self._tensors], limit)
+        self._parts = [self._part(pieces, limit) for pieces in self._divided(parts)]
+        self._active = self._parts[0]
         self._buffers: dict[tuple[int, str | None], torch.Tensor] = {}
-        self._written: list[Any] = [None] * len(self._slices)
         self._staged: dict[int, _Staged] = {}
         self.under_way: list[tuple[str, torch.Tensor]] = []
         self.watch: Callable[[], None] | None = None
         self.to_host()
+
+    def _divided(self, parts: Sequence[tuple[int, int]]) -> list[list[Piece]]:
+        """For each part what it has of each tensor."""
+        whole = [Piece(index, 0, tensor.numel(), True) for index, tensor in enumerate(self._tensors)]
+        if not parts:
+            return [whole]
+        ((_, _, size, _),) = whole
+        origin = self._owner.origin()
+        divided = []
+        for start, stop in parts:
+            low, high = (min(max(end - origin, 0), size) for end in (start, stop))
+            divided.append([Piece(0, low, high, high - low == size)] if low < high else [])
+        return divided
+
+    def _part(self, pieces: list[Piece], limit: int | None) -> _Part:
+        slices = _slices(pieces, limit)
+        state = self._owner.optimizer.state
+        counts = [_without_elements(state.get(tensor, {})) for tensor in self._tensors]
+        settings: list[dict[str, Any]] = [{} for _ in self._owner.optimizer.param_groups]
+        return _Part(slices, [None] * len(slices), counts, settings, is_new=not any(map(state.get, self._tensors)))
+
+    @property
+    def _is_cut(self) -> bool:
+        return len(self._parts) > 1
+
+    def select(self, part: int) -> None:
+        """Make a part the one that is stepped next; nothing of another one may be fetched."""
+        self._active = self._parts[part]
+
+    def counts(self) -> list[dict[str, Any]]:
+        """What a checkpoint has to hold of the parts of a cut parameter, beside the optimizer's state."""
+        return [{"counts": p.counts, "settings": p.settings, "is_new": p.is_new} for p in self._parts]
+
+    def load_counts(self, saved: list[dict[str, Any]]) -> None:
+        """Take over what ``counts`` gave."""
+        for part, entry in zip(self._parts, saved, strict=True):
+            part.counts, part.settings, part.is_new = entry["counts"], entry["settings"], entry["is_new"]
 
     def to_host(self) -> None:
         """Take masters and state off the device, into the buffers that they had before if they had any."""
@@ -116,9 +189,10 @@ class BlockState:
     def settle(self) -> None:
         """Wait until all is in host memory, and forget what was fetched: it may be read and changed there."""
         self.forget()
-        for event in self._written:
-            if event is not None:
-                event.synchronize()
+        for part in self._parts:
+            for event in part.written:
+                if event is not None:
+                    event.synchronize()
 
     def forget(self) -> None:
         """Drop what was fetched and not stepped."""
@@ -129,14 +203,21 @@ class BlockState:
 
     def _known(self) -> list[dict[str, Any]]:
         """The state of each tensor before the step; empty before the first."""
-        return [dict(self._owner.optimizer.state.get(tensor, {})) for tensor in self._tensors]
+        state, part = self._owner.optimizer.state, self._active
+        if not self._is_cut:
+            return [dict(state.get(tensor, {})) for tensor in self._tensors]
+        if part.is_new:
+            return [{} for _ in self._tensors]
+        of_all = [{name: v for name, v in state.get(t, {}).items() if has_elements(v)} for t in self._tensors]
+        return [{**elements, **counts} for elements, counts in zip(of_all, part.counts, strict=True)]
 
     def _fetch(self, number: int, known: list[dict[str, Any]]) -> None:
-        if number in self._staged or number >= len(self._slices):
+        part = self._active
+        if number in self._staged or number >= len(part.slices):
             return
         sources: list[torch.Tensor] = []
         places: list[tuple[int, str | None]] = []
-        for position, piece in enumerate(self._slices[number]):
+        for position, piece in enumerate(part.slices[number]):
             tensor = self._tensors[piece.number]
             if self._off_device[piece.number]:
                 sources.append(_cut(tensor.data, piece))
@@ -146,9 +227,9 @@ class BlockState:
                     sources.append(_cut(value, piece))
                     places.append((position, name))
         slot = self._staging.slots[number % len(self._staging.slots)]
-        copies, ready = self._staging.fill(slot, sources, self._written[number])
-        masters: list[torch.Tensor | None] = [None] * len(self._slices[number])
-        states: list[dict[str, torch.Tensor]] = [{} for _ in self._slices[number]]
+        copies, ready = self._staging.fill(slot, sources, part.written[number])
+        masters: list[torch.Tensor | None] = [None] * len(part.slices[number])
+        states: list[dict[str, torch.Tensor]] = [{} for _ in part.slices[number]]
         for (position, key), copy in zip(places, copies, strict=True):
             if key is None:
                 masters[position] = copy
@@ -159,26 +240,46 @@ class BlockState:
     @torch.no_grad()
     def step(self) -> bool:
         """Step the block; True where this made state that was not there before."""
-        optimizer = self._owner.optimizer
+        optimizer, part = self._owner.optimizer, self._active
         groups, state = optimizer.param_groups, optimizer.state
-        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         known = self._known()
+        if self._is_cut:
+            self._take_up(part)
+        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         is_new = False
         try:
-            for number in range(len(self._slices)):
+            for number in range(len(part.slices)):
                 for ahead in range(len(self._staging.slots)):
                     self._fetch(number + ahead, known)
                 staged = self._staged.pop(number)
                 wait(staged.ready)
                 pairs, made = self._step_slice(number, staged, known, before, groups, state)
                 is_new |= made
-                self._written[number] = self._staging.drain(staged.slot, pairs)
-                if made and self._written[number] is not None:
-                    self._written[number].synchronize()  # new state is in no slot: not to pile up on the device
+                written = part.written[number] = self._staging.drain(staged.slot, pairs)
+                if made and written is not None:
+                    written.synchronize()  # new state is in no slot: not to pile up on the device
                 del staged, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state
+        if self._is_cut and part.slices:
+            part.is_new = False
+            part.counts = [_without_elements(state.get(tensor, {})) for tensor in self._tensors]
+            for group, earlier, settings in zip(groups, before, part.settings, strict=True):
+                settings.update({k: v for k, v in group.items() if k != "params" and earlier.get(k) is not v})
         return is_new
+
+    def _take_up(self, part: _Part) -> None:
+        """Put the counts of a part where its optimizer looks for them, in place of those of the part before."""
+        optimizer = self._owner.optimizer
+        for tensor, counts in zip(self._tensors, part.counts, strict=True):
+            if tensor in optimizer.state:
+                elements = {name: value for name, value in optimizer.state[tensor].items() if has_elements(value)}
+                optimizer.state[tensor] = {**elements, **counts}
+        counted = {key for other in self._parts for settings in other.settings for key in settings}
+        for group, settings in zip(optimizer.param_groups, part.settings, strict=True):
+            for key in counted:
+                group.pop(key, None)
+            group.update(settings)
 
     def _step_slice(
         self,
@@ -193,7 +294,7 @@ class BlockState:
 
         Every slice starts from the counts and settings ``known`` and ``before`` the step, so that none counts twice.
         """
-        optimizer, pieces = self._owner.optimizer, self._slices[number]
+        optimizer, pieces = self._owner.optimizer, self._active.slices[number]
         stand_ins = self._stand_ins(pieces, staged)
         if number == 0 and self.watch is not None:
             self.under_way = _by_category(staged, stand_ins)
@@ -247,6 +348,8 @@ class BlockState:
                     shape = value.shape if piece.whole else tensor.shape
                     like = torch.empty(shape, dtype=value.dtype, device="meta")
                     state[tensor][name] = self._buffers[piece.number, name] = self._host.empty(like)
+                    if self._is_cut:  # the rows of other parts are not written yet
+                        state[tensor][name].zero_()
                 pairs.append((_cut(state[tensor][name], piece), value))
         return pairs, is_new
 
@@ -258,18 +361,18 @@ def _by_category(staged: _Staged, stand_ins: list[torch.nn.Parameter]) -> list[t
     return found + [("gradients", stand_in.grad) for stand_in in stand_ins if stand_in.grad is not None]
 
 
-def _slices(sizes: list[int], limit: int | None) -> list[list[Piece]]:
-    """Cut tensors of these numbers of elements into slices of at most ``limit`` elements; None: all in one."""
-    if limit is None:
-        return [[Piece(index, 0, size, True) for index, size in enumerate(sizes)]]
+def _slices(pieces: list[Piece], limit: int | None) -> list[list[Piece]]:
+    """Cut pieces of tensors into slices of at most ``limit`` elements; None: all in one."""
+    if limit is None or not pieces:
+        return [pieces] if pieces else []
     slices: list[list[Piece]] = [[]]
     room = limit - _GAP
-    for index, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            taken = size - start if size - start <= room else max(room, 0) // _GRAIN * _GRAIN
+    for index, start, stop, whole in pieces:
+        size = stop - start
+        while start < stop:
+            taken = stop - start if stop - start <= room else max(room, 0) // _GRAIN * _GRAIN
             if taken:
-                slices[-1].append(Piece(index, start, start + taken, taken == size))
+                slices[-1].append(Piece(index, start, start + taken, whole and taken == size))
                 start += taken
                 room -= taken + _GAP
             else:
@@ -291,3 +394,7 @@ def has_elements(value: Any) -> bool:
 
 def _copied(value: Any) -> Any:
     return value.clone() if torch.is_tensor(value) else value
+
+
+def _without_elements(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: _copied(value) for name, value in state.items() if not has_elements(value)}

@@ -88,6 +88,9 @@ class PlainBlockOptimizer:
     def weights(self, index: int) -> None:
         return None
 
+    def origin(self) -> int:
+        return 0
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
@@ -137,6 +140,9 @@ class UnfusedBlockOptimizer(FP16_UnfusedOptimizer):
 
     def weights(self, index: int) -> torch.Tensor:
         return self._weights[index]
+
+    def origin(self) -> int:
+        return 0
 
 
 class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
@@ -242,6 +248,10 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     def weights(self, index: int) -> torch.Tensor:
         rank = dist.get_rank(group=self.real_dp_process_group[index])
         return self.parallel_partitioned_bit16_groups[index][rank]
+
+    def origin(self) -> int:
+        rank = dist.get_rank(group=self.real_dp_process_group[0])
+        return rank * self.single_partition_of_fp32_groups[0].numel()
 
     def relink(self) -> None:
         """Point DeepSpeed's per-parameter views (``safe_get_full_fp32_param`` ...) at where the state is now."""
@@ -391,6 +401,10 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
         weights = self.fp16_partitioned_groups_flat[index]
         # In fp32 DeepSpeed may take the weights themselves as masters.
         return None if weights is self.fp32_partitioned_groups_flat[index] else weights
+
+    def origin(self) -> int:
+        (parameter,) = self.fp16_groups[0]
+        return dist.get_rank(group=self.dp_process_group) * parameter.partition_numel()
 
 
 def held(block: Any) -> Iterator[Held]:

@@ -79,7 +79,7 @@ def check(case: Case) -> Outcome:
         assert tiny.largest_difference(ours.end, other.end) == 0, "the ranks hold different weights"
 
     truth = truth_for(case)
-    assert blocks == tiny.block_names(case.layers_per_block, case.tied)
+    assert blocks == case.blocks
     assert ours.active == truth.active
     assert ours.rates == pytest.approx(truth.rates, rel=1e-12)
     assert cycles == case.cycles
@@ -190,11 +190,46 @@ def test_optimizers(case: Case) -> None:
     check(case)
 
 
+FINER = 1600  # elements: cuts the embeddings and the head by rows, and the layers between modules and tensors
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        [Case(stage=stage, max_block_numel=FINER, dtype=dtype) for stage in STAGES for dtype in ("fp32", "bf16")],
+        [Case(stage=stage, max_block_numel=FINER, ranks=2, strategy="random") for stage in STAGES],
+        [Case(stage=stage, max_block_numel=FINER, step="block", optimizer="momentum") for stage in STAGES],
+        [Case(stage=stage, max_block_numel=FINER, optimizer="Adagrad", cycles=1) for stage in STAGES],
+        [Case(stage=2, max_block_numel=FINER, tied=True, steps_per_block=2, cycles=1)],
+        [Case(stage=stage, balance=True, ranks=ranks) for stage, ranks in ((0, 1), (2, 2), (3, 1))],
+        [Case(stage=stage, max_block_numel=2100, offload=True) for stage in (1, 2, 3)],
+    ),
+    ids=str,
+)
+def test_blocks_finer_than_a_layer(case: Case) -> None:
+    check(replace(case, clip=0.005))  # smaller blocks have smaller gradients
+
+
 def refusal(case: Case) -> str:
     """In a rank: what `initialize` says against a case."""
     with pytest.raises(ValueError) as error:
         tiny.initialize(case)
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (Case(optimizer="Adafactor", client_optimizer=True), ("Adafactor", "element-wise")),
+        (Case(stage=2, offload=True), ("offload_optimizer", "remove it")),
+        (Case(place="none"), ("hift.offload.device='none'", "remove it")),
+    ],
+    ids=str,
+)
+def test_rows_are_refused_where_they_cannot_be(case: Case, said: tuple[str, ...]) -> None:
+    (message,) = run_on_ranks(1, refusal, replace(case, max_block_numel=FINER))
+    assert "hift.max_block_numel" in message and "model.embed_tokens.weight by rows" in message
+    assert all(part in message for part in said)
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))

@@ -1,5 +1,6 @@
 """A stopped run continues bit for bit: weights, masters, optimizer state, block, cycle and learning rate."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from tests import tiny
 from tests.distributed import run_on_ranks
-from tests.test_parity import STAGES, cases, check_update
+from tests.test_parity import FINER, STAGES, cases, check_update
 from tests.tiny import Case, Outcome
 
 FIRST_CYCLE, LATER = 2, 9  # of 12 steps in two cycles: at 2 only two of six blocks have state
@@ -81,7 +82,45 @@ def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcom
 )
 def test_a_stopped_run_continues_bit_for_bit(case: Case, tmp_path: Path) -> None:
     assert case.steps == 12
-    results = run_on_ranks(case.ranks, interrupted, case, str(tmp_path), (FIRST_CYCLE, LATER))
+    check_stops(case, tmp_path, (FIRST_CYCLE, LATER))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(stage=s, ranks=r, max_block_numel=FINER, clip=0.005) for s, r in ((0, 1), (1, 2), (2, 1), (3, 2))],
+    ids=str,
+)
+def test_a_stop_between_the_rows_of_a_tensor(case: Case, tmp_path: Path) -> None:
+    assert case.blocks[0] == case.blocks[1], "two blocks share the embeddings"
+    check_stops(case, tmp_path, (1, case.k + 1))
+
+
+def refused(case: Case, other: Case, folder: str) -> str:
+    """In a rank: what is said to a run with other blocks than the checkpoint's."""
+    engine = tiny.initialize(case)
+    try:
+        tiny.optimizer_step(engine, 0)
+        engine.save_checkpoint(folder)
+    finally:
+        engine.destroy()
+    engine = tiny.initialize(other)
+    try:
+        with pytest.raises(ValueError) as error:
+            engine.load_checkpoint(folder)
+        return str(error.value)
+    finally:
+        engine.destroy()
+
+
+def test_a_checkpoint_of_other_blocks_is_refused(tmp_path: Path) -> None:
+    finer = Case(max_block_numel=FINER)
+    for number, (case, other) in enumerate(((Case(), finer), (finer, Case()), (finer, replace(finer, balance=True)))):
+        (message,) = run_on_ranks(1, refused, case, other, str(tmp_path / str(number)))
+        assert "max_block_numel" in message and "it was saved with" in message
+
+
+def check_stops(case: Case, tmp_path: Path, stops: tuple[int, ...]) -> None:
+    results = run_on_ranks(case.ranks, interrupted, case, str(tmp_path), stops)
     for rank, (_, differences) in enumerate(results):
         assert not differences, f"rank {rank}: " + "\n".join(differences[:20])
     if case.ranks == 1 or case.dtype == "fp32":

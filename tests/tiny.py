@@ -1,7 +1,7 @@
 """The tiny Llama that the tests train: weights, batches, DeepSpeed config, blocks and plain reference, all seeded."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.plain_loop import NamedTensors, PlainHiFT
+from hift_ds.blocks import Block, partition_model
 
 LAYERS = 4  # hidden layers; with the embeddings and the head n = 6
 ACCUMULATION = 2
@@ -32,6 +33,8 @@ class Case:
     step: str = "auto"  # hift.offload.step
     strategy: str = "bottom2up"
     layers_per_block: int = 1
+    max_block_numel: int | None = None
+    balance: bool = False
     steps_per_block: int = 1
     optimizer: str = "AdamW"  # a key of OPTIMIZERS
     client_optimizer: bool = False  # passed as a torch optimizer instead of by the config
@@ -44,7 +47,23 @@ class Case:
 
     @property
     def k(self) -> int:
-        return -(-(LAYERS + 2) // self.layers_per_block)
+        return len(self.blocks)
+
+    @property
+    def blocks(self) -> list[list[str]]:
+        """Parameter names of each block: as the paper cuts them, written down by hand, or finer as the model is cut."""
+        return [list(block.parameter_names) for block in self._finer] or block_names(self.layers_per_block, self.tied)
+
+    @property
+    def rows(self) -> list[Mapping[str, tuple[int, int]]] | None:
+        return [block.slices for block in self._finer] or None
+
+    @functools.cached_property
+    def _finer(self) -> list[Block]:
+        if self.max_block_numel is None and not self.balance:
+            return []
+        llama = model(tied=self.tied)
+        return partition_model(llama, self.layers_per_block, (), self.max_block_numel, self.balance)
 
     @property
     def steps(self) -> int:
@@ -221,6 +240,8 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
             "strategy": case.strategy,
             "seed": 3,
             "steps_per_block": case.steps_per_block,
+            "max_block_numel": case.max_block_numel,
+            "balance": case.balance,
         }
         if not case.offload:  # the smallest slices: several to a block
             config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
@@ -315,11 +336,12 @@ def reference(case: Case, order: tuple[int, ...]) -> Outcome:
     rates = scheduled_rates(case)
     loop = PlainHiFT(
         llama,
-        block_names(case.layers_per_block, case.tied),
+        case.blocks,
         lambda named: torch_optimizer(case, _groups(case, named)),
         make_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: rates[t] / LEARNING_RATE))
         if rates
         else None,
+        rows=case.rows,
         order=order,
         steps_per_block=case.steps_per_block,
         clip=case.clip,
@@ -332,8 +354,10 @@ def reference(case: Case, order: tuple[int, ...]) -> Outcome:
         loop.step([micro_batch(step, m, r) for m in range(ACCUMULATION) for r in range(case.ranks)])
         norms.append(loop.grad_norm)
     end = {name: p.detach().clone() for name, p in llama.named_parameters()}
-    names = sum(block_names(case.layers_per_block, case.tied), [])
-    masters = dict(zip(names, (m.detach() for block in loop.masters for m in block), strict=True))
+    masters: dict[str, Tensor] = {}
+    for names, tensors in zip(case.blocks, loop.masters, strict=True):
+        for name, master in zip(names, tensors, strict=True):
+            masters[name] = torch.cat([masters[name], master.detach()] if name in masters else [master.detach()])
     return Outcome(start, end, active, lrs, norms, masters)
 
 
