@@ -123,6 +123,6 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
-def _master(p: nn.Parameter) -> Tensor:
+def _master(p: Tensor) -> Tensor:
     """The tensor that the optimizer updates: the parameter itself in fp32, an fp32 copy of a 16-bit one."""
     return p if p.dtype == torch.float32 else p.detach().float()

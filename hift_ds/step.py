@@ -241,6 +241,8 @@ class BlockState:
     def step(self) -> bool:
         """Step the block; True where this made state that was not there before."""
         optimizer, part = self._owner.optimizer, self._active
+        if not part.slices:  # all of it is on other ranks
+            return False
         groups, state = optimizer.param_groups, optimizer.state
         known = self._known()
         if self._is_cut:
@@ -261,7 +263,7 @@ class BlockState:
                 del staged, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state
-        if self._is_cut and part.slices:
+        if self._is_cut:
             part.is_new = False
             part.counts = [_without_elements(state.get(tensor, {})) for tensor in self._tensors]
             for group, earlier, settings in zip(groups, before, part.settings, strict=True):

@@ -96,7 +96,7 @@ def watched(case: Case) -> Seen:
         with memory.labelled("state"):
             engine = tiny.initialize(case, llama=llama)
         stack.callback(engine.destroy)
-        start = memory.peak["weights"] + memory.peak["state"] - loaded
+        start = memory.peak["total"] - loaded
         for weights in llama.parameters():
             memory.declare([getattr(weights, "ds_tensor", weights), weights], label="weights")
         rest, steps, gradients = memory.live["state"], [], []
