@@ -49,6 +49,9 @@ class Owner:
     def weights(self, index: int) -> torch.Tensor | None:
         return self._weights[index] if self._weights else None
 
+    def origin(self) -> int:
+        return 0
+
     def everything(self) -> list[torch.Tensor]:
         state = [value for tensor in self._tensors for value in self.optimizer.state[tensor].values()]
         return [value.detach().clone() for value in [*self._weights, *self._tensors, *state]]
@@ -227,12 +230,14 @@ def test_1000_round_trips_keep_every_bit(step: str) -> None:
 
 
 class CountsInItsGroup(torch.optim.SGD):
-    """Keeps its count of steps in the parameter group, as some fused optimizers do."""
+    """Keeps its count of steps in the parameter group, and one in plain numbers, as some fused optimizers do."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             group["lr"] = 1.0 / group["step"]
+            for parameter in group["params"]:
+                self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
         return super().step(closure)
 
 
@@ -240,10 +245,50 @@ def test_slices_of_one_step_count_as_one() -> None:
     owner = Owner([5000], True, torch.Generator().manual_seed(0))
     owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.stepped()], lr=1.0)
     state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12)
-    assert len(state._slices) > 1
+    assert len(state._parts[0].slices) > 1
     for step in range(1, 4):
         state.step()
         assert owner.optimizer.param_groups[0]["step"] == step
+
+
+def test_parts_of_a_tensor_count_for_themselves() -> None:
+    owner = Owner([5000], True, torch.Generator().manual_seed(0))
+    owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.stepped()], lr=1.0)
+    parts = [(0, 1500), (1500, 5000), (5000, 7000)]  # the last one is on another rank
+    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, parts=parts)
+    (tensor,) = owner.optimizer.param_groups[0]["params"]
+    done = [0, 0, 0]
+    for part in (1, 0, 1, 1, 2, 0, 1, 2, 0):
+        state.select(part)
+        state.step()
+        done[part] += 1
+        if part < 2:
+            assert owner.optimizer.param_groups[0]["step"] == done[part]
+            assert owner.optimizer.state[tensor]["count"] == done[part]
+    other = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, parts=parts)
+    other.load_counts(state.counts())
+    other.select(0)
+    other.step()
+    assert owner.optimizer.param_groups[0]["step"] == owner.optimizer.state[tensor]["count"] == done[0] + 1
+
+
+def test_parts_step_as_tensors_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    owner, parts = Owner([5000], True, generator), [(0, 1111), (1111, 5000)]
+    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, parts=parts)
+    (master,) = owner.stepped()
+    alone = [torch.nn.Parameter(master[0].detach()[start:stop].clone()) for start, stop in parts]
+    optimizers = [torch.optim.AdamW([parameter], lr=1e-2) for parameter in alone]
+    for part in (1, 1, 0, 1, 0, 1):
+        owner.gradients[0].normal_(generator=generator)
+        start, stop = parts[part]
+        alone[part].grad = owner.gradients[0][start:stop].clone()
+        optimizers[part].step()
+        state.select(part)
+        state.prefetch()
+        state.step()
+    state.settle()
+    assert torch.equal(master[0].detach(), torch.cat([parameter.detach() for parameter in alone]))
 
 
 # ---- the engine -------------------------------------------------------------------------------------------------
