@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from torch import nn
 
@@ -187,10 +187,18 @@ def _atoms(names: Sequence[str], numels: Mapping[str, int], limit: int, depth: i
     for path, run in groupby(names, key=lambda name: ".".join(name.split(".")[:depth])):
         members = tuple(run)
         numel = sum(numels[name] for name in members)
-        if numel <= limit or members == (path,):
+        if numel <= limit:
+            yield _common(members), members, numel
+        elif members == (path,):
             yield path, members, numel
         else:
             yield from _atoms(members, numels, limit, depth + 1)
+
+
+def _common(names: Sequence[str]) -> str:
+    """Path of the innermost module that holds all these parameters."""
+    paths = zip(*(_parent(name).split(".") for name in names), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, paths))
 
 
 def _packed(atoms: Sequence[_Atom], limit: int) -> list[list[_Atom]]:

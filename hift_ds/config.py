@@ -271,6 +271,10 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
             f"zero_optimization.offload_optimizer.device={offload!r} with zero_optimization.stage=0: DeepSpeed has no "
             "host step there; use stage 1, 2 or 3, or remove offload_optimizer"
         )
+    if _get(config, "optimizer.params.lr") == "auto":
+        found.append(
+            "optimizer.params.lr='auto': expected a number; only launch/train.py fills it in (training.learning_rate)"
+        )
     place = _get(config, f"{SECTION}.offload.device")
     if stage != 0 and _on(offload) and place not in (None, "cpu"):
         found.append(

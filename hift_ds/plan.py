@@ -15,9 +15,10 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ import torch
 
 from hift_ds import presets
 from hift_ds.activations import checkpoint_activations
-from hift_ds.blocks import partition_model
+from hift_ds.blocks import Block, partition_model
 from hift_ds.config import ConfigError
 from hift_ds.fit import Fit
 from hift_ds.presets import Request
@@ -170,26 +171,48 @@ class _Built:
 
     simulator: Simulator
     shapes: dict[str, tuple[int, ...]]
-    units: list[tuple[str, tuple[str, ...]]]  # name, names of the parameters that a step trains
+    units: list[Block]  # what a step trains
     longest_input: int | None
 
     def unit_shapes(self, unit: int) -> list[tuple[int, ...]]:
-        return [self.shapes[name] for name in self.units[unit][1]]
+        """Of whole tensors, as which gradients are made."""
+        return [self.shapes[name] for name in self.units[unit].parameter_names]
+
+    def stepped_shapes(self, unit: int) -> list[tuple[int, ...]]:
+        """Of what is updated: the rows of a tensor that is cut, for its blocks may differ by one: the most of any."""
+        slices = self.units[unit].slices
+        if not slices:
+            return self.unit_shapes(unit)
+        (name,) = slices
+        rows = max(stop - start for other in self.units for start, stop in (other.slices.get(name, (0, 0)),))
+        return [(rows, *self.shapes[name][1:])]
 
     def numels(self, unit: int) -> list[int]:
         return _numels(self.unit_shapes(unit))
 
+    def owners(self) -> list[list[tuple[int, ...]]]:
+        """Shapes of what each of DeepSpeed's optimizers has: all blocks of a tensor that is cut share one."""
+        first = {tuple(block.parameter_names): unit for unit, block in reversed(list(enumerate(self.units)))}
+        return [self.unit_shapes(unit) for unit in sorted(first.values())]
+
     def decisive(self) -> list[int]:
         """The units whose steps bound those of all."""
-        return sorted({unit for first, last in self.alike() for unit in (first, min(first + 1, last), last)})
+        return sorted({unit for run in self.alike() for unit in (run[0], run[1 % len(run)], run[-1])})
 
-    def alike(self) -> Iterator[tuple[int, int]]:
-        """First and last of each run of consecutive units with the same shapes."""
-        first = 0
-        for unit in range(1, len(self.units) + 1):
-            if unit == len(self.units) or self.unit_shapes(unit) != self.unit_shapes(first):
-                yield first, unit - 1
-                first = unit
+    def alike(self) -> list[list[int]]:
+        """Units with the same shapes, at even distances."""
+        kinds: dict[Any, list[int]] = defaultdict(list)
+        seen: Counter[str] = Counter()
+        for unit, block in enumerate(self.units):
+            names = block.parameter_names
+            part = seen[names[0]] if block.slices else 0
+            seen.update(names)
+            kinds[tuple(self.unit_shapes(unit)), tuple(self.stepped_shapes(unit)), part].append(unit)
+        runs: list[list[int]] = []
+        for units in kinds.values():
+            is_even = len({after - before for before, after in pairwise(units)}) <= 1
+            runs += [units] if is_even else [[unit] for unit in units]
+        return runs
 
 
 def _numels(shapes: Iterable[Sequence[int]]) -> list[int]:
@@ -217,15 +240,16 @@ class Planner:
         are many: the lowest two and the highest."""
         built = self.build(request)
         units = range(len(built.units))
-        numels = [sum(built.numels(unit)) for unit in units]
-        blocks: list[BlockPlan] = []
-        for first, last in built.alike():
+        numels = [built.units[unit].numel for unit in units]
+        planned: dict[int, BlockPlan] = {}
+        for run in built.alike():
             # Below the first layer nothing needs a gradient, so it does not lie on the line of those above it.
-            low = min(first + 1, last)
-            for unit in range(first, last + 1):
-                start, end = (first, first) if unit == first else (low, last)
-                ends = self.simulate(request, start), self.simulate(request, end)
-                blocks.append(_between(built.units[unit][0], numels[unit], *ends, unit - start, end - start))
+            for position, unit in enumerate(run):
+                start, end = (0, 0) if position == 0 else (1, len(run) - 1)
+                ends = self.simulate(request, run[start]), self.simulate(request, run[end])
+                name = built.units[unit].name
+                planned[unit] = _between(name, numels[unit], *ends, position - start, end - start)
+        blocks = [planned[unit] for unit in units]
         if request.layout == "paper":
             top = max(units, key=lambda unit: numels[unit])
         else:
@@ -254,17 +278,17 @@ class Planner:
         limit = built.longest_input
         if limit is not None and request.seq_len > limit:
             raise ConfigError([f"--seq-len={request.seq_len}: the model has {limit} positions; use at most {limit}"])
-        trained, shapes, step = built.units[unit][1], built.unit_shapes(unit), StepBase()
+        trained, shapes, step = built.units[unit].parameter_names, built.unit_shapes(unit), StepBase()
         if request.method == "mezo":
             trained, step = (), ForwardStep(request.weight * max(_numels(built.shapes.values())))
         elif request.layout == "engine":
-            step = make_step(self._setup(request, built), shapes)
+            step = make_step(self._setup(request, built), shapes, built.stepped_shapes(unit))
         return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step)
 
     def holds(self, request: Request, unit: int) -> dict[str, int]:
         """What is on the device all the time of a step on one unit, by category."""
         built = self.build(request)
-        everything, shapes = list(built.shapes.values()), built.unit_shapes(unit)
+        everything, shapes = list(built.shapes.values()), built.stepped_shapes(unit)
         model, active = sum(_numels(everything)), sum(_numels(shapes))
         others = sum(b.numel() * b.element_size() for b in built.simulator.model.buffers())
         if request.method == "mezo":
@@ -274,7 +298,7 @@ class Planner:
             return {
                 "parameters": request.weight * model,
                 "master_weights": FP32 * masters,
-                "gradients": FP32 * active,
+                "gradients": FP32 * sum(built.numels(unit)),
                 "optimizer_state": FP32 * state_numel(request.optimizer, shapes),
             }
         setup = self._setup(request, built)
@@ -284,14 +308,14 @@ class Planner:
             "parameters": request.weight * (weights + setup.persistent),
             "buffers": others + _NUMBERS * len(numels) + request.weight * gathered(setup, numels) + 2 * setup.slot,
         }
-        units = [built.unit_shapes(index) for index in range(len(built.units))]
+        units = built.owners()
         if setup.stage == 3:
             held["buffers"] += request.weight * setup.bucket
             if setup.placement != "host":
-                held["gradients"] = request.weight * max(setup.partition(_numels(shapes)) for shapes in units)
+                held["gradients"] = request.weight * max(setup.partition(_numels(owned)) for owned in units)
         if setup.placement == "resident":
-            held["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
-            held["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
+            held["master_weights"] = sum(setup.masters(_numels(owned)) for owned in units)
+            held["optimizer_state"] = sum(setup.state(owned) for owned in units)
         return held
 
     def build(self, request: Request) -> _Built:
@@ -300,7 +324,8 @@ class Planner:
         if found:
             raise ConfigError(found)
         rank = request.lora_rank if request.method == "lora" else None
-        m = request.layers_per_block if request.method == "hift" else None
+        cut = (request.layers_per_block, (), request.max_block_numel, request.balance)
+        m = cut if request.method == "hift" else None
         key = (request.weight, request.activation_checkpointing, request.accelerator, request.attention, rank, m)
         if key not in self._built:
             dtype = torch.float32 if request.weight == FP32 else torch.bfloat16
@@ -312,19 +337,31 @@ class Planner:
                 model = presets.with_lora(model, rank, self.task)
             if m is None:
                 trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-                units = [("all" if rank is None else "adapters", trained)]
+                numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                units = [Block("all" if rank is None else "adapters", trained, numel)]
             else:
                 try:
-                    units = [(block.name, block.parameter_names) for block in partition_model(model, m)]
+                    units = partition_model(model, *m)
                 except ValueError as error:
                     raise ConfigError([str(error)]) from error
+                if rows := next((block.name for block in units if block.slices), None):
+                    self._check_rows(request, rows)
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
             limit = presets.longest_input(model)
             self._built[key] = _Built(Simulator(model, self.task), shapes, units, limit)
         return self._built[key]
 
+    def _check_rows(self, request: Request, name: str) -> None:
+        """What the engine refuses where tensors are cut by rows."""
+        remedy = "raise --max-block-numel, or leave --balance out"
+        if request.optimizer == "adafactor":
+            raise ConfigError([f"{name} is cut by rows, and Adafactor uses the shape of a weight; {remedy}"])
+        if request.placement in ("resident", "host") and request.layout == "engine":
+            raise ConfigError([f"{name} is cut by rows, but its state stays in one place; {remedy}"])
+
     def _setup(self, request: Request, built: _Built) -> Setup:
         numels = [built.numels(unit) for unit in range(len(built.units))]
+        stepped = [[b.numel] if b.slices else own for b, own in zip(built.units, numels, strict=True)]
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
@@ -340,18 +377,17 @@ class Planner:
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
-            slot=slot_bytes(request.optimizer, numels, ranks, request.buffer_size) if streamed else 0,
+            slot=slot_bytes(request.optimizer, stepped, ranks, request.buffer_size) if streamed else 0,
         )
         return replace(setup, persistent=persistent(setup, _numels(built.shapes.values())))
 
     def _off_device(self, request: Request, built: _Built, top: int, place: str) -> dict[str, int]:
         """Bytes of one rank in host memory or in files: state that is not on the device, in buffers made once."""
         sizes = dict.fromkeys(CATEGORIES, 0)
-        units = [built.unit_shapes(unit) for unit in range(len(built.units))]
         if request.method == "mezo" or place != ("nvme" if request.offload_device == "nvme" else "host"):
             return sizes
         if request.layout == "paper":
-            for shapes in units[:top] + units[top + 1 :]:
+            for shapes in (built.stepped_shapes(unit) for unit in range(len(built.units)) if unit != top):
                 if request.precision == "mixed-hi":
                     sizes["master_weights"] += FP32 * sum(_numels(shapes))
                 sizes["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
@@ -359,6 +395,7 @@ class Planner:
         setup = self._setup(request, built)
         if setup.placement == "resident":
             return sizes
+        units = built.owners()
         partitions = [setup.partition(_numels(shapes)) for shapes in units]
         sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
         sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in units)

@@ -149,6 +149,8 @@ class Request:
     batch_size: int = 1
     seq_len: int = 512
     layers_per_block: int = 1
+    max_block_numel: int | None = None
+    balance: bool = False
     zero_stage: int | None = None
     ranks: int = 1
     offload_device: str = OffloadConfig.device
@@ -215,8 +217,10 @@ class Request:
                 found.append(f"{_option(name)}={value!r}: expected one of {', '.join(shown)}{hint}")
         for name in ("batch_size", "seq_len", "layers_per_block", "ranks", "gradient_accumulation_steps", "lora_rank"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value):
                 found.append(f"{_option(name)}={value!r}: expected an integer of at least 1")
+        if self.max_block_numel is not None and (not _is_count(self.max_block_numel)):
+            found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
             found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
         return found or self._conflicts()
@@ -281,7 +285,9 @@ class Request:
         return notes
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed config of the planned run, with the ``hift`` section. The learning rate is left to the user.
+        """The DeepSpeed config of the planned run, with the ``hift`` section.
+
+        The learning rate is ``auto``: ``launch/train.py`` fills it in, and ``hift_ds.initialize`` asks for a number.
 
         Raises:
             ConfigError: the engine cannot run what was planned.
@@ -300,7 +306,7 @@ class Request:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "optimizer": {"type": kind, "params": dict(params)},
+            "optimizer": {"type": kind, "params": {"lr": "auto", **params}},
             "zero_optimization": zero,
             "hift": {"enabled": False},
         }
@@ -316,12 +322,14 @@ class Request:
                 "device": self.offload_device, "step": self.offload_step, "buffer_size": self.buffer_size,
                 "nvme_path": self.nvme_path,
             }  # fmt: skip
-            config["hift"]["offload"] = {
-                key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)
-            }
+            changed = {key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)}
+            config["hift"] |= {"offload": changed} if changed else {}
+            finer = {"max_block_numel": self.max_block_numel, "balance": self.balance}
+            config["hift"] |= {key: value for key, value in finer.items() if value}
         elif self.stage > 0:
             config["zero_allow_untested_optimizer"] = True
-        problems = config_problems(config)
+        with_rate = config | {"optimizer": {"type": kind, "params": params}}
+        problems = config_problems(with_rate)
         if problems:
             raise ConfigError([f"--write-config: {problem}" for problem in problems])
         return config
@@ -345,6 +353,8 @@ HELP = {
     "batch_size": "sequences in a rank's micro-batch; default 1",
     "seq_len": "tokens in a sequence; default 512",
     "layers_per_block": "the paper's m; default 1",
+    "max_block_numel": "cut blocks with more parameters, as hift.max_block_numel",
+    "balance": "even the blocks out, as hift.balance",
     "zero_stage": "0 to 3; default 2, and 0 with adafactor",
     "ranks": "GPUs; default 1",
     "offload_device": "where the state of blocks lives, as hift.offload.device: cpu (default), nvme or none",
@@ -359,6 +369,10 @@ HELP = {
     "task": "causal-lm or sequence-classification; default: by the configuration",
     "lora_rank": "default 8",
 }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _option(name: str) -> str:

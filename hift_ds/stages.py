@@ -116,15 +116,21 @@ class Setup:
 class Step(StepBase):
     """The way of a block's gradients to its updated weights. Here: stage 0, gradients stay where autograd puts them.
 
-    ``shapes`` are those of the parameters that the step trains, in their order.
+    ``shapes`` are those of the parameters that get gradients, in their order; ``stepped`` those of what is updated,
+    which is less where a parameter is cut by rows.
     """
 
-    def __init__(self, setup: Setup, shapes: Sequence[Sequence[int]]):
+    def __init__(self, setup: Setup, shapes: Sequence[Sequence[int]], stepped: Sequence[Sequence[int]]):
         self.setup = setup
         self.numels = [math.prod(shape) for shape in shapes]
         self.total = sum(self.numels)
         self.partition = setup.partition(self.numels)
         self.masters, self.state = setup.masters(self.numels), setup.state(shapes)
+        self.stepped: int | None = None  # elements, where that is not all
+        if sum(math.prod(shape) for shape in stepped) < self.total:
+            self.stepped = min(self.partition, sum(math.prod(shape) for shape in stepped))
+            self.masters = FP32 * self.stepped if setup.has_masters else 0
+            self.state = FP32 * MOMENTS[setup.optimizer] * self.stepped
         self.parameters: Sequence[Tensor] = ()
         self.waiting = 0  # elements of gradients in the bucket
 
@@ -183,6 +189,8 @@ class Step(StepBase):
             fp32_gradients: they are made for the step, of the slice.
         """
         masters, state = self.masters, self.state
+        if self.stepped is not None:  # of a parameter that has it all
+            tensors = [self.stepped]
         if self.setup.placement == "streamed":
             tensors = [min(sum(tensors), self.setup.slot // _per_element(self.setup.optimizer))]
             masters = FP32 * tensors[0] if self.setup.has_masters else 0
@@ -414,6 +422,6 @@ def gathered(setup: Setup, numels: Sequence[int]) -> int:
     return min(total, _REUSE // 2 + _AHEAD + 2 * largest) + min(total, _AHEAD + largest)
 
 
-def make_step(setup: Setup, shapes: Sequence[Sequence[int]]) -> Step:
+def make_step(setup: Setup, shapes: Sequence[Sequence[int]], stepped: Sequence[Sequence[int]]) -> Step:
     kinds: dict[int, Callable[..., Step]] = {0: Step, 1: ZeroStep, 2: ZeroStep, 3: Zero3Step}
-    return kinds[setup.stage](setup, shapes)
+    return kinds[setup.stage](setup, shapes, stepped)

@@ -255,6 +255,11 @@ def test_cuts_are_between_modules_then_tensors_then_rows() -> None:
     assert layer + "mlp.up_proj.weight[32:64]" in names and layer + "self_attn.k_proj" in names
 
 
+def test_a_part_is_named_by_its_innermost_module() -> None:
+    names = names_of(partition_model(shaped(1, tied=False), max_block_numel=100_000))
+    assert names[-3:] == ["head: model.norm", "head: lm_head.weight[0:2500]", "head: lm_head.weight[2500:5000]"]
+
+
 def test_parts_are_as_even_as_they_can_be() -> None:
     blocks = partition_model(shaped(2, tied=False), max_block_numel=100_000)
     assert [block.slices.get("model.embed_tokens.weight") for block in blocks[:2]] == [(0, 2500), (2500, 5000)]

@@ -104,6 +104,11 @@ ENGINE_CASES = [
     {"zero_stage": 0, "optimizer": "adafactor"},
     {"zero_stage": 2, "offload_device": "none"},
     {"zero_stage": 3, "offload_device": "none", "precision": "fp32"},
+    {"zero_stage": 0, "max_block_numel": 20000, "precision": "fp32"},
+    {"zero_stage": 1, "max_block_numel": 20000, "offload_step": "block"},
+    {"zero_stage": 2, "max_block_numel": 20000},
+    {"zero_stage": 2, "balance": True},
+    {"zero_stage": 3, "max_block_numel": 20000, "offload_step": "block"},
 ]
 
 
@@ -254,7 +259,8 @@ def test_fit_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert sum(planner.plan(replace(request, **{name: most + step})).device.values()) > room
 
     written = json.loads(file.read_text())
-    assert problems(written) == [] and written["hift"]["enabled"] and written["train_micro_batch_size_per_gpu"] == 4
+    assert len(problems(written)) == 1, "only the learning rate is to be filled in"
+    assert written["hift"]["enabled"] and written["train_micro_batch_size_per_gpu"] == 4
 
 
 def test_what_fits_needs_no_change() -> None:
@@ -270,6 +276,7 @@ def test_what_fits_needs_no_change() -> None:
         {},
         {"precision": "fp32", "zero_stage": 3, "ranks": 1},
         {"offload_step": "block", "layers_per_block": 2},
+        {"max_block_numel": 20000, "balance": True},
         {"offload_optimizer": "cpu", "optimizer": "sgdm"},
         {"offload_device": "none", "optimizer": "lion"},
         {"offload_device": "nvme", "buffer_size": 2**20},
@@ -284,6 +291,10 @@ def test_written_configs_are_deepspeeds(options: dict[str, Any], tmp_path: Path)
     if options.get("offload_device") == "nvme":
         options = {**options, "nvme_path": str(tmp_path)}
     config = small(**options).deepspeed_config()
+    if options.get("method") != "full":
+        (missing,) = problems(config)
+        assert "optimizer.params.lr='auto'" in missing and "training.learning_rate" in missing
+    config["optimizer"]["params"]["lr"] = 1e-4
     assert problems(config) == []
     section = config.pop("hift")
     assert section["enabled"] == (options.get("method") != "full")
@@ -320,6 +331,17 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ([], ["--model"]),
         (["--model", "gpt2", "--seq-len", "4096"], ["--seq-len=4096: the model has 1024 positions"]),
         (["--model", "llama-7b", "--layers-per-block", "99"], ["99"]),
+        (["--model", "llama-7b", "--max-block-numel", "0"], ["--max-block-numel=0"]),
+        (
+            ["--model", "gpt2", "--max-block-numel", "100"],
+            [
+                "max_block_numel=100: a tensor is cut by rows, and a row has more parameters in transformer.wte.weight (768)"
+            ],
+        ),
+        (
+            ["--model", "gpt2", "--balance", "--offload-device", "none"],
+            ["is cut by rows, but its state stays in one place; raise --max-block-numel, or leave --balance out"],
+        ),
         (["--model", "llama-7b", "--gpu-memory", "1GiB", "--reserve", "2GiB"], ["expected less than --gpu-memory"]),
         (["--model", "llama-7b", "--reserve", "2GiB"], ["no effect without --gpu-memory"]),
         (["--model", "llama-7b", "--offload-device", "none", "--offload-step", "block"], ["leave one of them out"]),
