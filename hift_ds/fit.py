@@ -86,9 +86,15 @@ class Fit:
     def _changes(self, request: Request) -> Iterator[tuple[list[str], Request]]:
         """Variants of a request with what is changed, the smallest changes first."""
         variants: list[tuple[list[str], Request]] = [([], request)]
-        if not request.activation_checkpointing and request.method != "mezo":
-            variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
-            yield variants[-1]
+        if request.method != "mezo":
+            if not request.recomputes:
+                variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
+                yield variants[-1]
+            if not request.checkpoint_offload:
+                said = [] if request.recomputes else ["activation checkpointing"]
+                offload = replace(request, activation_checkpointing=True, checkpoint_offload=True)
+                variants.append((said + ["checkpoints in host memory"], offload))
+                yield variants[-1]
         for said, base in list(variants):
             yield from self._smaller_batches(said, base)
             if base.method == "hift" and base.offload_device == "none" and base.precision != "mixed":

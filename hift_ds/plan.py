@@ -106,6 +106,9 @@ def plan_memory(
         zero_stage: of DeepSpeed, on ``ranks`` ranks; default 2, and 0 for Adafactor. Sizes are those of one rank.
         offload_device, offload_step, buffer_size, nvme_path: as ``device``, ``step`` ... of ``hift.offload``.
         offload_optimizer: ``cpu``: the step is on the host.
+        activation_checkpointing, checkpoint_offload: layers are computed again in the backward pass; from what they
+            kept on the device, or in host memory.
+        loss_chunk: tokens whose logits exist at a time, as ``training.loss_chunk`` of a run.
         layout: ``engine`` or ``paper``.
         accelerator: whose kernels: ``gpu``, or ``cpu`` for a run on a machine without one.
         attention: ``attn_implementation`` of transformers, ``sdpa`` or ``eager``; by default transformers' choice.
@@ -237,7 +240,7 @@ class Planner:
             blocks=blocks,
             peak={"block": top, "name": blocks[top].name, "phase": blocks[top].phase},
             device=blocks[top].device,
-            host=self._off_device(request, built, top, "host"),
+            host=self._off_device(request, built, top, "host") | {"activations": self._checkpoints(request, built)},
             nvme=self._off_device(request, built, top, "nvme"),
             notes=request.notes(self.task),
         )
@@ -259,7 +262,10 @@ class Planner:
             trained, step = (), ForwardStep(request.weight * max(_numels(built.shapes.values())))
         elif request.layout == "engine":
             step = make_step(self._setup(request, built), shapes)
-        return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step)
+        chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
+        if chunk and built.simulator.why_no_chunks:
+            raise ConfigError([f"--loss-chunk={chunk}: {built.simulator.why_no_chunks}; leave it out, or use 0"])
+        return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step, chunk)
 
     def holds(self, request: Request, unit: int) -> dict[str, int]:
         """What is on the device all the time of a step on one unit, by category."""
@@ -301,12 +307,20 @@ class Planner:
             raise ConfigError(found)
         rank = request.lora_rank if request.method == "lora" else None
         m = request.layers_per_block if request.method == "hift" else None
-        key = (request.weight, request.activation_checkpointing, request.accelerator, request.attention, rank, m)
+        key = (
+            request.weight,
+            request.recomputes,
+            request.checkpoint_offload,
+            request.accelerator,
+            request.attention,
+            rank,
+            m,
+        )
         if key not in self._built:
             dtype = torch.float32 if request.weight == FP32 else torch.bfloat16
             gpu = request.accelerator == "gpu"
             model: Any = presets.skeleton(self.config, self.task, dtype, request.attention, gpu)
-            if request.activation_checkpointing:
+            if request.recomputes:
                 checkpoint_activations(model)
             if rank is not None:
                 model = presets.with_lora(model, rank, self.task)
@@ -320,7 +334,8 @@ class Planner:
                     raise ConfigError([str(error)]) from error
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
             limit = presets.longest_input(model)
-            self._built[key] = _Built(Simulator(model, self.task), shapes, units, limit)
+            simulator = Simulator(model, self.task, request.checkpoint_offload)
+            self._built[key] = _Built(simulator, shapes, units, limit)
         return self._built[key]
 
     def _setup(self, request: Request, built: _Built) -> Setup:
@@ -371,6 +386,12 @@ class Planner:
                 if setup.accumulates:
                     sizes["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
         return sizes
+
+    def _checkpoints(self, request: Request, built: _Built) -> int:
+        """Bytes of the host buffers for checkpoints, as many as any block needs."""
+        if not request.checkpoint_offload:
+            return 0
+        return max(self.simulate(request, unit).host for unit in built.decisive())
 
 
 def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
@@ -486,7 +507,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for entry in fields(Request):
         option = "--" + entry.name.replace("_", "-")
         if entry.type == "bool":
-            parser.add_argument(option, action="store_true")
+            parser.add_argument(option, action="store_true", help=presets.HELP[entry.name])
         else:
             kind, said = (_integer if "int" in str(entry.type) else str), presets.HELP[entry.name]
             parser.add_argument(option, type=kind, help=said, required=entry.name == "model", metavar="X")
