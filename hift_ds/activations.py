@@ -117,7 +117,7 @@ class HostCheckpoints:
     def _fetch(self, entry: _Checkpoint) -> None:
         if entry.device is not None or entry.host is None:
             return
-        entry.device = torch.empty_like(entry.host, device=entry.where)
+        entry.device = torch.empty(entry.host.shape, dtype=entry.host.dtype, device=entry.where)
         # Its memory may be what earlier computations still use.
         with self._fetching.after(entry.written, self._mark()):
             entry.device.copy_(entry.host, non_blocking=True)
