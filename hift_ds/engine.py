@@ -22,6 +22,7 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 
 from hift_ds import config as hift_config
+from hift_ds.activations import host_buffers
 from hift_ds.block_optimizers import BlockOptimizers
 from hift_ds.blocks import Block, partition_model
 from hift_ds.lion import Lion
@@ -193,6 +194,7 @@ class HiFTEngine(DeepSpeedEngine):
             yield Held("gradients", getattr(parameter, "grad_accum", None))
         yield from self.block_optimizers.held()
         yield from (Held("buffers", buffer) for buffer in self.module.buffers())
+        yield from (Held("buffers", buffer, on_host=True) for buffer in host_buffers(self.module))
 
     def _watch_memory(self) -> None:
         ledger = self._count_memory()

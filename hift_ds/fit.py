@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hift_ds.config import ConfigError
 from hift_ds.presets import Request
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ class Fit:
         return plan
 
     def fits(self, request: Request) -> bool:
-        units = self.planner.build(request).decisive()
+        try:
+            units = self.planner.build(request).decisive()
+        except ConfigError:  # a change that cannot be had with the rest
+            return False
         if sum(self.planner.holds(request, units[0]).values()) > self.room:
             return False
         return all(self._total(request, unit) <= self.room for unit in units)
@@ -86,9 +90,15 @@ class Fit:
     def _changes(self, request: Request) -> Iterator[tuple[list[str], Request]]:
         """Variants of a request with what is changed, the smallest changes first."""
         variants: list[tuple[list[str], Request]] = [([], request)]
-        if not request.activation_checkpointing and request.method != "mezo":
-            variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
-            yield variants[-1]
+        if request.method != "mezo":
+            if not request.recomputes:
+                variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
+                yield variants[-1]
+            if not request.checkpoint_offload:
+                said = [] if request.recomputes else ["activation checkpointing"]
+                offload = replace(request, activation_checkpointing=True, checkpoint_offload=True)
+                variants.append((said + ["checkpoints in host memory"], offload))
+                yield variants[-1]
         for said, base in list(variants):
             yield from self._smaller_batches(said, base)
             if base.method == "hift" and base.offload_device == "none" and base.precision != "mixed":

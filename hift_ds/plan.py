@@ -107,6 +107,9 @@ def plan_memory(
         zero_stage: of DeepSpeed, on ``ranks`` ranks; default 2, and 0 for Adafactor. Sizes are those of one rank.
         offload_device, offload_step, buffer_size, nvme_path: as ``device``, ``step`` ... of ``hift.offload``.
         offload_optimizer: ``cpu``: the step is on the host.
+        activation_checkpointing, checkpoint_offload: layers are computed again in the backward pass; from what they
+            kept on the device, or in host memory.
+        loss_chunk: tokens whose logits exist at a time, as ``training.loss_chunk`` of a run.
         layout: ``engine`` or ``paper``.
         accelerator: whose kernels: ``gpu``, or ``cpu`` for a run on a machine without one.
         attention: ``attn_implementation`` of transformers, ``sdpa`` or ``eager``; by default transformers' choice.
@@ -261,7 +264,7 @@ class Planner:
             blocks=blocks,
             peak={"block": top, "name": blocks[top].name, "phase": blocks[top].phase},
             device=blocks[top].device,
-            host=self._off_device(request, built, top, "host"),
+            host=self._off_device(request, built, top, "host") | {"activations": self._checkpoints(request, built)},
             nvme=self._off_device(request, built, top, "nvme"),
             notes=request.notes(self.task),
         )
@@ -283,7 +286,10 @@ class Planner:
             trained, step = (), ForwardStep(request.weight * max(_numels(built.shapes.values())))
         elif request.layout == "engine":
             step = make_step(self._setup(request, built), shapes, built.stepped_shapes(unit))
-        return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step)
+        chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
+        if chunk and built.simulator.why_no_chunks:
+            raise ConfigError([f"--loss-chunk={chunk}: {built.simulator.why_no_chunks}; leave it out, or use 0"])
+        return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step, chunk)
 
     def holds(self, request: Request, unit: int) -> dict[str, int]:
         """What is on the device all the time of a step on one unit, by category."""
@@ -326,12 +332,20 @@ class Planner:
         rank = request.lora_rank if request.method == "lora" else None
         cut = (request.layers_per_block, (), request.max_block_numel, request.balance)
         m = cut if request.method == "hift" else None
-        key = (request.weight, request.activation_checkpointing, request.accelerator, request.attention, rank, m)
+        key = (
+            request.weight,
+            request.recomputes,
+            request.checkpoint_offload,
+            request.accelerator,
+            request.attention,
+            rank,
+            m,
+        )
         if key not in self._built:
             dtype = torch.float32 if request.weight == FP32 else torch.bfloat16
             gpu = request.accelerator == "gpu"
             model: Any = presets.skeleton(self.config, self.task, dtype, request.attention, gpu)
-            if request.activation_checkpointing:
+            if request.recomputes:
                 checkpoint_activations(model)
             if rank is not None:
                 model = presets.with_lora(model, rank, self.task)
@@ -344,11 +358,12 @@ class Planner:
                     units = partition_model(model, *m)
                 except ValueError as error:
                     raise ConfigError([str(error)]) from error
-                if rows := next((block.name for block in units if block.slices), None):
-                    self._check_rows(request, rows)
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
             limit = presets.longest_input(model)
-            self._built[key] = _Built(Simulator(model, self.task), shapes, units, limit)
+            simulator = Simulator(model, self.task, request.checkpoint_offload)
+            self._built[key] = _Built(simulator, shapes, units, limit)
+        if rows := next((block.name for block in self._built[key].units if block.slices), None):
+            self._check_rows(request, rows)
         return self._built[key]
 
     def _check_rows(self, request: Request, name: str) -> None:
@@ -408,6 +423,12 @@ class Planner:
                 if setup.accumulates:
                     sizes["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
         return sizes
+
+    def _checkpoints(self, request: Request, built: _Built) -> int:
+        """Bytes of the host buffers for checkpoints, as many as any block needs."""
+        if not request.checkpoint_offload:
+            return 0
+        return max(self.simulate(request, unit).host for unit in built.decisive())
 
 
 def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
@@ -523,7 +544,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for entry in fields(Request):
         option = "--" + entry.name.replace("_", "-")
         if entry.type == "bool":
-            parser.add_argument(option, action="store_true")
+            parser.add_argument(option, action="store_true", help=presets.HELP[entry.name])
         else:
             kind, said = (_integer if "int" in str(entry.type) else str), presets.HELP[entry.name]
             parser.add_argument(option, type=kind, help=said, required=entry.name == "model", metavar="X")

@@ -159,6 +159,8 @@ class Request:
     nvme_path: str | None = None
     offload_optimizer: str = "none"
     activation_checkpointing: bool = False
+    checkpoint_offload: bool = False
+    loss_chunk: int | None = None
     gradient_accumulation_steps: int = 1
     layout: str = "engine"
     accelerator: str = "gpu"
@@ -181,6 +183,11 @@ class Request:
     def weight(self) -> int:
         """Bytes of an element of the weights that compute."""
         return FP32 if self.precision == "fp32" else 2
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return self.activation_checkpointing or self.checkpoint_offload
 
     @property
     def placement(self) -> str:
@@ -223,6 +230,9 @@ class Request:
             found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
             found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
+        chunk = self.loss_chunk
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0):
+            found.append(f"--loss-chunk={chunk!r}: expected tokens, an integer of at least 0, where 0 is all of them")
         return found or self._conflicts()
 
     def _conflicts(self) -> list[str]:
@@ -278,8 +288,10 @@ class Request:
             notes.append("stepped by DeepSpeed's fused kernel; where it does not compile, PyTorch's needs a copy more")
         if self.ranks > 1:
             notes.append(f"sizes of one of {self.ranks} ranks; the ranks of a machine share its host memory")
-        if self.activation_checkpointing:
-            notes.append("activation checkpointing is set on the model: model.gradient_checkpointing in a run's YAML")
+        if self.recomputes:
+            value = '"cpu"' if self.checkpoint_offload else "true"
+            notes.append(f"activation checkpointing is set on the model: model.gradient_checkpointing: {value} in a "
+                         "run's YAML")  # fmt: skip
         if task == "causal-lm" and self.seq_len >= 4096 and self.batch_size > 1:
             notes.append("sequences of one length; padding adds attention masks of batch x length x length")
         return notes
@@ -362,7 +374,10 @@ HELP = {
     "buffer_size": "bytes of a slice of the streamed step, as hift.offload.buffer_size; default 64 MiB",
     "nvme_path": "for --write-config: the folder of --offload-device nvme",
     "offload_optimizer": "none (default) or cpu: the step is on the host",
+    "activation_checkpointing": "layers are computed again in the backward pass",
+    "checkpoint_offload": "and from what they kept in host memory",
     "gradient_accumulation_steps": "micro-batches of a step; default 1",
+    "loss_chunk": "tokens whose logits exist at a time; default: those of 128 MiB in fp32; 0: all",
     "layout": "engine (default): what the engine does; paper: the HiFT paper's accounting",
     "accelerator": "gpu (default), or cpu: whose kernels",
     "attention": "sdpa or eager; default: what transformers takes",

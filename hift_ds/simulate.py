@@ -10,10 +10,9 @@ attention); it is tens of MiB, and not counted.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from hift_ds.activations import HostCheckpoints
+from hift_ds.loss import Targets, classification_loss, summed_loss, why_not
 
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
 
@@ -39,6 +41,7 @@ class LiveMemory(TorchDispatchMode):
         now: live bytes of each category.
         peaks: ``now`` at the instant of the highest total, for each phase.
         phase: set by whoever runs the step: ``forward``, ``backward``, ``step``.
+        host: bytes of the storages that were made in host memory, which nothing else counts.
     """
 
     def __init__(self) -> None:
@@ -46,6 +49,8 @@ class LiveMemory(TorchDispatchMode):
         self.now = dict.fromkeys(CATEGORIES, 0)
         self.phase = "forward"
         self.peaks: dict[str, dict[str, int]] = {}
+        self.host = 0
+        self._on_host = False
         self._total = 0
         self._highest: dict[str, int] = {}  # phase -> total
         self._live: dict[int, tuple[int, str, Any]] = {}  # storage -> bytes, category, what tells of its end
@@ -64,6 +69,13 @@ class LiveMemory(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._live[storage._cdata] = (0, "activations", storage)
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Storages that are made inside are in host memory."""
+        self._on_host = True
+        yield
+        self._on_host = False
 
     def label(self, tensor: Tensor, category: str) -> None:
         """Count the storage of ``tensor`` in another category from now on."""
@@ -95,6 +107,8 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key not in self._live:
             nbytes = storage.nbytes()
+            if self._on_host:
+                self.host, nbytes = self.host + nbytes, 0
             self._live[key] = (nbytes, category, weakref.ref(storage, lambda _: self._end(key)))
             self.take(category, nbytes)
 
@@ -112,10 +126,11 @@ class Simulator:
     Args:
         model: on the meta device (:func:`hift_ds.presets.skeleton`); its parameters and buffers become fake tensors.
         task: which loss, one of ``TASKS``.
+        offload: checkpoints wait in host memory; activation checkpointing is on.
     """
 
-    def __init__(self, model: nn.Module, task: str):
-        self.model, self.task = model, task
+    def __init__(self, model: nn.Module, task: str, offload: bool = False):
+        self.model, self.task, self.offload = model, task, offload
         self.mode = FakeTensorMode()
         made: dict[int, Any] = {}  # so that tied weights stay tied
         with self.mode:
@@ -130,10 +145,18 @@ class Simulator:
                             is_parameter = isinstance(old, nn.Parameter)
                             made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
                         store[name] = made[id(old)]
-        self._old = list(made)  # ids must stay those of living tensors until here
+            self._old = list(made)  # ids must stay those of living tensors until here
+            # Asked here for the first time, where what it does is not counted.
+            self.why_no_chunks = why_not(model) if task == "causal-lm" else None
 
     def run(
-        self, trained: Sequence[str], batch_size: int, seq_len: int, holds: Mapping[str, int], step: StepBase
+        self,
+        trained: Sequence[str],
+        batch_size: int,
+        seq_len: int,
+        holds: Mapping[str, int],
+        step: StepBase,
+        loss_chunk: int | None = None,
     ) -> LiveMemory:
         """One forward, backward and update.
 
@@ -141,6 +164,7 @@ class Simulator:
             trained: names of the parameters that get gradients; where there are none, there is no backward.
             holds: bytes of each category that are there all the time; weights belong here.
             step: what happens to gradients and state.
+            loss_chunk: tokens whose logits exist at a time, as in :func:`hift_ds.loss.summed_loss`.
         """
         parameters = dict(self.model.named_parameters())
         memory = LiveMemory()
@@ -152,9 +176,11 @@ class Simulator:
             parameter.requires_grad_(False)
         active: list[Tensor] = [parameters[name].requires_grad_(True) for name in trained]
         handles = [parameter.register_post_accumulate_grad_hook(step.on_gradient) for parameter in active]
+        if self.offload:
+            HostCheckpoints(_Host(memory), _Transfers).install(self.model)
         linear: Any = _keeping_linear if step.linear_keeps_input else F.linear
         with self.mode, memory, torch.set_grad_enabled(bool(trained)), _linear_is(linear):
-            loss = self._loss(batch_size, seq_len)
+            loss = self._loss(batch_size, seq_len, loss_chunk)
             if trained:
                 memory.phase = "backward"
                 loss.backward()
@@ -167,30 +193,48 @@ class Simulator:
         self.model.zero_grad()
         return memory
 
-    def _loss(self, batch_size: int, seq_len: int) -> Tensor:
+    def _loss(self, batch_size: int, seq_len: int, chunk: int | None) -> Tensor:
         """What ``launch/train.py`` computes on a batch in which every position but the last is trained.
 
         Without padding, so there is no mask: a run with padded batches holds one of batch x length x length more.
         """
-        tokens = torch.zeros(batch_size, seq_len, dtype=torch.long)
+        inputs = {"input_ids": torch.zeros(batch_size, seq_len, dtype=torch.long)}
         if self.task == "sequence-classification":
-            labels = torch.zeros(batch_size, dtype=torch.long)
-            return F.cross_entropy(self._logits(tokens).float(), labels, reduction="sum")
-        kept = torch.arange(seq_len - 1)
-        targets = torch.zeros(batch_size * (seq_len - 1), dtype=torch.long)
-        if "logits_to_keep" in inspect.signature(type(self._unwrapped()).forward).parameters:
-            logits = self._logits(tokens, logits_to_keep=kept)  # (batch, kept, vocabulary)
-        else:
-            logits = self._logits(tokens)[:, kept]
-        rows = torch.arange(targets.numel())
-        return F.cross_entropy(logits.flatten(0, 1)[rows].float(), targets, reduction="sum")
+            return classification_loss(self.model, inputs, torch.zeros(batch_size, dtype=torch.long))
+        rows = torch.arange(batch_size * (seq_len - 1))
+        targets = Targets(torch.arange(seq_len - 1), rows, torch.zeros_like(rows))
+        return summed_loss(self.model, self.model, inputs, targets, chunk)
 
-    def _logits(self, tokens: Tensor, **options: Any) -> Tensor:
-        return self.model(input_ids=tokens, **options).logits
 
-    def _unwrapped(self) -> Any:
-        model: Any = self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+class _Host:
+    """Host memory that is counted."""
+
+    def __init__(self, memory: LiveMemory):
+        self._memory = memory
+        self.buffers: list[Tensor] = []
+
+    def empty(self, like: Tensor) -> Tensor:
+        with self._memory.on_host():
+            self.buffers.append(torch.empty_like(like, device="cpu"))
+        return self.buffers[-1]
+
+
+class _Transfers:
+    """What stands for :mod:`hift_ds.offload`, which needs a device: copies are there as soon as they are asked for."""
+
+    class Lane:
+        def after(self, *_: Any) -> AbstractContextManager[None]:
+            return nullcontext()
+
+        def mark(self) -> None: ...
+
+        def outlives(self, tensor: Tensor) -> None: ...
+
+    @staticmethod
+    def mark() -> None: ...
+
+    @staticmethod
+    def wait(event: Any) -> None: ...
 
 
 class _KeepingLinear(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -153,13 +152,8 @@ def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) ->
         _make_savable(model.generation_config)
     model.config.use_cache = False  # no key-value cache in training; generation asks for it itself
     if settings.gradient_checkpointing:
-        hift_ds.checkpoint_activations(model)
+        hift_ds.checkpoint_activations(model, offload=settings.gradient_checkpointing == "cpu")
     return model
-
-
-def takes_logits_to_keep(model: PreTrainedModel) -> bool:
-    """Whether the model can compute its logits at chosen positions only."""
-    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:

@@ -63,7 +63,7 @@ class ModelSettings:
     num_labels: int | None = _setting(None, at_least=2)
     revision: str | None = None
     trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False  # "cpu": what each layer keeps for backward waits in host memory
     attention: str | None = _setting(None, choices=ATTENTIONS)
 
 
@@ -83,6 +83,7 @@ class TrainingSettings:
     weight_decay: float | None = _setting(None, at_least=0)
     max_grad_norm: float | None = _setting(None, at_least=0)  # 0 = no clipping
     optimizer: str | None = None
+    loss_chunk: int | None = _setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
     seed: int = _setting(0, at_least=0)
     save_every: int | None = _setting(None, at_least=1)  # steps; null = no checkpoints
     eval_batch_size: int | None = _setting(None, at_least=1)  # examples a rank; default: micro_batch_size
@@ -183,6 +184,11 @@ def load_settings(path: str, overrides: Iterable[str] = (), world_size: int = 1)
         sections[key] = dict(given) if kind is dict else _build(kind, given, key, problems)
 
     problems += _model_problems(sections["model"])
+    if sections["training"].loss_chunk is not None and sections["model"].task != "causal-lm":
+        problems.append(
+            f"training.loss_chunk: got {sections['training'].loss_chunk}, but model.task is "
+            f"{sections['model'].task!r}, whose logits are few. Remove it."
+        )
     problems += sections["data"].problems()
     problems += _method_problems(sections["method"])
     if not sections["output"].dir:
@@ -436,6 +442,11 @@ def _model_problems(model: ModelSettings) -> list[str]:
                 'model.tokenizer: not set, but model.config has no tokenizer beside it. Expected "byte" for '
                 "the built-in tokenizer, a Hub id or a folder."
             )
+    if isinstance(model.gradient_checkpointing, str) and model.gradient_checkpointing != "cpu":
+        problems.append(
+            f'model.gradient_checkpointing: got {model.gradient_checkpointing!r}, expected true, false or "cpu" (what '
+            "each layer keeps for backward waits in host memory)."
+        )
     if model.num_labels is not None and model.task != "sequence-classification":
         problems.append(
             f"model.num_labels: got {model.num_labels}, but model.task is {model.task!r}. Remove it, or set "

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
 
 import hift_ds
+from hift_ds import loss as losses
 from launch import logs, models, outputs
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
 from launch.errors import UserError
@@ -65,7 +65,7 @@ def train(
         torch.manual_seed((training.seed * 1_000_003 + step) * world + rank)
         loss = 0.0
         for batch in batches:
-            share = summed_loss(engine, batch, settings.model.task) / targets
+            share = summed_loss(engine, batch, settings.model.task, training.loss_chunk) / targets
             # DeepSpeed takes the mean over micro-batches and ranks; what is wanted is their sum.
             engine.backward(share * (len(batches) * world))
             engine.step()
@@ -87,7 +87,7 @@ def train(
             engine.save_checkpoint(str(folder), tag=f"step{step + 1}", client_state={"step": step + 1})
 
 
-def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str) -> torch.Tensor:
+def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str, chunk: int | None = None) -> torch.Tensor:
     """Sum of the cross-entropies of a micro-batch's trained tokens (classification: of its examples), in fp32.
 
     A sum, so that whoever knows the number of targets in the whole window can make the mean over all of them: then
@@ -96,16 +96,8 @@ def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str) -> torch
     inputs = {key: value.to(engine.device) for key, value in batch.items()}
     labels = inputs.pop("labels")
     if task == "sequence-classification":
-        return F.cross_entropy(engine(**inputs).logits.float(), labels, reduction="sum")
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, length): position t predicts token t + 1
-    trained = targets != -100
-    # The head and the fp32 softmax over the vocabulary only see positions that some example trains.
-    kept = trained.any(dim=0).nonzero().squeeze(1)
-    if models.takes_logits_to_keep(engine.module):
-        logits = engine(**inputs, logits_to_keep=kept).logits  # (batch, kept, vocabulary)
-    else:
-        logits = engine(**inputs).logits[:, kept]
-    return F.cross_entropy(logits[trained[:, kept]].float(), targets[trained], reduction="sum")
+        return losses.classification_loss(engine, inputs, labels)
+    return losses.summed_loss(engine, engine.module, inputs, losses.find_targets(labels), chunk)
 
 
 def engine_record(engine: Any) -> dict[str, Any]:
@@ -143,6 +135,8 @@ def run(arguments: argparse.Namespace) -> None:
     logs.say(rank, logs.data_report(data))
     set_seed(settings.training.seed)
     engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
+    if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
+        raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
     first_step = load_checkpoint(engine, folder, tag) if tag else 0
     before = recorded["before"] if tag else evaluate(engine, data, tokenizer, settings)
 

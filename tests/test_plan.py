@@ -48,6 +48,7 @@ def small(**options: Any) -> Request:
 def run_engine(request: Request) -> dict[str, Any]:
     """In a rank: device peak of each step of the first cycle, bytes off the device after it, and the staging areas."""
     import hift_ds
+    from hift_ds.activations import host_buffers
     from launch.train import summed_loss
 
     config = request.deepspeed_config()
@@ -60,8 +61,8 @@ def run_engine(request: Request) -> dict[str, Any]:
     with plain_linear, DeviceMemory() as memory:
         dtype = torch.float32 if request.precision == "fp32" else torch.bfloat16
         model = _model(dtype)
-        if request.activation_checkpointing:
-            hift_ds.checkpoint_activations(model)
+        if request.recomputes:
+            hift_ds.checkpoint_activations(model, offload=request.checkpoint_offload)
         engine = hift_ds.initialize(model=model, config=config)[0]
         try:
             ids = torch.randint(512, (request.batch_size, request.seq_len))
@@ -69,7 +70,10 @@ def run_engine(request: Request) -> dict[str, Any]:
             for _ in range(len(engine.blocks) * (2 if request.offload_device == "none" else 1)):
                 memory.reset()
                 for _ in range(request.gradient_accumulation_steps):
-                    engine.backward(summed_loss(engine, {"input_ids": ids, "labels": ids}, "causal-lm") / ids.numel())
+                    given = {"input_ids": ids, "labels": ids}
+                    loss = summed_loss(engine, given, "causal-lm", request.loss_chunk)
+                    engine.backward(loss / ids.numel())
+                    del loss
                     engine.step()
                 peaks.append(memory.peak["total"])
             optimizers = engine.block_optimizers
@@ -77,6 +81,7 @@ def run_engine(request: Request) -> dict[str, Any]:
             return {
                 "peaks": peaks[-len(engine.blocks) :],
                 "off_device": optimizers.host.nbytes if optimizers.host else 0,
+                "checkpoints": sum(buffer.nbytes for buffer in host_buffers(model)),
                 "areas": [area.nbytes for area in areas if area is not None],
             }
         finally:
@@ -98,6 +103,10 @@ ENGINE_CASES = [
     for step in ("block", "streamed")
 ] + [
     {"zero_stage": 2, "activation_checkpointing": True},
+    {"zero_stage": 2, "checkpoint_offload": True},
+    {"zero_stage": 2, "loss_chunk": 24},
+    {"zero_stage": 1, "precision": "fp32", "checkpoint_offload": True, "loss_chunk": 40},
+    {"zero_stage": 3, "checkpoint_offload": True, "loss_chunk": 24},
     {"zero_stage": 1, "gradient_accumulation_steps": 2},
     {"zero_stage": 2, "gradient_accumulation_steps": 2, "optimizer": "sgdm"},
     {"zero_stage": 3, "layers_per_block": 2, "optimizer": "sgd"},
@@ -125,7 +134,8 @@ def test_planned_as_measured(options: dict[str, Any]) -> None:
     print(f"{'block':<20}{'largest in':<12}{'planned':>12}{'measured':>12}")
     for block, peak in zip(plan.blocks, seen["peaks"], strict=True):
         print(f"{block.name:<20}{block.phase:<12}{sum(block.device.values()):>12,}{peak:>12,}")
-    assert seen["off_device"] == sum(plan.host.values())
+    assert seen["off_device"] == sum(plan.host.values()) - plan.host["activations"]
+    assert seen["checkpoints"] == plan.host["activations"]
     assert seen["areas"] == planned_areas(request)
     for block, peak in zip(plan.blocks, seen["peaks"], strict=True):
         assert peak <= sum(block.device.values()), block
