@@ -2,8 +2,9 @@
 
     python -m evaluation.efficiency --memory
 
-Every contestant trains in a process of its own. What counts is anonymous memory, sampled from the kernel's own figures:
-pages of mapped files, which the kernel writes out and drops when it needs the room, do not.
+All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every contestant trains in a
+process of its own. What counts is anonymous memory, sampled from the kernel's own figures: pages of mapped files, which
+the kernel writes out and drops when it needs the room, do not.
 """
 
 import json
@@ -43,7 +44,8 @@ def anonymous() -> int:
 def train(method: str, checkpointing: bool, shape: str, batch: int, length: int) -> Peak:
     """In a process of its own: the peak over a cycle and its first step again (full fine-tuning: three steps)."""
     import hift_ds
-    from evaluation.efficiency import deepspeed_step, join_world, make_batch, make_model
+    from evaluation.efficiency import join_world, make_batch, make_model
+    from launch.train import summed_loss
 
     join_world()
     model = make_model(shape, "fp32")
@@ -72,10 +74,11 @@ def train(method: str, checkpointing: bool, shape: str, batch: int, length: int)
             if method == "hift":
                 config["hift"]["offload"] = {"device": "nvme", "nvme_path": folder}
             engine = hift_ds.initialize(model=model, config=config)[0]
-            step = deepspeed_step(engine)
             blocks = len(hift_ds.partition_model(model))
             for index in range(blocks + 1 if method == "hift" else 3):
-                step(make_batch(shape, index, batch, length))
+                made = make_batch(shape, index, batch, length)
+                engine.backward(summed_loss(engine, made, "causal-lm") / made["labels"][:, 1:].numel())
+                engine.step()
             time.sleep(0.01)
             engine.destroy()
     finally:

@@ -162,6 +162,16 @@ def test_host_memory_does_not_grow() -> None:
         assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES
 
 
+def test_longer_batches_replace_buffers() -> None:
+    model = tiny.model()
+    checkpoints = checkpoint_activations(model, offload=True)
+    assert checkpoints is not None
+    for length in range(2, tiny.LENGTH + 1):
+        given = {name: tensor[:, :length] for name, tensor in tiny.micro_batch(0, 0).items()}
+        model(**given).loss.backward()
+        assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES * length // tiny.LENGTH
+
+
 def test_a_graph_can_be_used_twice() -> None:
     model = tiny.model()
     checkpoint_activations(model, offload=True)

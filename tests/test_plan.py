@@ -312,6 +312,37 @@ def test_written_configs_are_deepspeeds(options: dict[str, Any], tmp_path: Path)
     assert parsed.zero_optimization_stage == small(**options).stage
 
 
+def test_checkpoints_in_host_memory_are_a_change_that_fits() -> None:
+    """Between the need with checkpoints on the device and the one without only their offload helps."""
+    options = {"seq_len": 512, "batch_size": 1, "loss_chunk": 64}
+    deep = {**SMALL, "num_hidden_layers": 12}
+    on_device = plan_memory(deep, activation_checkpointing=True, **options)
+    in_host = plan_memory(deep, checkpoint_offload=True, **options)
+    hidden = 2 * 512 * 128
+    assert in_host.host["activations"] == 12 * hidden and on_device.host["activations"] == 0
+    # Of 12 checkpoints those of the layer at work and of the next one are on the device.
+    assert sum(on_device.device.values()) - sum(in_host.device.values()) >= 9 * hidden
+    room = sum(on_device.device.values()) - hidden
+    fit = plan_memory(deep, gpu_memory=room, reserve="0", **options).fit
+    assert fit is not None and fit["change"] == "activation checkpointing and checkpoints in host memory"
+    assert fit["device_total"] <= room and fit["longest_sequence"] > 512
+    again = plan_memory(deep, gpu_memory=room, reserve="0", activation_checkpointing=True, **options).fit
+    assert again is not None and again["change"] == "checkpoints in host memory"
+
+
+def test_chunks_keep_logits_from_growing() -> None:
+    """Four times the tokens: all that is as wide as the vocabulary stays as it is."""
+    wide = {**SMALL, "vocab_size": 30000, "num_hidden_layers": 1}
+
+    def activations(tokens: int, chunk: int | None) -> int:
+        # Of the head's step, in which no layer keeps anything.
+        return plan_memory(wide, seq_len=tokens, loss_chunk=chunk).blocks[-1].device["activations"]
+
+    assert activations(4096, 256) - activations(1024, 256) < 3072 * 128 * 2 * 8
+    assert activations(4096, 0) - activations(1024, 0) > 3072 * 30000 * 4
+    assert activations(4096, None) == activations(4096, 1088)  # 128 MiB of fp32 logits
+
+
 # --- the command line --------------------------------------------------------------------------------------------
 
 
@@ -360,6 +391,8 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             ["--model", "llama-7b", "--write-config", "no/folder/x.json", "--plot", "x.txt"],
             ["there is no such folder", "ends in .png"],
         ),
+        (["--model", "llama-7b", "--loss-chunk", "-5"], ["--loss-chunk=-5: expected tokens"]),
+        (["--model", "llama-7b", "--loss-chunk", "some"], ["--loss-chunk='some': expected tokens"]),
         (["--model", "llama-7b", "--optimizer", "adafactor", "--zero-stage", "2"], ["ZeRO flattens"]),
         (["--model", "llama-7b", "--layout", "paper", "--ranks", "2"], ["the paper counts one device"]),
     ],

@@ -154,6 +154,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "fraction for a count": (["training.max_steps=1.5"], ["1.5", "a whole number"]),
     "truth for a number": (["training.seed=true"], ["training.seed", "True", "a whole number"]),
     "number for truth": (["output.overwrite=1"], ["output.overwrite", "true or false"]),
+    "negative chunk": (["training.loss_chunk=-1"], ["training.loss_chunk", "-1", "at least 0"]),
+    "text for a chunk": (["training.loss_chunk=auto"], ["training.loss_chunk", "'auto'", "a whole number or null"]),
+    "chunk of a classifier": (
+        ["training.loss_chunk=64", "model.task=sequence-classification"],
+        ["training.loss_chunk: got 64", "sequence-classification", "Remove it"],
+    ),
+    "checkpoints elsewhere": (
+        ["model.gradient_checkpointing=disk"],
+        ["model.gradient_checkpointing: got 'disk'", 'true, false or "cpu"'],
+    ),
     "text for a mapping": (["data.columns=question"], ["data.columns", "a mapping"]),
     "text for a section": (["training=fast"], ["training", "'fast'", "a mapping"]),
     "list for deepspeed": (["deepspeed=[1]"], ["deepspeed", "[1]", "path of a JSON file"]),
