@@ -10,7 +10,7 @@ from hift_ds.config import ConfigError
 from hift_ds.presets import Request
 
 if TYPE_CHECKING:
-    from hift_ds.plan import Plan, Planner
+    from hift_ds.planner import Plan, Planner
 
 _LONGEST, _MOST = 2**20, 2**14  # tokens and sequences that a search ends at
 _GRANULE = 64  # tokens; the longest sequence is found to this

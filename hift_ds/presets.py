@@ -271,6 +271,11 @@ class Request:
             )
         elif self.offload_step == "streamed" and self.optimizer == "adafactor":
             found.append("--offload-step=streamed with --optimizer=adafactor: it is not element-wise; use block")
+        if self.method != "hift" and (self.max_block_numel or self.balance):
+            found.append(
+                f"--max-block-numel={self.max_block_numel}, --balance={self.balance} with --method={self.method}: only "
+                "hift has blocks; leave them out"
+            )
         if self.nvme_path is not None and self.offload_device != "nvme":
             found.append(f"--nvme-path={self.nvme_path}: only --offload-device nvme has files; leave it out")
         return found

@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 
-from hift_ds.plan import Planner, plan_memory
+from hift_ds.plan import plan_memory
+from hift_ds.planner import Planner
 from hift_ds.presets import Request
 
 MIB, GIB, MILLION = 2**20, 2**30, 10**6

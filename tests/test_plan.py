@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hift_ds.config import ConfigError, problems
-from hift_ds.plan import Planner, main, plan_memory
+from hift_ds.plan import main, plan_memory
+from hift_ds.planner import Planner
 from hift_ds.presets import Request, load_config, skeleton, task_of
 from hift_ds.simulate import CATEGORIES
 from hift_ds.stages import slot_bytes
@@ -351,7 +352,7 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     model.write_text(json.dumps(SMALL))
     assert main(["--model", str(model), "--gpu-memory", "2GiB", "--seq-len", "64", "--plot", str(picture)]) == 0
     shown = capsys.readouterr().out
-    for text in (f"{TOTAL:,} parameters", "optimizer state", "full fine-tuning", "model.layers.0", "It fits"):
+    for text in (f"{TOTAL:,} parameters", "optimizer state", "full fine-tuning", "model.layers.0", "it fits"):
         assert text in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
 
