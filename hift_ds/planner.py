@@ -192,8 +192,8 @@ class Planner:
         elif request.layout == "engine":
             step = make_step(self._setup(request, built), shapes, built.stepped_shapes(unit))
         chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
-        if chunk and built.simulator.why_no_chunks:
-            raise ConfigError([f"--loss-chunk={chunk}: {built.simulator.why_no_chunks}; leave it out, or use 0"])
+        if chunk and (problem := built.simulator.why_no_chunks()):
+            raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use 0"])
         return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step, chunk)
 
     def holds(self, request: Request, unit: int) -> dict[str, int]:

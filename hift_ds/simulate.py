@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hift_ds.activations import HostCheckpoints
-from hift_ds.loss import Targets, classification_loss, summed_loss, why_not
+from hift_ds.loss import Targets, classification_loss, default_chunk, summed_loss, why_not
 
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
 
@@ -146,8 +146,11 @@ class Simulator:
                             made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
                         store[name] = made[id(old)]
             self._old = list(made)  # ids must stay those of living tensors until here
-            # Asked here for the first time, where what it does is not counted.
-            self.why_no_chunks = why_not(model) if task == "causal-lm" else None
+
+    def why_no_chunks(self) -> str | None:
+        """Why the model's logits cannot be had in chunks, as :func:`hift_ds.loss.why_not`."""
+        with self.mode:
+            return why_not(self.model)
 
     def run(
         self,
@@ -166,6 +169,8 @@ class Simulator:
             step: what happens to gradients and state.
             loss_chunk: tokens whose logits exist at a time, as in :func:`hift_ds.loss.summed_loss`.
         """
+        if self.task == "causal-lm" and batch_size * (seq_len - 1) > (loss_chunk or default_chunk(self.model)):
+            self.why_no_chunks()  # asked for the first time here, where what it does is not counted
         parameters = dict(self.model.named_parameters())
         memory = LiveMemory()
         memory.ignore([*parameters.values(), *self.model.buffers()])
