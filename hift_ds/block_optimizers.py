@@ -106,6 +106,8 @@ class BlockOptimizers:
         if index != self.active and self.blocks[self.active].offloaded is not None:
             self.blocks[self.active].offloaded.forget()
         self.active = index
+        if hasattr(self.blocks[index], "activated"):
+            self.blocks[index].activated()
         self.copy_settings()
         if self._streamed:  # two slices, whose places on the device are taken in any case
             self.prefetch()

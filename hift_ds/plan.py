@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -179,6 +180,18 @@ class _Built:
     def numels(self, unit: int) -> list[int]:
         return _numels(self.unit_shapes(unit))
 
+    def reached_from(self, unit: int) -> list[int]:
+        """Elements of each parameter that backward passes on its way to a unit.
+
+        For units alike those of the lowest: the rest lies on a line between them, and this would bend it.
+        """
+        first = next(first for first, last in self.alike() if first <= unit <= last)
+        model = self.simulator.model
+        paths = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        tied = {name for name, parameter in model.named_parameters() if paths[id(parameter)] > 1}
+        below = {name for _, names in self.units[:first] for name in names} - tied
+        return _numels(shape for name, shape in self.shapes.items() if name not in below)
+
     def decisive(self) -> list[int]:
         """The units whose steps bound those of all."""
         return sorted({unit for first, last in self.alike() for unit in (first, min(first + 1, last), last)})
@@ -282,11 +295,11 @@ class Planner:
         weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + _NUMBERS * len(numels) + request.weight * gathered(setup, numels) + 2 * setup.slot,
+            "buffers": others + _NUMBERS * len(numels) + 2 * setup.slot,
         }
         units = [built.unit_shapes(index) for index in range(len(built.units))]
         if setup.stage == 3:
-            held["buffers"] += request.weight * setup.bucket
+            held["buffers"] += request.weight * (setup.bucket + gathered(setup, numels, built.reached_from(unit)))
             if setup.placement != "host":
                 held["gradients"] = request.weight * max(setup.partition(_numels(shapes)) for shapes in units)
         if setup.placement == "resident":

@@ -8,6 +8,7 @@ alone; ``block_optimizers.py`` holds them all.
 With ``engine.py`` the only file that touches DeepSpeed's private names.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -275,7 +276,16 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         # The hooks that gather a layer's weights belong to the model: made once, with the first block.
-        return self._first.parameter_offload if self._first else super().initialize_ds_offload(*args, **kwargs)
+        hooks = self._first.parameter_offload if self._first else super().initialize_ds_offload(*args, **kwargs)
+        # Backward ends at the active block, so what forward has to keep for it is another trace for each block. By
+        # another block's trace DeepSpeed keeps weights that no backward hook would ever release. Nothing ran yet.
+        self._coordinator = copy.copy(hooks.param_coordinator)
+        self._coordinator._clear_trace_structures()
+        return hooks
+
+    def activated(self) -> None:
+        """Gather weights by what was recorded when this block was active; to be called between two steps."""
+        self.parameter_offload.param_coordinator = self._coordinator
 
     def _link_all_hp_params(self) -> None:
         if self._first is None:
