@@ -68,6 +68,8 @@ class BlockOptimizers:
             self.blocks.append(block)
             self._sources.append(sources)
             self._share()
+        if hasattr(self.blocks[0], "share_host_buffers"):
+            self.blocks[0].share_host_buffers(self.blocks)
         self.staging = staging
         self.active = 0
 
@@ -105,9 +107,10 @@ class BlockOptimizers:
         """Make a block the active one; returns its optimizer, with the current settings."""
         if index != self.active and self.blocks[self.active].offloaded is not None:
             self.blocks[self.active].offloaded.forget()
+        if hasattr(self.blocks[index], "set_active"):
+            self.blocks[self.active].set_active(False)
+            self.blocks[index].set_active(True)
         self.active = index
-        if hasattr(self.blocks[index], "activated"):
-            self.blocks[index].activated()
         self.copy_settings()
         if self._streamed:  # two slices, whose places on the device are taken in any case
             self.prefetch()

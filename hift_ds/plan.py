@@ -376,13 +376,14 @@ class Planner:
         sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
         sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
         if setup.placement == "host":
-            sizes["gradients"] = FP32 * sum(partitions)
+            own = sum if setup.stock else max  # the engine's blocks share what only the active one needs
+            sizes["gradients"] = FP32 * own(partitions)
             if setup.stage == 3:
-                sizes["gradients"] += setup.weight * max(partitions)
+                sizes["gradients"] += setup.weight * own(partitions)
             else:  # the updated weights on their way back, and a buffer for one parameter's gradient
-                sizes["buffers"] = setup.weight * (sum(partitions) + setup.staging)
+                sizes["buffers"] = setup.weight * (own(partitions) + setup.staging)
                 if setup.accumulates:
-                    sizes["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
+                    sizes["gradients"] += setup.weight * own(sum(_numels(shapes)) for shapes in units)
         return sizes
 
 
