@@ -81,6 +81,8 @@ class BlockOptimizers:
             self.owners.append(block)
             self._sources.append(sources)
             self._share()
+        if hasattr(self.owners[0], "share_host_buffers"):
+            self.owners[0].share_host_buffers(self.owners)
         self.staging = staging
         self.active = 0
 
@@ -122,7 +124,11 @@ class BlockOptimizers:
         """Make a block the active one; returns its optimizer, with the current settings."""
         if index != self.active and self._owner.offloaded is not None:
             self._owner.offloaded.forget()
+        if hasattr(self._owner, "set_active"):
+            self._owner.set_active(False)
         self.active = index
+        if hasattr(self._owner, "set_active"):
+            self._owner.set_active(True)
         if self._owner.offloaded is not None:
             self._owner.offloaded.select(self._place[index][1])
         self.copy_settings()

@@ -393,7 +393,7 @@ class HiFTEngine(DeepSpeedEngine):
                     self.param_names,
                     first=first,
                     ds_config=self.config,
-                    prefetch_bucket_size=self.zero_prefetch_bucket_size(),
+                    prefetch_bucket_size=min(self.zero_prefetch_bucket_size(), largest),
                     max_reuse_distance=self.zero_max_reuse_distance(),
                     max_live_parameters=self.zero_max_live_parameters(),
                     param_persistence_threshold=self.zero_param_persistence_threshold(),

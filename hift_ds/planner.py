@@ -103,6 +103,19 @@ class _Built:
         first = {tuple(block.parameter_names): unit for unit, block in reversed(list(enumerate(self.units)))}
         return [self.unit_shapes(unit) for unit in sorted(first.values())]
 
+    def reached_from(self, unit: int) -> list[int]:
+        """Elements of each parameter that backward passes on its way to a unit.
+
+        For units alike those of the lowest: the rest lies on a line between them, and this would bend it.
+        """
+        first = next(run[0] for run in self.alike() if unit in run)
+        model = self.simulator.model
+        paths = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        tied = {name for name, parameter in model.named_parameters() if paths[id(parameter)] > 1}
+        here_or_above = {name for block in self.units[first:] for name in block.parameter_names}
+        below = {name for block in self.units[:first] for name in block.parameter_names} - here_or_above - tied
+        return _numels(shape for name, shape in self.shapes.items() if name not in below)
+
     def decisive(self) -> list[int]:
         """The units whose steps bound those of all."""
         return sorted({unit for run in self.alike() for unit in (run[0], run[1 % len(run)], run[-1])})
@@ -217,11 +230,11 @@ class Planner:
         weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + _NUMBERS * len(numels) + request.weight * gathered(setup, numels) + 2 * setup.slot,
+            "buffers": others + _NUMBERS * len(numels) + 2 * setup.slot,
         }
         units = built.owners()
         if setup.stage == 3:
-            held["buffers"] += request.weight * setup.bucket
+            held["buffers"] += request.weight * (setup.bucket + gathered(setup, numels, built.reached_from(unit)))
             if setup.placement != "host":
                 held["gradients"] = request.weight * max(setup.partition(_numels(owned)) for owned in units)
         if setup.placement == "resident":
@@ -320,13 +333,14 @@ class Planner:
         sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
         sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
         if setup.placement == "host":
-            sizes["gradients"] = FP32 * sum(partitions)
+            own = sum if setup.stock else max  # the engine's blocks share what only the active one needs
+            sizes["gradients"] = FP32 * own(partitions)
             if setup.stage == 3:
-                sizes["gradients"] += setup.weight * max(partitions)
+                sizes["gradients"] += setup.weight * own(partitions)
             else:  # the updated weights on their way back, and a buffer for one parameter's gradient
-                sizes["buffers"] = setup.weight * (sum(partitions) + setup.staging)
+                sizes["buffers"] = setup.weight * (own(partitions) + setup.staging)
                 if setup.accumulates:
-                    sizes["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in units)
+                    sizes["gradients"] += setup.weight * own(sum(_numels(shapes)) for shapes in units)
         return sizes
 
     def _checkpoints(self, request: Request, built: _Built) -> int:

@@ -409,17 +409,23 @@ def persistent(setup: Setup, numels: Iterable[int]) -> int:
     return sum(n for n in numels if n <= _PERSISTENT) if setup.stage == 3 and setup.ranks > 1 else 0
 
 
-def gathered(setup: Setup, numels: Sequence[int]) -> int:
+def gathered(setup: Setup, numels: Sequence[int], reached: Sequence[int]) -> int:
     """Elements that stage 3 holds at most of gathered weights: a bound, for which of them is left to timing.
 
     What backward needs again within ``_REUSE`` elements stays (so at most half of that, from the top of the model),
     the next ``_AHEAD`` elements are fetched, rounded up to a whole parameter, and fetching copies from a flat buffer.
+
+    Args:
+        numels: of all parameters.
+        reached: of those that backward passes.
     """
     if setup.stage < 3 or setup.ranks == 1:
         return 0
     partitioned = [n for n in numels if n > _PERSISTENT]
     largest, total = max(partitioned, default=0), sum(partitioned)
-    return min(total, _REUSE // 2 + _AHEAD + 2 * largest) + min(total, _AHEAD + largest)
+    kept = min(sum(n for n in reached if n > _PERSISTENT), _REUSE // 2)
+    ahead = _AHEAD if setup.stock else min(_AHEAD, setup.bucket)  # the engine's are of the largest block at most
+    return min(total, kept + ahead + 2 * largest) + min(total, ahead + largest)
 
 
 def make_step(setup: Setup, shapes: Sequence[Sequence[int]], stepped: Sequence[Sequence[int]]) -> Step:

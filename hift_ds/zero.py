@@ -8,6 +8,7 @@ alone; ``block_optimizers.py`` holds them all.
 With ``engine.py`` the only file that touches DeepSpeed's private names.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 
 from hift_ds.config import NORM_PIECE
 from hift_ds.memory import Held
+from hift_ds.offload import HostMemory
 from hift_ds.optimizers import with_initial_state
 from hift_ds.step import BlockState, Piece, has_elements
 
@@ -55,6 +57,21 @@ def _in_pieces(gradients: Iterable[torch.Tensor], owners: Iterable[Any]) -> tupl
         pieces = gradient.reshape(-1).split(NORM_PIECE) if gradient.numel() > NORM_PIECE else [gradient]
         pairs += [(piece, owner) for piece in pieces]
     return [piece for piece, _ in pairs], [owner for _, owner in pairs]
+
+
+def _shared(host: HostMemory, sizes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """For each block tensors of these sizes, all of them on one host buffer: one block uses it at a time."""
+    flat = host.empty(torch.empty(max(sum(each) for each in sizes), dtype=dtype, device="meta")).zero_()
+    return [list(flat[: sum(each)].split(list(each))) for each in sizes]
+
+
+def _clear_but(gradient: torch.Tensor, spans: Iterable[tuple[int, int]]) -> None:
+    """Zero what no gradient was put in, and where another block's may be: parameters without one, and padding."""
+    position = 0
+    for start, stop in sorted(spans):
+        gradient[position:start].zero_()
+        position = max(position, stop)
+    gradient[position:].zero_()
 
 
 class PlainBlockOptimizer:
@@ -153,8 +170,16 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     temp_grad_buffer_for_gpu_offload: torch.Tensor
     ready_for_gradients: bool
     offloaded: BlockState | None = None
+    is_active = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.cpu_offload:
+            self.param_buffer_of_bit16_for_cpu_offload_groups: list[torch.Tensor] = []  # see `share_host_buffers`
 
     def initialize_optimizer_states(self) -> None:
+        if self.cpu_offload:
+            return  # its gradients come by `share_host_buffers`
         if not isinstance(self.optimizer, torch.optim.Adagrad):
             super().initialize_optimizer_states()
             return
@@ -171,6 +196,44 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
 
     def staging_numel(self) -> int:
         return self.temp_grad_buffer_for_cpu_offload.numel() if self.cpu_offload else 0
+
+    @staticmethod
+    def share_host_buffers(blocks: "Sequence[ZeroBlockOptimizer]") -> HostMemory | None:
+        """Give the blocks what the host step needs for the active block only: gradients, weights on their way back.
+
+        Returns:
+            What the buffers are from; None where the step is not on the host.
+        """
+        one = blocks[0]
+        if not one.cpu_offload:
+            return None
+        host = HostMemory(one.cpu_offload_pin_memory)
+        partitions = [[master.numel() for master in block.single_partition_of_fp32_groups] for block in blocks]
+        gradients = _shared(host, partitions, one.master_weights_and_grads_dtype)
+        weights = _shared(host, partitions, one.dtype)
+        for block, own_gradients, own_weights in zip(blocks, gradients, weights, strict=True):
+            block.param_buffer_of_bit16_for_cpu_offload_groups = own_weights
+            for master, gradient in zip(block.single_partition_of_fp32_groups, own_gradients, strict=True):
+                master.grad = gradient
+        if one.gradient_accumulation_steps > 1 and not one.low_precision_master_weights_and_grads:
+            members = [[p for group in block.params_in_partition for p in group] for block in blocks]
+            sums = _shared(host, [[p.numel() for p in parameters] for parameters in members], one.dtype)
+            for block, parameters, own_sums in zip(blocks, members, sums, strict=True):
+                ids = [block.get_param_id(parameter) for parameter in parameters]
+                block.accumulated_grads_in_cpu = dict(zip(ids, own_sums, strict=True))
+        return host
+
+    def set_active(self, is_active: bool) -> None:
+        self.is_active = is_active
+        if self.cpu_offload:
+            self._get_offload_gradient_dict()
+
+    def _get_offload_gradient_dict(self) -> None:
+        # What `safe_get_full_grad` reads. The gradients of an inactive block are gone.
+        if self.is_active:
+            super()._get_offload_gradient_dict()
+        else:
+            self.offload_gradient_dict.update(dict.fromkeys(range(len(self.bit16_groups))))
 
     # On one rank there is nothing to reduce: gradients stay where autograd put them, without a copy in a bucket.
     @property
@@ -201,6 +264,13 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
 
     def step(self, closure: Any = None) -> None:
         if self.offloaded is None:
+            if self.cpu_offload:
+                for master, parameters in zip(
+                    self.single_partition_of_fp32_groups, self.params_in_partition, strict=True
+                ):
+                    ids = [self.get_param_id(p) for p in parameters]
+                    places = [self.grad_position[i] for i in ids if i in self.norm_for_param_grads]
+                    _clear_but(master.grad, [(start, start + numel) for _, _, start, numel in places])
             super().step(closure)
             return
         self.micro_step_id = INITIAL_MICRO_STEP_ID
@@ -285,7 +355,17 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         # The hooks that gather a layer's weights belong to the model: made once, with the first block.
-        return self._first.parameter_offload if self._first else super().initialize_ds_offload(*args, **kwargs)
+        hooks = self._first.parameter_offload if self._first else super().initialize_ds_offload(*args, **kwargs)
+        # Backward ends at the active block, so what forward has to keep for it is another trace for each block. By
+        # another block's trace DeepSpeed keeps weights that no backward hook would ever release. Nothing ran yet.
+        self._coordinator = copy.copy(hooks.param_coordinator)
+        self._coordinator._clear_trace_structures()
+        return hooks
+
+    def set_active(self, is_active: bool) -> None:
+        """Gather weights by what was recorded when this block was active; to be called between two steps."""
+        if is_active:
+            self.parameter_offload.param_coordinator = self._coordinator
 
     def _link_all_hp_params(self) -> None:
         if self._first is None:
@@ -323,6 +403,8 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
             param.requires_grad_(before)
 
     def initialize_optimizer_states(self) -> None:
+        if self.offload_optimizer:
+            return  # its gradients come by `share_host_buffers`
         if not isinstance(self.optimizer, torch.optim.Adagrad):
             super().initialize_optimizer_states()
             return
@@ -350,6 +432,48 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def staging_numel(self) -> int:
         return self.grad_partitions_flat_buffer.numel()
+
+    @staticmethod
+    def share_host_buffers(blocks: "Sequence[Zero3BlockOptimizer]") -> HostMemory | None:
+        """Give the blocks the fp32 gradients that the host step needs for the active block only.
+
+        Returns:
+            What the buffer is from; None where the step is not on the host.
+        """
+        one = blocks[0]
+        if not one.offload_optimizer:
+            return None
+        host = HostMemory(one.offload_optimizer_pin_memory)
+        sizes = [[master.numel() for master in block.fp32_partitioned_groups_flat] for block in blocks]
+        gradients = _shared(host, sizes, one.master_weights_and_grads_dtype)
+        for block, own in zip(blocks, gradients, strict=True):
+            for master, gradient in zip(block.fp32_partitioned_groups_flat, own, strict=True):
+                master.grad = gradient
+        return host
+
+    # What no gradient is put in holds another block's: of parameters that the loss does not use, and padding.
+    def independent_gradient_partition_epilogue(self) -> None:
+        super().independent_gradient_partition_epilogue()
+        if self.micro_step_id == 0:  # later gradients are added
+            partitions = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            for parameters in self.fp16_groups:
+                for parameter in parameters:
+                    is_used = parameter.ds_id in self._offload_boundary_param_ids
+                    partitions[parameter.ds_id][self._own_numel(parameter) if is_used else 0 :].zero_()
+
+    def _own_numel(self, parameter: Any) -> int:
+        """Elements in this rank's part of a parameter, without the padding."""
+        begin = self._get_param_partition_rank(parameter) * parameter.partition_numel()
+        return min(max(parameter.ds_numel - begin, 0), parameter.partition_numel())
+
+    def step(self, closure: Any = None) -> None:
+        if self.offload_optimizer:
+            for master, parameters in zip(self.fp32_partitioned_groups_flat, self.fp16_groups, strict=True):
+                used = [p for p in parameters if self.get_param_id(p) in self.norm_for_param_grads]
+                starts = [self.grad_position[self.get_param_id(p)][1] for p in used]
+                ends = [start + self._own_numel(p) for start, p in zip(starts, used, strict=True)]
+                _clear_but(master.grad, zip(starts, ends, strict=True))
+        super().step(closure)
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
         return super().get_grad_norm_direct(*_in_pieces(gradients, params), norm_type)

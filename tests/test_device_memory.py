@@ -9,11 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from hift_ds.block_optimizers import BlockOptimizers
 from hift_ds.offload import HostMemory
-from hift_ds.zero import ZeroBlockOptimizer
+from hift_ds.zero import Zero3BlockOptimizer, ZeroBlockOptimizer
 from tests import tiny
 from tests.device_memory import DeviceMemory
 from tests.distributed import run_on_ranks
@@ -134,11 +135,13 @@ def left_by_backward(memory: DeviceMemory, engine: Any) -> int:
 
 
 def watch_host_step(memory: DeviceMemory, stack: contextlib.ExitStack) -> None:
-    """Tell the harness what DeepSpeed keeps on the host at stages 1 and 2, and look into its kernel's operands.
+    """Tell the harness what DeepSpeed keeps on the host, and look into its kernel's operands.
 
-    DeepSpeed moves masters to the host by ``to("cpu")``, which does nothing here, so they are declared, block by block.
+    DeepSpeed moves tensors to the host and back by ``to(...)``, which does nothing here: masters are declared, block by
+    block, and gradients that stage 3 fetches to the device are copied.
     """
-    make, kernel = ZeroBlockOptimizer.__init__, DeepSpeedCPUAdam.step
+    make, make3, kernel = ZeroBlockOptimizer.__init__, Zero3BlockOptimizer.__init__, DeepSpeedCPUAdam.step
+    partition3 = Zero3BlockOptimizer.partition_grads
 
     def init(block: Any, *args: Any, **kwargs: Any) -> None:
         make(block, *args, **kwargs)
@@ -150,6 +153,23 @@ def watch_host_step(memory: DeviceMemory, stack: contextlib.ExitStack) -> None:
         ]
         memory.declare(host, "host")
 
+    def init3(block: Any, *args: Any, **kwargs: Any) -> None:
+        make3(block, *args, **kwargs)
+        memory.declare([*block.fp32_partitioned_groups_flat, block.grad_partitions_flat_buffer], "host")
+
+    to = torch.Tensor.to
+
+    def fetched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (args and isinstance(args[0], torch.device) and memory.is_host(tensor)):
+            return to(tensor, *args, **kwargs)
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    def partition(block: Any, *args: Any) -> Any:
+        accelerator = get_accelerator()
+        is_there = mock.patch.object(accelerator, "on_accelerator", lambda tensor: not memory.is_host(tensor))
+        with mock.patch.object(torch.Tensor, "to", fetched), is_there:
+            return partition3(block, *args)
+
     def step(optimizer: Any, closure: Any = None) -> Any:
         result = kernel(optimizer, closure)
         for group in optimizer.param_groups:
@@ -160,6 +180,8 @@ def watch_host_step(memory: DeviceMemory, stack: contextlib.ExitStack) -> None:
         return result
 
     stack.enter_context(mock.patch.object(ZeroBlockOptimizer, "__init__", init))
+    stack.enter_context(mock.patch.object(Zero3BlockOptimizer, "__init__", init3))
+    stack.enter_context(mock.patch.object(Zero3BlockOptimizer, "partition_grads", partition))
     stack.enter_context(mock.patch.object(DeepSpeedCPUAdam, "step", step))
     stack.enter_context(memory.placed_on_host(ZeroBlockOptimizer, "async_accumulate_grad_in_cpu_via_gpu"))
     stack.enter_context(memory.placed_on_host(ZeroBlockOptimizer, "initialize_optimizer_states"))
@@ -191,16 +213,10 @@ ON_DEVICE = [
 ON_DEVICE += [Case(stage=1, ranks=2, step="block"), Case(stage=2, ranks=2, dtype="bf16", step="streamed")]
 # Cuts the layers between their matrices, and the larger of those in two by rows.
 ON_DEVICE += [Case(stage=stage, dtype="bf16", step="block", max_block_numel=6000) for stage in STAGES]
-STAY_GATHERED = pytest.mark.xfail(
-    strict=True, reason="weights of the layers below the active block stay gathered until the step is over"
-)
+ON_DEVICE_AT_STAGE_3 = Case(stage=3, ranks=2, dtype="bf16", step="streamed")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*ON_DEVICE, pytest.param(Case(stage=3, ranks=2, dtype="bf16", step="streamed"), marks=STAY_GATHERED)],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [*ON_DEVICE, ON_DEVICE_AT_STAGE_3], ids=str)
 def test_the_device_holds_no_more_than_the_active_block(case: Case) -> None:
     seen = seen_in(case)
     weight, state, gradient, temporary = sizes(case)
@@ -226,6 +242,38 @@ def test_the_device_holds_no_more_than_the_active_block(case: Case) -> None:
     assert seen.copies >= 2 * case.steps
 
 
+def gathered_weights(case: Case) -> list[tuple[int, int, int]]:
+    """In a rank: elements of whole matrices after forward and after backward of each step, and what backward needs."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    engine = tiny.initialize(case, llama=wide(case.dtype))
+    matrices = [[p for p in weights if not p.ds_persist] for weights in engine._block_parameters]
+
+    def whole() -> int:
+        return sum(p.ds_numel for block in matrices for p in block if p.ds_status == ZeroParamStatus.AVAILABLE)
+
+    try:
+        seen = []
+        for step in range(case.steps):
+            needed = sum(p.ds_numel for block in matrices[engine.active_block :] for p in block)
+            for micro in range(tiny.ACCUMULATION):
+                loss = engine(**tiny.micro_batch(step, micro, torch.distributed.get_rank())).loss
+                after_forward = whole()
+                engine.backward(loss)
+                after_backward = whole()
+                engine.step()
+            seen.append((after_forward, after_backward, needed))
+        return seen
+    finally:
+        engine.destroy()
+
+
+def test_forward_gathers_nothing_for_layers_that_backward_does_not_pass() -> None:
+    case = Case(stage=3, ranks=2, strategy="random")
+    for after_forward, after_backward, needed in run_on_ranks(2, gathered_weights, case)[0]:
+        assert (after_forward, after_backward) == (needed, 0)
+
+
 @pytest.mark.parametrize("case", ON_DEVICE, ids=str)
 def test_start_up_holds_no_more_than_one_block(case: Case) -> None:
     seen = seen_in(case)
@@ -238,11 +286,12 @@ def test_start_up_holds_no_more_than_one_block(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(stage=s, dtype=d, offload=True) for s in (1, 2) for d in ("fp32", "bf16")], ids=str
+    "case", [Case(stage=s, dtype=d, offload=True) for s in (1, 2, 3) for d in ("fp32", "bf16")], ids=str
 )
 def test_the_host_step_leaves_only_weights_on_the_device(case: Case) -> None:
     seen = seen_in(case)
-    buffer = sizes(case)[0] * max(seen.widest)  # in which gradients of the micro batches are added up
+    # In which gradients of the micro batches are added up, or at stage 3 wait for their reduction.
+    buffer = sizes(case)[0] * max(seen.numel if case.stage == 3 else seen.widest)
     assert seen.rest <= buffer + SMALL
     assert max(seen.steps) <= buffer + SMALL
     assert max(seen.gradients) <= SMALL

@@ -26,6 +26,7 @@ def ledgers(case: Case) -> dict[str, Any]:
             "peak": engine.memory_ledger(peak=True),
             "numel": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()),
             "largest": max(block.numel for block in engine.blocks),
+            "widest": max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()),
             "slots": sum(slot.area.nbytes for slot in staging.slots if slot.area is not None) if staging else 0,
             "model_buffers": sum(buffer.untyped_storage().nbytes() for buffer in engine.module.buffers()),
         }
@@ -58,6 +59,11 @@ def test_one_rank(case: Case) -> None:
     if case.stage < 3 and not case.offload:
         assert seen["now"]["device"]["gradients"] == 0
         assert seen["now"]["device"]["buffers"] == seen["slots"] + seen["model_buffers"]
+
+    if case.offload:  # one block's gradients in fp32, their sums over micro batches, and the updated weights
+        largest, buffers = seen["largest"], weight * (seen["largest"] + seen["widest"])
+        assert seen["now"]["host"]["gradients"] == (4 + weight) * largest
+        assert seen["now"]["host"]["buffers"] == (buffers if case.stage < 3 else 0)
 
     peak = seen["peak"]["device"]
     assert sum(peak.values()) >= sum(seen["now"]["device"].values())

@@ -409,6 +409,44 @@ def test_lazy_streams_change_no_training(step: str) -> None:
     assert run_on_ranks(1, different, case, *ways) == [[]]
 
 
+def gradients_of_the_host_step(case: Case) -> list[str]:
+    """In a rank: names of parameters whose ``safe_get_full_grad`` before a step is not what autograd gave."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine, wrong = tiny.initialize(case), []
+    named = dict(engine.module.named_parameters())
+    try:
+        for step in range(case.k + 2):
+            plain = tiny.model(case.dtype)
+            plain.load_state_dict(tiny.weights(engine))
+            for micro in range(tiny.ACCUMULATION):
+                engine.backward(engine(**tiny.micro_batch(step, micro)).loss)
+                (plain(**tiny.micro_batch(step, micro)).loss / tiny.ACCUMULATION).backward()
+                if micro + 1 < tiny.ACCUMULATION:
+                    engine.step()
+            truth = {name: p.grad for name, p in plain.named_parameters()}
+            for block in (engine.active_block, engine.active_block - 1):
+                for name in engine.blocks[block].parameter_names:
+                    try:
+                        gradient = safe_get_full_grad(named[name])
+                    except ValueError:  # it says that there are none now
+                        gradient = None
+                    if block != engine.active_block:
+                        is_right = gradient is None
+                    else:
+                        is_right = torch.allclose(gradient.view_as(truth[name]), truth[name], rtol=1e-4, atol=1e-6)
+                    wrong += [] if is_right else [f"step {step}: {name}"]
+            engine.step()
+        return wrong
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_gradients_of_the_host_step_are_shown_of_the_active_block_only(stage: int) -> None:
+    assert run_on_ranks(1, gradients_of_the_host_step, Case(stage=stage, offload=True)) == [[]]
+
+
 def offload_and_reload(engine: Any) -> None:
     """All that DeepSpeed itself can offload here: at stage 3 it wants FusedAdam for masters and state."""
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kind

@@ -282,6 +282,43 @@ def test_tied_weights(case: Case) -> None:
     check(case)
 
 
+def train_with_unused(case: Case) -> tuple[float, list[float]]:
+    """In a rank: trains a model with weights that the loss does not use, of an odd number and first in their layer.
+    Returns how far they end from where weight decay alone takes them, and the norms of the gradients."""
+    llama = tiny.model(case.dtype)
+    torch.manual_seed(1)
+    for layer in llama.model.layers[1:3]:
+        layer._modules = {"unused": torch.nn.Linear(33, 31), **layer._modules}
+    start = {name: p.detach().clone() for name, p in llama.named_parameters() if "unused" in name}
+    engine = tiny.initialize(case, llama=llama)
+    try:
+        norms = []
+        for step in range(case.steps):
+            tiny.optimizer_step(engine, step)
+            norms.append(float(engine.get_global_grad_norm()))
+        end, decay = tiny.weights(engine), (1 - tiny.LEARNING_RATE * tiny.DECAY) ** case.cycles
+        return tiny.largest_difference({n: end[n] for n in start}, {n: p * decay for n, p in start.items()}), norms
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        [Case(stage=stage) for stage in (2, 3)],
+        [Case(stage=stage, offload=True) for stage in (1, 2, 3)],
+        [Case(stage=stage, ranks=2, offload=offload) for stage, offload in ((3, False), (2, True), (3, True))],
+    ),
+    ids=str,
+)
+def test_what_the_loss_does_not_use_gets_no_gradient_of_another_block(case: Case) -> None:
+    difference, norms = run_on_ranks(case.ranks, train_with_unused, case)[0]
+    assert difference <= 1e-7
+    # Another block's gradients in the padding would be in the norm.
+    truth = tiny.reference(replace(case, stage=0, offload=False), expected_order(case))
+    assert norms == pytest.approx(truth.norms, rel=1e-4)
+
+
 @pytest.mark.parametrize("case", [Case(stage=s, checkpointing=True) for s in STAGES], ids=str)
 def test_checkpointed_activations(case: Case) -> None:
     check(case)
