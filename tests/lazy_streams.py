@@ -186,8 +186,8 @@ class LazyStreams(TorchDispatchMode):
     def __enter__(self) -> "LazyStreams":
         allocate, accelerator = HostMemory.empty, Accelerator(self)
 
-        def empty(host: HostMemory, like: torch.Tensor) -> torch.Tensor:
-            buffer = allocate(host, like)
+        def empty(host: HostMemory, like: torch.Tensor, **options: Any) -> torch.Tensor:
+            buffer = allocate(host, like, **options)
             self._watch(buffer)
             self._host.add(key(buffer))
             return buffer
