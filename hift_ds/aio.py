@@ -334,7 +334,7 @@ def _offset(mapped: torch.Tensor) -> int:
 def _sum(values: torch.Tensor) -> int:
     """Of bytes, by eight."""
     eights = values.numel() // 8 * 8
-    return int(values[:eights].view(torch.int64).sum()) + int(values[eights:].sum())
+    return int(values[:eights].view(torch.int64).sum().item()) + int(values[eights:].sum().item())
 
 
 def _check(values: torch.Tensor, expected: int) -> None:

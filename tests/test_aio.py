@@ -1,8 +1,10 @@
 """State in files by DeepSpeed's asynchronous I/O: what is looked at through a mapping, and what fails unheard."""
 
+import os
 import random
 import resource
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import hift_ds.aio
-from hift_ds.aio import DirectIO, _Channel
+from hift_ds.aio import DirectIO, Job, _Channel
 from hift_ds.offload import HostMemory, Lane, Staging, wait
 from hift_ds.step import BlockState
 from tests.test_offload import CPU, SLOTS, Owner, random_steps, same
@@ -163,8 +165,6 @@ def test_a_write_that_fails_is_an_error_when_it_is_looked_at(tmp_path: Path) -> 
 @needs_aio
 @pytest.mark.parametrize("settled", (False, True))
 def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path, settled: bool) -> None:
-    import os
-
     state, _ = one_block(tmp_path)
     for event in state._active.written:
         event.synchronize()
@@ -182,10 +182,14 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path, settled: bool) -> No
 
 
 @needs_aio
-def test_what_cannot_be_submitted_is_an_error(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     state, _ = one_block(tmp_path)
     state._staging.slots[0].free.synchronize()
-    with mock.patch.object(_Channel, "_begin", side_effect=OSError("refused")), pytest.raises(OSError, match="refused"):
+    state._staging.slots[1].free.synchronize()
+    assert state._host.direct is not None
+    files = state._host.direct._files
+    files.update(dict.fromkeys(files, 10**8))  # no such descriptor
+    with pytest.raises(OSError, match="refuses a file"):
         state.step()
 
 
@@ -213,6 +217,19 @@ def test_a_slot_is_filled_while_others_work(tmp_path: Path) -> None:
     arrived = arrived.clone()
     state.settle()
     assert torch.equal(arrived, master.data.view(-1)[: arrived.numel()])
+
+
+@needs_aio
+def test_settled_is_written(tmp_path: Path) -> None:
+    state, _ = one_block(tmp_path)
+    written: Future[None] = Future()
+    state._active.written[0] = Job(written)
+    settling = threading.Thread(target=state.settle)
+    settling.start()
+    settling.join(0.3)
+    assert settling.is_alive()
+    written.set_result(None)
+    settling.join()
 
 
 def mapped_memory() -> int:
