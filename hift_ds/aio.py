@@ -328,7 +328,7 @@ def _address(mapped: torch.Tensor) -> int:
 
 
 def _offset(mapped: torch.Tensor) -> int:
-    return mapped.storage_offset() * mapped.element_size()
+    return int(mapped.storage_offset()) * mapped.element_size()
 
 
 def _sum(values: torch.Tensor) -> int:
