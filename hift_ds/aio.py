@@ -22,13 +22,21 @@ from typing import Any, NamedTuple
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.utils import logger
 
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
 
 # Direct I/O wants offsets, sizes and addresses to be multiples of the drive's logical block, which is no larger.
 PAGE = 4096
+
+# Where the config has no ``aio`` section: what one handle has in flight is a chunk.
+_DEFAULTS = {
+    "block_size": 2**20,
+    "queue_depth": AIO_CHUNK // 2**20,
+    "single_submit": False,
+    "overlap_events": True,
+    "intra_op_parallelism": 1,
+}
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -48,7 +56,7 @@ def library() -> tuple[Any, str]:
 def direct_io(folder: str, settings: Mapping[str, Any] | None) -> "DirectIO | None":
     """What serves the files of that folder; None where asynchronous I/O does not work, and that is logged."""
     module, reason = library()
-    settings = settings or AIO_DEFAULT_DICT
+    settings = settings or _DEFAULTS
     nbytes = AIO_CHUNK * 2 * _channels(settings)
     if module is not None and not _can_lock(nbytes):
         reason = f"the system refuses to page-lock {nbytes} bytes; raise the limit (ulimit -l)"
