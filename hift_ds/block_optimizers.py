@@ -74,7 +74,8 @@ class BlockOptimizers:
                 parameter.requires_grad_(False)
             if host is not None:
                 if staging is None:
-                    staging = Staging(torch.device(get_accelerator().current_device_name()), slice_bytes)
+                    device = torch.device(get_accelerator().current_device_name())
+                    staging = Staging(device, slice_bytes, host.direct)
                 block.offloaded = BlockState(block, host, staging, per_element, cut)
                 if hasattr(block, "relink"):
                     block.relink()
@@ -160,6 +161,8 @@ class BlockOptimizers:
                 yield from (Held("gradients", t) for name, t in block.offloaded.under_way if name == "gradients")
         if self.staging is not None:
             yield from (Held("buffers", slot.area) for slot in self.staging.slots)
+        if self.host is not None and self.host.direct is not None:
+            yield from (Held("buffers", buffer, on_host=True) for buffer in self.host.direct.buffers)
 
     def staged(self) -> Iterator[tuple[str, int]]:
         """Category and bytes of what stands in the staging areas now, during a step."""

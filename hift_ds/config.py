@@ -15,6 +15,8 @@ SECTION = "hift"
 MIN_BUFFER = 65536
 # Elements of a gradient that its norm takes at a time, each as an fp64 copy.
 NORM_PIECE = 2**22
+# Bytes, and how many at least: the page-locked buffers between the device and files, half of them in each direction.
+AIO_CHUNK, AIO_BUFFERS = 2**23, 4
 
 
 def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, buffer_size: int) -> int:
@@ -241,6 +243,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "zero_optimization.zero_quantized_gradients": (_on, "remove it"),
     "zero_optimization.offload_optimizer.ratio": (lambda v: v is not None and v != 1.0, "set it to 1.0"),
     "hybrid_engine.enabled": (_on, "remove it"),
+    "aio.use_gds": (_on, "remove it"),
     "tensor_parallel.autotp_size": (lambda v: v is not None and v > 1, "remove it"),
     "torch_autocast.enabled": (_on, "use bf16 or fp16"),
     "amp.enabled": (_on, "use bf16 or fp16"),

@@ -487,7 +487,7 @@ class HiFTEngine(DeepSpeedEngine):
             slice_bytes = hift_config.slot_bytes(numels, ranks, per_element, offload.buffer_size)
         if not (self.zero_optimization() or self.bfloat16_enabled()):
             element -= 4  # fp32 weights at stage 0 are their own masters
-        host = HostMemory(offload.pin_memory, offload.nvme_path)
+        host = HostMemory(offload.pin_memory, offload.nvme_path, self.aio_config())
         local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by DeepSpeed's launcher
         host.check_room(sum(block.numel for block in self.blocks) * element // ranks * local_ranks)
         return {"host": host, "slice_bytes": slice_bytes, "per_element": per_element, "prefetch": offload.prefetch}

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
+
+from hift_ds.aio import PAGE, DirectIO, Job, direct_io
 
 # Byte offsets inside a staging area are multiples of this, which suits every dtype and every copy engine.
 _ALIGNMENT = 256
@@ -28,14 +30,18 @@ class HostMemory:
             pageable, and that is said once.
         folder: keep the buffers in files there instead, mapped into memory: the kernel writes them out and drops
             their pages as it needs room. The files have no name, so nothing is left behind, whatever ends the process.
+        aio: DeepSpeed's section of that name, with all its keys; None: DeepSpeed's defaults.
 
     Attributes:
         buffers: all that was handed out, never more than the run needs and never freed before its end.
+        direct: carries state between the files and the device, where DeepSpeed's asynchronous I/O works. The buffers
+            are then what the state is looked at and changed through between the steps.
     """
 
-    def __init__(self, pin_memory: bool = True, folder: str | None = None):
+    def __init__(self, pin_memory: bool = True, folder: str | None = None, aio: Mapping[str, Any] | None = None):
         self._pin_memory = pin_memory and folder is None and get_accelerator().device_name() != "cpu"
         self.folder = folder
+        self.direct = direct_io(folder, aio) if folder is not None else None
         self.buffers: list[torch.Tensor] = []
 
     @property
@@ -63,14 +69,17 @@ class HostMemory:
                 f"{free / 2**30:.2f} GiB are free; {remedy}"
             )
 
-    def empty(self, like: torch.Tensor) -> torch.Tensor:
+    def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
         """An uninitialized buffer with the shape and dtype of ``like``.
+
+        Args:
+            direct: if it goes to the device in slices, they begin at multiples of 1,024 elements.
 
         Raises:
             OSError: the folder's file system is full or cannot be written.
         """
         if self.folder is not None:
-            buffer = self._mapped(like)
+            buffer = self._mapped(like, direct)
         else:
             buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu")
             if self._pin_memory:
@@ -85,15 +94,17 @@ class HostMemory:
         self.buffers.append(buffer)
         return buffer
 
-    def _mapped(self, like: torch.Tensor) -> torch.Tensor:
+    def _mapped(self, like: torch.Tensor, direct: bool) -> torch.Tensor:
         assert self.folder is not None
         if not like.nbytes:
             return torch.empty(like.shape, dtype=like.dtype)
         try:
             with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
                 # Reserved now: a page that finds no room on the disk later would kill the process.
-                os.posix_fallocate(file.fileno(), 0, like.nbytes)
+                os.posix_fallocate(file.fileno(), 0, math.ceil(like.nbytes / PAGE) * PAGE)
                 flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+                if direct and self.direct is not None:
+                    self.direct.serve(flat, file.name)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -114,6 +125,7 @@ class Lane:
     @contextmanager
     def after(self, *events: Any) -> Iterator[None]:
         """What is issued inside runs on the lane, not before the events (None: already passed)."""
+        events = tuple(_recorded(event) for event in events)
         if self._stream is None:
             yield
             return
@@ -140,8 +152,13 @@ def mark() -> Any:
 
 def wait(event: Any) -> None:
     """Nothing that is computed on the device from here on begins before the event."""
+    event = _recorded(event)
     if event is not None:
         get_accelerator().current_stream().wait_event(event)
+
+
+def _recorded(event: Any) -> Any:
+    return event.event() if isinstance(event, Job) else event
 
 
 def _record(stream: Any) -> Any:
@@ -169,10 +186,12 @@ class Staging:
         device: of the staging areas.
         slot_bytes: two areas of this size, made once, which slices take in turn: while one is stepped the other is
             filled. None: one area, as large as is asked for and released after the step.
+        direct: carries what lies in files, in threads of its own.
     """
 
-    def __init__(self, device: torch.device, slot_bytes: int | None):
+    def __init__(self, device: torch.device, slot_bytes: int | None, direct: DirectIO | None = None):
         self.device = device
+        self._direct = direct
         self.slot_bytes = slot_bytes
         self.fetching, self.storing = Lane(), Lane()
         if slot_bytes is None:
@@ -202,6 +221,9 @@ class Staging:
         for source, size in zip(sources, sizes, strict=True):
             copies.append(slot.area[offset : offset + source.nbytes].view(source.dtype).view(source.shape))
             offset += size
+        if self._direct is not None:
+            pairs = list(zip(copies, sources, strict=True))
+            return copies, self._direct.read(pairs, self.fetching, slot.free, written, ready)
         with self.fetching.after(slot.free, written, ready):
             for copy, source in zip(copies, sources, strict=True):
                 copy.copy_(source, non_blocking=True)
@@ -211,8 +233,15 @@ class Staging:
         """Copy pairs (host, device) to the host, after all that was computed so far, and set the slot free.
 
         Returns:
-            The event after which the host tensors hold the values.
+            The event after which the host tensors hold the values, which may be in files then.
         """
+        if self._direct is not None:
+            job = self._direct.write([(device, host) for host, device in pairs], self.storing, mark())
+            if self.slot_bytes is None:
+                job.synchronize()  # a drive is slow: the area would stay on the device during the next forward
+                slot.area = None
+            slot.free = job
+            return job
         with self.storing.after(mark()):
             for host, device in pairs:
                 host.copy_(device, non_blocking=True)

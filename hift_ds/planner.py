@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hift_ds import presets
 from hift_ds.activations import checkpoint_activations
 from hift_ds.blocks import Block, partition_model
-from hift_ds.config import ConfigError
+from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError
 from hift_ds.presets import Request
 from hift_ds.simulate import CATEGORIES, ForwardStep, LiveMemory, Simulator, StepBase
 from hift_ds.stages import FP32, Setup, gathered, make_step, persistent, slot_bytes, state_numel
@@ -317,7 +317,11 @@ class Planner:
     def _off_device(self, request: Request, built: _Built, top: int, place: str) -> dict[str, int]:
         """Bytes of one rank in host memory or in files: state that is not on the device, in buffers made once."""
         sizes = dict.fromkeys(CATEGORIES, 0)
-        if request.method == "mezo" or place != ("nvme" if request.offload_device == "nvme" else "host"):
+        in_files = request.offload_device == "nvme"
+        if request.method == "mezo" or place != ("nvme" if in_files else "host"):
+            is_moved = request.placement in ("streamed", "block") and request.layout != "paper"
+            if in_files and place == "host" and is_moved:
+                sizes["buffers"] = AIO_CHUNK * AIO_BUFFERS
             return sizes
         if request.layout == "paper":
             for shapes in (built.stepped_shapes(unit) for unit in range(len(built.units)) if unit != top):

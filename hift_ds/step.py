@@ -175,7 +175,7 @@ class BlockState:
     def _kept(self, index: int, name: str | None, value: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get((index, name))
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self._buffers[index, name] = self._host.empty(value)
+            buffer = self._buffers[index, name] = self._host.empty(value, direct=not self._is_cut)
         if buffer.data_ptr() != value.data_ptr():
             buffer.copy_(value)
         return buffer
@@ -193,6 +193,8 @@ class BlockState:
             for event in part.written:
                 if event is not None:
                     event.synchronize()
+        if self._host.direct is not None:
+            self._host.direct.release(self._buffers.values())
 
     def forget(self) -> None:
         """Drop what was fetched and not stepped."""
@@ -349,7 +351,8 @@ class BlockState:
                     is_new = True
                     shape = value.shape if piece.whole else tensor.shape
                     like = torch.empty(shape, dtype=value.dtype, device="meta")
-                    state[tensor][name] = self._buffers[piece.number, name] = self._host.empty(like)
+                    buffer = self._host.empty(like, direct=not self._is_cut)
+                    state[tensor][name] = self._buffers[piece.number, name] = buffer
                     if self._is_cut:  # the rows of other parts are not written yet
                         state[tensor][name].zero_()
                 pairs.append((_cut(state[tensor][name], piece), value))

@@ -8,6 +8,7 @@ of either side, is a wrong number.
 
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hift_ds.aio
 import hift_ds.offload
 from hift_ds.offload import HostMemory, Lane
 from tests.device_memory import key, tensors
@@ -48,6 +50,10 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + tensor.nbytes  # what is copied is contiguous
 
 
+def spoil(tensor: torch.Tensor) -> None:
+    tensor.fill_(torch.nan if tensor.is_floating_point() else 255)  # bytes of NaNs
+
+
 class _Copy:
     """Of tensors on the device the storages are kept alive by their owners only, as on a GPU.
 
@@ -64,7 +70,7 @@ class _Copy:
         target, source = self.target.tensor(), self.source.tensor()
         target.copy_(source)
         if self.racing:
-            target.fill_(torch.nan)
+            spoil(target)
         self.settled = not self._to_host
         self.target.kept = self.source.kept = None
 
@@ -186,8 +192,8 @@ class LazyStreams(TorchDispatchMode):
     def __enter__(self) -> "LazyStreams":
         allocate, accelerator = HostMemory.empty, Accelerator(self)
 
-        def empty(host: HostMemory, like: torch.Tensor) -> torch.Tensor:
-            buffer = allocate(host, like)
+        def empty(host: HostMemory, like: torch.Tensor, **options: Any) -> torch.Tensor:
+            buffer = allocate(host, like, **options)
             self._watch(buffer)
             self._host.add(key(buffer))
             return buffer
@@ -198,8 +204,22 @@ class LazyStreams(TorchDispatchMode):
                     if place.key == key(tensor):
                         place.kept = tensor.untyped_storage()
 
+        make = hift_ds.aio._Channel.__init__
+
+        def channel(one: hift_ds.aio._Channel, *args: Any) -> None:
+            make(one, *args)
+            self._watch(one.buffer)
+            self._host.add(key(one.buffer))
+
+        def at_once(work: Callable[..., Any], *args: Any) -> Future[Any]:
+            done: Future[Any] = Future()
+            done.set_result(work(*args))
+            return done
+
         for patch in (
             mock.patch.object(HostMemory, "empty", empty),
+            mock.patch.object(hift_ds.aio._Channel, "__init__", channel),
+            mock.patch.object(hift_ds.aio.ThreadPoolExecutor, "submit", lambda _, *call: at_once(*call)),
             mock.patch.object(Lane, "outlives", outlives),  # which otherwise speaks to the allocator of a device
             mock.patch.object(hift_ds.offload, "get_accelerator", lambda: accelerator),
         ):
@@ -272,6 +292,6 @@ class LazyStreams(TorchDispatchMode):
         for copy in self._copies:
             if not copy.settled and copy.target.overlaps(tensor):
                 with self.running():
-                    copy.target.tensor().fill_(torch.nan)
+                    spoil(copy.target.tensor())
         self._watch(tensor)
         (self._written if writes else self._read)[key(tensor)] = self.time

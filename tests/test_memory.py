@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from hift_ds.aio import library
+from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
 from tests import tiny
 from tests.distributed import run_on_ranks
 from tests.test_parity import STAGES, cases
@@ -110,3 +112,4 @@ def test_state_in_files_is_counted_there() -> None:
         (ledger,) = run_on_ranks(1, in_files, Case(stage=2, dtype="bf16"), folder)
     assert ledger["nvme"]["master_weights"] == 4 * numel and ledger["nvme"]["optimizer_state"] == 8 * numel
     assert ledger["host"]["master_weights"] == ledger["host"]["optimizer_state"] == 0
+    assert ledger["host"]["buffers"] == (AIO_CHUNK * AIO_BUFFERS if library()[0] is not None else 0)

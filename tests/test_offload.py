@@ -14,6 +14,7 @@ import pytest
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+import hift_ds.aio
 import hift_ds.offload
 import hift_ds.step
 from hift_ds.offload import HostMemory, Lane, Slot, Staging
@@ -57,13 +58,16 @@ class Owner:
         return [value.detach().clone() for value in [*self._weights, *self._tensors, *state]]
 
 
-def random_steps(seed: int, steps: int, slot_bytes: int | None, prefetch: bool) -> list[torch.Tensor]:
+def random_steps(
+    seed: int, steps: int, slot_bytes: int | None, prefetch: bool, folder: str | None = None
+) -> list[torch.Tensor]:
     """Blocks of random sizes, stepped in random order; between the steps their state is read, changed and refetched.
 
     Returns all that was seen on the way and at the end.
     """
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    host, staging = HostMemory(), Staging(CPU, slot_bytes)
+    host = HostMemory(folder=folder)
+    staging = Staging(CPU, slot_bytes, host.direct)
     owners, states = [], []
     for number in range(4):
         sizes = [chance.randrange(1, 4000) for _ in range(chance.randrange(1, 4))]
@@ -197,12 +201,15 @@ def test_no_wait_can_be_taken_out(mutation: str) -> None:
     assert not same(ours, truth), "nobody would notice"
 
 
+@pytest.mark.parametrize("place", ("memory", "files"))
 @pytest.mark.parametrize("step", SLOTS)
-def test_1000_round_trips_keep_every_bit(step: str) -> None:
+def test_1000_round_trips_keep_every_bit(step: str, place: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    owner, staging = Owner([3000, 70, 1], True, generator), Staging(CPU, SLOTS[step])
-    state = BlockState(owner, HostMemory(), staging, bytes_per_element=12)
+    host = HostMemory(folder=str(tmp_path) if place == "files" else None)
+    owner, staging = Owner([3000, 70, 1], True, generator), Staging(CPU, SLOTS[step], host.direct)
+    state = BlockState(owner, host, staging, bytes_per_element=12)
     state.step()
+    state.settle()
     optimizer, masters = owner.optimizer, [tensor for tensor, _ in owner.stepped()]
     resident = [tensor.data for tensor in masters]
     resident += [optimizer.state[tensor][name] for tensor in masters for name in ("exp_avg", "exp_avg_sq")]
@@ -304,6 +311,7 @@ class Way:
     lazy: bool = False
     pinning_refused: bool = False
     folder: str | None = None
+    aio: bool = True  # where it is available
     meddle: Callable[[Any], None] | None = None  # before some steps
 
 
@@ -328,8 +336,12 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
         if way.pinning_refused:
             stack.enter_context(mock.patch.object(hift_ds.offload, "get_accelerator", Unpinnable))
             logger = stack.enter_context(mock.patch.object(hift_ds.offload, "logger"))
+        if not way.aio:
+            stack.enter_context(mock.patch.object(hift_ds.aio, "library", lambda: (None, "a test")))
         engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
         stack.callback(engine.destroy)
+        if way.folder:
+            assert (engine.block_optimizers.host.direct is not None) == (way.aio and aio_is_there())
         for step in range(case.steps):
             if way.meddle and step % case.k in (1, 2):
                 way.meddle(engine)
@@ -363,9 +375,18 @@ def test_the_place_of_state_does_not_matter(case: Case) -> None:
     assert run_on_ranks(1, different, case, *ways) == [[]]
 
 
+def aio_is_there() -> bool:
+    """Asked here first, it is compiled where nobody limits the time."""
+    return hift_ds.aio.library()[0] is not None
+
+
+@pytest.mark.parametrize("aio", (True, False))
 @pytest.mark.parametrize("case", [Case(stage=0), Case(stage=2, dtype="bf16"), Case(stage=3)], ids=str)
-def test_files_in_place_of_memory(case: Case, tmp_path: Path) -> None:
-    assert run_on_ranks(1, different, case, Way(), Way("nvme", folder=str(tmp_path))) == [[]]
+def test_files_in_place_of_memory(case: Case, aio: bool, tmp_path: Path) -> None:
+    if aio and not aio_is_there():
+        pytest.skip(hift_ds.aio.library()[1])
+    in_files = Way("nvme", folder=str(tmp_path), aio=aio)
+    assert run_on_ranks(1, different, case, Way(), in_files, replace(in_files, step="block")) == [[]]
     assert not list(tmp_path.iterdir())
 
 
@@ -395,9 +416,11 @@ def change_masters_and_moments(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(stage=stage, dtype="bf16") for stage in (1, 2, 3)], ids=str)
-def test_what_is_set_between_steps_is_what_is_stepped(case: Case) -> None:
+def test_what_is_set_between_steps_is_what_is_stepped(case: Case, tmp_path: Path) -> None:
+    aio_is_there()
     changed = [Way(place, meddle=change_masters_and_moments) for place in ("none", "cpu")]
     changed.append(Way(step="block", meddle=change_masters_and_moments))
+    changed.append(Way("nvme", folder=str(tmp_path), meddle=change_masters_and_moments))
     assert run_on_ranks(1, different, case, *changed) == [[]]
     assert run_on_ranks(1, different, replace(case, cycles=1), Way(), changed[1]) == [[changed[1]]]
 
