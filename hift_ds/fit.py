@@ -33,11 +33,13 @@ class Fit:
             change, request = chosen
             changed = self.planner.plan(request) if change else plan
             limit = self.planner.build(request).longest_input or _LONGEST
+            longest = self.largest(request, "seq_len", _GRANULE, limit)
+            as_long = longest * request.batch_size // request.seq_len  # as many tokens, in sequences as asked for
             plan.fit |= {
                 "change": " and ".join(change) or None,
                 "device_total": sum(changed.device.values()),
-                "longest_sequence": self.largest(request, "seq_len", _GRANULE, limit),
-                "largest_batch": self.largest(request, "batch_size", 1, _MOST),
+                "longest_sequence": longest,
+                "largest_batch": self.largest(request, "batch_size", 1, _MOST, guess=as_long),
             }
             plan.fitting = request
         return plan
@@ -51,10 +53,11 @@ class Fit:
             return False
         return all(self._total(request, unit) <= self.room for unit in units)
 
-    def largest(self, request: Request, name: str, granule: int, limit: int) -> int:
+    def largest(self, request: Request, name: str, granule: int, limit: int, guess: int | None = None) -> int:
         """The largest value of a size that fits, a multiple of ``granule``, up to ``limit``; ``request`` must fit.
 
-        Memory grows in straight lines with it, ever steeper ones, so two points tell the next one to try.
+        Memory grows in straight lines with it, ever steeper ones, so two points tell the next one to try; the first
+        is ``guess``.
         """
         units = self.planner.build(request).decisive()
         granule = min(granule, getattr(request, name))
@@ -70,7 +73,7 @@ class Fit:
             return replace(request, **changed)
 
         low, high = max(1, getattr(request, name) // granule), limit // granule + 1  # fits, does not
-        below, guess = self._total(at(low), unit), 2 * low
+        below, guess = self._total(at(low), unit), 2 * low if guess is None else guess // granule
         while high - low > 1:
             guess = min(max(guess, low + 1), high - 1)
             total = self._total(at(guess), unit)
