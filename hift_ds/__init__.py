@@ -10,6 +10,7 @@ from hift_ds.schedule import BlockSchedule
 
 if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine, initialize
+    from hift_ds.mezo import MeZO
     from hift_ds.plan import plan_memory
 
 __version__ = "0.1.0"
@@ -19,13 +20,19 @@ __all__ = [
     "ConfigError",
     "HiFTConfig",
     "HiFTEngine",
+    "MeZO",
     "checkpoint_activations",
     "initialize",
     "partition_model",
     "plan_memory",
 ]
 # Loaded when they are asked for: a plan needs no DeepSpeed, and a run needs no planner.
-_LATER = {"HiFTEngine": "hift_ds.engine", "initialize": "hift_ds.engine", "plan_memory": "hift_ds.plan"}
+_LATER = {
+    "HiFTEngine": "hift_ds.engine",
+    "MeZO": "hift_ds.mezo",
+    "initialize": "hift_ds.engine",
+    "plan_memory": "hift_ds.plan",
+}
 
 
 def __getattr__(name: str) -> Any:
