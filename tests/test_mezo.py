@@ -1,4 +1,4 @@
-"""MeZO: the formula, with noise drawn here from its seeds; where bits return; memory; ranks; resume; what is refused."""
+"""MeZO: the formula, with noise drawn here from its seeds; where bits return; memory; ranks; resume; refusals."""
 
 import hashlib
 import io
@@ -136,7 +136,7 @@ def test_weights_are_where_the_losses_are_taken() -> None:
         above, below = (w.double() - theta.double() for w in seen)
         assert torch.equal(above, -below)
         half = torch.finfo(dtype).eps * (theta.double().abs() + 2**-7) * (0.5 + 1e-2)
-        assert ((above - EPS * noise(0, 1, 0, theta).double()).abs() <= half).all()
+        assert ((above - (EPS * noise(0, 1, 0, theta)).double()).abs() <= half).all()
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_bits_return(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bits_return_after_updates(dtype: torch.dtype) -> None:
     """What an update leaves survives a step that is skipped."""
-    parameter, optimizer = weights(dtype), None
+    parameter = weights(dtype)
     optimizer = MeZO([parameter], lr=1e-3, eps=EPS)
     for _ in range(20):
         optimizer.step(values(1.003, 1.0))
@@ -205,27 +205,26 @@ def test_small_updates_are_right_on_average(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
-def test_memory_above_the_weights_is_four_pieces(
-    dtype: torch.dtype, adam: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_above_the_weights_is_pieces(dtype: torch.dtype, adam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a parameter of forty pieces; during the closure there is nothing."""
     monkeypatch.setattr(mezo, "PIECE", 1000)
     parameter = nn.Parameter(torch.randn(40, 1000).to(dtype))
     optimizer = MeZO([parameter], lr=1e-3, adam=adam)
     memory, during = LiveMemory(), []
+    memory.ignore([parameter])
 
-    def closure() -> float:
+    def closure() -> tuple[float, float]:
         during.append(sum(memory.now.values()))
-        return 1.0 + len(during)
+        return 1.0 + len(during), 1.0
 
-    moments = 2 * 4 * parameter.numel() if adam else 0
     with memory:
-        optimizer.step(lambda: (closure(), 1.0))
-        optimizer.step(lambda: (closure(), 1.0))
-        assert sum(memory.now.values()) <= moments + 8192  # the random state, and numbers
-    assert during[0] <= during[1] <= 8192 and during[2] <= during[3] <= moments + 8192
+        for _ in range(2):
+            optimizer.step(closure)
+    moments = 2 * 4 * parameter.numel() if adam else 0
+    assert during == [0, 0, moments, moments]
     peak = max(sum(peak.values()) for peak in memory.peaks.values())
-    assert 3 * 4000 < peak - moments <= 4 * 4000 + 8192 + 100
+    pieces = 4 if dtype == torch.bfloat16 else 3
+    assert peak - moments == pieces * 4000
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -252,9 +251,9 @@ def test_tiny_llama_learns_a_batch(dtype: str) -> None:
     llama = tiny.model(dtype, layers=2)
     data = tiny.micro_batch(0, 0)
     buffers = {name: b.clone() for name, b in llama.named_buffers()}
-    optimizer = MeZO(llama, lr=3e-5, eps=EPS)
+    optimizer = MeZO(llama, lr=1e-3, eps=EPS)
     losses = [optimizer.step(lambda: llama(**data).loss) for _ in range(150)]
-    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert all(torch.equal(b, buffers[name]) for name, b in llama.named_buffers())
     assert all(p.grad is None for p in llama.parameters())
 
@@ -401,6 +400,7 @@ def partitioned() -> nn.Module:
         (lambda: [("x", nn.Parameter(torch.randn(4, 3).t()))], {}, "x is not contiguous"),
         (lambda: [nn.Parameter(torch.zeros(2, dtype=torch.complex64))], {}, "complex64"),
         (lambda: [("a", nn.Parameter((t := torch.zeros(9))[:6])), ("b", nn.Parameter(t[3:]))], {}, "a and b overlap"),
+        (lambda: nn.Linear(2, 2, device="meta"), {}, "weight is on the meta device"),
         (lambda: nn.Linear(2, 2), {"eps": 0.0}, "eps=0.0: expected"),
         (lambda: nn.Linear(2, 2), {"lr": -1.0, "weight_decay": math.nan}, "lr=-1.0: .*weight_decay=nan: "),
         (lambda: nn.Linear(2, 2), {"betas": (0.9, 1.0)}, "betas="),
