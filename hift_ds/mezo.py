@@ -13,13 +13,12 @@ last place off for every other weight, and over many steps that is a random walk
 * the update goes to the weights together with the way back, and is rounded stochastically to a whole number of units:
   right on average, however small it is, and what it leaves returns from the next perturbation bit for bit.
 
-Where bits return, in fp32, bf16 and fp16 alike: for every weight that is a multiple of its unit, which after the first
-update all are. That first time weights whose bits are finer, those not much larger than ``eps``, are rounded: by 4.2e-5
-(root mean square) for the bf16 weights above, by 6.3e-10 in fp32; 1,000 steps later it is the same. One exception is
-known: in 16 bit a weight just below the power of two whose half spacing the margin of 6 ``eps`` is (2 in bf16 at ``eps``
-1e-3), where a draw is beyond 3.9 standard deviations. No gradient, master weight or second copy is kept for this.
+Where bits return, in fp32, bf16 and fp16 alike: for every weight that is a multiple of its unit, as all are after the
+first update. The first time, finer bits, which weights not much larger than ``eps`` have, are rounded: by 4.2e-5 (root
+mean square) for the bf16 weights above, by 6.3e-10 for such fp32 weights; after 1,000 steps it is the same. Where not:
+one value just below a power of two (in bf16, at ``eps`` 1e-3, 1.984375) if its draw is beyond 3.9 standard deviations.
 The unit bounds what the type can do: a weight stays where it is if its displacement is less than half of its unit (in
-bf16, at ``eps`` 1e-3, so do weights above 0.25 for most directions). Plain rounding does not move those either.
+bf16, at ``eps`` 1e-3, weights above 0.25 do for most directions). Plain rounding does not move those either.
 """
 
 from __future__ import annotations

@@ -167,6 +167,18 @@ def test_bits_return_after_updates(dtype: torch.dtype) -> None:
     assert optimizer.steps == optimizer.skipped == 20
 
 
+def test_bits_of_all_numbers_return() -> None:
+    """Of every bf16 number up to 128 and its negative; the one that may move for a rare draw is 2 less two units."""
+    numbers = torch.arange(torch.tensor(128.0, dtype=torch.bfloat16).view(torch.int16).item(), dtype=torch.int16)
+    parameter = nn.Parameter(torch.cat([numbers.view(torch.bfloat16), -numbers.view(torch.bfloat16)]))
+    optimizer = MeZO([parameter], lr=0.0, eps=EPS)
+    optimizer.step(values(1.0))
+    before = parameter.detach().clone()
+    for _ in range(30):
+        optimizer.step(values(1.0))
+    assert set(before[parameter.detach() != before].abs().tolist()) <= {2 - 2 * 2**-7}
+
+
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.bfloat16, 4.2e-5), (torch.float32, 6.3e-10)], ids=str)
 def test_drift_over_a_thousand_steps(dtype: torch.dtype, rms: float) -> None:
     """That of the first step alone: a sixtieth of what plain arithmetic drifts by, which grows with every step."""
@@ -279,6 +291,17 @@ def test_tied_weights_are_moved_once() -> None:
     theta, seen = other.detach().clone(), []
     optimizer.step(lambda: seen.append(other.detach().clone()) or torch.tensor(1.0))
     assert torch.allclose(seen[0] - theta, EPS * noise(0, 1, 0, theta), atol=1e-7)
+
+
+def test_every_step_has_a_direction_of_its_own() -> None:
+    """Also after one that was skipped: the same batch may come again, and would fail again."""
+    parameter, optimizer = on_grid(torch.float32)
+    seen = []
+    for loss in (math.nan, math.nan, 1.0, 1.0):
+        seen.append([])
+        optimizer.step(lambda: seen[-1].append(parameter.detach().clone()) or torch.tensor(loss))  # noqa: B023
+    above = [moved[0] for moved in seen]
+    assert not any(torch.equal(above[i], above[j]) for i in range(4) for j in range(i))
 
 
 def test_both_losses_see_the_same_dropout() -> None:
