@@ -25,6 +25,7 @@ from launch.sources import PUBLISHED, Row, file_sha256, find_files, read_file, r
 
 SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
 PARTS = ("train", "dev", "test")
+WEIGHTS = {"train": 2, "dev": 1, "test": 2}  # in which they share a split that is too small: 1,000 to 500 to 1,000
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def load_task(
     """Read a task and draw its parts; the same arguments give the same parts.
 
     Where nothing labelled is held out, the test part is cut from the training split. Where that split has too few
-    examples for all parts that come from it, they share it in proportion. Parts from one split have no passage in
+    examples for all parts that come from it, they share it. Parts from one split have no passage in
     common, and no example of the whole test split is in the others.
 
     Args:
@@ -357,7 +358,8 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
             raise UserError(f"{where}: expected the passage's entities to choose from, found none")
     elif task.name == "gsm8k":
         prompt, references = as_question(prompt), (completion,)
-    passage = next((row[column] for column in ("passage", "paragraph", "context") if column in row), prompt)
+    passage = next((row[column] for column in ("passage", "paragraph", "context") if column in row), None)
+    passage = passage or "\n".join((prompt, *candidates))
     return TaskExample(
         where=where,
         prompt=prompt,
@@ -375,12 +377,14 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
 
 
 def _shares(n: int, wanted: dict[str, int]) -> dict[str, int]:
-    """How many of n examples each part gets: what it wants, or its proportion, but one where it wants any."""
-    total = sum(wanted.values())
-    if total <= n:
-        return wanted
-    shares = {part: max(size * n // total, min(size, 1)) for part, size in wanted.items()}
-    return {**shares, "train": n - sum(shares.values()) + shares["train"]}
+    """How many of n examples each part gets: what it wants, or its share by weight where they are too few."""
+    shares: dict[str, int] = {}
+    left = n
+    for part in sorted(wanted, key=lambda part: wanted[part]):  # those who want little get it, the others share
+        weights = sum(WEIGHTS[other] for other in wanted if other not in shares)
+        shares[part] = min(wanted[part], max(left * WEIGHTS[part] // weights, 1), left)
+        left -= shares[part]
+    return shares
 
 
 def _divide(examples: list[TaskExample], shares: dict[str, int], seed: int) -> dict[str, list[TaskExample]]:
@@ -394,7 +398,7 @@ def _divide(examples: list[TaskExample], shares: dict[str, int], seed: int) -> d
     for part in ("test", "dev"):
         if part in shares:
             members: list[TaskExample] = []
-            while order and len(members) < shares[part]:
+            while len(order) > 1 and len(members) < shares[part]:  # one is for train
                 members += passages[order.pop()]
             drawn[part] = _draw(members, shares[part], f"{part} {seed}")
     drawn["train"] = _draw([one for key in order for one in passages[key]], shares["train"], f"train {seed}")

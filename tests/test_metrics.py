@@ -11,7 +11,24 @@ import pytest
 
 from evaluation import metrics
 
-WORDS = ("the", "a", "An", "red", "red,", "cat-like", "3", "3.0", "U.S.", "New", "york", "(two)", "0.5", "-7", "", "12%")
+WORDS = (
+    "the",
+    "a",
+    "An",
+    "red",
+    "red,",
+    "cat-like",
+    "3",
+    "3.0",
+    "U.S.",
+    "New",
+    "york",
+    "(two)",
+    "0.5",
+    "-7",
+    "",
+    "12%",
+)
 
 
 def texts(seed: int, n: int = 400) -> list[str]:
@@ -38,7 +55,8 @@ def test_labels_by_hand() -> None:
     # True positives 2, true negatives 1, one false positive, one false negative.
     assert metrics.matthews([1, 1, 0, 1, 0], [1, 1, 0, 0, 1])["matthews"] == pytest.approx((2 * 1 - 1) / 6)
     assert metrics.spearman([1, 2, 3], [10, 30, 20])["spearman"] == pytest.approx(0.5)
-    assert math.isnan(metrics.spearman([1, 1, 1], [10, 30, 20])["spearman"])
+    with pytest.warns(RuntimeWarning, match="constant"):
+        assert math.isnan(metrics.spearman([1, 1, 1], [10, 30, 20])["spearman"])
 
 
 def test_multirc_by_hand() -> None:
@@ -120,7 +138,7 @@ def test_squad_and_record_against_torchmetrics() -> None:
     ours, truths = texts(1), [[a, b] for a, b in zip(texts(2), texts(3), strict=True)]
     # Where no word is left of an answer, SQuAD's scripts disagree with each other (1.1 says 0, 2.0 says 1).
     rows = [(a, b) for a, b in zip(ours, truths, strict=True) if all(map(metrics.normalized, [a, *b]))]
-    assert len(rows) > 200
+    assert len(rows) > 150
     for prediction, accepted in rows:
         expected = squad(
             [{"prediction_text": prediction, "id": "0"}],
