@@ -18,18 +18,18 @@ from tests.data_fixtures import SHARED, bpe, needs_shared
 
 
 @functools.cache
-def llama(seed: int = 0, positions: int = 4096) -> LlamaForCausalLM:
+def llama(seed: int = 0, vocabulary: int = 400) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=positions, initializer_range=0.2, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=4096, initializer_range=0.2, bos_token_id=None, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
 PAIRS = [
-    ("it was", "great"), ("it was", "terrible, all in all"), ("it was ", "great"), ("", "Human : who ran ?"),
-    ("the good answer is yes or no " * 9, "yes"), ("the good answer is yes or no " * 9, "no"), ("A?\n", "yes it was"),
+    ("it was", "great"), ("it was", "terrible, all in all"), ("it was great or", "no"), ("", "Human : who ran ?"),
+    ("the good answer is yes or no?" * 9, "yes"), ("the good answer is yes or no?" * 9, "no"), ("A?\n", "yes it was"),
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_average_log_likelihood_equals_one_by_one(batch_size: int) -> None:
     model, tokenizer = llama(), bpe()
     means, truncated = average_log_likelihoods(model, tokenizer, PAIRS, batch_size)
     expected = [one_by_one(model, tokenizer, *pair) for pair in PAIRS]
-    assert means == pytest.approx(expected, abs=2e-6) and len(set(means)) == len(means)
+    assert means == pytest.approx(expected, abs=1e-5) and len(set(means)) == len(means)
     assert truncated == [False] * len(PAIRS)
 
 
@@ -91,7 +91,7 @@ def test_long_prompts_lose_their_beginning() -> None:
 def choices(n: int = 12) -> list[TaskExample]:
     words = ["red", "blue or green", "no", "yes it was"]
     return [
-        TaskExample(f"rows:{i}", "the good answer is " * (i % 5 + 1), "", tuple(words[: 2 + i % 3]), i % 2)
+        TaskExample(f"rows:{i}", "the good answer is." * (i % 5 + 1), "", tuple(words[: 2 + i % 3]), i % 2)
         for i in range(n)
     ]
 
@@ -127,7 +127,7 @@ def greedy(model: Any, tokenizer: Any, prompt: str, n: int, stop: str) -> str:
         if token == model.config.eos_token_id:
             break
         new.append(token)
-        text = tokenizer.decode(new)
+        text = tokenizer.decode(new, skip_special_tokens=True)
     return text.split(stop)[0].strip()
 
 
@@ -136,8 +136,8 @@ def test_written_answers_do_not_depend_on_the_batch() -> None:
     examples = [TaskExample("", f"Question: what is {'very ' * (i % 4)}{i}? Answer:", "") for i in range(10)]
     stopped = 0
     for seed in range(3):
-        model = llama(seed)
-        for stop in ("\n", "a", "e"):
+        model = llama(seed, len(tokenizer))
+        for stop in ("\n", ")", "V"):
             task = dataclasses.replace(find_task("squad"), stop=stop, max_new_tokens=12)
             expected = [greedy(model, tokenizer, one.prompt, 12, stop) for one in examples]
             stopped += sum(len(text) < 3 for text in expected)
@@ -145,11 +145,11 @@ def test_written_answers_do_not_depend_on_the_batch() -> None:
                 assert predict(task, model, tokenizer, examples, batch_size=batch_size).values == expected
     assert stopped  # some end by the stop text
     task = dataclasses.replace(find_task("squad"), max_new_tokens=12)
-    cut = predict(task, llama(), tokenizer, examples, max_length=30)
-    whole = predict(task, llama(), tokenizer, examples)
+    cut = predict(task, llama(0, len(tokenizer)), tokenizer, examples, max_length=30)
+    whole = predict(task, llama(0, len(tokenizer)), tokenizer, examples)
     assert cut.truncated == len(examples) and whole.truncated == 0
     last = [dataclasses.replace(one, prompt=one.prompt[-18:]) for one in examples]  # a byte is a token
-    assert cut.values == predict(task, llama(), tokenizer, last).values
+    assert cut.values == predict(task, llama(0, len(tokenizer)), tokenizer, last).values
 
 
 @needs_shared

@@ -102,8 +102,8 @@ def test_prompts_of_record_and_the_others() -> None:
     data = published("record", train_examples=ALL)
     (example,) = (one for one in everything(data) if one.where.endswith("train.jsonl:1"))
     assert example.prompt.startswith("By Hamish Mackay Goals from Diego Costa")
-    assert example.prompt.endswith("chance to make it 3-1 Speaking after the game, Mourinho said: 'The important thing is to "
-                                   "give competition to the players, the best thing was that")  # fmt: skip
+    assert example.prompt.endswith("chance to make it 3-1 Speaking after the game, Mourinho said: 'The important thing "
+                                   "is to give competition to the players, the best thing was that")  # fmt: skip
     right = example.options.index("Olimpija Ljubljana")
     assert example.label == right and example.references == ("Olimpija Ljubljana",)
     assert example.candidates[right] == example.completion == "Olimpija Ljubljana made it difficult."
