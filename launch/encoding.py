@@ -151,10 +151,10 @@ def _token_example(
     end-of-sequence token follows.
     """
     texts = [text for text, _ in pieces]
-    segments = _tokenize_pieces(tokenizer, texts)
+    segments = tokenize_pieces(tokenizer, texts)
     ids: list[int] = []
     if not marked:
-        ids = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
+        ids = beginning(tokenizer)
         if pieces[-1][1]:
             segments[-1].append(tokenizer.eos_token_id)
     labels = [IGNORED] * len(ids)
@@ -172,6 +172,11 @@ def _token_example(
     return example, len(ids)
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer sets one."""
+    return [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
+
+
 def _last_answer(row: dict[str, Any]) -> str:
     if "completion" in row:
         return row["completion"]
@@ -179,7 +184,7 @@ def _last_answer(row: dict[str, Any]) -> str:
     return next((answer for answer in reversed(answers) if answer.strip()), "")
 
 
-def _tokenize_pieces(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
+def tokenize_pieces(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
     """The tokens of each piece, such that those of the first pieces are what their text alone gives.
 
     So what precedes an answer has the same tokens in training as when the answer is generated. Where no
@@ -203,11 +208,18 @@ def _plain_pieces(row: dict[str, Any], question: bool) -> list[tuple[str, bool]]
     """Prompt and completion without a chat template; word problems are asked as questions."""
     prompt, completion = row["prompt"], row["completion"]
     if question:
-        prompt = f"Question: {prompt}\nAnswer:"
-    if not completion.strip():
-        return [(prompt, False)]
-    apart = not prompt or prompt[-1].isspace() or completion[0].isspace()
-    return [(prompt, False), (completion if apart else " " + completion, True)]
+        prompt = as_question(prompt)
+    return [(prompt, False), (spaced(prompt, completion), True)] if completion.strip() else [(prompt, False)]
+
+
+def as_question(text: str) -> str:
+    """How a word problem is asked."""
+    return f"Question: {text}\nAnswer:"
+
+
+def spaced(prompt: str, completion: str) -> str:
+    """The completion as it follows the prompt: after a space, where neither side has whitespace."""
+    return completion if not prompt or prompt[-1].isspace() or completion[0].isspace() else " " + completion
 
 
 def _chat_pieces(tokenizer: Any, messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:

@@ -120,6 +120,9 @@ def flatten(name: str, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
                     "passage": passage["text"],
                     "query": query["query"],
                     "answers": [answer["text"] for answer in query.get("answers", [])],
+                    "entities": [
+                        passage["text"][entity["start"] : entity["end"] + 1] for entity in passage.get("entities", [])
+                    ],
                 }
                 for query in row["qas"]
             ]
@@ -132,7 +135,7 @@ def flatten(name: str, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 def _label_task_row(task: LabelTask, classify: bool, row: dict[str, Any], where: str) -> dict[str, Any]:
     for column in task.columns:
-        _text(row, column, where)
+        text_of(row, column, where)
     value = row.get("label")
     spelled = str(value).lower()  # publishers write true, "true" and 1 for the same label
     if spelled in task.labels:
@@ -147,38 +150,51 @@ def _label_task_row(task: LabelTask, classify: bool, row: dict[str, Any], where:
     if classify:
         text, pair = task.texts(row)
         return {"text": text, "text_pair": pair, "label": label}
-    return {"prompt": task.prompt(row), "completion": task.words[label], "accepted": (task.words[label],)}
+    return {
+        "prompt": task.prompt(row),
+        "completion": task.words[label],
+        "accepted": (task.words[label],),
+        "candidates": task.words,
+    }
 
 
 def _solution_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    question, answer = _text(row, "question", where), _text(row, "answer", where)
+    question, answer = text_of(row, "question", where), text_of(row, "answer", where)
     if scores.extract_number(answer) is None:
         raise UserError(f"{where}: the answer must end in '#### ' and a number; got {shown(answer[-80:])}")
     return {"prompt": question, "completion": answer}
 
 
 def _copa_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    premise, *choices = (_text(row, column, where) for column in ("premise", "choice1", "choice2"))
+    premise, *choices = (text_of(row, column, where) for column in ("premise", "choice1", "choice2"))
     links = {"cause": "because", "effect": "so", 0: "because", 1: "so"}  # the Hub's copy has numbers
     if row.get("question") not in links or row.get("label") not in (0, 1):
         raise UserError(
             f"{where}: expected question cause or effect and label 0 or 1, got "
             f"{shown((row.get('question'), row.get('label')))}"
         )
+    # They go on in the middle of a sentence.
+    choices = [one if one.startswith("I ") else one[:1].lower() + one[1:] for one in choices]
     choice = choices[row["label"]]
-    choice = choice[:1].lower() + choice[1:]  # it goes on in the middle of a sentence
     prompt = f"{premise.rstrip(' .')} {links[row['question']]}"
-    return {"prompt": prompt, "completion": choice, "accepted": (choice,)}
+    return {"prompt": prompt, "completion": choice, "accepted": (choice,), "candidates": tuple(choices)}
 
 
 def _record_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     """The query is cut where an entity is missing; the completion is the entity and the rest of the query."""
-    passage, query = _text(row, "passage", where), _text(row, "query", where)
+    passage, query = text_of(row, "passage", where), text_of(row, "query", where)
     before, placeholder, after = query.partition("@placeholder")
     accepted = tuple(answer + after for answer in dict.fromkeys(row.get("answers") or ()))
     if not accepted or not placeholder:
         raise UserError(f"{where}: expected a query with @placeholder and an answer; got {shown(query)}")
-    return {"prompt": f"{passage} {before}".rstrip(), "completion": accepted[0], "accepted": accepted}
+    entities = tuple(dict.fromkeys(row.get("entities") or ()))
+    return {
+        "prompt": f"{passage} {before}".rstrip(),
+        "completion": accepted[0],
+        "accepted": accepted,
+        "candidates": tuple(entity + after for entity in entities),
+        "entities": entities,
+    }
 
 
 # Any set ---------------------------------------------------------------------------------------------
@@ -235,7 +251,8 @@ def convert(
 ) -> tuple[dict[str, list[Row]], list[str] | None]:
     """Rows in the format's columns, and for text-label the labels' names in the order of their ids.
 
-    Rows of sets that are scored by label words also have `accepted`, the answers that are right.
+    Rows of sets that are scored by label words also have `accepted`, the answers that are right, and `candidates`, the
+    answers to choose from; ReCoRD's have `entities`, what each candidate stands for.
     """
     name = name.lower()
     labels: list[str] | None = None
@@ -256,7 +273,7 @@ def convert(
     return {part: [(where, convert_row(row, where)) for where, row in rows] for part, rows in parts.items()}, labels
 
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         found = f"it is {shown(value)}" if column in row else f"the columns are {', '.join(row) or 'none'}"
@@ -265,7 +282,7 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _completion_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
-    return {ours: _text(row, columns.get(ours, ours), where) for ours in FORMATS["prompt-completion"]}
+    return {ours: text_of(row, columns.get(ours, ours), where) for ours in FORMATS["prompt-completion"]}
 
 
 def _chat_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -289,8 +306,8 @@ def _chat_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[
 def _text_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
     text, pair, label = (columns.get(ours, ours) for ours in ("text", "text_pair", "label"))
     return {
-        "text": _text(row, text, where),
-        "text_pair": _text(row, pair, where) if row.get(pair) is not None else None,
+        "text": text_of(row, text, where),
+        "text_pair": text_of(row, pair, where) if row.get(pair) is not None else None,
         "label": row[label],
     }
 
