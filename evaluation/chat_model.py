@@ -45,6 +45,8 @@ class ChatModel:
         self._ends = sorted(end for end in ends if end is not None)
         added = self._tokenizer.added_tokens_decoder.values()
         special = {*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        # transformers fills what a call leaves open from here.
+        self._model.generation_config = GenerationConfig()
         # In the text of a message these would be control tokens, as if the template had written them.
         self._special = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))))
 
@@ -75,7 +77,6 @@ class ChatModel:
                 generation_config=GenerationConfig(
                     max_new_tokens=room, eos_token_id=self._ends or None, pad_token_id=pad, use_cache=True, **how
                 ),
-                use_model_defaults=False,
             )[0, tokens.shape[1] :].tolist()
         stopped = bool(written) and written[-1] in self._ends
         text = self._tokenizer.decode(written, skip_special_tokens=True).strip()

@@ -282,9 +282,9 @@ def _check_same_answers(file: RecordFile, to_do: Sequence[Task]) -> None:
     changed = [task for task in to_do if digests.get(task.subject, task.prompt_sha256) != task.prompt_sha256]
     if changed:
         raise UserError(
-            f"{file.path}: {len(changed)} verdicts in it are of other answers, references or prompts under the same model "
-            f"names (first: question {changed[0].question.id}, {' and '.join(changed[0].models)}); give another file for "
-            "the verdicts, or the new answers another model name"
+            f"{file.path}: {len(changed)} verdicts in it are of other answers, references or prompts under the same "
+            f"model names (first: question {changed[0].question.id}, {' and '.join(changed[0].models)}); give another "
+            "file for the verdicts, or the new answers another model name"
         )
 
 
@@ -368,12 +368,9 @@ class _Run:
 
     def _count(self, reply: Reply, spent: list[int]) -> None:
         counts = (reply.prompt_tokens, reply.completion_tokens)
-        if None in counts and (self._limit.tokens is not None or self._limit.cost is not None):
-            with self._lock:
-                self.outcome.stopped = (
-                    "the judge's replies do not say what they cost (`usage`), so no limit can be kept"
-                )
         with self._lock:
+            if None in counts and (self._limit.tokens is not None or self._limit.cost is not None):
+                self.outcome.stopped = "the judge's replies do not say what they cost (`usage`): no limit can be kept"
             for index, count in enumerate(counts):
                 spent[index] += count or 0
                 self._spent[index] += count or 0

@@ -5,8 +5,8 @@
         --judge-url https://api.openai.com/v1 --judge-model gpt-4 --token-limit 1000000
     python -m evaluation.mt_bench show --verdicts verdicts.jsonl
 
-MT_BENCH is the folder of the published files. The judge is an OpenAI-compatible endpoint, whose key is in an environment
-variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left unfinished.
+MT_BENCH is the folder of the published files. The judge is an OpenAI-compatible endpoint, whose key is in an
+environment variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left unfinished.
 """
 
 from __future__ import annotations

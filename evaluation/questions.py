@@ -27,6 +27,8 @@ TEMPERATURES = {  # the published ones
 SINGLE, PAIRWISE = "single", "pairwise"
 Turns = tuple[str, str]
 
+# Of the prompts, without and with references.
+_NAMES = {SINGLE: ("single-v1", "single-math-v1"), PAIRWISE: ("pair-v2", "pair-math-v1")}
 # Fields of a template for one turn, and for a conversation of two; with references there are these as well.
 _FIELDS = {
     (SINGLE, 1): {"question", "answer"},
@@ -127,10 +129,7 @@ def read_prompts(path: Path) -> dict[tuple[str, int, bool], Prompt]:
     prompts = {}
     for mode, turn in _FIELDS:
         for with_reference in (False, True):
-            stem = {SINGLE: ("single-v1", "single-math-v1"), PAIRWISE: ("pair-v2", "pair-math-v1")}[mode][
-                with_reference
-            ]
-            name = stem + ("-multi-turn" if turn == 2 else "")
+            name = _NAMES[mode][with_reference] + ("-multi-turn" if turn == 2 else "")
             if name not in named:
                 raise UserError(f"{path}: no prompt {name!r}{nearest(name, named)}")
             where, prompt = named[name]

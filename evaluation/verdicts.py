@@ -18,10 +18,9 @@ TOTAL = "total"
 def checked(where: Place, record: Record) -> None:
     """Raises UserError where a stored verdict is not one that can be added up."""
     mode = field(where, record, "mode", str, f"{SINGLE!r} or {PAIRWISE!r}")
-    if mode not in (SINGLE, PAIRWISE) or len(record["models"]) != {SINGLE: 1, PAIRWISE: 2}[mode]:
-        raise UserError(
-            f"{where}: 'mode': {mode!r} of {len(record['models'])} model(s); expected single of 1, pairwise of 2"
-        )
+    number = len(record["models"])
+    if mode not in (SINGLE, PAIRWISE) or number != {SINGLE: 1, PAIRWISE: 2}[mode]:
+        raise UserError(f"{where}: 'mode': {mode!r} of {number} model(s); expected single of 1 or pairwise of 2")
     field(where, record, "category", str, "a category")
     if field(where, record, "status", str, "'ok' or 'failed'") == "failed":
         return
@@ -37,12 +36,11 @@ def summarize(verdicts: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
     """The sums of a file of verdicts, for each judge and model, or each judge and pair of models.
 
     Returns:
-        "single": objects of `judge`, `model` and `categories`, which has for each category and for "total" the `mean` of
-        its ratings, the means `turn_1` and `turn_2` (None where there is none), their number `n`, and how many `failed`.
-        "pairwise": objects of `judge`, `models` (two, in alphabetical order) and `categories`, which has `wins` and
-        `losses` of the first model, `ties`, `flips` (ties because the two orders named different winners, or one order a
-        tie), `reversed` (flips in which each order named the other model) and `failed` (a verdict of a pair failed or is
-        not there).
+        "single": objects of `judge`, `model` and `categories`, which has for each category and for "total" the `mean`
+        of its ratings, the means `turn_1` and `turn_2` (None where there is none), their number `n`, and how many
+        `failed`. "pairwise": objects of `judge`, `models` (two, in alphabetical order) and `categories`, which has
+        `wins` and `losses` of the first model, `ties`, `flips` (ties only because the two orders disagree), `reversed`
+        (flips in which each order named the other model) and `failed` (a verdict of the two failed or is not there).
     """
     single: dict[tuple[str, str], list[Record]] = {}
     pairs: dict[tuple[str, tuple[str, ...]], list[Record]] = {}
