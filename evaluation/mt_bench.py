@@ -6,7 +6,7 @@
     python -m evaluation.mt_bench show --verdicts verdicts.jsonl
 
 MT_BENCH is the folder of the published files. The judge is an OpenAI-compatible endpoint, whose key is in an
-environment variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left unfinished.
+environment variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left.
 """
 
 from __future__ import annotations
