@@ -85,6 +85,10 @@ def answer(
                     f"{path}: its answers were made with {key} {record.get(key)!r}, these settings have "
                     f"{made_by[key]!r}; use the same, or another file"
                 )
+        for question in questions:
+            asked = file.records.get(question.id, {}).get("questions")
+            if asked not in (None, list(question.turns)):
+                raise UserError(f"{path}: its answer {question.id} is to another question; give another file")
         waiting = [question for question in questions if question.id not in file]
         if not waiting:
             return 0
@@ -109,6 +113,7 @@ def _answered(question: Question, model: Chat, made_by: dict[str, Any]) -> Recor
         "answer_id": f"{made_by['model_id']}-{question.id}",
         **made_by,
         "temperature": temperature,
+        "questions": list(question.turns),
         "choices": [{"index": 0, "turns": [reply.text for reply in replies]}],
         "ended": [reply.ended for reply in replies],
         "tstamp": round(time.time(), 3),
@@ -122,6 +127,17 @@ def _question_id(where: Place, record: Record) -> Hashable:
 # --- the command --------------------------------------------------------------------------------------
 
 
+def _weights_sha256(model: str) -> str | None:
+    """Of a local model's weights, so that answers of a model that was trained on since are not taken for its own."""
+    place = Path(model).expanduser()
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+    if not files:
+        return None  # on the Hub, where --revision says which
+    from launch.sources import file_sha256  # takes seconds to import
+
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
 def _run_answer(options: argparse.Namespace) -> int:
     bench = read_bench(options.data) if options.verdicts else None
     asked = _judge(options) if options.verdicts else None  # no key is said before anything is generated
@@ -133,7 +149,12 @@ def _run_answer(options: argparse.Namespace) -> int:
 
         return ChatModel(options.model, revision=options.revision, dtype=options.dtype)
 
-    source = {"model": options.model, "revision": options.revision, "dtype": options.dtype}
+    source = {
+        "model": options.model,
+        "weights_sha256": _weights_sha256(options.model),
+        "revision": options.revision,
+        "dtype": options.dtype,
+    }
     settings = {"max_tokens": options.max_new_tokens, "seed": options.seed}
     new = answer(questions, load, options.answers, model_id=model_id, source=source, **settings)
     print(f"{options.answers}: {new} new answers, {len(questions)} in all")
@@ -185,7 +206,8 @@ def _judge_files(
 ) -> int:
     to_do = judge.tasks(bench, [read_answers(path) for path in files], mode, name)
     limit = judge.SpendingLimit(options.token_limit, options.cost_limit, options.prompt_price, options.completion_price)
-    numbers = {"workers": options.workers, "asks": options.asks, "max_tokens": options.judge_max_tokens}
+    workers = 1 if options.judge_local is not None else options.workers  # it replies to one at a time anyway
+    numbers = {"workers": workers, "asks": options.asks, "max_tokens": options.judge_max_tokens}
     outcome = judge.run(to_do, load(), options.verdicts, limit=limit, **numbers)
     print(
         f"{options.verdicts}: {outcome.stored} new verdicts ({outcome.failed} failed), {outcome.before} were there, "
@@ -285,7 +307,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", metavar="NAME", help="the model's name there")
     add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (default: "
         "OPENAI_API_KEY); endpoints on this machine may go without")  # fmt: skip
-    add("--judge-local", metavar="MODEL", help="a Hugging Face folder or Hub id instead; use --workers 1")
+    add("--judge-local", metavar="MODEL", help="a Hugging Face folder or Hub id instead")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of local models' weights")
     add("--judge-max-tokens", type=count, default=2048, help="of a reply (default: 2048)")
     add("--request", type=_json_object, default={}, metavar="JSON", help="more for each request's body; null removes: "

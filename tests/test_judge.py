@@ -84,7 +84,12 @@ def recorded() -> list[tuple[Any, float | None, str]]:
         ("Rating: [[{}]]", "Poor.\n[[{}]]"), ("0", "11", "100", "-3", "0.5", "10.5", "99")
     ):
         found.append((text.format(r), None, "fine"))
-    for text in ("[[{}]] [[{}]]", "Rating: [[{}]] or [[{}]]", "Turn 1: [[{}]], turn 2: [[{}]]", "[[{}]], no: [[{}]]"):
+    for text in (
+        "[[{}]] [[{}]]",
+        "Rating: [[{}]] or [[{}]]",
+        "Turn 1: [[{}]], turn 2: [[{}]]",
+        "First [[{}]]. Rating: [[{}]]",
+    ):
         found += [(text.format(r, other), None, "fine") for r, other in (("7", "8"), ("10", "10"), ("1", "9"))]
     found += [(text, None, "fine") for text in (*NO_RATING, *QUOTED_LAST, *REFUSALS)]
     found.append(((None, {"refusal": "I can't rate this."}), None, "fine"))
@@ -263,7 +268,8 @@ def test_retry_after_is_obeyed_and_backoff_doubles(monkeypatch: pytest.MonkeyPat
     assert before[0] < 0 and 36.9 < before[1] < 37
     for number, pause in enumerate(backoff):
         assert 0.99 * 2**number < pause < 3 * 2**number, waits
-    assert len({round(pause / 2**n, 3) for n, pause in enumerate(backoff)}) > 1  # jitter
+    drawn = [pause / 2**number for number, pause in enumerate(backoff)]
+    assert max(drawn) - min(drawn) > 0.02  # jitter
     with serving(lambda _: (429, {"Retry-After": "86400"}, b"")) as stub:
         with pytest.raises(Unanswered, match="1 tries"):
             Endpoint(stub.url, "m").ask(MESSAGES, 0, 10)
@@ -314,7 +320,7 @@ def test_nothing_is_judged_twice_and_a_torn_line_is_repaired(tmp_path: Path) -> 
         assert len(stub.requests) == 8
         path = tmp_path / "verdicts.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
-        for cut, asked in ((1, 0), (2, 1), (len(lines[-1]) // 2, 1), (len(lines[-1]) - 1, 1)):
+        for cut, asked in ((1, 0), (2, 1), (len(lines[-1]) // 2, 1), (len(lines[-1]) - 1, 1), (len(lines[-1]) + 1, 1)):
             path.write_bytes(b"".join(lines)[:-cut])  # one byte off: the record is whole, its line end is missing
             before = len(stub.requests)
             verdicts, _ = run_judge(tmp_path, stub)

@@ -214,6 +214,21 @@ def test_answers_in_two_turns_with_the_published_temperatures_continue(tmp_path:
     assert read_answers(tmp_path / "a.jsonl") == read_answers(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="made with seed 0, these settings have 1"):
         mt_bench.answer(questions, lambda: whole, tmp_path / "b.jsonl", model_id="p", seed=1)
+    broken(tmp_path / "bench" / "question.jsonl", 2, {"turns": ["Q82T1: how?", "Q82T2: and?"]})
+    with pytest.raises(UserError, match="its answer 82 is to another question"):
+        questions = read_questions(tmp_path / "bench" / "question.jsonl")
+        mt_bench.answer(questions, lambda: whole, tmp_path / "b.jsonl", model_id="p")
+
+
+def test_answers_of_other_weights_are_not_continued(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("evaluation.chat_model.ChatModel", lambda *_, **__: Parrot())
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"1")
+    assert answer(tmp_path, capsys, "--model", str(tmp_path / "m"))[0] == 0
+    assert answer(tmp_path, capsys, "--model", str(tmp_path / "m"))[0] == 0
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"2")
+    code, out = answer(tmp_path, capsys, "--model", str(tmp_path / "m"))
+    assert code == 2 and "its answers were made with weights_sha256" in out
 
 
 # --- the command --------------------------------------------------------------------------------------
@@ -397,6 +412,28 @@ def test_killed_at_77_of_160_and_started_again(tmp_path: Path) -> None:
     after = [(one["question_id"], one["turn"]) for one in stored(verdicts)]
     assert len(after) == len(set(after)) == 160
     assert len(again) == len(set(again)) == 83 and before.isdisjoint(again)
+
+
+def test_an_interrupt_keeps_what_is_under_way(tmp_path: Path) -> None:
+    write_bench(tmp_path / "bench", 20)
+    write_answers(tmp_path / "m.jsonl", "m", range(81, 101), "text")
+
+    def respond(request: Request) -> Any:
+        if len(stub.requests) > 5:
+            stub.released.wait()
+        return says("Rating: [[6]]")
+
+    with serving(respond) as stub:
+        process = start(tmp_path, stub.url)
+        deadline = time.monotonic() + 60
+        while len(stub.requests) < 9 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        stub.released.set()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err
+        assert len(stored(tmp_path / "verdicts.jsonl")) == len(stub.requests) == 9
 
 
 def test_the_key_is_in_no_file_and_no_output(tmp_path: Path) -> None:
