@@ -13,6 +13,8 @@ from hift_ds.schedule import STRATEGIES
 SECTION = "hift"
 # Bytes; below this a slice would hold fewer elements than it wastes.
 MIN_BUFFER = 65536
+# Elements of MeZO's noise that share a seed, and the most that are computed at a time; another size draws other noise.
+NOISE_PIECE = 2**20
 # Elements of a gradient that its norm takes at a time, each as an fp64 copy.
 NORM_PIECE = 2**22
 # Bytes, and how many at least: the page-locked buffers between the device and files, half of them in each direction.

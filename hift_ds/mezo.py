@@ -34,7 +34,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-PIECE = 2**20  # elements that share a seed, and the most that are computed at a time; another size draws other noise
+from hift_ds.config import NOISE_PIECE as PIECE
+
 _REACH = 6.0  # standard deviations: a normal draw beyond it is not to be expected
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 

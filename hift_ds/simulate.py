@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hift_ds.activations import HostCheckpoints
+from hift_ds.config import NOISE_PIECE
 from hift_ds.loss import Targets, classification_loss, default_chunk, summed_loss, why_not
 
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
@@ -296,11 +297,16 @@ class StepBase:
 
 
 class ForwardStep(StepBase):
-    """MeZO: weights are moved by a random direction and its multiple, one parameter at a time."""
+    """MeZO: weights are moved by a random direction, one piece of a parameter at a time, computed in fp32.
 
-    def __init__(self, nbytes: int):
-        self.nbytes = nbytes  # of the largest parameter
+    Args:
+        weight: bytes of an element of the weights.
+        largest: elements of the largest parameter.
+    """
+
+    def __init__(self, weight: int, largest: int):
+        self.nbytes = 4 * (4 if weight < 4 else 3) * min(NOISE_PIECE, largest)  # 16-bit weights have an fp32 copy
 
     def update(self) -> None:
-        with self.memory.taken("buffers", 2 * self.nbytes):
+        with self.memory.taken("buffers", self.nbytes):
             pass
