@@ -373,7 +373,13 @@ def start(folder: Path, url: str, *more: Any, **environment: str) -> subprocess.
     arguments = [sys.executable, "-m", "evaluation.mt_bench", *judge_arguments(folder, url, *more)]
     pipe = subprocess.PIPE
     env = {**os.environ, **environment}
-    return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+
+    def heed_interrupts() -> None:  # a shell starts what is in its background deaf to them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
+    )
 
 
 def test_killed_at_77_of_160_and_started_again(tmp_path: Path) -> None:
