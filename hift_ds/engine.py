@@ -574,11 +574,19 @@ def initialize(
         raise ValueError("model=None: hift_ds.initialize needs a model")
     # From here on what `deepspeed.initialize` does, which has no argument for the engine's class.
     deepspeed.zero.partition_parameters.shutdown_init_context()
-    dist.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
+    try:
+        dist.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            distributed_port=distributed_port,
+            dist_init_required=dist_init_required,
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "mpi4py":
+            raise
+        raise RuntimeError(
+            "no rank is set in the environment, so DeepSpeed looked for MPI: start the script with its launcher, "
+            "e.g. deepspeed --num_gpus 1 script.py"
+        ) from None
     engine = HiFTEngine(hift=hift, config_class=DeepSpeedConfig(config, mpu), **arguments)
     deepspeed.zero.partition_parameters.restore_init_context()
     engine._configure_python_gc()

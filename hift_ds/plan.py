@@ -266,7 +266,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
     print(json.dumps(plan.as_dict(), indent=2) if as_json else table(plan, full))
+    if config:
+        print(_written(config, plan), file=sys.stderr)
     return 0
+
+
+def _written(config: str, plan: Plan) -> str:
+    """What a config that was written is for, and what of the plan it cannot hold."""
+    request = plan.fitting or plan.request
+    change = f" with {plan.fit['change']}" if plan.fit and plan.fit["change"] else ""
+    beside = [f"sequences of at most {request.seq_len} tokens"]
+    if request.recomputes:
+        beside.append(f"model.gradient_checkpointing: {'cpu' if request.checkpoint_offload else 'true'}")
+    return f"wrote {config}: the DeepSpeed config of the plan{change}. Not in it, and needed: {'; '.join(beside)}"
 
 
 def _file_problems(config: str | None, picture: str | None) -> list[str]:

@@ -147,6 +147,12 @@ def run(arguments: argparse.Namespace) -> None:
         log = logs.RunLog(folder, settings, first_step, recorded.get("wandb_id"))
         recorded = {"identity": identity, "before": before, "wandb_id": log.wandb_id, "data": data.report}
         outputs.write_json(folder / "run.json", recorded | {"settings": settings.as_dict()})
+    a_cycle = len(getattr(engine, "blocks", ())) * settings.deepspeed.get("hift", {}).get("steps_per_block", 1)
+    if settings.training.max_steps < a_cycle:
+        shown = (
+            f"training.max_steps is {settings.training.max_steps}, and a cycle over all blocks takes {a_cycle} steps"
+        )
+        logs.say(rank, f"warning: {shown}: some blocks will not be trained")
     dist.barrier()
     train(engine, data, tokenizer.pad_token_id, settings, first_step, log)
     after = evaluate(engine, data, tokenizer, settings)

@@ -287,7 +287,9 @@ def test_fit_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "0",
     ]
     assert main([*command, "--json", "--write-config", str(file)]) == 0
-    fit = json.loads(capsys.readouterr().out)["fit"]
+    shown = capsys.readouterr()
+    assert "with activation checkpointing. Not in it" in shown.err and "gradient_checkpointing: true" in shown.err
+    fit = json.loads(shown.out)["fit"]
     assert not fit["fits"] and fit["change"] == "activation checkpointing" and fit["device_total"] <= room
     request = replace(whole.request, activation_checkpointing=True)
     planner = Planner(request)

@@ -408,6 +408,7 @@ def test_wandb_without_a_login_is_a_warning(tmp_path: Path) -> None:
     result = run_on_ranks(1, _without_wandb_login, arguments(tmp_path / "run", "logging.wandb=online", *SHORT))[0]
     assert result["code"] == 0
     assert "warning: Weights & Biases cannot start" in result["printed"]
+    assert "warning: training.max_steps is 2" in result["printed"]  # less than a cycle
 
 
 SHORT = ("training.max_steps=2", "data.eval_examples=0")
