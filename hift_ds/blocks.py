@@ -117,7 +117,7 @@ def partition_model(
     for start in range(0, len(layers), layers_per_block):
         chosen = layers[start : start + layers_per_block]
         names = sorted((name for layer in chosen for name in members[layer]), key=order.__getitem__)
-        numel = sum(_numel(parameters[name]) for name in names)
+        numel = sum(numel_of(parameters[name]) for name in names)
         blocks.append(Block(_block_name([layer_names[layer] for layer in chosen]), tuple(names), numel))
     _check_each_once(trained, blocks)
     if max_block_numel is None and not balance:
@@ -486,7 +486,8 @@ def _children(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def numel_of(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, also where it is partitioned."""
     # ZeRO-3 leaves an empty tensor in place of a partitioned parameter and keeps its size beside it.
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

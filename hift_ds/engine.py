@@ -24,7 +24,7 @@ from deepspeed.utils.timer import NoopTimer
 from hift_ds import config as hift_config
 from hift_ds.activations import host_buffers
 from hift_ds.block_optimizers import BlockOptimizers
-from hift_ds.blocks import Block, partition_model
+from hift_ds.blocks import Block, numel_of, partition_model
 from hift_ds.lion import Lion
 from hift_ds.memory import Held, Ledger, count, device_total
 from hift_ds.offload import HostMemory
@@ -339,7 +339,7 @@ class HiFTEngine(DeepSpeedEngine):
             raise ValueError("HiFT needs an optimizer: pass one, or add an 'optimizer' section to the DeepSpeed config")
         stage = self.zero_optimization_stage()
         _, accumulation_dtype = self.get_data_types()
-        largest = max(sum(map(_numel, parameters)) for parameters in self._block_parameters)
+        largest = max(sum(map(numel_of, parameters)) for parameters in self._block_parameters)
         common = {
             "timers": self._step_timers(),
             "static_loss_scale": self.loss_scale(),
@@ -510,10 +510,6 @@ class HiFTEngine(DeepSpeedEngine):
 def _shortened(cut: list[list[Any]]) -> str:
     shown = ", ".join(f"{name} ({numel})" for name, numel in cut[:3])
     return f"{shown}{' ...' if len(cut) > 3 else ''} ({len(cut)} in all)"
-
-
-def _numel(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor in its place
 
 
 def initialize(

@@ -65,6 +65,14 @@ def _shared(host: HostMemory, sizes: Sequence[Sequence[int]], dtype: torch.dtype
     return [list(flat[: sum(each)].split(list(each))) for each in sizes]
 
 
+def _share_gradients(host: HostMemory, masters: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype) -> None:
+    """Give each block's masters their gradients, all on one host buffer."""
+    buffers = _shared(host, [[master.numel() for master in own] for own in masters], dtype)
+    for own, gradients in zip(masters, buffers, strict=True):
+        for master, gradient in zip(own, gradients, strict=True):
+            master.grad = gradient
+
+
 def _clear_but(gradient: torch.Tensor, spans: Iterable[tuple[int, int]]) -> None:
     """Zero what no gradient was put in, and where another block's may be: parameters without one, and padding."""
     position = 0
@@ -208,13 +216,11 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
         if not one.cpu_offload:
             return None
         host = HostMemory(one.cpu_offload_pin_memory)
-        partitions = [[master.numel() for master in block.single_partition_of_fp32_groups] for block in blocks]
-        gradients = _shared(host, partitions, one.master_weights_and_grads_dtype)
-        weights = _shared(host, partitions, one.dtype)
-        for block, own_gradients, own_weights in zip(blocks, gradients, weights, strict=True):
+        masters = [block.single_partition_of_fp32_groups for block in blocks]
+        _share_gradients(host, masters, one.master_weights_and_grads_dtype)
+        weights = _shared(host, [[master.numel() for master in own] for own in masters], one.dtype)
+        for block, own_weights in zip(blocks, weights, strict=True):
             block.param_buffer_of_bit16_for_cpu_offload_groups = own_weights
-            for master, gradient in zip(block.single_partition_of_fp32_groups, own_gradients, strict=True):
-                master.grad = gradient
         if one.gradient_accumulation_steps > 1 and not one.low_precision_master_weights_and_grads:
             members = [[p for group in block.params_in_partition for p in group] for block in blocks]
             sums = _shared(host, [[p.numel() for p in parameters] for parameters in members], one.dtype)
@@ -444,11 +450,8 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
         if not one.offload_optimizer:
             return None
         host = HostMemory(one.offload_optimizer_pin_memory)
-        sizes = [[master.numel() for master in block.fp32_partitioned_groups_flat] for block in blocks]
-        gradients = _shared(host, sizes, one.master_weights_and_grads_dtype)
-        for block, own in zip(blocks, gradients, strict=True):
-            for master, gradient in zip(block.fp32_partitioned_groups_flat, own, strict=True):
-                master.grad = gradient
+        masters = [block.fp32_partitioned_groups_flat for block in blocks]
+        _share_gradients(host, masters, one.master_weights_and_grads_dtype)
         return host
 
     # What no gradient is put in holds another block's: of parameters that the loss does not use, and padding.
