@@ -1,6 +1,6 @@
 """The official metrics of the tasks, as pure functions of predictions and references.
 
-All values are 0 to 1 (Matthews and Spearman -1 to 1); higher is better.
+All values are 0 to 1 (correlations -1 to 1); higher is better.
 
 Accuracy, F1 of labels and correlations are scikit-learn's and scipy's. Comparing texts, as the scripts of SQuAD, ReCoRD
 and DROP do it, has no package that is kept up and needs no download, so it is written here.
@@ -34,14 +34,25 @@ def accuracy_and_macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> 
     return {**accuracy(predictions, labels), "f1_macro": float(f1)}
 
 
+def accuracy_and_f1(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
+    """`accuracy`, and `f1` of class 1, as GLUE scores MRPC and QQP."""
+    f1 = metrics.f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0)
+    return {**accuracy(predictions, labels), "f1": float(f1)}
+
+
 def matthews(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
     """`matthews`: Matthews' correlation, GLUE's metric of CoLA."""
     return {"matthews": float(metrics.matthews_corrcoef(labels, predictions))}
 
 
 def spearman(predictions: Sequence[float], targets: Sequence[float]) -> dict[str, float]:
-    """`spearman`: rank correlation, GLUE's metric of STS-B; not a number where one side is constant."""
+    """`spearman`: rank correlation; not a number where one side is constant."""
     return {"spearman": float(stats.spearmanr(predictions, targets).statistic)}
+
+
+def correlations(predictions: Sequence[float], targets: Sequence[float]) -> dict[str, float]:
+    """`spearman`, and `pearson`, the linear correlation; GLUE's metrics of STS-B."""
+    return {**spearman(predictions, targets), "pearson": float(stats.pearsonr(predictions, targets).statistic)}
 
 
 def multirc(predictions: Sequence[int], labels: Sequence[int], questions: Sequence[Hashable]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Predictions of a causal model: the candidate of highest average log-likelihood, or a greedily decoded answer.
 
+And those of a model with a classification head: the class of the highest logit, or the number of a regression.
+
 Section 4 and table 13 of the paper, after MeZO (Malladi et al. 2023). Under ZeRO-3 every rank must score the same.
 """
 
@@ -15,15 +17,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from evaluation.tasks import Task, TaskExample, few_shot
+from evaluation.tasks import Task, TaskExample, classification_rows, few_shot
 from launch.data import collate, collate_prompts
-from launch.encoding import EvalExample, Example, beginning, spaced, tokenize_pieces
+from launch.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_pieces
 from launch.errors import UserError
 
 
 @dataclass
 class Predictions:
-    """Indices of candidates or texts, in the examples' order; `truncated` of the prompts were cut on the left."""
+    """Indices of candidates or texts, in the examples' order; `truncated` of the prompts were cut on the left.
+
+    From `classify`: ids of classes or numbers; `truncated` of the texts were cut on the right.
+    """
 
     values: list[Any]
     truncated: int
@@ -47,6 +52,8 @@ def predict(
         max_length: tokens of a prompt with its answer; longer prompts lose their beginning. None = what the model's
             config names, if it does.
     """
+    if not task.prompted:
+        raise UserError(f"{task.name} has no template for prompts; use a model with a classification head")
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     before = few_shot(demonstrations)
     if task.max_new_tokens:
@@ -61,6 +68,60 @@ def predict(
         cut += any(truncated[start:stop])
         start = stop
     return Predictions(values, cut)
+
+
+def classify(
+    task: Task,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TaskExample],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> Predictions:
+    """What `task.score(..., classified=True)` takes, from a model with a head for `task.labels`.
+
+    Args:
+        batch_size: texts at a time; it changes no prediction beyond rounding.
+        max_length: tokens of a text or pair; longer ones are cut on the right, as in training. None = the less of what
+            the tokenizer and the model's config name, if they do.
+
+    Raises:
+        UserError: the task has no classes, the head has not as many, or a text has no tokens.
+    """
+    rows = classification_rows(examples)
+    if not task.labels:
+        raise UserError(f"{task.name} has no classes; use a causal language model")
+    limits = (
+        [max_length]
+        if max_length
+        else [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    )
+    limit = min(one for one in limits if one is not None)
+    encoded, counts = encode(
+        rows, tokenizer, labels=list(task.labels), template=False, question=False, max_length=limit
+    )
+    if len(encoded) < len(examples):
+        raise UserError(f"{task.name}: {len(examples) - len(encoded)} of {len(examples)} texts have no tokens")
+    # A causal model with a head looks for the last token that is not padding by the config's own.
+    padding = _padding(tokenizer) if model.config.pad_token_id is None else model.config.pad_token_id
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
+    values: list[Any] = [None] * len(encoded)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = collate([encoded[i] for i in batch], padding)
+            del inputs["labels"]
+            device = next(model.parameters()).device
+            logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
+            if logits.shape[-1] != len(task.labels):
+                raise UserError(
+                    f"{task.name} has {len(task.labels)} classes, but the model's head has {logits.shape[-1]} outputs"
+                )
+            chosen = logits.squeeze(-1) if task.regression else logits.argmax(dim=-1)
+            for i, value in zip(batch, chosen.tolist(), strict=True):
+                values[i] = value
+    return Predictions(values, counts["truncated"])
 
 
 def average_log_likelihoods(

@@ -1,4 +1,4 @@
-"""The tasks that methods are compared on: prompts by the paper's templates (tables 12 and 13), parts by seed, metrics.
+"""The tasks that methods are compared on, with their data: parts by seed, no test example in training.
 
 As in MeZO (Malladi et al. 2023), a seed draws 1,000 examples to train on, 500 to choose by (`dev`) and 1,000 to test.
 Files and published rows are read by launch/, which also trains; evaluation/scoring.py makes the predictions.
@@ -6,188 +6,26 @@ Files and published rows are read by launch/, which also trains; evaluation/scor
 
 from __future__ import annotations
 
-import collections
-import hashlib
+import dataclasses
 import json
 import random
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation import metrics, templates
-from launch import scores
+from evaluation.catalog import TASKS, Task, TaskExample, content_hash, find_task
+from evaluation.parts import PARTS, divide, draw, shares_of
 from launch.encoding import as_question, spaced
-from launch.errors import UserError, nearest
+from launch.errors import UserError
 from launch.formats import convert, flatten
 from launch.sources import PUBLISHED, Row, file_sha256, find_files, read_file, read_hub
 
+__all__ = [
+    "PARTS", "TASKS", "Task", "TaskData", "TaskExample", "check_disjoint", "classification_rows", "few_shot",
+    "find_task", "load_task", "training_rows",
+]  # fmt: skip
 SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
-PARTS = ("train", "dev", "test")
-WEIGHTS = {"train": 2, "dev": 1, "test": 2}  # in which they share a split that is too small: 1,000 to 500 to 1,000
-
-
-@dataclass(frozen=True)
-class TaskExample:
-    """One thing to answer."""
-
-    where: str  # the row it comes from, for messages
-    prompt: str
-    completion: str  # what training teaches after the prompt
-    candidates: tuple[str, ...] = ()  # texts to choose from after the prompt; empty where an answer is written
-    label: int = -1  # the right candidate's index; -1 where an answer is written, or none is right
-    options: tuple[str, ...] = ()  # ReCoRD: the entity that each candidate stands for
-    references: tuple[Any, ...] = ()  # accepted answers: texts; DROP: tuples of spans
-    passage: str = ""  # hash of the text that the question is about; parts cut from one split share none
-    question: str = ""  # MultiRC: hash of passage and question, whose answers stay together
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the prompt and its candidates, up to letter case, whitespace and Unicode form."""
-        text = "\n".join((self.prompt, *self.candidates))
-        return _hash(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
-
-
-Metric = Callable[[Sequence[Any], Sequence[TaskExample]], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a task is made of.
-
-    `data` is its name in launch/, or its id on the Hub, whose columns files at a path must have, too (JSONL or
-    parquet, a file for each split): see `columns`. `metrics` names the values of `metric`; the first is the headline.
-    """
-
-    name: str
-    data: str
-    metric: Metric
-    metrics: tuple[str, ...] = ("accuracy",)
-    subset: str | None = None  # the Hub's configuration
-    columns: str = ""  # of sets that launch/ does not know
-    convert: templates.Convert | None = None  # for those: a row in launch's columns
-    test_split: str | None = None  # null: validation, else test
-    max_new_tokens: int = 0  # of a written answer; 0 for tasks with candidates
-    stop: str | None = None  # text that ends a written answer
-
-    def score(self, predictions: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
-        """The metrics of predictions: indices of candidates, or texts where `max_new_tokens` is not 0."""
-        if not examples or len(predictions) != len(examples):
-            raise ValueError(f"{self.name}: {len(predictions)} predictions for {len(examples)} examples")
-        return self.metric(predictions, examples)
-
-
-def _labels(metric: Callable[..., dict[str, float]]) -> Metric:
-    return lambda predictions, examples: metric(predictions, [one.label for one in examples])
-
-
-def _multirc(predictions: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
-    return metrics.multirc(predictions, [one.label for one in examples], [one.question for one in examples])
-
-
-def _record(predictions: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
-    chosen = [one.options[index] for index, one in zip(predictions, examples, strict=True)]
-    return metrics.answers_match(chosen, [one.references for one in examples])
-
-
-def _squad(predictions: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
-    return metrics.answers_match(predictions, [one.references for one in examples])
-
-
-def _drop(predictions: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
-    return metrics.drop(predictions, [one.references for one in examples])
-
-
-def _gsm8k(predictions: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
-    score = scores.number_match(predictions, [one.references[0] for one in examples])
-    return {score.metric: score.value}
-
-
-_accuracy = _labels(metrics.accuracy)
-_NLI = ("Yes", "Maybe", "No")  # entailment, neutral, contradiction, by the labels' ids
-_QA = {"metrics": ("f1", "exact_match"), "max_new_tokens": 50, "stop": "\n"}
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task("sst2", "sst2", _accuracy),
-        Task(
-            "sst5",
-            "SetFit/sst5",
-            _accuracy,
-            columns="text, label (0 very negative to 4 very positive)",
-            convert=templates.filled_in(
-                "{0} It was [MASK] .", ["text"], "label", ("terrible", "bad", "okay", "good", "great")
-            ),
-            test_split="test",
-        ),
-        Task(
-            "snli",
-            "stanfordnlp/snli",
-            _accuracy,
-            columns="premise, hypothesis, label (0 entailment, 1 neutral, 2 contradiction, -1 none)",
-            convert=templates.filled_in("{0} ? [MASK] , {1}", ["premise", "hypothesis"], "label", _NLI),
-        ),
-        Task(
-            "mnli",
-            "nyu-mll/glue",
-            _accuracy,
-            subset="mnli",
-            columns="premise, hypothesis, label (0 entailment, 1 neutral, 2 contradiction)",
-            convert=templates.filled_in("{0} ? [MASK] , {1}", ["premise", "hypothesis"], "label", _NLI),
-            test_split="validation_matched",
-        ),
-        Task(
-            "trec",
-            "CogComp/trec",
-            _accuracy,
-            columns="text, coarse_label (0 abbreviation, 1 entity, 2 description, 3 human, 4 location, 5 number)",
-            convert=templates.filled_in(
-                "[MASK] : {0}",
-                ["text"],
-                "coarse_label",
-                ("Expression", "Entity", "Description", "Human", "Location", "Number"),
-            ),
-            test_split="test",
-        ),
-        Task("rte", "superglue/rte", _accuracy),
-        Task("boolq", "superglue/boolq", _accuracy),
-        Task("cb", "superglue/cb", _labels(metrics.accuracy_and_macro_f1), ("accuracy", "f1_macro")),
-        Task("copa", "superglue/copa", _accuracy),
-        Task("multirc", "superglue/multirc", _multirc, ("f1a", "exact_match", "accuracy")),
-        Task("record", "superglue/record", _record, ("f1", "exact_match")),
-        Task("wic", "superglue/wic", _accuracy),
-        Task("wsc", "superglue/wsc", _accuracy),
-        Task(
-            "squad",
-            "rajpurkar/squad",
-            _squad,
-            columns="title, context, question, answers {text: [...]}",
-            convert=templates.squad,
-            **_QA,  # type: ignore[arg-type]
-        ),
-        Task(
-            "drop",
-            "ucinlp/drop",
-            _drop,
-            columns="passage, question, answers_spans {spans: [...]}; or answer and validated_answers",
-            convert=templates.drop,
-            **_QA,  # type: ignore[arg-type]
-        ),
-        Task("gsm8k", "gsm8k", _gsm8k, ("exact_match",), max_new_tokens=320),
-    )
-}
-
-
-def find_task(name: str) -> Task:
-    """The task of that name."""
-    if name.lower() not in TASKS:
-        raise UserError(f"unknown task {name!r}; expected {', '.join(TASKS)}{nearest(name.lower(), TASKS)}")
-    return TASKS[name.lower()]
-
-
-# Data ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -253,7 +91,7 @@ def load_task(
     distinct = list({one.fingerprint: one for one in reversed(unseen)}.values())[::-1]  # the first of each
 
     parts = ("train", "dev") if tested else PARTS
-    shares = _shares(len(distinct), {part: wanted[part] for part in parts})
+    shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
     if any(shares[part] < wanted[part] for part in parts):
         notes.append(
             f"the training split has {len(distinct)} different examples for {sum(wanted[p] for p in parts)} wanted; "
@@ -261,9 +99,9 @@ def load_task(
         )
     if not tested:
         notes.append("nothing labelled is held out: the test part is cut from the training split by the seed")
-    drawn = _divide(distinct, shares, seed)
+    drawn = divide(distinct, shares, seed)
     if tested:
-        drawn["test"] = _draw(tested, test_examples, f"test {seed}")
+        drawn["test"] = draw(tested, test_examples, f"test {seed}")
         if len(drawn["test"]) < min(test_examples, len(tested)):
             notes.append(f"test: {len(drawn['test'])} of {test_examples}, because questions stay whole")
         elif len(tested) < test_examples:
@@ -308,7 +146,21 @@ def few_shot(demonstrations: Sequence[TaskExample]) -> str:
 
 def training_rows(examples: Sequence[TaskExample]) -> list[Row]:
     """Examples as rows of the format prompt-completion, for `launch.encoding.encode` (without its `question`)."""
+    for one in examples:
+        if not one.completion:
+            raise UserError(f"{one.where}: no template makes a prompt of it; train a model with a classification head")
     return [(one.where, {"prompt": one.prompt, "completion": one.completion}) for one in examples]
+
+
+def classification_rows(examples: Sequence[TaskExample]) -> list[Row]:
+    """Examples as rows of the format text-label, for `launch.encoding.encode` with `labels=list(task.labels)`.
+
+    A row's label is the class's id, or a float where the task is a regression.
+    """
+    for one in examples:
+        if one.target is None:
+            raise UserError(f"{one.where}: its task has no classes; train a causal language model")
+    return [(one.where, {"text": one.text, "text_pair": one.text_pair, "label": one.target}) for one in examples]
 
 
 def _read(
@@ -342,15 +194,20 @@ def _examples(task: Task, rows: Sequence[Row]) -> list[TaskExample | None]:
     if task.convert is not None:
         return [_example(task, row, task.convert(row, where), where) for where, row in rows]
     flat = [(where, one) for where, row in rows for one in flatten(task.data, row, where)]
-    converted, _ = convert(task.data, "prompt-completion", {}, {"rows": flat})
-    pairs = zip(flat, converted["rows"], strict=True)
-    return [_example(task, row, made, where) for (where, row), (_, made) in pairs]
+    made = [row for _, row in convert(task.data, "prompt-completion", {}, {"rows": flat})[0]["rows"]]
+    if task.labels:
+        read = convert(task.data, "text-label", {}, {"rows": flat})[0]["rows"]
+        made = [
+            {**one, "text": row["text"], "text_pair": row["text_pair"], "target": row["label"]}
+            for one, (_, row) in zip(made, read, strict=True)
+        ]
+    return [_example(task, row, one, where) for (where, row), one in zip(flat, made, strict=True)]
 
 
 def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where: str) -> TaskExample | None:
     if made is None:
         return None
-    prompt, completion, candidates = made["prompt"], made["completion"], made.get("candidates", ())
+    prompt, completion, candidates = made.get("prompt", ""), made.get("completion", ""), made.get("candidates", ())
     references = made.get("references", ())
     if task.name == "record":
         references = tuple(dict.fromkeys(row["answers"]))
@@ -359,8 +216,7 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
     elif task.name == "gsm8k":
         prompt, references = as_question(prompt), (completion,)
     passage = next((row[column] for column in ("passage", "paragraph", "context") if column in row), None)
-    passage = passage or "\n".join((prompt, *candidates))
-    return TaskExample(
+    example = TaskExample(
         where=where,
         prompt=prompt,
         completion=completion,
@@ -368,60 +224,17 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
         label=candidates.index(completion) if completion in candidates else -1,
         options=made.get("entities", ()),
         references=references,
-        passage=_hash(passage),
-        question=_hash(passage + "\n" + row["question"]) if task.name == "multirc" else "",
+        question=content_hash(f"{passage}\n{row['question']}") if task.name == "multirc" else "",
+        text=made.get("text", ""),
+        text_pair=made.get("text_pair"),
+        target=made.get("target"),
     )
-
-
-# Drawing ---------------------------------------------------------------------------------------------
-
-
-def _shares(n: int, wanted: dict[str, int]) -> dict[str, int]:
-    """How many of n examples each part gets: what it wants, or its share by weight where they are too few."""
-    shares: dict[str, int] = {}
-    left = n
-    for part in sorted(wanted, key=lambda part: wanted[part]):  # those who want little get it, the others share
-        weights = sum(WEIGHTS[other] for other in wanted if other not in shares)
-        shares[part] = min(wanted[part], max(left * WEIGHTS[part] // weights, 1), left)
-        left -= shares[part]
-    return shares
-
-
-def _divide(examples: list[TaskExample], shares: dict[str, int], seed: int) -> dict[str, list[TaskExample]]:
-    """Parts without a passage in common: whole passages go to test and dev until those are full, the rest to train."""
-    passages: dict[str, list[TaskExample]] = collections.defaultdict(list)
-    for one in examples:
-        passages[one.passage].append(one)
-    order = list(passages)
-    random.Random(f"passages {seed}").shuffle(order)
-    drawn: dict[str, list[TaskExample]] = {}
-    for part in ("test", "dev"):
-        if part in shares:
-            members: list[TaskExample] = []
-            while len(order) > 1 and len(members) < shares[part]:  # one is for train
-                members += passages[order.pop()]
-            drawn[part] = _draw(members, shares[part], f"{part} {seed}")
-    drawn["train"] = _draw([one for key in order for one in passages[key]], shares["train"], f"train {seed}")
-    return drawn
-
-
-def _draw(examples: Sequence[TaskExample], n: int, seed: str) -> list[TaskExample]:
-    """At most n examples in a seeded order; the answers to a question stay together."""
-    questions: dict[str, list[TaskExample]] = collections.defaultdict(list)
-    for index, one in enumerate(examples):
-        questions[one.question or str(index)].append(one)
-    order = list(questions.values())
-    random.Random(seed).shuffle(order)
-    drawn: list[TaskExample] = []
-    for members in order:
-        if len(drawn) + len(members) <= n:
-            drawn += members
-    return drawn
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return dataclasses.replace(example, passage=content_hash(passage or "\n".join(example.content)))
 
 
 def _sha256(examples: Sequence[TaskExample]) -> str:
-    return _hash("\n".join(json.dumps([one.prompt, one.completion, one.candidates]) for one in examples))
+    contents = [
+        [one.prompt, one.completion, one.candidates] if one.completion else [*one.content, one.target]
+        for one in examples
+    ]
+    return content_hash("\n".join(json.dumps(one) for one in contents))

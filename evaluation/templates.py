@@ -1,7 +1,8 @@
 """How rows of the sets that only evaluation knows become prompts: table 12's templates, SQuAD and DROP.
 
 Each function takes a row in the columns of the Hub's copy and its place for messages, and returns it in the columns of
-launch/formats.py: `prompt`, `completion`, and `candidates` or `references`; None for a row that nobody labelled.
+launch/formats.py: `prompt`, `completion`, and `candidates` or `references`; for classifiers `text`, `text_pair` and
+`target`, a class or a number; None for a row that nobody labelled.
 The templates of table 13 for classification and multiple choice are in launch/formats.py, which trains on them, too.
 """
 
@@ -21,25 +22,63 @@ def filled_in(template: str, columns: Sequence[str], label: str, words: Sequence
     """A template of table 12: {0} and {1} stand for the texts in `columns`, a label word fills [MASK].
 
     `words` are in the order of the labels' ids in the column `label`. A causal model reads from left to right, so the
-    candidates are the label words with all that follows; what comes before is the prompt.
+    candidates are the label words with all that follows; what comes before is the prompt. A classifier reads the texts
+    alone.
     """
     before, after = (part.strip() for part in template.split(MASK))
+    classify = labelled(columns, label, len(words))
 
     def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
-        texts = [text_of(row, column, where).strip() for column in columns]
-        value = row.get(label)
-        if value == -1:  # the annotators did not agree (SNLI)
+        classified = classify(row, where)
+        if classified is None:
             return None
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(words):
-            raise UserError(
-                f"{where}: label {shown(value)} in column {label!r}; expected a number from 0 to {len(words) - 1}. A "
-                "publisher's test part may have no labels: name another split"
-            )
+        texts = [row[column].strip() for column in columns]
         rest = after.format(*texts)
         candidates = tuple(f"{word} {rest}" for word in words)
-        return {"prompt": before.format(*texts), "completion": candidates[value], "candidates": candidates}
+        completion = candidates[classified["target"]]
+        return {**classified, "prompt": before.format(*texts), "completion": completion, "candidates": candidates}
 
     return convert
+
+
+def labelled(columns: Sequence[str], label: str, n: int) -> Convert:
+    """What a classifier reads: one text or two, and `target`, one of n classes, from the column `label`."""
+
+    def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
+        texts = _texts(row, columns, where)
+        value = row.get(label)
+        if value == -1:  # a test part, or the annotators did not agree (SNLI)
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n:
+            raise UserError(
+                f"{where}: label {shown(value)} in column {label!r}; expected a number from 0 to {n - 1}. A "
+                "publisher's test part may have no labels: name another split"
+            )
+        return {**texts, "target": value}
+
+    return convert
+
+
+def rated(columns: Sequence[str], label: str, highest: float) -> Convert:
+    """What a regression reads: one text or two, and `target`, a number from 0 to `highest`, from the column `label`."""
+
+    def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
+        texts = _texts(row, columns, where)
+        value = row.get(label)
+        if value == -1:  # a test part
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= highest:
+            raise UserError(
+                f"{where}: score {shown(value)} in column {label!r}; expected a number from 0 to {highest:g}"
+            )
+        return {**texts, "target": float(value)}
+
+    return convert
+
+
+def _texts(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, Any]:
+    text, *pair = (text_of(row, column, where).strip() for column in columns)
+    return {"text": text, "text_pair": pair[0] if pair else None}
 
 
 def squad(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -90,8 +90,14 @@ def summed_loss(
 
 
 def classification_loss(call: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Sum of the examples' cross-entropies, in fp32; ``labels``: (batch,)."""
-    return F.cross_entropy(call(**inputs).logits.float(), labels, reduction="sum")
+    """Sum of the examples' cross-entropies, in fp32; ``labels``: (batch,).
+
+    Where the model has one logit it is regression: the sum of the squared errors.
+    """
+    logits = call(**inputs).logits.float()  # (batch, classes)
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def why_not(model: Any) -> str | None:

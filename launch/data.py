@@ -278,7 +278,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     """A right-padded batch of int64 tensors.
 
     `input_ids` and `attention_mask` have the shape (examples, longest example), and so has
-    `token_type_ids`, where the examples have them. `labels` has it for causal LM; (examples,) for labels.
+    `token_type_ids`, where the examples have them. `labels` has it for causal LM; (examples,) for labels, which for
+    regression are float32.
     """
     longest = max(len(example.input_ids) for example in examples)
 
@@ -292,8 +293,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     if examples[0].token_type_ids is not None:
         batch["token_type_ids"] = padded((example.token_type_ids or [] for example in examples), 0)
     labels = [example.labels for example in examples]
-    if isinstance(labels[0], int):
-        batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+    if isinstance(labels[0], int | float):
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
     else:
         batch["labels"] = padded((one for one in labels if isinstance(one, list)), IGNORED)
     return batch

@@ -23,11 +23,11 @@ class Example:
     """One tokenized example.
 
     For causal LM `labels` is as long as `input_ids`, not shifted, and -100 outside what is trained. For
-    sequence classification it is the id of the label.
+    sequence classification it is the id of the label, for regression the number itself.
     """
 
     input_ids: list[int]
-    labels: list[int] | int
+    labels: list[int] | int | float
     token_type_ids: list[int] | None = None  # where the tokenizer makes them (sentence pairs of BERT)
 
 
@@ -37,7 +37,7 @@ class EvalExample(Example):
 
     prompt_ids: list[int] = field(default_factory=list)  # up to where the answer begins; never cut
     prompt: str = ""  # the same as text, for printing
-    reference: str = ""  # the answer; for classification the label's name
+    reference: str = ""  # the answer; for classification the label's name, for regression the number
     accepted: tuple[str, ...] = ()  # all answers that are right, for sets scored by label words
 
 
@@ -77,7 +77,8 @@ def encode(
     """Tokenized rows of one format, and their counts and hash for the report (see `launch.data.Data`).
 
     Args:
-        labels: names in the order of their ids, for sequence classification; None for causal LM.
+        labels: names in the order of their ids, for sequence classification (a row's label is an id, or a float for
+            regression, whose one name stands for the number); None for causal LM.
         template: whether prompts and completions go through the chat template; messages always do.
         question: whether prompts without the chat template are asked as questions.
         max_length: tokens of an example; what is longer is cut on the right.
@@ -115,7 +116,7 @@ def encode(
 
 
 def _count_trained(example: Example) -> int:
-    if isinstance(example.labels, int):
+    if isinstance(example.labels, int | float):
         return 1 if example.input_ids else 0
     return sum(label != IGNORED for label in example.labels[1:])  # nothing predicts the first token
 
@@ -130,13 +131,14 @@ def _label_example(tokenizer: Any, row: dict[str, Any], labels: list[str], max_l
     length = len(tokens["input_ids"])
     if length > max_length:  # the tokenizer cuts such that its special tokens stay
         tokens = tokenizer(text, pair, truncation=True, max_length=max_length)
+    label = row["label"]
     example = EvalExample(
         input_ids=tokens["input_ids"],
-        labels=row["label"],
+        labels=label,
         token_type_ids=tokens.get("token_type_ids"),
         prompt_ids=tokens["input_ids"],
         prompt=prompt,
-        reference=labels[row["label"]],
+        reference=str(label) if isinstance(label, float) else labels[label],
     )
     return example, length
 

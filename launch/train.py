@@ -35,8 +35,8 @@ from hift_ds import loss as losses
 from launch import logs, models, outputs
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
 from launch.errors import UserError
-from launch.evaluate import evaluate
 from launch.export import export_model
+from launch.held_out import evaluate
 from launch.methods import METHODS, schedule_factor
 from launch.settings import Settings, load_settings
 

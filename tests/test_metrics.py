@@ -55,6 +55,13 @@ def test_labels_by_hand() -> None:
     # True positives 2, true negatives 1, one false positive, one false negative.
     assert metrics.matthews([1, 1, 0, 1, 0], [1, 1, 0, 0, 1])["matthews"] == pytest.approx((2 * 1 - 1) / 6)
     assert metrics.spearman([1, 2, 3], [10, 30, 20])["spearman"] == pytest.approx(0.5)
+    # Class 1: two found, one of them wrongly, one missed: precision 1/2, recall 1/2.
+    mrpc = metrics.accuracy_and_f1([1, 1, 0, 0, 0], [1, 0, 1, 0, 0])
+    assert mrpc == {"accuracy": 0.6, "f1": pytest.approx(0.5)}
+    assert metrics.accuracy_and_f1([0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+    # Deviations (-1, 0, 1) and (-3, 1, 2): 5 / sqrt(2 * 14).
+    stsb = metrics.correlations([1, 2, 3], [0, 4, 5])
+    assert stsb == {"spearman": pytest.approx(1.0), "pearson": pytest.approx(5 / 28**0.5)}
     with pytest.warns(RuntimeWarning, match="constant"):
         assert math.isnan(metrics.spearman([1, 1, 1], [10, 30, 20])["spearman"])
 
@@ -89,6 +96,22 @@ def test_labels_against_torchmetrics() -> None:
     x, y = ([draw.randrange(20) / 4 for _ in range(100)] for _ in range(2))  # with ties
     expected = spearman_corrcoef(torch.tensor(x), torch.tensor(y)).item()
     assert metrics.spearman(x, y)["spearman"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_against_scipy_and_sklearn() -> None:
+    from scipy import stats
+    from sklearn.metrics import precision_score, recall_score
+
+    draw = random.Random(6)
+    ours, truth = ([draw.randrange(2) for _ in range(300)] for _ in range(2))
+    precision, recall = precision_score(truth, ours), recall_score(truth, ours)
+    expected = 2 * precision * recall / (precision + recall)
+    assert metrics.accuracy_and_f1(ours, truth)["f1"] == pytest.approx(expected, abs=1e-12)
+    x, y = ([draw.randrange(20) / 4 for _ in range(100)] for _ in range(2))  # with ties
+    found = metrics.correlations(x, y)
+    assert found["pearson"] == pytest.approx(stats.linregress(x, y).rvalue, abs=1e-12)
+    ranks = stats.linregress(stats.rankdata(x), stats.rankdata(y)).rvalue
+    assert found["spearman"] == pytest.approx(ranks, abs=1e-12)
 
 
 # Texts -----------------------------------------------------------------------------------------------
