@@ -150,8 +150,10 @@ def _html(part: Part, folder: Path) -> str:
         case Items(texts):
             return "<ul>\n" + "\n".join(f"<li>{_text(text)}</li>" for text in texts) + "\n</ul>"
         case Picture(path, text):
-            content = base64.b64encode((folder / path).read_bytes()).decode()
-            image = f'<img alt="{_text(text)}" src="data:image/png;base64,{content}">'
+            content = (folder / path).read_bytes()
+            width = int.from_bytes(content[16:20], "big") * 96 // 150  # pixels of a browser for those of 150 dpi
+            source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            image = f'<img alt="{_text(text)}" width="{width}" src="{source}">'
             return f"<figure>{image}<figcaption>{_text(text)}</figcaption></figure>"
         case Table(head, rows):
             first = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from evaluation.results import MEMORY_PARTS, Section, is_finite, mean_of, std_of
 # Okabe and Ito's colors, which the color-blind tell apart, without yellow, which is too faint for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
-MARKERS = "osD^vP*X<>hp8"
+MARKERS = "osD^vP*X<>pd"
 HATCHES = ("", "///", "xxx", "...")
 PARTS = dict(zip(MEMORY_PARTS, ("#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#999999"), strict=True))
 GIB = 2**30
+DPI = 150
 WINDOW = 0.05  # of a loss curve, to smooth it
 POINTS = 200  # of a loss curve
 COLUMNS = 3  # panels side by side
@@ -42,9 +44,11 @@ class Style:
 
 
 def make_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """Colors come round after 7 labels, with another line, and markers after 13."""
+    """Colors come round after 7 labels, with another line, and markers after 12."""
     return {
-        label: Style(_name(label), COLORS[i % 7], LINES[i // 7 % len(LINES)], MARKERS[i % 13], HATCHES[i // 7 % 4])
+        label: Style(
+            _name(label), COLORS[i % 7], LINES[i // 7 % len(LINES)], MARKERS[i % len(MARKERS)], HATCHES[i // 7 % 4]
+        )
         for i, label in enumerate(dict.fromkeys(labels))
     }
 
@@ -64,16 +68,22 @@ def draw_section(number: int, section: Section, styles: Mapping[str, Style], fol
         if figure is not None:
             end = "-" + re.sub(r"[^A-Za-z0-9]+", "-", task) + f"-{section.tasks.index(task) + 1}" if task else ""
             path = f"plots/{number}-{kind}{end}.png"
-            figure.savefig(folder / path, dpi=150)
-            about = f"{section.model}, {section.budget}"
-            drawn.setdefault(kind, []).append(Picture(path, f"{text}{', ' + task if task else ''} ({about})."))
+            figure.savefig(folder / path, dpi=DPI)
+            where = ", ".join(name for name in (task, section.model, section.budget) if name)
+            drawn.setdefault(kind, []).append(Picture(path, f"{text} ({where})."))
 
-    save("time", score_against(section, styles, "seconds"), "Score against training time")
-    save("memory", score_against(section, styles, "peak_memory"), "Score against peak memory")
+    several = len(section.seeds) > 1
+    over = ": means over seeds with their standard deviations" if several else ""
+    time = f"Score against training time{over}; a horizontal line is what takes no training"
+    save("time", score_against(section, styles, "seconds"), time)
+    save("memory", score_against(section, styles, "peak_memory"), f"Score against measured peak memory{over}")
     for task in section.tasks:
-        save("loss", loss_curves(section, task, styles), "Training loss", task)
-        save("parts", memory_bars(section, task), "Memory by the plan, and as measured", task)
-    save("ablation", ablations(section, styles), "HiFT's strategies and numbers of layers a group")
+        loss = "Training loss" + (", the mean over seeds" if several else "")
+        save("loss", loss_curves(section, task, styles), loss, task)
+        save(
+            "parts", memory_bars(section, task), "Memory by the plan, and as measured, of the seed with the most", task
+        )
+    save("ablation", ablations(section, styles), f"HiFT's strategies and numbers of layers a group{over}")
     return drawn
 
 
@@ -108,7 +118,7 @@ def loss_curves(section: Section, task: str, styles: Mapping[str, Style]) -> Fig
     if losses.min() > 0 and losses.max() > 30 * losses.min():
         _log(panels[0], "y")
     panels[0].set_ylabel(f"training loss, smoothed over {WINDOW:.0%} of the run")
-    figure.suptitle(_name(f"{task}: training loss, mean over seeds", 80))
+    figure.suptitle(_name(f"{task}: training loss", 80))
     _legend(figure, labels, styles, lines=True)
     return figure
 
@@ -220,16 +230,19 @@ def memory_bars(section: Section, task: str) -> Figure | None:
     kinds = {record["peak_memory_kind"] for label in section.rows for record in section.ok(label, task)} - {None, ""}
     measured = [(peak / GIB, place) for place, (_, _, peak) in enumerate(rows) if peak is not None]
     if measured:
-        name = "measured" + (f":\n{_name(', '.join(sorted(kinds)), 40)}" if kinds else "")
-        axes.plot(*zip(*measured, strict=True), "D", color="black", markersize=5, label=name, clip_on=False)
+        said = textwrap.wrap(_name(", ".join(["measured", *sorted(kinds)]), 150), 34)
+        axes.plot(*zip(*measured, strict=True), "D", color="black", markersize=5, label="\n".join(said), clip_on=False)
     axes.set_yticks(places, [_name(label) for label, _, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * max(left.max(), *(peak for peak, _ in measured), 1e-9))
     axes.set_xlabel("memory, GiB")
     axes.set_title(_name(f"{task}: memory by the plan (bars) and as measured", 80))
     _plain(axes, grid="x")
     axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside right center", frameon=False)
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda i: isinstance(handles[i], Line2D))  # what is measured comes last
+    handles, names = [handles[i] for i in order], [names[i] for i in order]
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
@@ -319,7 +332,7 @@ def draw_verdicts(summary: Mapping[str, Any], styles: Mapping[str, Style], folde
         figure = radar([one for one in summary[SINGLE] if one["judge"] == judge], styles)
         if figure is not None:
             path = f"plots/mt-bench-{number}.png"
-            figure.savefig(folder / path, dpi=150)
+            figure.savefig(folder / path, dpi=DPI)
             pictures.append(Picture(path, f"MT-Bench: mean rating by category, judged by {judge}."))
     return pictures
 

@@ -85,7 +85,7 @@ def _header(records: Sequence[Record], sections: Sequence[Section]) -> list[Part
     if not records:
         return [Paragraph("There are no records.")]
     facts = [
-        f"Methods: {_list(label for method in _ordered(sections) for label in method)}.",
+        f"Methods: {'; '.join(label for method in _ordered(sections) for label in method)}.",
         f"Models: {_list(record['model'] for record in records)}.",
         f"Tasks: {_list(_task(record) for record in good) or _list(record['task'] for record in records)}.",
         f"Budgets: {_list(record['budget'] for record in records)}.",
@@ -118,13 +118,19 @@ def _header(records: Sequence[Record], sections: Sequence[Section]) -> list[Part
 def _tuning(good: Sequence[Record]) -> str:
     tried: dict[str, set[float]] = {}
     for record in good:
-        rates = {trial["learning_rate"] for trial in record["tuning"] or () if is_finite(trial["learning_rate"])}
+        tried.setdefault(record["label"], set()).update(_tried(record))
+    grids: dict[str, list[str]] = {}
+    for label, rates in tried.items():
         if rates:
-            tried.setdefault(record["label"], set()).update(rates)
-    if not tried:
+            grids.setdefault(", ".join(map(_rate, sorted(rates))), []).append(label)
+    if not grids:
         return "Learning rates were not tuned: the table of costs names those that were used."
-    said = "; ".join(f"{label}: {', '.join(map(_rate, sorted(rates)))}" for label, rates in tried.items())
+    said = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
     return f"Learning rates were chosen by the score on the validation split, never on the test split, from {said}."
+
+
+def _tried(record: Record) -> set[float]:
+    return {trial["learning_rate"] for trial in record["tuning"] or () if is_finite(trial["learning_rate"])}
 
 
 def _list(texts: Iterable[str]) -> str:
@@ -209,7 +215,7 @@ def _scores(section: Section, notes: _Notes) -> list[Part]:
             text = _score(section, label, task, notes)
             row.append(Bold(text) if winners[task] == label else text)
         if _has_mean(section):
-            text = _plus_minus(means[label]) if means[label] else NOTHING
+            text = _plus_minus(means[label]) + _seeds(section, means[label]) if means[label] else NOTHING
             row.append(Bold(text) if results.best(means) == label else text)
         rows_with_mean.append([label, *row])
     head = ["method", *_columns(section).values(), *([f"{MEAN} %"] if _has_mean(section) else [])]
@@ -233,8 +239,12 @@ def _score(section: Section, label: str, task: str, notes: _Notes) -> str:
         return ("failed" if any(record["status"] == FAILED for record in every) else "n/a") + mark
     if len(section.seeds) == 1:
         return _plus_minus(good) + _between(good[0]["interval"])
-    missing = f" ({len(good)} of {len(section.seeds)} seeds)" if len(good) < len(section.seeds) else ""
-    return _plus_minus(good) + missing + mark
+    return _plus_minus(good) + _seeds(section, good) + mark
+
+
+def _seeds(section: Section, some: Sequence[Record]) -> str:
+    """How many there are, where some are missing."""
+    return f" ({len(some)} of {len(section.seeds)} seeds)" if len(some) < len(section.seeds) else ""
 
 
 def _plus_minus(some: Sequence[Record]) -> str:
@@ -340,7 +350,7 @@ def _cost(found: Sequence[Record], full: Mapping[int, Record]) -> list[str]:
 
 
 def _is_at_end(record: Record) -> bool:
-    rates = {trial["learning_rate"] for trial in record["tuning"] or () if is_finite(trial["learning_rate"])}
+    rates = _tried(record)
     return len(rates) > 1 and record["learning_rate"] in (min(rates), max(rates))
 
 
@@ -365,8 +375,8 @@ def _bytes(value: float) -> str:
 
 
 def _flops(value: float | None) -> str:
-    if value is None:
-        return NOTHING
+    if not value:
+        return NOTHING if value is None else "0"
     unit, size = next((u, s) for u, s in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if value >= s or s == 1e9)
     return f"{value / size:,.1f} {unit}"
 
