@@ -1,0 +1,528 @@
+"""The report of a comparison of fine-tuning methods: tables and pictures, as Markdown and as one HTML file.
+
+    python -m evaluation.report OUT [--verdicts verdicts.jsonl] [--title TITLE]
+
+OUT is a folder with results.jsonl; report.md, report.html and plots/ are written into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evaluation import judge, paper, plots, results, verdicts
+from evaluation.document import Bold, Heading, Items, Paragraph, Part, Picture, Table, as_html, markdown
+from evaluation.questions import PAIRWISE, SINGLE
+from evaluation.records import Record, read_records
+from evaluation.resampling import paired_difference
+from evaluation.results import FAILED, OK, Section, as_text, is_finite, mean_of, std_of
+from launch.errors import UserError
+
+TITLE = "Comparison of fine-tuning methods"
+RESULTS = "results.jsonl"
+MEAN = "mean"
+NOTHING = "-"
+MIB, GIB = 2**20, 2**30
+
+
+def write_report(records: list[Record], folder: Path, title: str, *, verdicts: list[Record] | None = None) -> None:
+    """Writes folder/report.md, folder/report.html (with its pictures inside) and folder/plots/*.png.
+
+    plots/ is the report's own: older pictures in it are removed.
+
+    Args:
+        records: cells, see results.py.
+        verdicts: of MT-Bench, for its table and radar.
+
+    Raises:
+        UserError: a record lacks something, or the folder cannot be written.
+    """
+    parts = build(results.checked(records), folder, title, verdicts or [])
+    try:
+        (folder / "report.md").write_text(markdown(parts), encoding="utf-8")
+        (folder / "report.html").write_text(as_html(title, parts, folder), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def build(records: Sequence[Record], folder: Path, title: str, judged: Sequence[Record]) -> list[Part]:
+    """The report's parts; draws its pictures."""
+    sections = results.arrange(records)
+    summary = verdicts.summarize(judged)
+    rated = [one["model"] for one in summary[SINGLE]]
+    labels = [label for method in _ordered(sections) for label in method]
+    styles = plots.make_styles([*labels, *rated])
+    try:
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        for old in (folder / "plots").glob("*.png"):
+            old.unlink()
+        parts: list[Part] = [Heading(title, 1), *_header(records, sections)]
+        for number, section in enumerate(sections, 1):
+            parts += _section(section, plots.draw_section(number, section, styles, folder))
+        if judged:
+            parts += _mt_bench(summary, plots.draw_verdicts(summary, styles, folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    return [*parts, *_paper(records)]
+
+
+def _ordered(sections: Sequence[Section]) -> list[list[str]]:
+    """All labels by method, so that a label's style does not hang on the section."""
+    rows = {label: method for section in sections for label, method in section.rows.items()}
+    order = [*results.METHODS, *sorted(set(rows.values()) - set(results.METHODS))]
+    return [[label for label, of in rows.items() if of == method] for method in order]
+
+
+# --- header ---------------------------------------------------------------------------------------------
+
+
+def _header(records: Sequence[Record], sections: Sequence[Section]) -> list[Part]:
+    good = [record for record in records if record["status"] == OK]
+    if not records:
+        return [Paragraph("There are no records.")]
+    facts = [
+        f"Methods: {'; '.join(label for method in _ordered(sections) for label in method)}.",
+        f"Models: {_list(record['model'] for record in records)}.",
+        f"Tasks: {_list(_task(record) for record in good) or _list(record['task'] for record in records)}.",
+        f"Budgets: {_list(record['budget'] for record in records)}.",
+        f"Seeds: {_list(str(seed) for seed in sorted({record['seed'] for record in records}))}.",
+        f"Cells: {len(records)}, of which {len(good)} have a score.",
+    ]
+    for name, what in (("machine", "Machine"), ("ranks", "Ranks"), ("versions", "Versions"), ("git", "Git")):
+        facts += [f"{what}: {text}." for text in [_list(as_text(record[name]) for record in good)] if text]
+    dates = sorted(as_text(record["date"]) for record in good)
+    facts += [f"Date: {dates[0]}" + (f" to {dates[-1]}." if dates[-1] != dates[0] else ".")] if dates else []
+    parts: list[Part] = [Items(facts), Heading("How to read this", 2)]
+    if not good:
+        return [*parts[:1], Paragraph("No cell has a score yet.")]
+    several = any(len(section.seeds) > 1 for section in sections)
+    reading = [
+        "Scores are times 100 (%), on test examples; higher is better.",
+        "± is the sample standard deviation over seeds: of the data drawn, their order and the methods' own randomness."
+        if several
+        else "There is one seed, so there is no ±: what another seed would change is not known.",
+        "Intervals are 95 % percentile intervals of a bootstrap over test examples. They cover the sampling of test "
+        "examples, not that of seeds" + (": that is the ±." if several else "."),
+        "Differences to full fine-tuning are paired: over the seeds that both have, the replicates of each are "
+        "averaged, then subtracted one by one, as the i-th replicate of all methods is of the same test examples.",
+        "Bold is the best of a column, where its paired difference to the second best has an interval without 0. Where "
+        "nothing is bold, the test examples do not tell the best two apart.",
+    ]
+    return [*parts, Items([*reading, _tuning(good)])]
+
+
+def _tuning(good: Sequence[Record]) -> str:
+    tried: dict[str, set[float]] = {}
+    for record in good:
+        tried.setdefault(record["label"], set()).update(_tried(record))
+    grids: dict[str, list[str]] = {}
+    for label, rates in tried.items():
+        if rates:
+            grids.setdefault(", ".join(map(_rate, sorted(rates))), []).append(label)
+    if not grids:
+        return "Learning rates were not tuned: the table of costs names those that were used."
+    said = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
+    return f"Learning rates were chosen by the score on the validation split, never on the test split, from {said}."
+
+
+def _tried(record: Record) -> set[float]:
+    return {trial["learning_rate"] for trial in record["tuning"] or () if is_finite(trial["learning_rate"])}
+
+
+def _list(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _task(record: Record) -> str:
+    return f"{record['task']} ({record['metric']})"
+
+
+# --- a model and budget ---------------------------------------------------------------------------------
+
+
+class _Notes:
+    """Footnotes, each once, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"[{self.texts.index(text) + 1}]"
+
+    def parts(self) -> list[Part]:
+        return [Items([f"Note {number}: {text}" for number, text in enumerate(self.texts, 1)])] if self.texts else []
+
+
+def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]:
+    parts: list[Part] = [Heading(f"{section.model}, {section.budget}")]
+    notes = _Notes()
+    scores = [Heading("Scores", 3), *_scores(section, notes), *notes.parts()]
+    if not section.shown():
+        return [*parts, *scores]
+    notes = _Notes()
+    differences = [Heading("Differences to full fine-tuning", 3), *_differences(section, notes), *notes.parts()]
+    parts += [*scores, *differences, *drawn.get("time", ()), *drawn.get("memory", ()), Heading("Training and cost", 3)]
+    parts += [*_costs(section), *drawn.get("parts", ()), Heading("Training loss", 3), *drawn.get("loss", ())]
+    if not drawn.get("loss"):
+        parts.append(Paragraph("No cell has a loss curve."))
+    if drawn.get("ablation"):
+        parts += [Heading("HiFT's strategies and groups", 3), *drawn["ablation"]]
+    return parts
+
+
+def _columns(section: Section) -> dict[str, str]:
+    """Heads of the tasks' columns, and of the mean's where there is more than one task."""
+    heads = {}
+    for task in section.tasks:
+        some = [record for label in section.rows for record in section.ok(label, task)]
+        sizes = sorted({record["n"] for record in some})
+        n = f", n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "") if sizes else ""
+        heads[task] = f"{task}, {section.metric(task)} %{n}" if some else task
+    return heads
+
+
+def _has_mean(section: Section) -> bool:
+    return len(section.common_tasks()) > 1
+
+
+def _about_mean(section: Section) -> list[Part]:
+    common = section.common_tasks()
+    if len(section.tasks) < 2 or not section.shown():
+        return []
+    if not _has_mean(section):
+        return [Paragraph("There is no mean over tasks: no two tasks have a score of every row.")]
+    left = [task for task in section.tasks if task not in common]
+    without = f" It leaves out {_list(left)}, on which not every row has a score." if left else ""
+    return [Paragraph(f"The mean is over {_list(common)}; ± is then of a seed's mean over these.{without}")]
+
+
+def _scores(section: Section, notes: _Notes) -> list[Part]:
+    if not section.shown():
+        rows = [[label, *(_score(section, label, task, notes) for task in section.tasks)] for label in section.rows]
+        return [Paragraph("No cell has a score."), Table(["method", *section.tasks], rows)]
+    winners = {task: results.best({label: section.ok(label, task) for label in section.rows}) for task in section.tasks}
+    means = {label: section.means(label) for label in section.rows}
+    rows_with_mean: list[list[str | Bold]] = []
+    for label in section.rows:
+        row: list[str | Bold] = []
+        for task in section.tasks:
+            text = _score(section, label, task, notes)
+            row.append(Bold(text) if winners[task] == label else text)
+        if _has_mean(section):
+            text = _plus_minus(means[label]) + _seeds(section, means[label]) if means[label] else NOTHING
+            row.append(Bold(text) if results.best(means) == label else text)
+        rows_with_mean.append([label, *row])
+    head = ["method", *_columns(section).values(), *([f"{MEAN} %"] if _has_mean(section) else [])]
+    what = "Mean ± standard deviation" if len(section.seeds) > 1 else "Score, with its interval over test examples"
+    seeds = f"{len(section.seeds)} seeds" if len(section.seeds) > 1 else f"seed {section.seeds[0]}"
+    return [Paragraph(f"{what}, in %; {seeds}."), Table(head, rows_with_mean), *_about_mean(section)]
+
+
+def _score(section: Section, label: str, task: str, notes: _Notes) -> str:
+    """A cell's text: its mean, or what became of it."""
+    every, good = section.at(label, task), section.ok(label, task)
+    if not every:
+        return NOTHING
+    marks = []
+    for record in every:
+        if record["status"] != OK:
+            what = "failed" if record["status"] == FAILED else "not applicable"
+            marks.append(notes.mark(f"{label}: {what}: {record['reason'] or 'no reason is given'}"))
+    mark = " " + " ".join(dict.fromkeys(marks)) if marks else ""
+    if not good:
+        return ("failed" if any(record["status"] == FAILED for record in every) else "n/a") + mark
+    if len(section.seeds) == 1:
+        return _plus_minus(good) + _between(good[0]["interval"])
+    return _plus_minus(good) + _seeds(section, good) + mark
+
+
+def _seeds(section: Section, some: Sequence[Record]) -> str:
+    """How many there are, where some are missing."""
+    return f" ({len(some)} of {len(section.seeds)} seeds)" if len(some) < len(section.seeds) else ""
+
+
+def _plus_minus(some: Sequence[Record]) -> str:
+    std = std_of(some)
+    mean = statistics.fmean(record["score"] for record in some)
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
+
+
+def _between(interval: Any) -> str:
+    if not isinstance(interval, list) or len(interval) != 2 or not all(map(is_finite, interval)):
+        return ""
+    return f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def _differences(section: Section, notes: _Notes) -> list[Part]:
+    full = section.full
+    if full is None or full not in section.shown():
+        why = "it has no score" if full else "it is not among the records"
+        return [Paragraph(f"There are no differences to full fine-tuning here: {why}.")]
+    rows = []
+    for label in section.shown():
+        if label == full:
+            continue
+        row = [_difference(section.ok(label, task), section.ok(full, task), label, notes) for task in section.tasks]
+        if _has_mean(section):
+            row.append(_difference(section.means(label), section.means(full), label, notes))
+        rows.append([label, *row])
+    if not rows:
+        return [Paragraph("Only full fine-tuning has a score.")]
+    head = ["method", *section.tasks, *([MEAN] if _has_mean(section) else [])]
+    said = f"A method's score minus that of {full}, in % points, with its 95 % interval over test examples."
+    return [Paragraph(said), Table(head, rows)]
+
+
+def _difference(ours: Sequence[Record], theirs: Sequence[Record], label: str, notes: _Notes) -> str:
+    found = paired_difference(ours, theirs)
+    if found is None:
+        return NOTHING
+    text = f"{100 * found.mean:+.1f}"
+    if found.low is None or found.high is None:
+        return f"{text} {notes.mark(f'{label}: no interval, because {found.why}')}"
+    return f"{text} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+# --- costs ----------------------------------------------------------------------------------------------
+
+_COSTS = (
+    *("method", "learning rate", "steps", "samples", "training time", "step time", "step time / full's", "tokens/s"),
+    *("trained parameters", "peak memory, measured", "memory, planned", "FLOPs"),
+)
+
+
+def _costs(section: Section) -> list[Part]:
+    said = "Means over seeds; of learning rates, all that were chosen. FLOPs are the model's in training"
+    said += ", as a stand-in for energy; memory is that of the seed with the most."
+    parts: list[Part] = [Paragraph(said)]
+    kinds = _list(
+        f"{record['peak_memory_kind']}"
+        for label in section.rows
+        for task in section.tasks
+        for record in section.ok(label, task)
+        if record["peak_memory_kind"]
+    )
+    if kinds:
+        parts.append(
+            Paragraph(f"Measured memory is: {kinds}. Planned memory is what the planner expects on the device.")
+        )
+    at_end = False
+    for task in section.tasks:
+        some = {label: section.ok(label, task) for label in section.rows if section.ok(label, task)}
+        if not some:
+            continue
+        theirs = {record["seed"]: record for record in some.get(section.full or "", ())}
+        rows = [[label, *_cost(found, theirs)] for label, found in some.items()]
+        at_end = at_end or any(row[1].endswith("*") for row in rows)
+        parts += [Heading(task, 4), Table(_COSTS, rows)]
+    if at_end:
+        said = "* A chosen learning rate is the lowest or highest of those tried: a better one may lie beyond."
+        parts.append(Paragraph(said))
+    return parts
+
+
+def _cost(found: Sequence[Record], full: Mapping[int, Record]) -> list[str]:
+    """The columns after the first, for the seeds of one method and task."""
+    rates = sorted({record["learning_rate"] for record in found if is_finite(record["learning_rate"])})
+    common = [record for record in found if record["seed"] in full]
+    ours, theirs = mean_of(common, "step_seconds"), mean_of([full[one["seed"]] for one in common], "step_seconds")
+    peaks = [record["peak_memory"] for record in found if is_finite(record["peak_memory"])]
+    plans = [record["planned_memory"]["total"] for record in found if record["planned_memory"]]
+    return [
+        (", ".join(map(_rate, rates)) or NOTHING) + ("*" if any(map(_is_at_end, found)) else ""),
+        _count(mean_of(found, "steps")),
+        _count(mean_of(found, "samples")),
+        _seconds(mean_of(found, "seconds")),
+        _seconds(mean_of(found, "step_seconds")),
+        f"{ours / theirs:.2f}" if ours is not None and theirs else NOTHING,
+        _count(mean_of(found, "tokens_per_second")),
+        _count(mean_of(found, "trained_parameters")),
+        _bytes(max(peaks)) if peaks else NOTHING,
+        _bytes(max(plans)) if plans else NOTHING,
+        _flops(mean_of(found, "flops")),
+    ]
+
+
+def _is_at_end(record: Record) -> bool:
+    rates = _tried(record)
+    return len(rates) > 1 and record["learning_rate"] in (min(rates), max(rates))
+
+
+def _rate(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _count(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return (
+        f"{value:,.1f} s" if value >= 10 else f"{value:.3g} s" if value >= 1 or not value else f"{1000 * value:.3g} ms"
+    )
+
+
+def _bytes(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.1f} MiB"
+
+
+def _flops(value: float | None) -> str:
+    if not value:
+        return NOTHING if value is None else "0"
+    unit, size = next((u, s) for u, s in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if value >= s or s == 1e9)
+    return f"{value / size:,.1f} {unit}"
+
+
+# --- MT-Bench and the paper -----------------------------------------------------------------------------
+
+
+def _mt_bench(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Part]:
+    parts: list[Part] = [Heading("MT-Bench")]
+    for named in dict.fromkeys(one["judge"] for one in summary[SINGLE]):
+        some = [one for one in summary[SINGLE] if one["judge"] == named]
+        categories = list(dict.fromkeys(name for one in some for name in one["categories"]))
+        categories.sort(key=lambda name: name == verdicts.TOTAL)
+        rows = []
+        for one in some:
+            means = [(one["categories"].get(name) or {}).get("mean") for name in categories]
+            total = one["categories"][verdicts.TOTAL]
+            shown = [NOTHING if mean is None else f"{mean:.2f}" for mean in means]
+            rows.append([one["model"], *shown, str(total["n"]), str(total["failed"])])
+        parts.append(Paragraph(f"Mean rating, 1 to 10, by {named}, over both turns; failed verdicts enter no mean."))
+        parts.append(Table(["model", *categories, "verdicts", "failed"], rows))
+    parts += pictures
+    for one in summary[PAIRWISE]:
+        first, second = one["models"]
+        counts = ("wins", "ties", "losses", "flips", "failed")
+        rows = [[name, *(str(found[key]) for key in counts)] for name, found in one["categories"].items()]
+        said = f"{first} against {second}, by {one['judge']}: a win is one in both orders; flips are ties because the "
+        parts += [Paragraph(said + "two orders disagree."), Table(["category", *counts], rows)]
+    return parts
+
+
+def _paper(records: Sequence[Record]) -> list[Part]:
+    """The paper's tables of the tasks that occur; not ours, and of other models."""
+    tables = paper.paper_tables({record["task"] for record in records})
+    if not tables:
+        return []
+    ours = _list(record["model"] for record in records)
+    parts: list[Part] = [
+        Heading("The paper's, other models"),
+        Paragraph(
+            f"Printed by Liu et al., not measured here: other models (ours: {ours}), data and machines, so their "
+            "numbers are no baseline for ours. (In brackets: standard deviation.) † is a row that they took from "
+            "others' work."
+        ),
+    ]
+    for table in tables:
+        first = table[0]
+        columns = list(dict.fromkeys((value.task, value.metric) for value in table))
+        rows: dict[tuple[str, str], list[str]] = {}
+        for value in table:
+            row = rows.setdefault(
+                (value.method, value.label), [value.label + (" †" if value.cited else ""), value.method]
+            )
+            row.append(value.printed)
+        said = ", ".join(text for text in (first.model, first.setting, first.unit) if text)
+        heads = [f"{task} {metric}" if metric else task for task, metric in columns]
+        parts.append(Paragraph(f"{first.source[0].upper()}{first.source[1:]}: {said}"))
+        parts.append(Table(["the paper's row", "method", *heads], list(rows.values())))
+    return parts
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------------
+
+
+def wandb_tables(records: list[Record]) -> dict[str, Any]:
+    """A `wandb.Table` for each model and budget: a row for each method and task, with numbers as numbers."""
+    import wandb
+
+    columns: list[str | int] = [
+        "method",
+        "task",
+        "metric",
+        "seeds",
+        "mean_percent",
+        "std_percent",
+        "difference_to_full_percent",
+    ]
+    columns += ["difference_low", "difference_high", "seconds", "peak_memory_gib", "status"]
+    tables = {}
+    for section in results.arrange(results.checked(records)):
+        table = wandb.Table(columns=columns)
+        for label in section.rows:
+            for task in section.tasks:
+                good, every = section.ok(label, task), section.at(label, task)
+                if not every:
+                    continue
+                found = paired_difference(good, section.ok(section.full, task)) if section.full else None
+                gaps = (found.mean, found.low, found.high) if found else (None, None, None)
+                numbers = [mean_of(good, "score"), std_of(good), *gaps]
+                memory = mean_of(good, "peak_memory")
+                table.add_data(
+                    label, task, section.metric(task), len(good),
+                    *(None if number is None else 100 * number for number in numbers),
+                    mean_of(good, "seconds"), None if memory is None else memory / GIB,
+                    OK if good else every[-1]["status"],
+                )  # fmt: skip
+        tables[f"{section.model}, {section.budget}"] = table
+    return tables
+
+
+def log_to_wandb(records: list[Record], folder: Path, run: Any) -> None:
+    """The tables and the pictures of a report that `write_report` wrote to `folder`, into a run of W&B's."""
+    import wandb
+
+    pictures = sorted((folder / "plots").glob("*.png"))
+    logged: dict[str, Any] = {f"report/{name}": table for name, table in wandb_tables(records).items()}
+    run.log(logged | {f"plots/{path.stem}": wandb.Image(str(path)) for path in pictures})
+
+
+# --- command --------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def read_verdicts(path: Path) -> list[Record]:
+    """The verdicts of a file that `evaluation.mt_bench` wrote."""
+
+    def key_of(where: str, record: Record) -> Any:
+        key = judge.verdict_key(where, record)
+        verdicts.checked(where, record)
+        return key
+
+    return list(read_records(path, key_of).values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code: 0, or 2 for a mistake of the user's."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="python -m evaluation.report", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("out", type=Path, metavar="OUT", help=f"folder with {RESULTS}")
+    parser.add_argument("--verdicts", type=Path, metavar="FILE", help="MT-Bench's, of evaluation.mt_bench")
+    parser.add_argument("--title", default=TITLE)
+    try:
+        options = parser.parse_args(argv)
+        found = results.read_results(options.out / RESULTS)
+        judged = read_verdicts(options.verdicts) if options.verdicts else None
+        write_report(found, options.out, options.title, verdicts=judged)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out / 'report.html'} and report.md: {len(found)} cells")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
