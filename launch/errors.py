@@ -21,3 +21,10 @@ def shown(value: Any) -> str:
     """A value from the data as it goes into a message: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+class NotApplicable(UserError):
+    """A training method does not fit a model; the message says why."""
+
+    def __init__(self, method: str, model: Any, reason: str):
+        super().__init__(f"method.name: {method!r} does not fit {type(model).__name__}: {reason}")
