@@ -101,7 +101,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str | Bold]]) -
 
 def _inner(cell: str | Bold) -> str:
     """Text inside a line, where nothing begins a list."""
-    return f"**{_inner(cell.text)}**" if isinstance(cell, Bold) else _escaped("." + cell)[1:]
+    return f"**{_inner(cell.text)}**" if isinstance(cell, Bold) else _escaped("." + clean(cell))[1:]
 
 
 # --- HTML -----------------------------------------------------------------------------------------------

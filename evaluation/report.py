@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evaluation import judge, paper, plots, results, verdicts
+from evaluation import judge, paper, plots, results
 from evaluation.document import Bold, Heading, Items, Paragraph, Part, Picture, Table, as_html, markdown
 from evaluation.questions import PAIRWISE, SINGLE
 from evaluation.records import Record, read_records
 from evaluation.resampling import paired_difference
 from evaluation.results import FAILED, OK, Section, as_text, is_finite, mean_of, std_of
+from evaluation.verdicts import TOTAL, checked, summarize
 from launch.errors import UserError
 
 TITLE = "Comparison of fine-tuning methods"
@@ -41,33 +42,44 @@ def write_report(records: list[Record], folder: Path, title: str, *, verdicts: l
     Raises:
         UserError: a record lacks something, or the folder cannot be written.
     """
-    parts = build(results.checked(records), folder, title, verdicts or [])
+    sections = results.arrange(results.checked(records))
+    summary = summarize(verdicts or ())
     try:
+        drawn, radars = _draw(sections, summary, folder)
+        parts = build(sections, title, summary, drawn, radars)
         (folder / "report.md").write_text(markdown(parts), encoding="utf-8")
         (folder / "report.html").write_text(as_html(title, parts, folder), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
-def build(records: Sequence[Record], folder: Path, title: str, judged: Sequence[Record]) -> list[Part]:
-    """The report's parts; draws its pictures."""
-    sections = results.arrange(records)
-    summary = verdicts.summarize(judged)
-    rated = [one["model"] for one in summary[SINGLE]]
+def _draw(
+    sections: Sequence[Section], summary: Mapping[str, Any], folder: Path
+) -> tuple[list[dict[str, list[Picture]]], list[Picture]]:
+    """The pictures of each section, by kind, and those of MT-Bench."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "plots").glob("*.png"):
+        old.unlink()
     labels = [label for method in _ordered(sections) for label in method]
-    styles = plots.make_styles([*labels, *rated])
-    try:
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
-        for old in (folder / "plots").glob("*.png"):
-            old.unlink()
-        parts: list[Part] = [Heading(title, 1), *_header(records, sections)]
-        for number, section in enumerate(sections, 1):
-            parts += _section(section, plots.draw_section(number, section, styles, folder))
-        if judged:
-            parts += _mt_bench(summary, plots.draw_verdicts(summary, styles, folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    return [*parts, *_paper(records)]
+    styles = plots.make_styles([*labels, *(one["model"] for one in summary[SINGLE])])
+    drawn = [plots.draw_section(number, section, styles, folder) for number, section in enumerate(sections, 1)]
+    return drawn, plots.draw_verdicts(summary, styles, folder)
+
+
+def build(
+    sections: Sequence[Section],
+    title: str,
+    summary: Mapping[str, Any],
+    drawn: Sequence[Mapping[str, list[Picture]]],
+    radars: Sequence[Picture] = (),
+) -> list[Part]:
+    """The report's parts, with pictures that are drawn already: by kind for each section."""
+    parts: list[Part] = [Heading(title, 1), *_header(sections)]
+    for section, pictures in zip(sections, drawn, strict=True):
+        parts += _section(section, pictures)
+    if summary[SINGLE] or summary[PAIRWISE]:
+        parts += _mt_bench(summary, radars)
+    return [*parts, *_paper(sections)]
 
 
 def _ordered(sections: Sequence[Section]) -> list[list[str]]:
@@ -80,7 +92,8 @@ def _ordered(sections: Sequence[Section]) -> list[list[str]]:
 # --- header ---------------------------------------------------------------------------------------------
 
 
-def _header(records: Sequence[Record], sections: Sequence[Section]) -> list[Part]:
+def _header(sections: Sequence[Section]) -> list[Part]:
+    records = [record for section in sections for cell in section.cells.values() for record in cell.values()]
     good = [record for record in records if record["status"] == OK]
     if not records:
         return [Paragraph("There are no records.")]
@@ -208,6 +221,7 @@ def _scores(section: Section, notes: _Notes) -> list[Part]:
         return [Paragraph("No cell has a score."), Table(["method", *section.tasks], rows)]
     winners = {task: results.best({label: section.ok(label, task) for label in section.rows}) for task in section.tasks}
     means = {label: section.means(label) for label in section.rows}
+    best_mean = results.best(means)
     rows_with_mean: list[list[str | Bold]] = []
     for label in section.rows:
         row: list[str | Bold] = []
@@ -216,7 +230,7 @@ def _scores(section: Section, notes: _Notes) -> list[Part]:
             row.append(Bold(text) if winners[task] == label else text)
         if _has_mean(section):
             text = _plus_minus(means[label]) + _seeds(section, means[label]) if means[label] else NOTHING
-            row.append(Bold(text) if results.best(means) == label else text)
+            row.append(Bold(text) if best_mean == label else text)
         rows_with_mean.append([label, *row])
     head = ["method", *_columns(section).values(), *([f"{MEAN} %"] if _has_mean(section) else [])]
     what = "Mean ± standard deviation" if len(section.seeds) > 1 else "Score, with its interval over test examples"
@@ -389,11 +403,11 @@ def _mt_bench(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> list[P
     for named in dict.fromkeys(one["judge"] for one in summary[SINGLE]):
         some = [one for one in summary[SINGLE] if one["judge"] == named]
         categories = list(dict.fromkeys(name for one in some for name in one["categories"]))
-        categories.sort(key=lambda name: name == verdicts.TOTAL)
+        categories.sort(key=lambda name: name == TOTAL)
         rows = []
         for one in some:
             means = [(one["categories"].get(name) or {}).get("mean") for name in categories]
-            total = one["categories"][verdicts.TOTAL]
+            total = one["categories"][TOTAL]
             shown = [NOTHING if mean is None else f"{mean:.2f}" for mean in means]
             rows.append([one["model"], *shown, str(total["n"]), str(total["failed"])])
         parts.append(Paragraph(f"Mean rating, 1 to 10, by {named}, over both turns; failed verdicts enter no mean."))
@@ -408,12 +422,12 @@ def _mt_bench(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> list[P
     return parts
 
 
-def _paper(records: Sequence[Record]) -> list[Part]:
+def _paper(sections: Sequence[Section]) -> list[Part]:
     """The paper's tables of the tasks that occur; not ours, and of other models."""
-    tables = paper.paper_tables({record["task"] for record in records})
+    tables = paper.paper_tables({task for section in sections for task in section.tasks})
     if not tables:
         return []
-    ours = _list(record["model"] for record in records)
+    ours = _list(section.model for section in sections)
     parts: list[Part] = [
         Heading("The paper's, other models"),
         Paragraph(
@@ -499,7 +513,7 @@ def read_verdicts(path: Path) -> list[Record]:
 
     def key_of(where: str, record: Record) -> Any:
         key = judge.verdict_key(where, record)
-        verdicts.checked(where, record)
+        checked(where, record)
         return key
 
     return list(read_records(path, key_of).values())
