@@ -54,8 +54,8 @@ Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[TaskExample]], dict[st
 class Task:
     """What a task is made of.
 
-    `data` is its name in launch/, or its id on the Hub, whose columns files at a path must have, too (JSONL or
-    parquet, a file for each split): see `columns`. `metrics` names the values of `metric`; the first is the headline.
+    `data` is its name in launch/, or its id on the Hub, whose columns files at a path must have, too (parquet, JSONL
+    or CSV, a file for each split): see `columns`. `metrics` names the values of `metric`; the first is the headline.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Task:
     columns: str = ""  # of sets that launch/ does not know
     convert: templates.Convert | None = None  # for those: a row in launch's columns
     test_split: str | None = None  # null: validation, else test
+    published: tuple[str, str] | None = None  # the publisher's own names of the files to train and test on
+    grouped: bool = False  # held-out rows with the same prompt are one example with all their references
     max_new_tokens: int = 0  # of a written answer; 0 for tasks with candidates
     stop: str | None = None  # text that ends a written answer
     labels: tuple[str, ...] = ()  # classes by their ids, for a model with a head; () where there are none
@@ -110,6 +112,10 @@ def _squad(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[Task
 
 def _drop(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
     return metrics.drop(predictions, [one.references for one in examples])
+
+
+def _e2e(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.e2e(predictions, [one.references for one in examples])
 
 
 def _gsm8k(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
@@ -253,6 +259,19 @@ TASKS = {
             columns="passage, question, answers_spans {spans: [...]}; or answer and validated_answers",
             convert=templates.drop,
             **_QA,  # type: ignore[arg-type]
+        ),
+        Task(
+            "e2e",
+            "tuetschek/e2e_nlg",
+            _e2e,
+            metrics.E2E,
+            columns="meaning_representation, human_reference; or mr, ref",
+            convert=templates.e2e,
+            test_split="test",
+            published=("trainset", "testset_w_refs"),
+            grouped=True,
+            max_new_tokens=100,
+            stop="\n",
         ),
         _published("gsm8k", "gsm8k", _gsm8k, ("exact_match",), max_new_tokens=320),
         _glue("cola", ("sentence",), metrics.matthews, ("matthews",), ("unacceptable", "acceptable")),

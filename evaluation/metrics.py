@@ -1,6 +1,6 @@
 """The official metrics of the tasks, as pure functions of predictions and references.
 
-All values are 0 to 1 (correlations -1 to 1); higher is better.
+All values are 0 to 1 (correlations -1 to 1; NIST and CIDEr have no such bound); higher is better.
 
 Accuracy, F1 of labels and correlations are scikit-learn's and scipy's. Comparing texts, as the scripts of SQuAD, ReCoRD
 and DROP do it, has no package that is kept up and needs no download, so it is written here.
@@ -12,10 +12,15 @@ import collections
 import re
 import string
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from scipy import stats
 from sklearn import metrics
 
+from launch.errors import UserError
+
+E2E = ("bleu", "nist", "rouge_l", "cider")
+E2E_MISSING = {"meteor": "needs WordNet's data, a download of its own"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -149,3 +154,60 @@ def _number(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
+
+
+# Generated texts -------------------------------------------------------------------------------------
+
+
+def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The metrics of E2E (Novikova et al. 2017) but those of `E2E_MISSING`; letter case does not count.
+
+    As with the publisher's script, words are parted as in mteval-v13a. Its BLEU is ours; the others come close: NLTK's
+    NIST takes the best reference for each text, the script counts n-grams over all; rouge-score's ROUGE-L weighs
+    precision and recall alike, the script recall by 1.2 squared; CIDEr is the script's, but its words are parted in
+    Java.
+
+    Args:
+        references: for each prediction one text or more.
+
+    Returns:
+        `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `rouge_l` (rouge-score): the mean of the
+        best F1 over the references. `cider` (pycocoevalcap): 0 to 10, over words without punctuation; 0 where all
+        references belong to one prediction.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    try:
+        from nltk.translate.nist_score import corpus_nist
+        from pycocoevalcap.cider.cider import Cider
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics import BLEU
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    except ImportError as error:
+        raise UserError(f"E2E's metrics: {error}; install them: pip install 'hift_ds[e2e]'") from error
+
+    # sacrebleu wants the first references of all texts, then the second ones, and so on.
+    most = max(map(len, references))
+    columns: list[Any] = [[one[i] if i < len(one) else None for one in references] for i in range(most)]
+    bleu = BLEU(lowercase=True, force=True).corpus_score(list(predictions), columns).score / 100
+
+    part = Tokenizer13a()
+    ours = [part(text.lower()).split() for text in predictions]
+    truths = [[part(text.lower()).split() for text in accepted] for accepted in references]
+    nist = corpus_nist(truths, ours, n=5) if max(map(len, ours)) >= 5 else 0.0
+
+    rouge = RougeScorer(["rougeL"])
+    best = [
+        max(rouge.score(text, prediction)["rougeL"].fmeasure for text in accepted)
+        for prediction, accepted in zip(predictions, references, strict=True)
+    ]
+
+    def spoken(words: Sequence[str]) -> str:
+        return " ".join(word for word in words if word.translate(_PUNCTUATION))
+
+    cider, _ = Cider().compute_score(
+        {i: [spoken(words) for words in accepted] for i, accepted in enumerate(truths)},
+        {i: [spoken(words)] for i, words in enumerate(ours)},
+    )
+    return {"bleu": bleu, "nist": float(nist), "rouge_l": sum(best) / len(best), "cider": float(cider)}

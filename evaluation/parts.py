@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,8 +26,13 @@ def shares_of(n: int, wanted: dict[str, int]) -> dict[str, int]:
     return shares
 
 
-def divide(examples: list[TaskExample], shares: dict[str, int], seed: int) -> dict[str, list[TaskExample]]:
-    """Parts without a passage in common: whole passages go to test and dev until those are full, the rest to train."""
+def divide(
+    examples: list[TaskExample], shares: dict[str, int], seed: int, grouped: bool = False
+) -> dict[str, list[TaskExample]]:
+    """Parts without a passage in common: whole passages go to test and dev until those are full, the rest to train.
+
+    `grouped`: what goes to test and dev is merged.
+    """
     passages: dict[str, list[TaskExample]] = collections.defaultdict(list)
     for one in examples:
         passages[one.passage].append(one)
@@ -37,7 +43,8 @@ def divide(examples: list[TaskExample], shares: dict[str, int], seed: int) -> di
         if part in shares:
             members: list[TaskExample] = []
             while len(order) > 1 and len(members) < shares[part]:  # one is for train
-                members += passages[order.pop()]
+                passage = passages[order.pop()]
+                members += merged(passage) if grouped else passage
             drawn[part] = draw(members, shares[part], f"{part} {seed}")
     drawn["train"] = draw([one for key in order for one in passages[key]], shares["train"], f"train {seed}")
     return drawn
@@ -55,3 +62,15 @@ def draw(examples: Sequence[TaskExample], n: int, seed: str) -> list[TaskExample
         if len(drawn) + len(members) <= n:
             drawn += members
     return drawn
+
+
+def merged(examples: Sequence[TaskExample]) -> list[TaskExample]:
+    """One example for each prompt, with the references of all that have it; the first of each stays."""
+    references: dict[str, list[str]] = collections.defaultdict(list)
+    for one in examples:
+        references[one.prompt] += one.references
+    first = {one.prompt: one for one in reversed(examples)}
+    return [
+        dataclasses.replace(first[prompt], references=tuple(dict.fromkeys(texts)))
+        for prompt, texts in references.items()
+    ]

@@ -43,6 +43,8 @@ def predict(
     demonstrations: Sequence[TaskExample] = (),
     batch_size: int = 8,
     max_length: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Predictions:
     """What `task.score` takes. Candidates of the same likelihood: the first.
 
@@ -51,13 +53,16 @@ def predict(
         batch_size: sequences at a time; it changes no prediction beyond rounding.
         max_length: tokens of a prompt with its answer; longer prompts lose their beginning. None = what the model's
             config names, if it does.
+        num_beams: of written answers; 1 = greedy. The paper's table 4 has 10 for E2E.
+        length_penalty: the power of its length by which a beam's log-likelihood is divided; 0.9 there.
     """
     if not task.prompted:
         raise UserError(f"{task.name} has no template for prompts; use a model with a classification head")
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     before = few_shot(demonstrations)
     if task.max_new_tokens:
-        return _write(task, model, tokenizer, [before + one.prompt for one in examples], batch_size, limit)
+        beams = {"num_beams": num_beams, **({"length_penalty": length_penalty} if num_beams > 1 else {})}
+        return _write(task, model, tokenizer, [before + one.prompt for one in examples], batch_size, limit, beams)
     pairs = [(before + one.prompt, candidate) for one in examples for candidate in one.candidates]
     likelihoods, truncated = average_log_likelihoods(model, tokenizer, pairs, batch_size, limit)
     values: list[int] = []
@@ -185,8 +190,9 @@ def _write(
     prompts: Sequence[str],
     batch_size: int,
     max_length: int | None,
+    beams: dict[str, Any],
 ) -> Predictions:
-    """Greedy answers up to the task's stop text, without the whitespace around them."""
+    """Answers up to the task's stop text, without the whitespace around them."""
     limit = max_length and max_length - task.max_new_tokens
     fitted = [_fitted(tokenizer, tokenize_pieces(tokenizer, [prompt])[0], limit) for prompt in prompts]
     cases = [kept for kept, _ in fitted]
@@ -202,8 +208,8 @@ def _write(
             tokens = model.generate(  # (sequences, prompt + new tokens)
                 **{key: value.to(device) for key, value in inputs.items()},
                 **options,
+                **beams,
                 do_sample=False,
-                num_beams=1,
                 max_new_tokens=task.max_new_tokens,
                 pad_token_id=_padding(tokenizer),
                 eos_token_id=tokenizer.eos_token_id if end is None else end,

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.catalog import TASKS, Task, TaskExample, content_hash, find_task
-from evaluation.parts import PARTS, divide, draw, shares_of
+from evaluation.parts import PARTS, divide, draw, merged, shares_of
 from launch.encoding import as_question, spaced
 from launch.errors import UserError
 from launch.formats import convert, flatten
-from launch.sources import PUBLISHED, Row, file_sha256, find_files, read_file, read_hub
+from launch.sources import FILE_KINDS, PUBLISHED, Row, file_sha256, find_files, read_file, read_hub
 
 __all__ = [
     "PARTS", "TASKS", "Task", "TaskData", "TaskExample", "check_disjoint", "classification_rows", "few_shot",
@@ -85,10 +85,13 @@ def load_task(
     published = _examples(task, rows["eval"])
     unlabeled = sum(one is None for one in (*pool, *published))
     tested = [one for one in published if one is not None]
+    if task.grouped:
+        tested = merged(tested)
     known = {one.fingerprint for one in tested}
     unseen = [one for one in pool if one is not None and one.fingerprint not in known]
     in_test = sum(one is not None for one in pool) - len(unseen)
-    distinct = list({one.fingerprint: one for one in reversed(unseen)}.values())[::-1]  # the first of each
+    kinds = [(one.fingerprint, one.completion if task.grouped else "") for one in unseen]
+    distinct = list(dict(zip(reversed(kinds), reversed(unseen), strict=True)).values())[::-1]  # the first of each
 
     parts = ("train", "dev") if tested else PARTS
     shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
@@ -99,7 +102,7 @@ def load_task(
         )
     if not tested:
         notes.append("nothing labelled is held out: the test part is cut from the training split by the seed")
-    drawn = divide(distinct, shares, seed)
+    drawn = divide(distinct, shares, seed, task.grouped)
     if tested:
         drawn["test"] = draw(tested, test_examples, f"test {seed}")
         if len(drawn["test"]) < min(test_examples, len(tested)):
@@ -172,16 +175,19 @@ def _read(
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{task.name}: {path!r} does not exist (looked in {Path.cwd()})")
-    kind = task.data
+    kind, train, own = task.data, "train", task.test_split
     if kind not in PUBLISHED:
-        files = [place] if place.is_file() else list(place.iterdir())
-        kind = "parquet" if any(one.suffix == ".parquet" for one in files) else "jsonl"
+        files = {one.name for one in ([place] if place.is_file() else place.iterdir())}
+        endings = {Path(one).suffix for one in files}
+        kind = next((one for one in ("parquet", "jsonl", "csv") if not endings.isdisjoint(FILE_KINDS[one])), "jsonl")
+        if task.published and f"{task.published[0]}.{kind}" in files:
+            train, own = task.published
     try:
-        found = find_files(kind, path, "train", None, test_split or task.test_split)
+        found = find_files(kind, path, train, None, test_split or own)
     except UserError:
-        if test_split is not None or task.test_split is None:
+        if test_split is not None or own is None:
             raise
-        found = find_files(kind, path, "train", None, None)  # without the task's own
+        found = find_files(kind, path, train, None, None)  # without the task's own
     rows: dict[str, list[Row]] = {"train": [], "eval": []}
     for part, paths in found.items():
         for one in paths:

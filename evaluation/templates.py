@@ -1,4 +1,4 @@
-"""How rows of the sets that only evaluation knows become prompts: table 12's templates, SQuAD and DROP.
+"""How rows of the sets that only evaluation knows become prompts: table 12's templates, SQuAD, DROP and E2E.
 
 Each function takes a row in the columns of the Hub's copy and its place for messages, and returns it in the columns of
 launch/formats.py: `prompt`, `completion`, and `candidates` or `references`; for classifiers `text`, `text_pair` and
@@ -8,6 +8,7 @@ The templates of table 13 for classification and multiple choice are in launch/f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from launch.formats import text_of
 
 Convert = Callable[[dict[str, Any], str], dict[str, Any] | None]
 MASK = "[MASK]"
+_ATTRIBUTE = re.compile(r"\s*([^][,]+?)\s*\[([^][]*)\]\s*(?:,|$)")  # name[The Eagle],
 
 
 def filled_in(template: str, columns: Sequence[str], label: str, words: Sequence[str]) -> Convert:
@@ -135,3 +137,22 @@ def _answers(answers: Any, expected: str, got: Any, where: str) -> list[str]:
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one for one in answers):
         raise UserError(f"{where}: expected {expected} with at least one text, got {shown(got)}")
     return answers
+
+
+def e2e(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """E2E, as GPT-2 is trained on it by Hu et al. (2022): `name : The Eagle | area : riverside ||` and the text.
+
+    The columns are meaning_representation and human_reference, or mr and ref as in the publisher's files.
+    """
+    columns = ("mr", "ref") if "mr" in row else ("meaning_representation", "human_reference")
+    meaning, reference = (text_of(row, column, where).strip() for column in columns)
+    attributes = [(found[1], found[2].strip()) for found in _ATTRIBUTE.finditer(meaning)]
+    if not attributes or _ATTRIBUTE.sub("", meaning):
+        raise UserError(
+            f"{where}: {shown(meaning)} in column {columns[0]!r}; expected attributes as in name[The Eagle], "
+            "area[riverside]"
+        )
+    if not reference:
+        raise UserError(f"{where}: expected a text in column {columns[1]!r}, but it is empty")
+    prompt = " | ".join(f"{name} : {value}" for name, value in attributes) + " ||"
+    return {"prompt": prompt, "completion": reference, "references": (reference,)}
