@@ -12,13 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-STATUS = Path("/proc/self/status")
+from evaluation.process_memory import peak_memory
 
 
 @dataclass
@@ -35,12 +33,6 @@ class Peak:
         return self.peak - self.loaded
 
 
-def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return sum(int(lines[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
-
-
 def train(method: str, checkpointing: bool, shape: str, batch: int, length: int) -> Peak:
     """In a process of its own: the peak over a cycle and its first step again (full fine-tuning: three steps)."""
     import hift_ds
@@ -51,40 +43,26 @@ def train(method: str, checkpointing: bool, shape: str, batch: int, length: int)
     model = make_model(shape, "fp32")
     if checkpointing:
         hift_ds.checkpoint_activations(model)
-    loaded = anonymous()
-    highest, done = loaded, threading.Event()
-
-    def sample() -> None:
-        nonlocal highest
-        while not done.wait(0.002):
-            highest = max(highest, anonymous())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config: dict[str, Any] = {
-                "train_micro_batch_size_per_gpu": batch,
-                "gradient_clipping": 1.0,
-                "steps_per_print": 10**9,
-                "zero_optimization": {"stage": 0},
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-                "hift": {"enabled": method == "hift"},
-            }
-            if method == "hift":
-                config["hift"]["offload"] = {"device": "nvme", "nvme_path": folder}
-            engine = hift_ds.initialize(model=model, config=config)[0]
-            blocks = len(hift_ds.partition_model(model))
-            for index in range(blocks + 1 if method == "hift" else 3):
-                made = make_batch(shape, index, batch, length)
-                engine.backward(summed_loss(engine, made, "causal-lm") / made["labels"][:, 1:].numel())
-                engine.step()
-            time.sleep(0.01)
-            engine.destroy()
-    finally:
-        done.set()
-        sampler.join()
-    return Peak(method, checkpointing, loaded, highest)
+    with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": batch,
+            "gradient_clipping": 1.0,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": 0},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+            "hift": {"enabled": method == "hift"},
+        }
+        if method == "hift":
+            config["hift"]["offload"] = {"device": "nvme", "nvme_path": folder}
+        engine = hift_ds.initialize(model=model, config=config)[0]
+        blocks = len(hift_ds.partition_model(model))
+        for index in range(blocks + 1 if method == "hift" else 3):
+            made = make_batch(shape, index, batch, length)
+            engine.backward(summed_loss(engine, made, "causal-lm") / made["labels"][:, 1:].numel())
+            engine.step()
+        time.sleep(0.01)
+        engine.destroy()
+    return Peak(method, checkpointing, peak.start, peak.highest)
 
 
 def compare(shape: str, batch: int, length: int) -> list[Peak]:

@@ -1,4 +1,4 @@
-"""Write the trained model as a Hugging Face folder, from every ZeRO stage."""
+"""Write the trained model as a Hugging Face folder, from every ZeRO stage; small modules alone where it cannot be one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
+from launch.adapters import merge, save_adapter
+
 
 def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, use_cache: bool | None) -> None:
     """Write weights, persistent buffers, configs and tokenizer to `folder`. Every rank calls it; rank 0 writes.
 
     ZeRO-3 shards are gathered one tensor at a time into rank 0's host memory, so the device never holds more than
-    one whole tensor above what it holds anyway. The folder appears complete or not at all.
+    one whole tensor above what it holds anyway. The folder appears complete or not at all. LoRA is merged into the
+    weights (with whole weights on each rank, that is below ZeRO 3); what cannot be merged is written alone, for
+    `launch.adapters.load_adapter`.
 
     Args:
         use_cache: what the model's config said before training turned the key-value cache off.
@@ -29,13 +33,26 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
             shutil.rmtree(leftover, ignore_errors=True)
         if use_cache is not None:
             engine.module.config.use_cache = use_cache
-        engine.module.save_pretrained(beside, state_dict=weights)
+        _write(engine.module, weights, beside)
         tokenizer.save_pretrained(beside)
         if folder.exists():
             os.replace(folder, old)
         os.replace(beside, folder)
         shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
+
+
+def _write(module: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Model and config, or the adapter alone."""
+    record = getattr(module, "adapter_record", None)
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    merged = module if record is None else None
+    if record is not None and not (partitioned and record["method"] == "lora"):
+        merged = merge(module)
+    if merged is None:
+        save_adapter(module, folder, weights)
+    else:
+        merged.save_pretrained(folder, state_dict=weights if merged is module else None)
 
 
 def _gather(module: torch.nn.Module) -> dict[str, torch.Tensor]:

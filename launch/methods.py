@@ -1,26 +1,84 @@
-"""The training methods by name. A new one is one more entry of `METHODS`."""
+"""The training methods by name. A new one is one more entry of `METHODS`.
+
+A method is what of the model is trained (`adapter`, launch/adapters.py), by which engine, and how a step is taken. The
+loop in launch/train.py is the same for all.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-# Methods of the paper's comparison that this version does not have: asked for, they are told apart from a typo.
-PLANNED_METHODS = (
-    "lora", "prefix", "bitfit", "adapter", "prelayer", "s4", "mezo", "mezo-adam", "mezo-lora", "mezo-prefix",
-    "lomo", "linear-probing", "zero-shot", "icl", "full-top2", "badam", "galore",
-)  # fmt: skip
+import torch
+from deepspeed import comm as dist
+
+from launch.adapters import AdapterSettings
+
+
+@dataclass(frozen=True)
+class MethodSettings(AdapterSettings):
+    """The `method` section of a run's YAML. What begins with lora_, mezo_ ... is for methods made of that part."""
+
+    name: str = "hift"
+    mezo_eps: float = 1e-3  # scale of the perturbation (Malladi et al. 2023)
+    badam_switch_every: int = 50  # steps on a block (Luo et al. 2024)
+    badam_order: str = "random"  # or ascending, descending
+    galore_rank: int = 128  # of the gradients' projection (Zhao et al. 2024)
+    galore_update_every: int = 200  # steps between two projections
+    galore_scale: float = 0.25
+
+
+# A micro-batch's part of the step's loss; to be called once, with gradients, or again and again without.
+Share = Callable[[], torch.Tensor]
+
+
+def gradient_step(engine: Any, shares: Sequence[Share]) -> float:
+    """One optimizer step by back-propagation; this rank's part of the loss."""
+    loss = 0.0
+    for share in shares:
+        value = share()
+        # DeepSpeed takes the mean over micro-batches and ranks; what is wanted is their sum.
+        engine.backward(value * (len(shares) * dist.get_world_size()))
+        engine.step()
+        loss += value.item()
+    return loss
+
+
+def forward_step(engine: Any, shares: Sequence[Share]) -> float:
+    """One optimizer step by forward passes alone; this rank's part of the loss."""
+    world = dist.get_world_size()
+    # MeZO divides the ranks' sum by the sum of the second numbers, which is 1.
+    loss = engine.optimizer.step(lambda: (sum(share().item() for share in shares), 1 / world))
+    engine.step()
+    return loss / world
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a method uses the engine.
+    """How a method trains.
 
     Attributes:
-        block_wise: True trains one block a step (`hift.enabled`); False is DeepSpeed's own engine.
+        engine: "hift": one block a step; "deepspeed": DeepSpeed's own engine; "mezo", "lomo", "badam", "galore": a
+            package takes the step (launch/plain.py); None: nothing is trained, there is only something to evaluate.
+        adapter: what is trained, a key of `launch.adapters.ADAPTERS`; None for all of the model.
+        step: takes one optimizer step.
+        parts: the prefixes of `MethodSettings` that it uses.
     """
 
-    block_wise: bool
+    engine: str | None
+    adapter: str | None = None
+    step: Callable[[Any, Sequence[Share]], float] = gradient_step
+    parts: tuple[str, ...] = ()
+
+    @property
+    def block_wise(self) -> bool:
+        return self.engine == "hift"
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        return self.engine in ("hift", "deepspeed")
 
     def schedule_ticks(self, max_steps: int, n_blocks: int, steps_per_block: int) -> int:
         """How often the learning-rate schedule advances in `max_steps` optimizer steps.
@@ -31,7 +89,40 @@ class Method:
         return math.ceil(max_steps / (n_blocks * steps_per_block)) if self.block_wise else max_steps
 
 
-METHODS = {"hift": Method(block_wise=True), "full": Method(block_wise=False)}
+METHODS = {
+    "hift": Method("hift"),
+    "full": Method("deepspeed"),
+    "lora": Method("deepspeed", "lora", parts=("lora",)),
+    "prefix": Method("deepspeed", "prefix", parts=("prefix",)),
+    "bitfit": Method("deepspeed", "bitfit"),
+    "adapter": Method("deepspeed", "adapter", parts=("adapter",)),
+    "prelayer": Method("deepspeed", "prelayer", parts=("prefix",)),
+    "s4": Method("deepspeed", "s4", parts=("adapter", "lora", "prefix")),
+    "full-top2": Method("deepspeed", "full-top2"),
+    "linear-probing": Method("deepspeed", "linear-probing"),
+    "mezo": Method("mezo", None, forward_step, ("mezo",)),
+    "mezo-adam": Method("mezo", None, forward_step, ("mezo",)),
+    "mezo-lora": Method("mezo", "lora", forward_step, ("mezo", "lora")),
+    "mezo-prefix": Method("mezo", "prefix", forward_step, ("mezo", "prefix")),
+    "lomo": Method("lomo"),
+    "badam": Method("badam", parts=("badam",)),
+    "galore": Method("galore", parts=("galore",)),
+    "zero-shot": Method(None),
+    "icl": Method(None),
+}
+TRAINED = {name: method for name, method in METHODS.items() if method.engine}
+
+
+def unused(settings: MethodSettings) -> list[str]:
+    """The settings that differ from their defaults though the method has no such part."""
+    parts = METHODS[settings.name].parts
+    return [
+        field.name
+        for field in fields(settings)
+        if field.name != "name"
+        and getattr(settings, field.name) != field.default
+        and field.name.partition("_")[0] not in parts
+    ]
 
 
 def schedule_factor(name: str, warmup_ratio: float, ticks: int, tick: int) -> float:

@@ -21,7 +21,8 @@ import yaml
 from launch import models
 from launch.data import DataSettings
 from launch.errors import UserError, nearest
-from launch.methods import METHODS, PLANNED_METHODS
+from launch.methods import METHODS, TRAINED, MethodSettings, unused
+from launch.plain import RESUMABLE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -47,7 +48,7 @@ DEEPSPEED_KEYS = (
 )  # fmt: skip
 
 
-def _setting(default: Any, **limits: Any) -> Any:
+def setting(default: Any, **limits: Any) -> Any:
     """A dataclass field with limits: `choices`, `at_least`, `above`, `at_most`."""
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=limits)
@@ -59,48 +60,44 @@ class ModelSettings:
     name_or_path: str | None = None  # Hub id, local folder or .gguf file
     config: dict | None = None  # {model_type: ..., ...}: trained from scratch
     tokenizer: str | None = None  # default: beside the model; "byte" is the built-in one
-    task: str = _setting("causal-lm", choices=TASKS)
-    num_labels: int | None = _setting(None, at_least=2)
+    task: str = setting("causal-lm", choices=TASKS)
+    num_labels: int | None = setting(None, at_least=2)
     revision: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool | str = False  # "cpu": what each layer keeps for backward waits in host memory
-    attention: str | None = _setting(None, choices=ATTENTIONS)
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    name: str = "hift"
+    attention: str | None = setting(None, choices=ATTENTIONS)
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    max_steps: int = _setting(100, at_least=1)  # optimizer steps; under HiFT each trains one block
-    batch_size: int = _setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
-    micro_batch_size: int | None = _setting(None, at_least=1)  # examples a forward pass, on one rank
-    learning_rate: float | None = _setting(None, above=0)
-    lr_schedule: str = _setting("constant", choices=LR_SCHEDULES)
-    warmup_ratio: float = _setting(0.0, at_least=0, at_most=1)  # of the schedule's ticks (under HiFT: cycles)
-    weight_decay: float | None = _setting(None, at_least=0)
-    max_grad_norm: float | None = _setting(None, at_least=0)  # 0 = no clipping
+    max_steps: int = setting(100, at_least=1)  # optimizer steps; under HiFT each trains one block
+    batch_size: int = setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
+    micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank
+    learning_rate: float | None = setting(None, above=0)
+    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
+    warmup_ratio: float = setting(0.0, at_least=0, at_most=1)  # of the schedule's ticks (under HiFT: cycles)
+    weight_decay: float | None = setting(None, at_least=0)
+    max_grad_norm: float | None = setting(None, at_least=0)  # 0 = no clipping
     optimizer: str | None = None
-    loss_chunk: int | None = _setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
-    seed: int = _setting(0, at_least=0)
-    save_every: int | None = _setting(None, at_least=1)  # steps; null = no checkpoints
-    eval_batch_size: int | None = _setting(None, at_least=1)  # examples a rank; default: micro_batch_size
-    max_new_tokens: int = _setting(64, at_least=1)  # generated for a held-out answer
+    loss_chunk: int | None = setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
+    seed: int = setting(0, at_least=0)
+    save_every: int | None = setting(None, at_least=1)  # steps; null = no checkpoints
+    eval_batch_size: int | None = setting(None, at_least=1)  # examples a rank; default: micro_batch_size
+    max_new_tokens: int = setting(64, at_least=1)  # generated for a held-out answer
 
 
 @dataclass(frozen=True)
 class OutputSettings:
     dir: str | None = None
     overwrite: bool = False  # true: an earlier run's files in `dir` are deleted first
+    export: bool = True  # false: OUT/model is not written
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    every: int = _setting(10, at_least=1)  # steps between two lines where the terminal is not interactive
+    every: int = setting(10, at_least=1)  # steps between two lines where the terminal is not interactive
     verbose: bool = False  # true: DeepSpeed's and transformers' own messages too
-    wandb: str = _setting("off", choices=("off", "online", "offline"))
+    wandb: str = setting("off", choices=("off", "online", "offline"))
     wandb_project: str = "hift"
     wandb_name: str | None = None
 
@@ -161,16 +158,33 @@ def load_settings(path: str, overrides: Iterable[str] = (), world_size: int = 1)
     Raises:
         UserError: with every problem found, one a line.
     """
+    raw, problems = read_yaml(path, overrides, tuple(SECTIONS))
+    settings = check_settings(raw, world_size, problems)
+    if settings is None:
+        raise UserError(problem_list(path, problems))
+    return settings
+
+
+def read_yaml(path: str, overrides: Iterable[str], sections: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """The YAML at `path` with the `--set` overrides, a deepspeed file's content in its place, and what is wrong so far.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     problems: list[str] = []
-    raw = _read_yaml(path)
+    raw = _read_mapping(path, sections)
     for override in overrides:
         _apply_override(raw, override, problems)
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = _read_deepspeed_file(raw["deepspeed"], problems)
+    return raw, problems
 
+
+def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str]) -> Settings | None:
+    """Settings of sections as they are in a YAML; None where something is wrong, which is then in `problems`."""
     for key in raw:
         if key not in SECTIONS:
-            problems.append(f"{key}: unknown section. {_expected(key, SECTIONS)}")
+            problems.append(f"{key}: unknown section. {expected(key, SECTIONS)}")
     sections: dict[str, Any] = {}
     for key, kind in SECTIONS.items():
         given = raw.get(key)
@@ -181,7 +195,7 @@ def load_settings(path: str, overrides: Iterable[str] = (), world_size: int = 1)
                 f"{' or the path of a JSON file' if key == 'deepspeed' else ''}."
             )
             given = {}
-        sections[key] = dict(given) if kind is dict else _build(kind, given, key, problems)
+        sections[key] = dict(given) if kind is dict else build(kind, given, key, problems)
 
     problems += _model_problems(sections["model"])
     if sections["training"].loss_chunk is not None and sections["model"].task != "causal-lm":
@@ -190,13 +204,11 @@ def load_settings(path: str, overrides: Iterable[str] = (), world_size: int = 1)
             f"{sections['model'].task!r}, whose logits are few. Remove it."
         )
     problems += sections["data"].problems()
-    problems += _method_problems(sections["method"])
+    problems += _method_problems(sections)
     if not sections["output"].dir:
         problems.append("output.dir: not set. Expected a folder for this run's files, e.g. output.dir=runs/first.")
     sections["deepspeed"] = _complete_deepspeed(sections, raw, world_size, problems)
-    if problems:
-        raise UserError(problem_list(path, problems))
-    return Settings(**sections)
+    return None if problems else Settings(**sections)
 
 
 def problem_list(where: str, problems: list[str]) -> str:
@@ -245,7 +257,7 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
-def _read_yaml(path: str) -> dict:
+def _read_mapping(path: str, sections: Iterable[str]) -> dict:
     try:
         content = _yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -255,7 +267,7 @@ def _read_yaml(path: str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected a mapping with the sections {', '.join(SECTIONS)}.")
+        raise UserError(f"--config {path}: expected a mapping with the sections {', '.join(sections)}.")
     return content
 
 
@@ -294,7 +306,7 @@ def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
         shipped = sorted(str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "configs" / "deepspeed").glob("*.json"))
         problems.append(
             f"deepspeed: {name!r} cannot be read ({error.strerror}). Expected the path of a DeepSpeed "
-            f"JSON file or the section itself. {_expected(name, shipped)}"
+            f"JSON file or the section itself. {expected(name, shipped)}"
         )
         return {}
     except ValueError as error:
@@ -309,14 +321,14 @@ def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
 # ---- checking one section --------------------------------------------------------------------------------------------
 
 
-def _build(kind: Any, given: Mapping, where: str, problems: list[str]) -> Any:
+def build(kind: Any, given: Mapping, where: str, problems: list[str]) -> Any:
     """An instance of the dataclass `kind` from a mapping; a value that is wrong is reported and its default used."""
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}
     values = {}
     for key, value in given.items():
         if key not in known:
-            problems.append(f"{where}.{key}: unknown key. {_expected(key, known)}")
+            problems.append(f"{where}.{key}: unknown key. {expected(key, known)}")
             continue
         fits, value = _fit(value, hints[key])
         if not fits:
@@ -378,7 +390,7 @@ def _outside(value: Any, limits: Mapping) -> str | None:
     if value is None:
         return None
     if "choices" in limits and value not in limits["choices"]:
-        return _expected(str(value), limits["choices"])
+        return expected(str(value), limits["choices"])
     if isinstance(value, float) and value != value:
         return "Expected a number."
     if "at_least" in limits and value < limits["at_least"]:
@@ -390,7 +402,7 @@ def _outside(value: Any, limits: Mapping) -> str | None:
     return None
 
 
-def _expected(found: str, allowed: Iterable[str]) -> str:
+def expected(found: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     return f"Expected one of: {', '.join(allowed)}{nearest(found, allowed)}"
 
@@ -455,26 +467,53 @@ def _model_problems(model: ModelSettings) -> list[str]:
     return problems
 
 
-def _method_problems(method: MethodSettings) -> list[str]:
-    if method.name in METHODS:
-        return []
-    if method.name in PLANNED_METHODS:
+def _method_problems(sections: dict) -> list[str]:
+    method, training = sections["method"], sections["training"]
+    if method.name not in METHODS:
+        return [f"method.name: got {method.name!r}. {expected(method.name, METHODS)}"]
+    if method.name not in TRAINED:
         return [
-            f"method.name: {method.name!r} is not available in this version. Expected one of: {', '.join(METHODS)}."
+            f"method.name: {method.name!r} trains nothing. Compare it with `python -m evaluation.compare`, or expected "
+            f"one of: {', '.join(TRAINED)}."
         ]
-    return [f"method.name: got {method.name!r}. {_expected(method.name, METHODS)}"]
+    found = [
+        f"method.{key}: got {getattr(method, key)!r}, but method.name is {method.name!r}, which has no use for it. "
+        "Remove it."
+        for key in unused(method)
+    ]
+    for entry in fields(method):
+        value, dropout = getattr(method, entry.name), "dropout" in entry.name
+        if isinstance(value, str):
+            continue
+        least = 0 if dropout else 1 if isinstance(entry.default, int) else None
+        if value <= 0 if least is None else value < least:
+            expects = "more than 0" if least is None else f"at least {least}"
+            found.append(f"method.{entry.name}: got {value!r}. Expected {expects}.")
+        if dropout and value >= 1:
+            found.append(f"method.{entry.name}: got {value!r}. Expected less than 1.")
+    choices = {"adapter_kind": ("houlsby", "lin"), "badam_order": ("random", "ascending", "descending")}
+    for key, allowed in choices.items():
+        if getattr(method, key) not in allowed:
+            found.append(f"method.{key}: got {getattr(method, key)!r}. {expected(str(getattr(method, key)), allowed)}")
+    kind = METHODS[method.name].engine
+    if training.save_every and not METHODS[method.name].uses_deepspeed and kind not in RESUMABLE:
+        found.append(
+            f"training.save_every: got {training.save_every}, but {method.name}'s package cannot save all of its "
+            "state, so a run could not be continued exactly. Set training.save_every=null."
+        )
+    if not METHODS[method.name].uses_deepspeed and sections["deepspeed"].get("fp16", {}).get("enabled"):
+        found.append(f"deepspeed.fp16.enabled: true, but {method.name} has no loss scale here. Use bf16, or fp32.")
+    return found
 
 
-def _complete_deepspeed(sections: dict, raw: dict, world_size: int, problems: list[str]) -> dict:
+def _complete_deepspeed(sections: dict, raw: Mapping, world_size: int, problems: list[str]) -> dict:
     """The deepspeed section with what `training` and `method` decide filled in, checked by DeepSpeed's own parser."""
     found = len(problems)
     training, method = sections["training"], sections["method"]
     section = copy.deepcopy(sections["deepspeed"])
     for key in section:
         if key not in DEEPSPEED_KEYS:
-            problems.append(
-                f"deepspeed.{key}: unknown key, DeepSpeed would ignore it. {_expected(key, DEEPSPEED_KEYS)}"
-            )
+            problems.append(f"deepspeed.{key}: unknown key, DeepSpeed would ignore it. {expected(key, DEEPSPEED_KEYS)}")
     for key in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "hift"):
         if not isinstance(section.get(key, {}), dict):
             problems.append(f"deepspeed.{key}: got {section[key]!r}, expected a mapping.")
@@ -513,7 +552,7 @@ def _complete_deepspeed(sections: dict, raw: dict, world_size: int, problems: li
         if hift.get("enabled", enabled) is not enabled:
             problems.append(
                 f"deepspeed.hift.enabled: got {hift['enabled']!r}, but method.name is {method.name!r}. Remove "
-                f"it (method.name decides), or set method.name={'full' if enabled else 'hift'}."
+                f"it (method.name decides), or set another method.name."
             )
         hift["enabled"] = enabled
     problems += _hift_problems(section)

@@ -1,4 +1,4 @@
-"""Fine-tune a model with HiFT, or all parameters at once with stock DeepSpeed.
+"""Fine-tune a model with HiFT, or with another method (launch/methods.py).
 
     deepspeed [--num_gpus N] launch/train.py --config configs/NAME.yaml [--set KEY=VALUE]... [--resume [auto]]
     python launch/train.py ...                     the same in one process
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import os
 import socket
@@ -33,19 +34,29 @@ from transformers import set_seed
 import hift_ds
 from hift_ds import loss as losses
 from launch import logs, models, outputs
+from launch.adapters import ADAPTERS
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
 from launch.errors import UserError
 from launch.export import export_model
 from launch.held_out import evaluate
 from launch.methods import METHODS, schedule_factor
+from launch.plain import make_plain_engine
 from launch.settings import Settings, load_settings
 
 
 def train(
-    engine: Any, data: Data, pad_token_id: int, settings: Settings, first_step: int, log: logs.RunLog | None
+    engine: Any,
+    data: Data,
+    pad_token_id: int,
+    settings: Settings,
+    first_step: int,
+    log: logs.RunLog | None,
+    max_seconds: float = math.inf,
 ) -> None:
-    """The training loop, from step `first_step` (0-based) to `training.max_steps`."""
+    """The training loop, from step `first_step` (0-based) to `training.max_steps`, or until `max_seconds` are over."""
     training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
+    take_step = METHODS[settings.method.name].step
+    elapsed = 0.0
     windows = window_batches(
         len(data.train), training.seed, training.batch_size, settings.micro_batch_size, rank, world, first_step
     )
@@ -63,14 +74,8 @@ def train(
         learning_rate = engine.basic_optimizer.param_groups[0]["lr"]
         # Dropout depends on the step and the rank alone, so a resumed run draws what the straight one drew.
         torch.manual_seed((training.seed * 1_000_003 + step) * world + rank)
-        loss = 0.0
-        for batch in batches:
-            share = summed_loss(engine, batch, settings.model.task, training.loss_chunk) / targets
-            # DeepSpeed takes the mean over micro-batches and ranks; what is wanted is their sum.
-            engine.backward(share * (len(batches) * world))
-            engine.step()
-            loss += share.item()
-        (loss,) = sum_over_ranks(engine.device, loss)
+        shares = [functools.partial(loss_share, engine, batch, settings, targets) for batch in batches]
+        loss, waited = sum_over_ranks(engine.device, take_step(engine, shares), time.perf_counter() - started)
         if not math.isfinite(loss) and not engine.fp16_enabled():  # in fp16 DeepSpeed skips the step instead
             raise UserError(
                 f"the loss is {loss} at step {step + 1}: training has diverged. Lower training.learning_rate "
@@ -85,6 +90,14 @@ def train(
         if training.save_every and ((step + 1) % training.save_every == 0 or step + 1 == training.max_steps):
             folder = outputs.folder(settings) / "checkpoints"
             engine.save_checkpoint(str(folder), tag=f"step{step + 1}", client_state={"step": step + 1})
+        elapsed += waited / world
+        if elapsed >= max_seconds:
+            break
+
+
+def loss_share(engine: Any, batch: dict[str, torch.Tensor], settings: Settings, targets: float) -> torch.Tensor:
+    """A micro-batch's part of the mean loss over all `targets` of the step's global batch."""
+    return summed_loss(engine, batch, settings.model.task, settings.training.loss_chunk) / targets
 
 
 def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str, chunk: int | None = None) -> torch.Tensor:
@@ -118,6 +131,9 @@ def run(arguments: argparse.Namespace) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = load_settings(arguments.config, arguments.set, world)
     logs.quieten(settings.logging, rank)
+    if settings.zero_stage and not METHODS[settings.method.name].uses_deepspeed:
+        shown = f"{settings.method.name} takes its steps without DeepSpeed; every rank holds all weights and all state"
+        logs.say(rank, f"note: {shown}, and ZeRO stage {settings.zero_stage} is not used")
     folder = outputs.folder(settings)
     tag, finished = outputs.find_start(folder, settings, arguments.resume)
     if finished:
@@ -156,7 +172,8 @@ def run(arguments: argparse.Namespace) -> None:
     dist.barrier()
     train(engine, data, tokenizer.pad_token_id, settings, first_step, log)
     after = evaluate(engine, data, tokenizer, settings)
-    export_model(engine, tokenizer, folder / "model", getattr(config, "use_cache", None))
+    if settings.output.export:
+        export_model(engine, tokenizer, folder / "model", getattr(config, "use_cache", None))
 
     memory = logs.peak_memory(engine.device)
     if hasattr(engine, "memory_ledger"):
@@ -166,7 +183,8 @@ def run(arguments: argparse.Namespace) -> None:
         summary = logs.summarize(folder, settings, recorded, after, block_names(engine), cycles) | memory
         log.close(summary)
         outputs.write_json(folder / "summary.json", summary)
-        logs.say(rank, f"\n{logs.report(summary)}\nmodel              {folder / 'model'}")
+        exported = f"\nmodel              {folder / 'model'}" if settings.output.export else ""
+        logs.say(rank, f"\n{logs.report(summary)}{exported}")
 
 
 def schedule_ticks(settings: Settings, config: Any) -> int:
@@ -189,13 +207,22 @@ def schedule_ticks(settings: Settings, config: Any) -> int:
     return method.schedule_ticks(settings.training.max_steps, len(blocks), hift.steps_per_block)
 
 
-def make_engine(model: torch.nn.Module, settings: Settings, ticks: int) -> Any:
-    """The engine of the method, with `training.lr_schedule` unless the deepspeed section has a scheduler."""
-    training = settings.training
+def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
+    """The engine of the method, with `training.lr_schedule` unless the deepspeed section has a scheduler.
+
+    Raises:
+        NotApplicable: the method does not fit the model.
+        UserError: the engine refuses the settings.
+    """
+    training, method = settings.training, METHODS[settings.method.name]
 
     def factor(tick: int) -> float:
         return schedule_factor(training.lr_schedule, training.warmup_ratio, ticks, tick)
 
+    if method.adapter:
+        model = ADAPTERS[method.adapter](model, settings.method)
+    if not method.uses_deepspeed:
+        return make_plain_engine(model, settings, factor)
     config = copy.deepcopy(settings.deepspeed)
     has_scheduler = config.get("scheduler")
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
@@ -205,7 +232,7 @@ def make_engine(model: torch.nn.Module, settings: Settings, ticks: int) -> Any:
     try:
         engine, *_ = hift_ds.initialize(
             model=model,
-            model_parameters=model.parameters(),
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
             config=config,
             lr_scheduler=None if has_scheduler else lambda optimizer: LambdaLR(optimizer, factor),
         )
@@ -235,13 +262,13 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
     return total.tolist()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")  # said once, not by every rank
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/train.py",
         description=__doc__,
         allow_abbrev=False,
@@ -256,13 +283,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`; the exit code."""
-    if "RANK" not in os.environ:  # started without a launcher: a world of one
+def world_of_one() -> None:
+    """Make this process the only rank, where no launcher has said otherwise."""
+    if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code."""
+    world_of_one()
     try:
         run(parse(argv))
     except UserError as error:

@@ -11,7 +11,7 @@ import yaml
 
 from launch import models, train
 from launch.errors import UserError
-from launch.methods import METHODS, PLANNED_METHODS, schedule_factor
+from launch.methods import METHODS, TRAINED, schedule_factor
 from launch.settings import REPOSITORY, Settings, load_settings
 from launch.tokenizer import byte_tokenizer
 
@@ -55,7 +55,7 @@ def test_shipped_config_is_valid(path: str, ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (CONFIGS / "deepspeed").glob("*.json")))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_shipped_deepspeed_config_is_valid(path: str, method: str) -> None:
     settings = load(f"deepspeed=configs/deepspeed/{path}", f"method.name={method}")
     assert settings.zero_stage == int(path[len("zero")])
@@ -247,9 +247,35 @@ def test_mistake_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 problem in" in message or name in ("two models", "unknown hift key"), message
 
 
-def test_planned_method_is_told_apart_from_a_typo() -> None:
-    for method in PLANNED_METHODS:
-        assert f"'{method}' is not available in this version" in problems(f"method.name={method}")
+def test_what_trains_nothing_is_told_apart_from_a_typo() -> None:
+    for method in METHODS.keys() - TRAINED.keys():
+        message = problems(f"method.name={method}")
+        assert f"'{method}' trains nothing" in message and "evaluation.compare" in message
+
+
+def test_options_of_another_method_are_refused() -> None:
+    message = problems("method.name=mezo", "method.lora_rank=4", "method.badam_order=random")  # the second is a default
+    assert "method.lora_rank: got 4, but method.name is 'mezo'" in message and "badam" not in message
+    assert load("method.name=mezo-lora", "method.lora_rank=4").method.lora_rank == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("method.lora_rank=0", "method.lora_rank: got 0. Expected at least 1"),
+        ("method.lora_alpha=0", "method.lora_alpha: got 0.0. Expected more than 0"),
+        ("method.lora_dropout=-0.1", "method.lora_dropout: got -0.1. Expected at least 0"),
+        ("method.lora_dropout=1.5", "method.lora_dropout: got 1.5. Expected less than 1"),
+    ],
+)
+def test_numbers_of_a_method(override: str, expected: str) -> None:
+    assert expected in problems("method.name=lora", override)
+
+
+def test_what_a_method_without_deepspeed_cannot_do() -> None:
+    assert "training.save_every: got 2" in problems("method.name=badam", "training.save_every=2")
+    assert load("method.name=mezo", "training.save_every=2").training.save_every == 2
+    assert "deepspeed.fp16.enabled" in problems("method.name=lomo", "deepspeed.fp16.enabled=true")
 
 
 def test_uneven_ranks() -> None:

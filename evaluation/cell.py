@@ -1,0 +1,326 @@
+"""One cell of a comparison: a method trained on a task by one seed and one learning rate, evaluated and measured.
+
+Every rank runs it alike; what it returns is the same on all ranks but for times and memory, of which rank 0's count.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import gc
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from transformers import set_seed
+
+import hift_ds
+from evaluation.compare_settings import Budget, Comparison, Row
+from evaluation.flops import forward_flops, training_flops
+from evaluation.process_memory import peak_memory
+from evaluation.resampling import bootstrap_scores, interval
+from evaluation.scoring import average_log_likelihoods, classify, predict
+from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, training_rows
+from launch import logs, models
+from launch.adapters import trained_parameters
+from launch.data import Data
+from launch.encoding import encode
+from launch.errors import UserError
+from launch.methods import METHODS
+from launch.settings import Settings
+from launch.train import make_engine, schedule_ticks, train
+
+POINTS = 200  # of a stored loss curve
+
+
+@dataclass
+class Outcome:
+    """What a cell gave: its record for the results, and the score on the validation part that rates are chosen by."""
+
+    record: dict[str, Any]
+    dev_score: float | None = None  # higher is better
+
+
+class Cells:
+    """Runs cells of a comparison; what they share is loaded once."""
+
+    def __init__(self, comparison: Comparison, machine: str):
+        self.comparison = comparison
+        self.tokenizer = models.load_tokenizer(comparison.model)
+        self.versions = logs.versions()
+        self.machine = machine
+        self._plans: dict[Any, dict[str, int] | None] = {}
+        self.classifies = comparison.model.task == "sequence-classification"
+
+    def run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
+        """Train and evaluate; with `tune` on the validation part too.
+
+        Raises:
+            NotApplicable: the method does not fit the model or the task.
+        """
+        gc.collect()
+        world = dist.get_world_size()
+        with peak_memory() as peak:
+            set_seed(seed)
+            if row.trained:
+                settings = self.comparison.run_settings(row, budget, seed, rate, world)
+                engine, measured = self._train(row, settings, task, data, budget)
+                model = engine.module
+            else:
+                engine, measured = None, _untrained()
+                model = self._model(task)
+            total = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+            dev = self._predict(row, task, model, data, data.dev, seed) if tune and data.dev else None
+            values = self._predict(row, task, model, data, data.test, seed)
+            losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test)
+        if engine is not None:
+            engine.destroy()
+        del engine, model
+        gc.collect()
+        score = functools.partial(_score, task, classified=self.classifies)
+        record = {
+            **_identity(row, task, budget, seed, models.describe(self.comparison.model)),
+            "status": "ok",
+            "reason": None,
+            **self._scores(task, data.test, values),
+            **measured,
+            "total_parameters": total,
+            "peak_memory": peak.above,
+            "peak_memory_kind": peak.kind,
+            "learning_rate": rate or None,
+            "versions": self.versions,
+            "git": self.versions["git"],
+            "data_sha256": {part: data.report[part]["sha256"] for part in ("train", "dev", "test")},
+            "ranks": world,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "machine": self.machine,
+        }
+        dev_score = None
+        if losses:
+            record["metrics"]["answer_loss"] = statistics.fmean(losses[-len(data.test) :])
+        if dev is not None:
+            # Greedy answers of a small model are nearly all wrong; how likely the right ones are tells rates apart.
+            dev_score = -statistics.fmean(losses[: len(data.dev)]) if losses else score(dev, data.dev)[task.metrics[0]]
+        return Outcome(record, dev_score)
+
+    def not_run(self, row: Row, task: Task, budget: Budget, seed: int, status: str, reason: str) -> dict[str, Any]:
+        """The record of a cell that has no result."""
+        identity = _identity(row, task, budget, seed, models.describe(self.comparison.model))
+        return {**identity, "status": status, "reason": reason, "versions": self.versions, "machine": self.machine}
+
+    def why_not(self, row: Row, task: Task) -> str | None:
+        """Why a method has no result on a task with any model of this kind; None where it may have one."""
+        if self.classifies and not task.labels:
+            return f"{task.name} has no classes, and the model has a classification head"
+        if not self.classifies and not task.prompted:
+            return f"the paper has no prompt for {task.name}; it is for models with a classification head"
+        if self.classifies and not row.trained:
+            return "a new classification head knows nothing before it is trained"
+        return None
+
+    def _train(
+        self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
+    ) -> tuple[Any, dict[str, Any]]:
+        rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
+        labels = list(task.labels) if self.classifies else None
+        length = self.comparison.data.max_length
+        examples, report = encode(
+            rows, self.tokenizer, labels=labels, template=False, question=False, max_length=length
+        )
+        if not examples:
+            raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
+        model = self._model(task)
+        engine = make_engine(model, settings, schedule_ticks(settings, model.config))
+        recorder = _Recorder(engine, settings)
+        only_train = Data(list(examples), [], report, None)
+        seconds = budget.seconds or math.inf
+        train(engine, only_train, self.tokenizer.pad_token_id, settings, 0, recorder, seconds)  # type: ignore[arg-type]
+        longest = max(len(one.input_ids) for one in examples)
+        planned = self._planned(row, settings, task, longest)
+        return engine, {**recorder.measured(), "planned_memory": planned}
+
+    def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
+        """Once for a row and a task; planned for its longest training example."""
+        key = (row.label, task.name)
+        if key not in self._plans:
+            labels = len(task.labels) if self.classifies else None
+            config = models.load_config(self.comparison.model, self.tokenizer, labels)
+            self._plans[key] = planned_memory(settings, config, length) if dist.get_rank() == 0 else None
+        return self._plans[key]
+
+    def _model(self, task: Task) -> Any:
+        """A fresh model; one with new weights draws them from torch's generator."""
+        if self.classifies or self.comparison.model.config is not None:
+            return self._load(task)
+        return copy.deepcopy(self._pretrained)
+
+    @functools.cached_property
+    def _pretrained(self) -> Any:
+        return self._load(None)
+
+    def _load(self, task: Task | None) -> Any:
+        settings = self.comparison.model
+        labels = len(task.labels) if task is not None and self.classifies else None
+        config = models.load_config(settings, self.tokenizer, labels)
+        some = self.comparison.rows[0].sections["deepspeed"]
+        dtype = "bfloat16" if some.get("bf16", {}).get("enabled") else "float32"
+        return models.load_model(settings, config, dtype)
+
+    def _predict(
+        self, row: Row, task: Task, model: Any, data: TaskData, examples: Sequence[TaskExample], seed: int
+    ) -> list[Any]:
+        size, length = self.comparison.evaluation.batch_size, self._longest(model)
+        if self.classifies:
+            return classify(task, model, self.tokenizer, examples, batch_size=size, max_length=length).values
+        shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else ()
+        found = predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size, max_length=length)
+        return found.values
+
+    def _longest(self, model: Any) -> int | None:
+        return getattr(model.config, "max_position_embeddings", None)
+
+    def _answer_losses(self, task: Task, model: Any, examples: Sequence[TaskExample]) -> list[float]:
+        """Of tasks with written answers: for each example the mean loss of the reference answer's tokens."""
+        if self.classifies or not task.max_new_tokens:
+            return []
+        pairs = [(one.prompt, one.completion) for one in examples]
+        size, length = self.comparison.evaluation.batch_size, self._longest(model)
+        return [-value for value in average_log_likelihoods(model, self.tokenizer, pairs, size, length)[0]]
+
+    def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
+        score = functools.partial(_score, task, classified=self.classifies)
+        metrics = score(values, examples)
+        headline = task.metrics[0]
+        # Answers to one question are one thing to draw. In an order of their own: seeds that share their test examples
+        # then share the resamples, too, and averages over seeds are as uncertain as the examples make them.
+        units: dict[str, list[int]] = {}
+        for index, one in enumerate(examples):
+            units.setdefault(one.question or f"{one.fingerprint} {one.where}", []).append(index)
+        members = [units[key] for key in sorted(units)]
+
+        def of_units(drawn: Sequence[int]) -> float:
+            indices = [index for unit in drawn for index in members[unit]]
+            return score([values[i] for i in indices], [examples[i] for i in indices])[headline]
+
+        replicates = bootstrap_scores(of_units, len(members), self.comparison.evaluation.bootstrap, seed=task.name)
+        return {
+            "metric": headline,
+            "score": metrics[headline],
+            "n": len(examples),
+            "metrics": metrics,
+            "interval": list(interval(replicates)),
+            "bootstrap": [round(value, 6) for value in replicates],
+        }
+
+
+class _Recorder:
+    """Takes the loop's records, in place of launch/logs.py's files."""
+
+    def __init__(self, engine: Any, settings: Settings):
+        self.engine, self.settings = engine, settings
+        self.records: list[dict[str, Any]] = []
+        self.trained = trained_parameters(engine.module)
+        self.flops = 0.0
+        self._known: dict[Any, tuple[float, float]] = {}
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.records.append({key: value for key, value in record.items() if key != "memory"})
+        self.flops += self._flops(record)
+
+    def _flops(self, record: dict[str, Any]) -> float:
+        module, tokens, predicted = self.engine.module, record["tokens"], record["trained_tokens"]
+        method = METHODS[self.settings.method.name]
+
+        def of(key: Any, count: Any, *names: Any) -> float:
+            if key not in self._known:  # FLOPs a token, and in the head a predicted token
+                self._known[key] = (count(module, *names, 1, 0), count(module, *names, 0, 1))
+            return self._known[key][0] * tokens + self._known[key][1] * predicted
+
+        if method.engine == "mezo":
+            return 2 * of("forward", forward_flops)
+        if hasattr(self.engine, "blocks"):
+            names = tuple(self.engine.blocks[record["block"]].parameter_names)
+        else:
+            names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
+        flops = of(names, training_flops, names)
+        if method.engine == "lomo" and self.settings.deepspeed["gradient_clipping"]:
+            flops += flops - of("forward", forward_flops)  # a backward pass of its own for the norm
+        return flops
+
+    def measured(self) -> dict[str, Any]:
+        records = self.records
+        seconds, tokens, curve = 0.0, 0, []
+        every = max(1, len(records) // POINTS)
+        for record in records:
+            seconds, tokens = seconds + record["seconds"], tokens + record["tokens"]
+            if record["step"] % every == 0 or record is records[-1]:
+                curve.append([record["step"], round(seconds, 3), tokens, record["loss"]])
+        return {
+            "steps": len(records),
+            "samples": len(records) * self.settings.training.batch_size,
+            "tokens": tokens,
+            "seconds": seconds,
+            "step_seconds": statistics.median(record["seconds"] for record in records),
+            "tokens_per_second": tokens / seconds,
+            "trained_parameters": self.trained,
+            "flops": self.flops,
+            "loss_first": records[0]["loss"],
+            "loss_last": statistics.fmean(record["loss"] for record in records[-10:]),
+            "curve": curve,
+        }
+
+
+def _untrained() -> dict[str, Any]:
+    nothing = dict.fromkeys(("steps", "samples", "tokens", "trained_parameters"), 0)
+    return {**nothing, "seconds": 0.0, "step_seconds": None, "tokens_per_second": None, "flops": 0.0,
+            "loss_first": None, "loss_last": None, "curve": [], "planned_memory": None}  # fmt: skip
+
+
+def _identity(row: Row, task: Task, budget: Budget, seed: int, model: str) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "method": row.method,
+        "model": model,
+        "task": task.name,
+        "seed": seed,
+        "budget": str(budget),
+    }
+
+
+def _score(task: Task, values: Sequence[Any], examples: Sequence[TaskExample], classified: bool) -> dict[str, float]:
+    return task.score(values, examples, classified=classified)
+
+
+def planned_memory(settings: Settings, config: Any, length: int) -> dict[str, int] | None:
+    """The planner's bytes on the device at the peak, by category; None for methods that it does not plan.
+
+    Args:
+        length: tokens of a sequence.
+    """
+    method = settings.method.name
+    if method not in ("hift", "full", "lora", "mezo"):
+        return None
+    wide = settings.dtype == "float32"
+    try:
+        plan = hift_ds.plan_memory(
+            config,
+            method=method,
+            precision="fp32" if wide else "mixed-hi" if method in ("hift", "mezo") else "mixed",
+            batch_size=settings.micro_batch_size,
+            seq_len=length,
+            layers_per_block=settings.deepspeed["hift"].get("layers_per_block", 1),
+            zero_stage=settings.zero_stage,
+            ranks=dist.get_world_size(),
+            activation_checkpointing=bool(settings.model.gradient_checkpointing),
+            loss_chunk=settings.training.loss_chunk,
+            accelerator="cpu" if get_accelerator().device_name() == "cpu" else "gpu",
+            task=settings.model.task,
+        )
+    except ValueError:
+        return None
+    return dict(plan.as_dict()["device"])

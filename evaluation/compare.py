@@ -1,0 +1,308 @@
+"""Compare fine-tuning methods: methods x tasks x seeds x learning rates, in one process or under the launcher.
+
+    python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]...
+    deepspeed --num_gpus N --module evaluation.compare --config ...
+
+Writes into output.dir: runs.jsonl, one record a training, as soon as it is done; results.jsonl, one record a cell:
+the run of the learning rate that was best on the validation part; report.md, report.html and plots/. A rate is chosen
+with the first seed and kept for the others. Started again, it runs only what is missing.
+
+Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the settings need a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+
+from evaluation.cell import Cells, Outcome
+from evaluation.compare_settings import Budget, Comparison, Row, TaskEntry, load_comparison
+from evaluation.efficiency import machine
+from evaluation.process_memory import return_freed_memory
+from evaluation.report import log_to_wandb, write_report
+from evaluation.tasks import TaskData, load_task
+from launch import logs
+from launch.errors import NotApplicable, UserError
+from launch.train import Parser, world_of_one
+
+ATTEMPTS = 3  # a cell in which the process died as often is not tried again
+
+
+class Runs:
+    """The trainings that are done, by key; a line of runs.jsonl each, written by rank 0."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.path, self.rank = folder / "runs.jsonl", rank
+        self.begun_path = folder / "begun.jsonl"
+        self.done = {run["key"]: run for run in _lines(self.path)}
+        self.begun = [line["key"] for line in _lines(self.begun_path)]
+
+    def begin(self, key: str) -> None:
+        self._append(self.begun_path, {"key": key})
+
+    def died(self, key: str) -> int:
+        """How often the process ended in this training without a word."""
+        return self.begun.count(key)
+
+    def add(self, key: str, run: dict[str, Any]) -> None:
+        self.done[key] = run
+        self._append(self.path, {"key": key, **run})
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[str, Any]]:
+    """Run what is missing; all cells' records, in the order of the settings."""
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    return_freed_memory()
+    runs = Runs(comparison.folder, rank)
+    dist.barrier()  # all ranks have read what rank 0 is about to add to
+    cells = Cells(comparison, machine())
+    records: list[dict[str, Any]] = []
+    total = len(comparison.budgets) * len(comparison.tasks) * len(comparison.rows) * len(comparison.seeds)
+    with tqdm(total=total, unit="cell", disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
+        for budget in comparison.budgets:
+            for entry in comparison.tasks:
+                parts = {seed: _load(comparison, entry, seed) for seed in comparison.seeds}
+                for row in comparison.rows:
+                    bar.set_postfix_str(f"{entry.task.name}, {row.label}")
+                    rates = row.learning_rates
+                    for number, seed in enumerate(comparison.seeds):
+                        tried = [
+                            _one(cells, runs, row, entry, parts[seed], budget, seed, rate, number == 0, retry_failed)
+                            for rate in rates
+                        ]
+                        best = _best(tried)
+                        record = {key: value for key, value in best.items() if key not in ("key", "dev_score")}
+                        if number == 0:
+                            tuning = [
+                                {"learning_rate": one.get("learning_rate"), "score": one.get("dev_score")}
+                                for one in tried
+                            ]
+                            rates = (best.get("learning_rate") or rates[0],) if best["status"] == "ok" else rates[:1]
+                        records.append(record | {"tuning": tuning})
+                        bar.update()
+                        if rank == 0:
+                            _write_results(comparison.folder, records)
+                            if bar.disable:
+                                print(_line(records[-1]), flush=True)
+    return records
+
+
+def _one(
+    cells: Cells,
+    runs: Runs,
+    row: Row,
+    entry: TaskEntry,
+    data: TaskData,
+    budget: Budget,
+    seed: int,
+    rate: float,
+    tune: bool,
+    retry_failed: bool,
+) -> dict[str, Any]:
+    """One training: from runs.jsonl if it is there, else run and written."""
+    tune = tune and len(row.learning_rates) > 1
+    key = _key(cells.comparison, row, entry, data, budget, seed, rate, tune)
+    known = runs.done.get(key)
+    if known is not None and not (retry_failed and known["status"] == "failed"):
+        return known
+
+    def not_run(status: str, reason: str) -> dict[str, Any]:
+        return cells.not_run(row, entry.task, budget, seed, status, reason)
+
+    if (reason := cells.why_not(row, entry.task)) is not None:
+        run = not_run("not_applicable", reason)
+    elif runs.died(key) >= ATTEMPTS and not retry_failed:
+        run = not_run("failed", f"the process ended {ATTEMPTS} times in this cell without a message (out of memory?)")
+    else:
+        runs.begin(key)
+        run = _guarded(lambda: cells.run(row, entry.task, data, budget, seed, rate, tune), not_run)
+    run |= {"learning_rate": rate or None}
+    runs.add(key, run)
+    return run
+
+
+def _guarded(run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """The record of a run, whatever happens in it."""
+    try:
+        outcome = run()
+        return outcome.record | {"dev_score": outcome.dev_score}
+    except NotApplicable as error:
+        return not_run("not_applicable", str(error))
+    except UserError as error:
+        return not_run("failed", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return not_run("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+
+def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the best validation score; of several the first. Without an ok one, the first."""
+    ok = [run for run in tried if run["status"] == "ok"]
+    scored = [run for run in ok if run.get("dev_score") is not None and run["dev_score"] == run["dev_score"]]
+    return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
+
+
+def _key(
+    comparison: Comparison,
+    row: Row,
+    entry: TaskEntry,
+    data: TaskData,
+    budget: Budget,
+    seed: int,
+    rate: float,
+    tune: bool,
+) -> str:
+    """What decides a run's result, as a hash: a run is known again only where all of it is the same."""
+    parts = {
+        "model": asdict(comparison.model),
+        "method": row.method,
+        "sections": row.sections,
+        "shots": row.shots if row.method == "icl" else None,
+        "task": entry.task.name,
+        "data": {part: data.report[part]["sha256"] for part in ("train", "dev", "test")},
+        "max_length": comparison.data.max_length,
+        "budget": str(budget) if row.trained else None,
+        "seed": seed,
+        "learning_rate": rate,
+        "tune": tune,
+        "bootstrap": comparison.evaluation.bootstrap,
+        "ranks": dist.get_world_size(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _load(comparison: Comparison, entry: TaskEntry, seed: int) -> TaskData:
+    data = comparison.data
+    return load_task(
+        entry.task,
+        entry.path,
+        seed=seed,
+        train_examples=data.train_examples,
+        dev_examples=data.dev_examples,
+        test_examples=data.test_examples,
+    )
+
+
+def _write_results(folder: Path, records: list[dict[str, Any]]) -> None:
+    beside = folder / ".results.jsonl.new"
+    beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(beside, folder / "results.jsonl")
+
+
+def _line(record: dict[str, Any]) -> str:
+    head = f"{record['budget']}, {record['task']}, {record['label']}, seed {record['seed']}"
+    if record["status"] != "ok":
+        return f"{head}: {record['status']} ({record['reason']})"
+    score = f"{record['metric']} {100 * record['score']:.1f} %"
+    return f"{head}: {score}, {record['steps']} steps, {record['seconds']:.1f} s"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; the last may have been cut by a kill, and is then removed."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole, _, cut = text.rpartition("\n")
+    if cut:
+        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number}: broken JSON ({error}); delete the line, and its run is done again"
+            ) from None
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    comparison = load_comparison(arguments.config, arguments.set, world)
+    logs.quieten(comparison.logging, rank)
+    if comparison.folder.exists() and not comparison.folder.is_dir():
+        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder, or a name that is free")
+    if rank == 0:
+        comparison.folder.mkdir(parents=True, exist_ok=True)
+        (comparison.folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+    records = compare(comparison, rank, arguments.retry_failed)
+    if rank == 0:
+        write_report(records, comparison.folder, comparison.title)
+        if comparison.logging.wandb != "off":
+            _to_wandb(comparison, records)
+        counts = {
+            status: sum(one["status"] == status for one in records) for status in ("ok", "not_applicable", "failed")
+        }
+        print(f"{counts['ok']} cells ok, {counts['not_applicable']} not applicable, {counts['failed']} failed")
+        print(f"report             {comparison.folder / 'report.md'}, {comparison.folder / 'report.html'}")
+    return int(any(one["status"] == "failed" for one in records))
+
+
+def _to_wandb(comparison: Comparison, records: list[dict[str, Any]]) -> None:
+    """Tables and images as one W&B run in the comparison's group; a failing service is said and does not matter."""
+    try:
+        import wandb
+
+        logging = comparison.logging
+        wandb_run = wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_name or comparison.title,
+            group=comparison.title,
+            dir=str(comparison.folder),
+            mode="online" if logging.wandb == "online" else "offline",
+            config=comparison.as_dict(),
+            settings=wandb.Settings(silent=not logging.verbose, init_timeout=20),
+        )
+        log_to_wandb(records, comparison.folder, wandb_run)
+        wandb_run.finish()
+    except Exception as error:
+        print(f"warning: Weights & Biases failed: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code."""
+    world_of_one()
+    parser = Parser(
+        prog="python -m evaluation.compare",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="the comparison's YAML, e.g. configs/compare_tiny.yaml")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    add("--retry-failed", action="store_true", help="run cells that failed before again")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    try:
+        return run(parser.parse_args(argv))
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
