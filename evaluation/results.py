@@ -155,8 +155,12 @@ class Section:
 
     @property
     def full(self) -> str | None:
-        """The label of full fine-tuning."""
-        return next((label for label, method in self.rows.items() if method == "full"), None)
+        """The label of full fine-tuning: "full", or else the first of that method."""
+        return (
+            "full"
+            if "full" in self.rows
+            else next((label for label, method in self.rows.items() if method == "full"), None)
+        )
 
     def metric(self, task: str) -> str:
         return next((record["metric"] for label in self.rows for record in self.ok(label, task)), "")
