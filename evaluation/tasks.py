@@ -77,7 +77,7 @@ def load_task(
         least = 0 if part == "dev" else 1
         if n < least:
             raise UserError(f"{task.name}: {part}_examples is {n}; expected at least {least}")
-    rows, files = _read(task, path, test_split, revision)
+    rows, files = read_task(task, path, test_split, revision)
     if not rows["train"]:
         raise UserError(f"{task.name}: {path or task.data!r} has no training rows; give another path")
     notes: list[str] = []
@@ -166,7 +166,7 @@ def classification_rows(examples: Sequence[TaskExample]) -> list[Row]:
     return [(one.where, {"text": one.text, "text_pair": one.text_pair, "label": one.target}) for one in examples]
 
 
-def _read(
+def read_task(
     task: Task, path: str | None, test_split: str | None, revision: str | None
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Rows of "train" and "eval" (empty where nothing is held out), and the files' hashes."""

@@ -153,6 +153,36 @@ def test_written_answers_do_not_depend_on_the_batch() -> None:
 
 
 @needs_shared
+@pytest.mark.parametrize("shots", [0, 2])
+def test_solutions_equal_those_of_lm_eval(shots: int) -> None:
+    """GSM8K: what lm-evaluation-harness writes after our prompts, with its own batches and stopping; its own score."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed")
+    instance = pytest.importorskip("lm_eval.api.instance")
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    task, tokenizer, model = dataclasses.replace(find_task("gsm8k"), max_new_tokens=24), bpe(), llama(1)
+    data = load_task(task, str(SHARED / "gsm8k"), seed=0, test_examples=10)
+    demonstrations = data.demonstrations(shots, seed=0)
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=4096, device="cpu")
+    before = few_shot(demonstrations)
+    options = {"until": ["<|im_end|>"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 24}
+    requests = [
+        instance.Instance("generate_until", {}, (before + one.prompt, options), 0, ("gsm8k", i, 1))
+        for i, one in enumerate(data.test)
+    ]
+    theirs = [text.strip() for text in harness.generate_until(requests, disable_tqdm=True)]
+    ours = predict(task, model, tokenizer, data.test, demonstrations=demonstrations, batch_size=4)
+    assert ours.values == theirs and ours.truncated == 0
+    assert len(set(theirs)) > 5 and all(theirs)
+    # Its strict match, of answers that end in a number and of those above.
+    strict = extraction.RegexFilter(r"#### (\-?[0-9\.\,]+)")
+    answers = [one.completion if i % 3 else text for i, (one, text) in enumerate(zip(data.test, theirs, strict=True))]
+    found = [numbers[0] for numbers in strict.apply([[text] for text in answers], [{}] * len(answers))]
+    truths = [one.completion.rpartition("#### ")[2] for one in data.test]
+    right = [a.replace(",", "") == b.replace(",", "") for a, b in zip(found, truths, strict=True)]
+    assert task.score(answers, data.test) == {"exact_match": sum(right) / 10} and 0 < sum(right) < 10
+
+
+@needs_shared
 @pytest.mark.parametrize("name", ["rte", "boolq", "cb", "copa"])
 def test_predictions_equal_those_of_lm_eval(name: str) -> None:
     """lm-evaluation-harness with our prompts and candidates: its log-likelihoods, averaged over its own tokens."""
