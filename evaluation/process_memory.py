@@ -12,7 +12,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 
 STATUS = Path("/proc/self/status")
-SECONDS = 0.002  # between two samples
+SECONDS = 0.01  # between two samples
 
 
 @dataclass

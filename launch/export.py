@@ -1,4 +1,4 @@
-"""Write the trained model as a Hugging Face folder, from every ZeRO stage; small modules alone where it cannot be one."""
+"""Write the trained model as a Hugging Face folder, from every ZeRO stage; an adapter alone where it cannot be one."""
 
 from __future__ import annotations
 

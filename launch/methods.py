@@ -15,6 +15,7 @@ import torch
 from deepspeed import comm as dist
 
 from launch.adapters import AdapterSettings
+from launch.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,45 @@ METHODS = {
     "zero-shot": Method(None),
     "icl": Method(None),
 }
+RESUMABLE = ("mezo", "lomo")  # engines whose state is weights and a few tensors and numbers
 TRAINED = {name: method for name, method in METHODS.items() if method.engine}
 
 
-def unused(settings: MethodSettings) -> list[str]:
-    """The settings that differ from their defaults though the method has no such part."""
-    parts = METHODS[settings.name].parts
-    return [
-        field.name
-        for field in fields(settings)
-        if field.name != "name"
-        and getattr(settings, field.name) != field.default
-        and field.name.partition("_")[0] not in parts
-    ]
+CHOICES = {"adapter_kind": ("houlsby", "lin"), "badam_order": ("random", "ascending", "descending")}
+
+
+def method_problems(settings: MethodSettings, save_every: int | None, fp16: bool) -> list[str]:
+    """Every mistake in the `method` section, and in what the method has to do with checkpoints and fp16."""
+    name = settings.name
+    if name not in TRAINED:
+        what = (
+            f"{name!r} trains nothing: compare it with `python -m evaluation.compare`"
+            if name in METHODS
+            else repr(name)
+        )
+        return [f"method.name: got {what}. Expected one of: {', '.join(TRAINED)}{nearest(name, TRAINED)}"]
+    method, found = TRAINED[name], []
+    for entry in fields(settings):
+        value, dropout = getattr(settings, entry.name), "dropout" in entry.name
+        key = f"method.{entry.name}: got {value!r}"
+        if entry.name != "name" and value != entry.default and entry.name.partition("_")[0] not in method.parts:
+            found.append(f"{key}, but method.name is {name!r}, which has no use for it. Remove it.")
+        elif isinstance(value, str):
+            allowed = CHOICES.get(entry.name, (value,))
+            if value not in allowed:
+                found.append(f"{key}. Expected one of: {', '.join(allowed)}{nearest(value, allowed)}")
+        elif dropout and not 0 <= value < 1:
+            found.append(f"{key}. Expected at least 0 and less than 1.")
+        elif not dropout and value <= 0:
+            found.append(f"{key}. Expected {'at least 1' if isinstance(entry.default, int) else 'more than 0'}.")
+    if save_every and not method.uses_deepspeed and method.engine not in RESUMABLE:
+        found.append(
+            f"training.save_every: got {save_every}, but {name}'s package cannot save all of its state, so a run could "
+            "not be continued exactly. Set training.save_every=null."
+        )
+    if fp16 and not method.uses_deepspeed:
+        found.append(f"deepspeed.fp16.enabled: true, but {name} has no loss scale here. Use bf16, or fp32.")
+    return found
 
 
 def schedule_factor(name: str, warmup_ratio: float, ticks: int, tick: int) -> float:

@@ -26,8 +26,6 @@ import hift_ds
 from launch.errors import NotApplicable, UserError
 from launch.methods import MethodSettings
 
-# Methods whose state is their weights and a few numbers: only those can be continued exactly.
-RESUMABLE = ("mezo", "lomo")
 PACKAGES = {"lomo": "lomo-optim", "badam": "badam", "galore": "galore-torch"}
 
 

@@ -21,8 +21,7 @@ import yaml
 from launch import models
 from launch.data import DataSettings
 from launch.errors import UserError, nearest
-from launch.methods import METHODS, TRAINED, MethodSettings, unused
-from launch.plain import RESUMABLE
+from launch.methods import METHODS, MethodSettings, method_problems
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -204,7 +203,8 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
             f"{sections['model'].task!r}, whose logits are few. Remove it."
         )
     problems += sections["data"].problems()
-    problems += _method_problems(sections)
+    fp16 = bool(sections["deepspeed"].get("fp16", {}).get("enabled"))
+    problems += method_problems(sections["method"], sections["training"].save_every, fp16)
     if not sections["output"].dir:
         problems.append("output.dir: not set. Expected a folder for this run's files, e.g. output.dir=runs/first.")
     sections["deepspeed"] = _complete_deepspeed(sections, raw, world_size, problems)
@@ -465,45 +465,6 @@ def _model_problems(model: ModelSettings) -> list[str]:
             f"model.task=sequence-classification."
         )
     return problems
-
-
-def _method_problems(sections: dict) -> list[str]:
-    method, training = sections["method"], sections["training"]
-    if method.name not in METHODS:
-        return [f"method.name: got {method.name!r}. {expected(method.name, METHODS)}"]
-    if method.name not in TRAINED:
-        return [
-            f"method.name: {method.name!r} trains nothing. Compare it with `python -m evaluation.compare`, or expected "
-            f"one of: {', '.join(TRAINED)}."
-        ]
-    found = [
-        f"method.{key}: got {getattr(method, key)!r}, but method.name is {method.name!r}, which has no use for it. "
-        "Remove it."
-        for key in unused(method)
-    ]
-    for entry in fields(method):
-        value, dropout = getattr(method, entry.name), "dropout" in entry.name
-        if isinstance(value, str):
-            continue
-        least = 0 if dropout else 1 if isinstance(entry.default, int) else None
-        if value <= 0 if least is None else value < least:
-            expects = "more than 0" if least is None else f"at least {least}"
-            found.append(f"method.{entry.name}: got {value!r}. Expected {expects}.")
-        if dropout and value >= 1:
-            found.append(f"method.{entry.name}: got {value!r}. Expected less than 1.")
-    choices = {"adapter_kind": ("houlsby", "lin"), "badam_order": ("random", "ascending", "descending")}
-    for key, allowed in choices.items():
-        if getattr(method, key) not in allowed:
-            found.append(f"method.{key}: got {getattr(method, key)!r}. {expected(str(getattr(method, key)), allowed)}")
-    kind = METHODS[method.name].engine
-    if training.save_every and not METHODS[method.name].uses_deepspeed and kind not in RESUMABLE:
-        found.append(
-            f"training.save_every: got {training.save_every}, but {method.name}'s package cannot save all of its "
-            "state, so a run could not be continued exactly. Set training.save_every=null."
-        )
-    if not METHODS[method.name].uses_deepspeed and sections["deepspeed"].get("fp16", {}).get("enabled"):
-        found.append(f"deepspeed.fp16.enabled: true, but {method.name} has no loss scale here. Use bf16, or fp32.")
-    return found
 
 
 def _complete_deepspeed(sections: dict, raw: Mapping, world_size: int, problems: list[str]) -> dict:

@@ -262,10 +262,10 @@ def test_options_of_another_method_are_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("method.lora_rank=0", "method.lora_rank: got 0. Expected at least 1"),
+        ("method.lora_rank=0", "method.lora_rank: got 0. Expected at least 1."),
         ("method.lora_alpha=0", "method.lora_alpha: got 0.0. Expected more than 0"),
-        ("method.lora_dropout=-0.1", "method.lora_dropout: got -0.1. Expected at least 0"),
-        ("method.lora_dropout=1.5", "method.lora_dropout: got 1.5. Expected less than 1"),
+        ("method.lora_dropout=-0.1", "method.lora_dropout: got -0.1. Expected at least 0 and less than 1"),
+        ("method.lora_dropout=1.5", "method.lora_dropout: got 1.5. Expected at least 0 and less than 1"),
     ],
 )
 def test_numbers_of_a_method(override: str, expected: str) -> None:
