@@ -224,7 +224,7 @@ class _Recorder:
     def __init__(self, engine: Any, settings: Settings):
         self.engine, self.settings = engine, settings
         self.records: list[dict[str, Any]] = []
-        self.trained = trained_parameters(engine.module)
+        self.trained, self.at_once = _trained(engine)
         self.flops = 0.0
         self._known: dict[Any, tuple[float, float]] = {}
 
@@ -268,6 +268,7 @@ class _Recorder:
             "step_seconds": statistics.median(record["seconds"] for record in records),
             "tokens_per_second": tokens / seconds,
             "trained_parameters": self.trained,
+            "trained_at_once": self.at_once,
             "flops": self.flops,
             "loss_first": records[0]["loss"],
             "loss_last": statistics.fmean(record["loss"] for record in records[-10:]),
@@ -275,8 +276,19 @@ class _Recorder:
         }
 
 
+def _trained(engine: Any) -> tuple[int, int]:
+    """Weights that the method trains, and the most of them in one step."""
+    now = trained_parameters(engine.module)
+    if hasattr(engine, "blocks"):
+        sizes = [block.numel for block in engine.blocks]
+        return sum(sizes), max(sizes)
+    if hasattr(engine.optimizer, "switch_block_every"):  # BAdam
+        return sum(p.numel() for p in engine.module.parameters()), now
+    return now, now
+
+
 def _untrained() -> dict[str, Any]:
-    nothing = dict.fromkeys(("steps", "samples", "tokens", "trained_parameters"), 0)
+    nothing = dict.fromkeys(("steps", "samples", "tokens", "trained_parameters", "trained_at_once"), 0)
     return {**nothing, "seconds": 0.0, "step_seconds": None, "tokens_per_second": None, "flops": 0.0,
             "loss_first": None, "loss_last": None, "curve": [], "planned_memory": None}  # fmt: skip
 

@@ -36,7 +36,7 @@ from evaluation.report import log_to_wandb, write_report
 from evaluation.tasks import TaskData, load_task
 from launch import logs
 from launch.errors import NotApplicable, UserError
-from launch.train import Parser, world_of_one
+from launch.train import Parser, told, world_of_one
 
 ATTEMPTS = 3  # a cell in which the process died as often is not tried again
 
@@ -296,9 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
-        if os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return told(error)
 
 
 if __name__ == "__main__":

@@ -298,13 +298,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse(argv))
     except UserError as error:
-        # A mistake in the settings shows on every rank and is said once. The launcher ends the other ranks as soon
-        # as rank 0 has said it; one that is still alive after a minute has found something rank 0 did not.
-        if os.environ["RANK"] != "0":
-            time.sleep(60)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return told(error)
     return 0
+
+
+def told(error: UserError) -> int:
+    """Say a mistake once; the exit code.
+
+    A mistake in the settings shows on every rank. The launcher ends the other ranks as soon as rank 0 has said it; one
+    that is still alive after a minute has found something rank 0 did not.
+    """
+    if os.environ["RANK"] != "0":
+        time.sleep(60)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":
