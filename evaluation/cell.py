@@ -26,6 +26,7 @@ from evaluation.process_memory import peak_memory
 from evaluation.resampling import bootstrap_scores, interval
 from evaluation.scoring import average_log_likelihoods, classify, predict
 from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, training_rows
+from hift_ds.blocks import numel_of
 from launch import logs, models
 from launch.adapters import trained_parameters
 from launch.data import Data
@@ -54,6 +55,7 @@ class Cells:
         self.tokenizer = models.load_tokenizer(comparison.model)
         self.versions = logs.versions()
         self.machine = machine
+        self._pretrained: dict[str, Any] = {}  # by dtype
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
@@ -65,19 +67,20 @@ class Cells:
         """
         gc.collect()
         world = dist.get_world_size()
+        set_seed(seed)
+        engine = None
         with peak_memory() as peak:
-            set_seed(seed)
             if row.trained:
                 settings = self.comparison.run_settings(row, budget, seed, rate, world)
                 engine, measured = self._train(row, settings, task, data, budget)
                 model = engine.module
             else:
-                engine, measured = None, _untrained()
-                model = self._model(task)
-            total = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
-            dev = self._predict(row, task, model, data, data.dev, seed) if tune and data.dev else None
-            values = self._predict(row, task, model, data, data.test, seed)
-            losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test)
+                measured = _untrained()
+                model = self._model(task, _dtype(row)).to(get_accelerator().current_device_name())
+        total = sum(numel_of(p) for p in model.parameters())
+        dev = self._predict(row, task, model, data, data.dev, seed) if tune and data.dev else None
+        values = self._predict(row, task, model, data, data.test, seed)
+        losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test)
         if engine is not None:
             engine.destroy()
         del engine, model
@@ -134,7 +137,7 @@ class Cells:
         )
         if not examples:
             raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
-        model = self._model(task)
+        model = self._model(task, settings.dtype)
         engine = make_engine(model, settings, schedule_ticks(settings, model.config))
         recorder = _Recorder(engine, settings)
         only_train = Data(list(examples), [], report, None)
@@ -153,23 +156,18 @@ class Cells:
             self._plans[key] = planned_memory(settings, config, length) if dist.get_rank() == 0 else None
         return self._plans[key]
 
-    def _model(self, task: Task) -> Any:
+    def _model(self, task: Task, dtype: str) -> Any:
         """A fresh model; one with new weights draws them from torch's generator."""
         if self.classifies or self.comparison.model.config is not None:
-            return self._load(task)
-        return copy.deepcopy(self._pretrained)
+            return self._load(task, dtype)
+        if dtype not in self._pretrained:
+            self._pretrained[dtype] = self._load(task, dtype)
+        return copy.deepcopy(self._pretrained[dtype])
 
-    @functools.cached_property
-    def _pretrained(self) -> Any:
-        return self._load(None)
-
-    def _load(self, task: Task | None) -> Any:
-        settings = self.comparison.model
-        labels = len(task.labels) if task is not None and self.classifies else None
-        config = models.load_config(settings, self.tokenizer, labels)
-        some = self.comparison.rows[0].sections["deepspeed"]
-        dtype = "bfloat16" if some.get("bf16", {}).get("enabled") else "float32"
-        return models.load_model(settings, config, dtype)
+    def _load(self, task: Task, dtype: str) -> Any:
+        labels = len(task.labels) if self.classifies else None
+        config = models.load_config(self.comparison.model, self.tokenizer, labels)
+        return models.load_model(self.comparison.model, config, dtype)
 
     def _predict(
         self, row: Row, task: Task, model: Any, data: TaskData, examples: Sequence[TaskExample], seed: int
@@ -291,6 +289,11 @@ def _untrained() -> dict[str, Any]:
     nothing = dict.fromkeys(("steps", "samples", "tokens", "trained_parameters", "trained_at_once"), 0)
     return {**nothing, "seconds": 0.0, "step_seconds": None, "tokens_per_second": None, "flops": 0.0,
             "loss_first": None, "loss_last": None, "curve": [], "planned_memory": None}  # fmt: skip
+
+
+def _dtype(row: Row) -> str:
+    """Of the weights of a row that trains nothing."""
+    return "bfloat16" if row.sections["deepspeed"].get("bf16", {}).get("enabled") else "float32"
 
 
 def _identity(row: Row, task: Task, budget: Budget, seed: int, model: str) -> dict[str, Any]:
