@@ -38,7 +38,10 @@ class Prefix(nn.Module):
 
     def __init__(self, key: Tensor, value: Tensor):
         super().__init__()
-        self.key, self.value = nn.Parameter(key.clone()), nn.Parameter(value.clone())
+        self.key, self.value = (
+            nn.Parameter(key.clone(memory_format=torch.contiguous_format)),
+            nn.Parameter(value.clone(memory_format=torch.contiguous_format)),
+        )
 
     def forward(self) -> KeysValues:
         return self.key[None], self.value[None]  # views: ZeRO-3 takes the parameters away again
@@ -49,7 +52,7 @@ class HiddenTokens(nn.Module):
 
     def __init__(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]):
         super().__init__()
-        self.hidden = nn.Parameter(hidden.clone())
+        self.hidden = nn.Parameter(hidden.clone(memory_format=torch.contiguous_format))
         self.call = (args, kwargs)  # positions and masks of the virtual tokens: constants
 
     def forward(self) -> Tensor:
