@@ -142,6 +142,18 @@ def test_beams_do_not_depend_on_the_batch() -> None:
     assert predict(task, model, tokenizer, examples).values != expected  # greedy
 
 
+def test_length_penalty_prefers_long_beams() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama.__wrapped__(1, len(tokenizer))
+    model.generation_config.eos_token_id = list(range(100, 140))  # such that beams end at different lengths
+    task = dataclasses.replace(find_task("e2e"), max_new_tokens=8)
+    examples = [TaskExample("", f"name : Place {i} ||", "x", references=("x",)) for i in range(6)]
+    short, long = (
+        predict(task, model, tokenizer, examples, num_beams=4, length_penalty=penalty).values for penalty in (-4.0, 4.0)
+    )
+    assert sum(map(len, short)) < sum(map(len, long))
+
+
 # Metrics ---------------------------------------------------------------------------------------------
 
 
