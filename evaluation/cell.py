@@ -87,7 +87,7 @@ class Cells:
         gc.collect()
         score = functools.partial(_score, task, classified=self.classifies)
         record = {
-            **_identity(row, task, budget, seed, models.describe(self.comparison.model)),
+            **_identity(row, task, budget, seed, self.comparison.model_name),
             "status": "ok",
             "reason": None,
             **self._scores(task, data.test, values),
@@ -113,7 +113,7 @@ class Cells:
 
     def not_run(self, row: Row, task: Task, budget: Budget, seed: int, status: str, reason: str) -> dict[str, Any]:
         """The record of a cell that has no result."""
-        identity = _identity(row, task, budget, seed, models.describe(self.comparison.model))
+        identity = _identity(row, task, budget, seed, self.comparison.model_name)
         return {**identity, "status": status, "reason": reason, "versions": self.versions, "machine": self.machine}
 
     def why_not(self, row: Row, task: Task) -> str | None:

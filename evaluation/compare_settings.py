@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.tasks import Task, find_task
+from launch import models
 from launch.errors import UserError, nearest
 from launch.methods import METHODS, TRAINED
 from launch.settings import (
@@ -38,8 +39,8 @@ from launch.sources import PUBLISHED
 UNLIMITED = 10**9  # steps, where a budget is in seconds
 ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
 SECTIONS = (
-    "title", "model", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training", "deepspeed",
-    "evaluation", "output", "logging",
+    "title", "model", "model_name", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training",
+    "deepspeed", "evaluation", "output", "logging",
 )  # fmt: skip
 DECIDED = ("max_steps", "seed", "learning_rate", "save_every")  # training keys that the comparison sets itself
 
@@ -104,6 +105,7 @@ class Row:
 class Comparison:
     title: str
     model: ModelSettings
+    model_name: str
     data: DataSettings
     tasks: list[TaskEntry]
     rows: list[Row]
@@ -133,6 +135,7 @@ class Comparison:
         return {
             "title": self.title,
             "model": asdict(self.model),
+            "model_name": self.model_name,
             "data": asdict(self.data),
             "tasks": [{"name": one.task.name, "path": one.path} for one in self.tasks],
             "rows": [asdict(row) for row in self.rows],
@@ -164,9 +167,11 @@ def load_comparison(path: str, overrides: Iterable[str] = (), world_size: int = 
     if not output.dir:
         problems.append("output.dir: not set; expected a folder for the results, e.g. output.dir=runs/compare")
     seeds = _numbers(raw, "seeds", [0], int, 0, problems)
+    model = build(ModelSettings, raw.get("model") or {}, "model", problems)
     comparison = Comparison(
         title=str(raw.get("title") or f"Comparison of fine-tuning methods ({Path(path).stem})"),
-        model=build(ModelSettings, raw.get("model") or {}, "model", problems),
+        model=model,
+        model_name=str(raw.get("model_name") or models.describe(model)),
         data=data,
         tasks=_tasks(raw, data, problems),
         rows=_rows(raw, problems),
