@@ -214,11 +214,7 @@ def merge(module: Any) -> Any:
     """
     method = module.adapter_record["method"]
     if method == "lora":
-        merged = module.merge_and_unload()
-        # PEFT leaves its mark, with which `save_pretrained` would write an adapter.
-        for mark in ("peft_config", "_hf_peft_config_loaded"):
-            merged.__dict__.pop(mark, None)
-        return merged
+        return module.merge_and_unload()
     return module if method in ("bitfit", "full-top2", "linear-probing") else None
 
 
@@ -337,10 +333,7 @@ def _add_lora(model: Any, paths: Iterable[str], settings: AdapterSettings) -> li
         chosen = [name for name in matrices if name.rpartition(".")[2] in known]
         targets += [f"{path}.{name}" for name in chosen or [m for m in matrices if m.startswith(attention)]]
     inject_adapter_in_model(_lora_config(settings, model, targets), model)
-    added = [p for name, p in model.named_parameters() if ".lora_" in name]
-    for parameter in added:
-        parameter.data = parameter.data.to(model.dtype)  # PEFT makes them fp32
-    return added
+    return [p for name, p in model.named_parameters() if ".lora_" in name]
 
 
 def _lora_config(settings: AdapterSettings, model: Any, targets: Any) -> LoraConfig:

@@ -125,7 +125,7 @@ def _keys_values(layer: Any, attention: nn.Module) -> KeysValues:
     """
     args, kwargs = layer.virtual_tokens.arguments()
     checkpointing = getattr(layer, "gradient_checkpointing", False)
-    layer.gradient_checkpointing = False
+    layer.gradient_checkpointing = False  # it is inside of a checkpoint already
     try:
         with _noting() as noted:
             layer.forward(layer.virtual_tokens(), *args, **kwargs)

@@ -22,8 +22,9 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
+    LlamaForSequenceClassification,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -259,7 +260,7 @@ def test_the_groups_of_s4() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "sizes"), [(4, [1, 1, 1, 1]), (12, [2, 4, 4, 2]), (24, [4, 8, 8, 4]), (13, [2, 5, 4, 2])]
+    ("layers", "sizes"), [(4, [1, 1, 1, 1]), (12, [2, 4, 4, 2]), (32, [5, 11, 11, 5]), (13, [2, 5, 4, 2])]
 )
 def test_the_groups_are_a_spindle(layers: int, sizes: list[int]) -> None:
     from launch.adapters import _spindle
@@ -392,6 +393,21 @@ def test_attention_of_either_kind(implementation: str) -> None:
     torch.testing.assert_close(ours, logits(made("prefix", "llama")), rtol=1e-4, atol=1e-4)
 
 
+def test_a_decoder_with_a_classifier_keeps_no_cache_of_virtual_tokens() -> None:
+    """Its config turns a cache on; PreLayer would then see its tokens once more with each call."""
+    found = []
+    for method in ("prelayer", "prelayer", "prefix"):
+        torch.manual_seed(0)
+        module = ADAPTERS[method](
+            LlamaForSequenceClassification(LlamaConfig(**SIZES, **LONG, pad_token_id=0, initializer_range=0.2)),
+            SETTINGS,
+        ).eval()
+        logits(module)
+        found.append(logits(module))
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+
+
 # --- in training --------------------------------------------------------------------------------------------------
 
 
@@ -399,10 +415,10 @@ def test_attention_of_either_kind(implementation: str) -> None:
 def test_checkpointing_and_chunks_change_no_gradient(method: str) -> None:
     name = "gpt2" if method == "bitfit" else "llama"
     gradients = []
-    for checkpointing, chunk in ((False, 0), (True, 0), (False, 5)):
+    for checkpointing, chunk in ((None, 0), ("device", 0), ("host", 0), (None, 5)):
         module = made(method, name, noise=0.1).train()
         if checkpointing:
-            hift_ds.checkpoint_activations(losses.unwrapped(module))
+            hift_ds.checkpoint_activations(losses.unwrapped(module), offload=checkpointing == "host")
         assert losses.why_not(module) is None
         loss_of(module, chunk).backward()
         gradients.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
@@ -495,6 +511,13 @@ def test_saved_and_loaded_is_the_same_bit_by_bit(method: str, name: str, tmp_pat
     assert json.loads((tmp_path / "adapter.json").read_text())["method"] == method
 
 
+def test_whole_weights_may_be_given(tmp_path: Path) -> None:
+    """As for ZeRO-3, where the module has parts of them."""
+    module, start = made("adapter", "gpt2", noise=0.1), made("adapter", "gpt2")
+    save_adapter(start, tmp_path, module.state_dict())
+    assert torch.equal(logits(load_adapter(base("gpt2"), tmp_path).eval()), logits(module))
+
+
 def test_what_is_no_adapter_of_this_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no adapter. Expected adapter.json and adapter.safetensors"):
         load_adapter(base("gpt2"), tmp_path)
@@ -531,8 +554,9 @@ def test_linear_probing_unties_and_says_so(tmp_path: Path) -> None:
 # --- what does not fit --------------------------------------------------------------------------------------------
 
 
-def mixtral() -> Any:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, **LONG, num_key_value_heads=2))
+def experts() -> Any:
+    """One of them is shared, a plain MLP, but not all of what the layer adds."""
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **LONG, num_key_value_heads=2, num_experts=4))
 
 
 def t5() -> Any:
@@ -548,7 +572,7 @@ def short() -> Any:
     ("method", "model", "reason"),
     [
         ("bitfit", MODELS["llama"], "'bitfit' does not fit LlamaForCausalLM: it has no biases"),
-        ("adapter", mixtral, "model.layers.0 whose output is that of its MLP"),
+        ("adapter", experts, "model.layers.0 whose output is that of its MLP"),
         ("prefix", t5, "it has an encoder and a decoder"),
         ("prelayer", t5, "it has an encoder and a decoder"),
         ("s4", short, "3 hidden layers"),
