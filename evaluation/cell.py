@@ -26,6 +26,7 @@ from evaluation.process_memory import peak_memory
 from evaluation.resampling import bootstrap_scores, interval
 from evaluation.scoring import average_log_likelihoods, classify, predict
 from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, training_rows
+from hift_ds.blocks import numel_of
 from launch import logs, models
 from launch.adapters import trained_parameters
 from launch.data import Data
@@ -63,6 +64,8 @@ class Cells:
         Raises:
             NotApplicable: the method does not fit the model or the task.
         """
+        if not self._made_anew:
+            _ = self._pretrained  # before memory is measured, and random numbers are drawn
         gc.collect()
         world = dist.get_world_size()
         with peak_memory() as peak:
@@ -74,7 +77,7 @@ class Cells:
             else:
                 engine, measured = None, _untrained()
                 model = self._model(task)
-            total = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+            total = sum(numel_of(p) for p in model.parameters())
             dev = self._predict(row, task, model, data, data.dev, seed) if tune and data.dev else None
             values = self._predict(row, task, model, data, data.test, seed)
             losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test)
@@ -155,9 +158,12 @@ class Cells:
 
     def _model(self, task: Task) -> Any:
         """A fresh model; one with new weights draws them from torch's generator."""
-        if self.classifies or self.comparison.model.config is not None:
-            return self._load(task)
-        return copy.deepcopy(self._pretrained)
+        return self._load(task) if self._made_anew else copy.deepcopy(self._pretrained)
+
+    @property
+    def _made_anew(self) -> bool:
+        """Whether a model has new weights, which are drawn for each run."""
+        return self.classifies or self.comparison.model.config is not None
 
     @functools.cached_property
     def _pretrained(self) -> Any:
@@ -174,22 +180,18 @@ class Cells:
     def _predict(
         self, row: Row, task: Task, model: Any, data: TaskData, examples: Sequence[TaskExample], seed: int
     ) -> list[Any]:
-        size, length = self.comparison.evaluation.batch_size, self._longest(model)
+        size = self.comparison.evaluation.batch_size
         if self.classifies:
-            return classify(task, model, self.tokenizer, examples, batch_size=size, max_length=length).values
+            return classify(task, model, self.tokenizer, examples, batch_size=size).values
         shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else ()
-        found = predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size, max_length=length)
-        return found.values
-
-    def _longest(self, model: Any) -> int | None:
-        return getattr(model.config, "max_position_embeddings", None)
+        return predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size).values
 
     def _answer_losses(self, task: Task, model: Any, examples: Sequence[TaskExample]) -> list[float]:
         """Of tasks with written answers: for each example the mean loss of the reference answer's tokens."""
         if self.classifies or not task.max_new_tokens:
             return []
         pairs = [(one.prompt, one.completion) for one in examples]
-        size, length = self.comparison.evaluation.batch_size, self._longest(model)
+        size, length = self.comparison.evaluation.batch_size, getattr(model.config, "max_position_embeddings", None)
         return [-value for value in average_log_likelihoods(model, self.tokenizer, pairs, size, length)[0]]
 
     def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
@@ -224,13 +226,18 @@ class _Recorder:
     def __init__(self, engine: Any, settings: Settings):
         self.engine, self.settings = engine, settings
         self.records: list[dict[str, Any]] = []
-        self.trained = trained_parameters(engine.module)
+        self.trained = _trained_in_the_end(engine, settings)
         self.flops = 0.0
         self._known: dict[Any, tuple[float, float]] = {}
+        self._active = self._trained_now()
 
     def step(self, record: dict[str, Any]) -> None:
         self.records.append({key: value for key, value in record.items() if key != "memory"})
         self.flops += self._flops(record)
+        self._active = self._trained_now()
+
+    def _trained_now(self) -> tuple[str, ...]:
+        return tuple(name for name, p in self.engine.module.named_parameters() if p.requires_grad)
 
     def _flops(self, record: dict[str, Any]) -> float:
         module, tokens, predicted = self.engine.module, record["tokens"], record["trained_tokens"]
@@ -243,11 +250,7 @@ class _Recorder:
 
         if method.engine == "mezo":
             return 2 * of("forward", forward_flops)
-        if hasattr(self.engine, "blocks"):
-            names = tuple(self.engine.blocks[record["block"]].parameter_names)
-        else:
-            names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
-        flops = of(names, training_flops, names)
+        flops = of(self._active, training_flops, self._active)
         if method.engine == "lomo" and self.settings.deepspeed["gradient_clipping"]:
             flops += flops - of("forward", forward_flops)  # a backward pass of its own for the norm
         return flops
@@ -273,6 +276,16 @@ class _Recorder:
             "loss_last": statistics.fmean(record["loss"] for record in records[-10:]),
             "curve": curve,
         }
+
+
+def _trained_in_the_end(engine: Any, settings: Settings) -> int:
+    """Number of weights, also of methods that train a block of them at a time."""
+    if hasattr(engine, "blocks"):
+        names = {name for block in engine.blocks for name in block.parameter_names}
+        return sum(numel_of(p) for name, p in engine.module.named_parameters() if name in names)
+    if METHODS[settings.method.name].adapter is None:
+        return sum(numel_of(p) for p in engine.module.parameters())
+    return trained_parameters(engine.module)
 
 
 def _untrained() -> dict[str, Any]:
