@@ -55,7 +55,6 @@ class Cells:
         self.tokenizer = models.load_tokenizer(comparison.model)
         self.versions = logs.versions()
         self.machine = machine
-        self._pretrained: dict[str, Any] = {}  # by dtype
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
@@ -65,18 +64,21 @@ class Cells:
         Raises:
             NotApplicable: the method does not fit the model or the task.
         """
-        gc.collect()
         world = dist.get_world_size()
+        settings = self.comparison.run_settings(row, budget, seed, rate, world) if row.trained else None
+        dtype = _dtype(row) if settings is None else settings.dtype
+        if not self._made_anew:
+            self._pretrained(dtype)  # before memory is measured, and random numbers are drawn
+        gc.collect()
         set_seed(seed)
         engine = None
         with peak_memory() as peak:
-            if row.trained:
-                settings = self.comparison.run_settings(row, budget, seed, rate, world)
+            if settings is not None:
                 engine, measured = self._train(row, settings, task, data, budget)
                 model = engine.module
             else:
                 measured = _untrained()
-                model = self._model(task, _dtype(row)).to(get_accelerator().current_device_name())
+                model = self._model(task, dtype).to(get_accelerator().current_device_name())
         total = sum(numel_of(p) for p in model.parameters())
         dev = self._predict(row, task, model, data, data.dev, seed) if tune and data.dev else None
         values = self._predict(row, task, model, data, data.test, seed)
@@ -158,36 +160,39 @@ class Cells:
 
     def _model(self, task: Task, dtype: str) -> Any:
         """A fresh model; one with new weights draws them from torch's generator."""
-        if self.classifies or self.comparison.model.config is not None:
+        if self._made_anew:
             return self._load(task, dtype)
-        if dtype not in self._pretrained:
-            self._pretrained[dtype] = self._load(task, dtype)
-        return copy.deepcopy(self._pretrained[dtype])
+        return copy.deepcopy(self._pretrained(dtype))
 
-    def _load(self, task: Task, dtype: str) -> Any:
-        labels = len(task.labels) if self.classifies else None
+    @property
+    def _made_anew(self) -> bool:
+        """Whether a model has new weights, which are drawn for each run."""
+        return self.classifies or self.comparison.model.config is not None
+
+    @functools.cache  # noqa: B019 - there is one of it, which lives as long as the process
+    def _pretrained(self, dtype: str) -> Any:
+        return self._load(None, dtype)
+
+    def _load(self, task: Task | None, dtype: str) -> Any:
+        labels = len(task.labels) if task is not None and self.classifies else None
         config = models.load_config(self.comparison.model, self.tokenizer, labels)
         return models.load_model(self.comparison.model, config, dtype)
 
     def _predict(
         self, row: Row, task: Task, model: Any, data: TaskData, examples: Sequence[TaskExample], seed: int
     ) -> list[Any]:
-        size, length = self.comparison.evaluation.batch_size, self._longest(model)
+        size = self.comparison.evaluation.batch_size
         if self.classifies:
-            return classify(task, model, self.tokenizer, examples, batch_size=size, max_length=length).values
+            return classify(task, model, self.tokenizer, examples, batch_size=size).values
         shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else ()
-        found = predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size, max_length=length)
-        return found.values
-
-    def _longest(self, model: Any) -> int | None:
-        return getattr(model.config, "max_position_embeddings", None)
+        return predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size).values
 
     def _answer_losses(self, task: Task, model: Any, examples: Sequence[TaskExample]) -> list[float]:
         """Of tasks with written answers: for each example the mean loss of the reference answer's tokens."""
         if self.classifies or not task.max_new_tokens:
             return []
         pairs = [(one.prompt, one.completion) for one in examples]
-        size, length = self.comparison.evaluation.batch_size, self._longest(model)
+        size, length = self.comparison.evaluation.batch_size, getattr(model.config, "max_position_embeddings", None)
         return [-value for value in average_log_likelihoods(model, self.tokenizer, pairs, size, length)[0]]
 
     def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
@@ -222,13 +227,18 @@ class _Recorder:
     def __init__(self, engine: Any, settings: Settings):
         self.engine, self.settings = engine, settings
         self.records: list[dict[str, Any]] = []
-        self.trained, self.at_once = _trained(engine)
+        self.trained, self.at_once = _trained(engine, settings)
         self.flops = 0.0
         self._known: dict[Any, tuple[float, float]] = {}
+        self._active = self._trained_now()
 
     def step(self, record: dict[str, Any]) -> None:
         self.records.append({key: value for key, value in record.items() if key != "memory"})
         self.flops += self._flops(record)
+        self._active = self._trained_now()
+
+    def _trained_now(self) -> tuple[str, ...]:
+        return tuple(name for name, p in self.engine.module.named_parameters() if p.requires_grad)
 
     def _flops(self, record: dict[str, Any]) -> float:
         module, tokens, predicted = self.engine.module, record["tokens"], record["trained_tokens"]
@@ -241,11 +251,7 @@ class _Recorder:
 
         if method.engine == "mezo":
             return 2 * of("forward", forward_flops)
-        if hasattr(self.engine, "blocks"):
-            names = tuple(self.engine.blocks[record["block"]].parameter_names)
-        else:
-            names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
-        flops = of(names, training_flops, names)
+        flops = of(self._active, training_flops, self._active)
         if method.engine == "lomo" and self.settings.deepspeed["gradient_clipping"]:
             flops += flops - of("forward", forward_flops)  # a backward pass of its own for the norm
         return flops
@@ -274,14 +280,15 @@ class _Recorder:
         }
 
 
-def _trained(engine: Any) -> tuple[int, int]:
+def _trained(engine: Any, settings: Settings) -> tuple[int, int]:
     """Weights that the method trains, and the most of them in one step."""
     now = trained_parameters(engine.module)
     if hasattr(engine, "blocks"):
-        sizes = [block.numel for block in engine.blocks]
-        return sum(sizes), max(sizes)
-    if hasattr(engine.optimizer, "switch_block_every"):  # BAdam
-        return sum(p.numel() for p in engine.module.parameters()), now
+        names = {name for block in engine.blocks for name in block.parameter_names}
+        every = sum(numel_of(p) for name, p in engine.module.named_parameters() if name in names)
+        return every, max(block.numel for block in engine.blocks)
+    if METHODS[settings.method.name].adapter is None:
+        return sum(numel_of(p) for p in engine.module.parameters()), now
     return now, now
 
 

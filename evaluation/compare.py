@@ -47,8 +47,8 @@ class Runs:
     def __init__(self, folder: Path, rank: int):
         self.path, self.rank = folder / "runs.jsonl", rank
         self.begun_path = folder / "begun.jsonl"
-        self.done = {run["key"]: run for run in _lines(self.path)}
-        self.begun = [line["key"] for line in _lines(self.begun_path)]
+        self.done = {run["key"]: run for run in self._lines(self.path)}
+        self.begun = [line["key"] for line in self._lines(self.begun_path)]
 
     def begin(self, key: str) -> None:
         self._append(self.begun_path, {"key": key})
@@ -60,6 +60,23 @@ class Runs:
     def add(self, key: str, run: dict[str, Any]) -> None:
         self.done[key] = run
         self._append(self.path, {"key": key, **run})
+
+    def _lines(self, path: Path) -> list[dict[str, Any]]:
+        """The whole lines of a file; the last may have been cut by a kill, and is then removed."""
+        if not path.exists():
+            return []
+        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
+        if cut and self.rank == 0:
+            _write(path, whole + "\n" if whole else "")  # at once: other ranks are reading it
+        found = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}:{number}: broken JSON ({error}); delete the line, and its run is done again"
+                ) from None
+        return found
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -101,7 +118,8 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
                         records.append(record | {"tuning": tuning})
                         bar.update()
                         if rank == 0:
-                            _write_results(comparison.folder, records)
+                            lines = "".join(json.dumps(one) + "\n" for one in records)
+                            _write(comparison.folder / "results.jsonl", lines)
                             if bar.disable:
                                 print(_line(records[-1]), flush=True)
     return records
@@ -124,7 +142,7 @@ def _one(
     key = _key(cells.comparison, row, entry, data, budget, seed, rate, tune)
     known = runs.done.get(key)
     if known is not None and not (retry_failed and known["status"] == "failed"):
-        return known
+        return known | {"label": row.label, "budget": str(budget)}  # the same run may count for several rows
 
     def not_run(status: str, reason: str) -> dict[str, Any]:
         return cells.not_run(row, entry.task, budget, seed, status, reason)
@@ -203,10 +221,11 @@ def _load(comparison: Comparison, entry: TaskEntry, seed: int) -> TaskData:
     )
 
 
-def _write_results(folder: Path, records: list[dict[str, Any]]) -> None:
-    beside = folder / ".results.jsonl.new"
-    beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(beside, folder / "results.jsonl")
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -215,25 +234,6 @@ def _line(record: dict[str, Any]) -> str:
         return f"{head}: {record['status']} ({record['reason']})"
     score = f"{record['metric']} {100 * record['score']:.1f} %"
     return f"{head}: {score}, {record['steps']} steps, {record['seconds']:.1f} s"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; the last may have been cut by a kill, and is then removed."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    found = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: broken JSON ({error}); delete the line, and its run is done again"
-            ) from None
-    return found
 
 
 def run(arguments: argparse.Namespace) -> int:

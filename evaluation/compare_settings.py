@@ -28,6 +28,7 @@ from launch.settings import (
     LoggingSettings,
     ModelSettings,
     Settings,
+    TrainingSettings,
     build,
     check_settings,
     problem_list,
@@ -126,7 +127,9 @@ class Comparison:
 
     def _raw(self, row: Row, budget: Budget, seed: int, learning_rate: float) -> dict[str, Any]:
         training = dict(row.sections["training"])
-        training |= {"max_steps": budget.steps(training.get("batch_size", 16)), "seed": seed}
+        size = training.get("batch_size", TrainingSettings.batch_size)
+        steps = budget.steps(size) if isinstance(size, int) and size > 0 else 1  # else it is a problem of its own
+        training |= {"max_steps": steps, "seed": seed}
         training["learning_rate"] = learning_rate
         sections = row.sections | {"training": training, "method": row.sections["method"] | {"name": row.method}}
         return self.base | sections | {"output": {"dir": str(self.folder)}}
@@ -159,9 +162,7 @@ def load_comparison(path: str, overrides: Iterable[str] = (), world_size: int = 
         if not isinstance(raw.get(key) or {}, Mapping):
             problems.append(f"{key}: got {raw[key]!r}, expected a mapping of settings")
             raw[key] = {}
-    for key in DECIDED:
-        if key in (raw.get("training") or {}):
-            problems.append(f"training.{key}: the comparison sets it (budgets, seeds, learning_rates); remove it")
+    problems += _decided(raw.get("training") or {}, "training")
     data = build(DataSettings, raw.get("data") or {}, "data", problems)
     output = build(OutputSettings, raw.get("output") or {}, "output", problems)
     if not output.dir:
@@ -194,7 +195,8 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
     found = []
     for given in _listed(raw, "tasks", problems):
         entry = {"name": given} if isinstance(given, str) else given
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or set(entry) - {"name", "path"}:
+        good = isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and not set(entry) - {"name", "path"}
+        if not good or not isinstance(entry.get("path"), (str, type(None))):
             problems.append(f"tasks: got {given!r}; expected a task's name, or {{name: ..., path: ...}}")
             continue
         try:
@@ -220,8 +222,7 @@ def _folder_of(task: Task, path: str | None) -> str | None:
 
 def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
     grid = _numbers(raw, "learning_rates", [1e-4], float, None, problems)
-    evaluation = raw.get("evaluation")
-    shots = evaluation.get("shots", EvaluationSettings.shots) if isinstance(evaluation, Mapping) else 8
+    shots = (raw.get("evaluation") or {}).get("shots", EvaluationSettings.shots)
     found = []
     for given in _listed(raw, "methods", problems):
         entry: Any = {"name": given} if isinstance(given, str) else given
@@ -237,16 +238,25 @@ def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
                 expected = f"expected {', '.join(ROW_KEYS)}{nearest(str(key), ROW_KEYS)}"
                 problems.append(f"methods: {name}: unknown key {key!r}; {expected}")
         label = str(entry.get("label") or name)
-        sections = {"method": dict(entry.get("method") or {})}
+        own = {key: entry.get(key) or {} for key in ("method", "training", "deepspeed")}
+        for key, value in own.items():
+            if not isinstance(value, Mapping):
+                problems.append(f"methods: {label}: {key}: got {value!r}, expected a mapping of settings")
+                own[key] = {}
+        problems += _decided(own["training"], f"methods: {label}: training")
+        if "name" in own["method"]:
+            problems.append(f"methods: {label}: method.name: the row's own `name` says it; remove it")
+        sections = {"method": dict(own["method"])}
         for key in ("training", "deepspeed"):
-            sections[key] = _merged(raw.get(key) or {}, entry.get(key) or {})
+            sections[key] = _merged(raw.get(key) or {}, own[key])
+        own_shots = entry.get("shots", shots)
+        if "shots" in entry and (not _is_whole(own_shots) or own_shots < 1):
+            problems.append(f"methods: {label}: shots: got {own_shots!r}; expected a whole number from 1")
         rates = _numbers(entry, "learning_rates", grid, float, None, problems, f"methods: {label}: ")
         trained = name in TRAINED
         if not trained and "learning_rates" in entry:
             problems.append(f"methods: {label}: learning_rates, but {name} trains nothing; remove them")
-        found.append(
-            Row(label, name, tuple(rates) if trained else (0.0,), int(entry.get("shots", shots) or shots), sections)
-        )
+        found.append(Row(label, name, tuple(rates) if trained else (0.0,), own_shots, sections))
     labels = [row.label for row in found]
     for label in sorted(set(labels)):
         if labels.count(label) > 1:
@@ -258,13 +268,15 @@ def _budgets(raw: Mapping[str, Any], problems: list[str]) -> list[Budget]:
     found = []
     for given in _listed(raw, "budgets", problems):
         number = next(iter(given.values())) if isinstance(given, Mapping) and len(given) == 1 else None
-        good = isinstance(number, (int, float)) and not isinstance(number, bool) and number > 0
-        if not good or next(iter(given)) not in ("samples", "seconds"):
-            problems.append(f"budgets: got {given!r}; expected {{samples: 1024}} or {{seconds: 60}}")
-        elif "samples" in given:
-            found.append(Budget(samples=int(given["samples"])))
-        else:
+        good = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+        if good and "samples" in given and _is_whole(number):
+            found.append(Budget(samples=number))
+        elif good and "seconds" in given:
             found.append(Budget(seconds=float(given["seconds"])))
+        else:
+            problems.append(f"budgets: got {given!r}; expected {{samples: 1024}} or {{seconds: 60}}")
+    names = [str(one) for one in found]
+    problems += [f"budgets: {name} is given twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
     return found
 
 
@@ -276,13 +288,16 @@ def _problems_together(comparison: Comparison) -> list[str]:
         found.append(f"learning_rates: every method must choose among equally many; these have {sizes}")
     if max(grids, default=1) > 1 and comparison.data.dev_examples == 0:
         found.append("data.dev_examples: 0, but a learning rate is chosen on them; set it, or give one learning rate")
-    for row in comparison.rows:
-        schedule = row.sections["training"].get("lr_schedule", "constant")
-        if any(one.seconds for one in comparison.budgets) and schedule != "constant":
-            found.append(
-                f"budgets: seconds, but training.lr_schedule is {schedule!r} and its length is not known; use samples, "
-                "or constant"
-            )
+    for row in comparison.rows if any(one.seconds for one in comparison.budgets) else ():
+        training, scheduler = row.sections["training"], row.sections["deepspeed"].get("scheduler")
+        wrong = {"training.lr_schedule": training.get("lr_schedule", "constant"), "deepspeed.scheduler": scheduler}
+        wrong["training.warmup_ratio"] = training.get("warmup_ratio") or None
+        found += [
+            f"budgets: seconds, but {key} is {value!r} and the number of steps is not known; use samples, or a "
+            "constant learning rate"
+            for key, value in wrong.items()
+            if value not in (None, "constant")
+        ]
     return found
 
 
@@ -296,6 +311,18 @@ def _run_problems(comparison: Comparison, world_size: int) -> list[str]:
             check_settings(raw, world_size, problems)
             found += [problem if problem.startswith("model") else f"{row.label}: {problem}" for problem in problems]
     return found
+
+
+def _decided(training: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}.{key}: the comparison sets it (budgets, seeds, learning_rates); remove it"
+        for key in DECIDED
+        if key in training
+    ]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _listed(raw: Mapping[str, Any], key: str, problems: list[str]) -> list[Any]:
@@ -320,7 +347,7 @@ def _numbers(
     good = isinstance(value, list) and value and len(set(map(str, value))) == len(value)
     for one in value if good else ():
         is_number = isinstance(one, (int, kind)) and not isinstance(one, bool)
-        good = good and is_number and (one > 0 if least is None else one >= least)
+        good = good and is_number and (0 < one < math.inf if least is None else one >= least)
     if not good:
         expected = "numbers above 0" if least is None else f"whole numbers from {least}"
         problems.append(f"{where}{key}: got {value!r}; expected a list of different {expected}")

@@ -3,11 +3,12 @@
 A product with P weights costs 2 P a token forward, 2 P for the gradient of its input, and 2 P for that of its weights.
 A method is spared the gradients of weights that it does not train, and of the inputs of everything below the lowest one
 that it does. Left out: attention's products of activations, what is small beside them (norms, the optimizer's step),
-and what is computed again under activation checkpointing.
+and what is computed again under activation checkpointing. A classifier counts as if it read every token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -47,9 +48,10 @@ def _products(model: nn.Module, tokens: int, predicted: int) -> list[tuple[list[
         if not own:
             continue
         weight = own.get("weight")
+        shape: Any = getattr(weight, "ds_shape", weight.shape) if weight is not None else ()  # of ZeRO-3's parts: whole
         # Linear, and GPT-2's Conv1D, which is one with its weight the other way around.
-        is_product = weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
-        size = weight.numel() if is_product and weight is not None else 0
+        is_product = len(shape) == 2 and not isinstance(module, nn.Embedding)
+        size = math.prod(shape) if is_product else 0
         names = [first_names[id(p)] for p in own.values()]
         count = predicted if module is head else tokens
         found.append((names, size, count, first_names[id(weight)] if is_product else ""))

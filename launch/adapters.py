@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,8 @@ def linear_probing(model: Any, _: AdapterSettings) -> nn.Module:
 def _recorded(name: str, method: Callable[[Any, AdapterSettings], Any]) -> Callable[..., nn.Module]:
     def apply(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
         module = method(model, settings)
-        module.adapter_record = {"method": name, "settings": asdict(settings)}  # for `merge` and `save_adapter`
+        sizes = {one.name: getattr(settings, one.name) for one in fields(AdapterSettings)}  # not a subclass's own
+        module.adapter_record = {"method": name, "settings": sizes}  # for `merge` and `save_adapter`
         return module
 
     apply.__doc__ = method.__doc__

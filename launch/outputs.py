@@ -72,7 +72,8 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (folder / "model").is_dir() and summary.get("steps", 0) >= settings.training.max_steps
+    exported = not settings.output.export or (folder / "model").is_dir()
+    return exported and summary.get("steps", 0) >= settings.training.max_steps
 
 
 def clear(folder: Path) -> None:
@@ -90,7 +91,7 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     """What a continued run must share with the run it continues, by the names of the settings."""
     hift = settings.deepspeed["hift"]
     return {
-        "method.name": settings.method.name,
+        "method": asdict(settings.method),
         "model": {key: value for key, value in asdict(settings.model).items() if key not in FREE_MODEL_KEYS},
         "data": {key: value for key, value in asdict(settings.data).items() if key not in FREE_DATA_KEYS},
         "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],

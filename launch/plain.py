@@ -7,7 +7,6 @@ their own: none of them can be given to ZeRO. Every rank holds all weights; grad
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import io
 import json
@@ -23,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_model, save_model
 
 import hift_ds
+from launch.bottleneck import MATRICES
 from launch.errors import NotApplicable, UserError
 from launch.methods import MethodSettings
 
@@ -201,14 +201,23 @@ def _badam(model: Any, rate: float, decay: float, settings: Any, factor: Any) ->
             switch_mode=settings.method.badam_order,
             verbose=0,
         )
-    optimizer.switch_trainable_params = functools.partial(optimizer.switch_trainable_params, verbose=0)
+    switch, generator = optimizer.switch_trainable_params, torch.Generator().manual_seed(settings.training.seed)
+
+    def switch_alike() -> None:
+        # The package draws the order from torch's generator, which on each rank is at another place: by dropout.
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            torch.set_rng_state(generator.get_state())
+            switch(verbose=0)
+            generator.set_state(torch.get_rng_state())
+
+    optimizer.switch_trainable_params = switch_alike
     return PlainEngine(model, optimizer, factor, settings)
 
 
 def _galore(model: Any, rate: float, decay: float, settings: Any, factor: Any) -> PlainEngine:
     galore = _package("galore", "galore_torch")
     method = settings.method
-    inner = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    inner = {id(m.weight) for m in model.modules() if isinstance(m, MATRICES)}
     outer = getattr(model, "get_output_embeddings", lambda: None)()
     inner -= {id(outer.weight)} if outer is not None else set()
     projected = [p for p in model.parameters() if id(p) in inner and min(p.shape) > method.galore_rank]

@@ -203,8 +203,9 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
             f"{sections['model'].task!r}, whose logits are few. Remove it."
         )
     problems += sections["data"].problems()
-    fp16 = bool(sections["deepspeed"].get("fp16", {}).get("enabled"))
-    problems += method_problems(sections["method"], sections["training"].save_every, fp16)
+    fp16 = sections["deepspeed"].get("fp16")
+    is_fp16 = isinstance(fp16, Mapping) and bool(fp16.get("enabled"))
+    problems += method_problems(sections["method"], sections["training"].save_every, is_fp16)
     if not sections["output"].dir:
         problems.append("output.dir: not set. Expected a folder for this run's files, e.g. output.dir=runs/first.")
     sections["deepspeed"] = _complete_deepspeed(sections, raw, world_size, problems)

@@ -38,13 +38,15 @@ class Prefix(nn.Module):
 
     def __init__(self, key: Tensor, value: Tensor):
         super().__init__()
-        self.key, self.value = (
-            nn.Parameter(key.clone(memory_format=torch.contiguous_format)),
-            nn.Parameter(value.clone(memory_format=torch.contiguous_format)),
-        )
+        self.key, self.value = _owned(key), _owned(value)
 
     def forward(self) -> KeysValues:
         return self.key[None], self.value[None]  # views: ZeRO-3 takes the parameters away again
+
+
+def _owned(start: Tensor) -> nn.Parameter:
+    """A parameter of its own; attention gives its keys with the dimensions in another order, which MeZO cannot move."""
+    return nn.Parameter(start.clone(memory_format=torch.contiguous_format))
 
 
 class HiddenTokens(nn.Module):
@@ -52,7 +54,7 @@ class HiddenTokens(nn.Module):
 
     def __init__(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]):
         super().__init__()
-        self.hidden = nn.Parameter(hidden.clone(memory_format=torch.contiguous_format))
+        self.hidden = _owned(hidden)
         self.call = (args, kwargs)  # positions and masks of the virtual tokens: constants
 
     def forward(self) -> Tensor:

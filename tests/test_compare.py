@@ -1,0 +1,627 @@
+"""The comparison of methods, end to end on a tiny model; stopped and continued; its choices, its costs, bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evaluation.compare_settings import load_comparison
+from evaluation.flops import forward_flops, training_flops
+from evaluation.results import read_results
+from launch.errors import UserError
+from launch.methods import METHODS, TRAINED
+from launch.settings import REPOSITORY
+from tests import ENVIRONMENT
+from tests.data_fixtures import write_jsonl
+from tests.distributed import run_on_ranks
+
+TINY = str(REPOSITORY / "configs" / "compare_tiny.yaml")
+WALL = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory")
+FEW = "methods=[zero-shot, full, hift, {name: mezo, learning_rates: [1e-6]}]"
+
+
+# ---- data and arguments ----------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path) -> Path:
+    """sst2 and SuperGLUE's RTE as they are published, with 40 rows to train on and 16 held out."""
+    (folder / "sst2").mkdir(parents=True)
+    (folder / "superglue" / "RTE").mkdir(parents=True)
+    for tsv, jsonl, start, stop in (("train", "train", 0, 40), ("dev", "val", 40, 56)):
+        rows = [f"{'a fine' if i % 2 else 'a dull'} film no. {i}\t{i % 2}" for i in range(start, stop)]
+        (folder / "sst2" / f"{tsv}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+        pairs = [
+            {
+                "premise": f"Ann has {i} cats.",
+                "hypothesis": f"Ann has {'cats' if i % 2 else 'dogs'}.",
+                "label": "entailment" if i % 2 else "not_entailment",
+                "idx": i,
+            }
+            for i in range(start, stop)
+        ]
+        write_jsonl(folder / "superglue" / "RTE" / f"{jsonl}.jsonl", pairs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("published"))
+
+
+def arguments(data: Path, out: Path, *overrides: str) -> list[str]:
+    given = [f"data.path={data}", f"output.dir={out}", "evaluation.bootstrap=50", *overrides]
+    return ["--config", TINY, *(part for one in given for part in ("--set", one))]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def cells_of(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What read_results makes of the results, by label and task."""
+    return {(one["label"], one["task"]): one for one in read_results(out / "results.jsonl")}
+
+
+def lasting(record: dict[str, Any]) -> dict[str, Any]:
+    """All but what the clock and the allocator decide."""
+    kept = {key: value for key, value in record.items() if key not in WALL}
+    if record["status"] == "ok":
+        kept["curve"] = [[step, *rest] for step, _, *rest in record["curve"]]
+    return kept
+
+
+# ---- what runs on the ranks ----------------------------------------------------------------------------------------
+
+
+def compare(argv: Sequence[str], broken: str | None = None) -> dict[str, Any]:
+    """Run the command line on this rank; its exit code, what it printed, what it ran, and test examples in training.
+
+    Args:
+        broken: a method whose engine cannot be made.
+    """
+    from evaluation import cell
+    from evaluation import compare as command
+
+    run, make_engine = cell.Cells.run, cell.make_engine
+    ran: list[Any] = []
+    leaked: set[str] = set()
+
+    def spy(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
+        ran.append((row.label, task.name, *rest))
+        tested = {one.fingerprint for one in data.test}
+        leaked.update(tested & {one.fingerprint for one in (*data.train, *data.dev)})
+        return run(cells, row, task, data, budget, *rest)
+
+    def engine_of(model: Any, settings: Any, ticks: int) -> Any:
+        if settings.method.name == broken:
+            raise RuntimeError("out of\nmemory")
+        return make_engine(model, settings, ticks)
+
+    return _recorded(command, argv, ran, spy, engine_of) | {"leaked": leaked}
+
+
+def fabricated(argv: Sequence[str], template: dict[str, Any], dev: dict[float, float]) -> dict[str, Any]:
+    """The same with made-up runs: a rate's score on the test part is 1 less its score `dev`."""
+    from evaluation import cell
+    from evaluation import compare as command
+
+    ran: list[Any] = []
+
+    def stub(cells: Any, row: Any, task: Any, data: Any, budget: Any, seed: int, rate: float, tune: bool) -> Any:
+        ran.append((row.label, task.name, seed, rate, tune))
+        own = {"label": row.label, "method": row.method, "task": task.name, "seed": seed, "budget": str(budget)}
+        return cell.Outcome(template | own | {"score": 1 - dev[rate]}, dev[rate] if tune else None)
+
+    return _recorded(command, argv, ran, stub, cell.make_engine)
+
+
+def _recorded(command: Any, argv: Sequence[str], ran: list[Any], run: Any, engine_of: Any) -> dict[str, Any]:
+    from evaluation import cell
+
+    printed = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cell.Cells, "run", run))
+        stack.enter_context(mock.patch.object(cell, "make_engine", engine_of))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.enter_context(contextlib.redirect_stderr(printed))
+        code = command.main(list(argv))
+    return {"code": code, "printed": printed.getvalue(), "ran": ran}
+
+
+def once(argv: Sequence[str], ranks: int = 1, function: Any = compare, **named: Any) -> dict[str, Any]:
+    return run_on_ranks(ranks, function, argv, **named)[0]
+
+
+# ---- all methods -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and outcome of configs/compare_tiny.yaml: all methods, two tasks, four steps."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, once(arguments(data, out), timeout=550)
+
+
+def test_every_method_has_a_result_or_a_reason(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, result = whole
+    assert result["code"] == 0, result["printed"]
+    assert not result["leaked"]
+    found = cells_of(out)  # checks every key that a record must have
+    assert {one["method"] for one in found.values()} == set(METHODS)
+    assert {task for _, task in found} == {"sst2", "rte"} and len(found) == 2 * 22
+    for (label, task), one in found.items():
+        if label == "s4":
+            assert one["status"] == "not_applicable" and "no four groups" in one["reason"]
+            continue
+        assert one["status"] == "ok" and one["reason"] is None, (label, task, one["reason"])
+        assert one["n"] == 8 and 0 <= one["score"] <= 1 and len(one["bootstrap"]) == 50
+        trained = one["method"] in TRAINED
+        assert one["steps"] == (4 if trained else 0) and len(one["curve"]) == one["steps"]
+        assert (one["learning_rate"] is not None) is trained and (one["flops"] > 0) is trained
+        assert 0 < one["trained_parameters"] <= one["total_parameters"] if trained else one["trained_parameters"] == 0
+    everything = {one["trained_parameters"] for (label, _), one in found.items() if TRAINED.get(one["method"])
+                  and TRAINED[one["method"]].adapter is None}  # fmt: skip
+    assert len(everything) == 1 and everything == {found["full", "rte"]["total_parameters"]}
+    assert (
+        len(result["ran"]) == len(lines(out / "runs.jsonl")) == len({one["key"] for one in lines(out / "runs.jsonl")})
+    )
+    assert "42 cells ok, 2 not applicable, 0 failed" in result["printed"]
+
+
+def test_the_report_is_there(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = whole
+    for name in ("report.md", "report.html"):
+        text = (out / name).read_text()
+        assert all(label in text for label, _ in cells_of(out)), name
+    assert list((out / "plots").glob("*.png")) and json.loads((out / "compare.json").read_text())["seeds"] == [0]
+
+
+# ---- stopped and continued -------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from evaluation import compare
+begin = compare.Runs.begin
+def until(runs, key):
+    begin(runs, key)
+    if len(runs.done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+compare.Runs.begin = until
+compare.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_comparison_goes_on(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
+    """In a cell, when two were done. In a fresh folder all comes out as in the comparison of all methods."""
+    argv = arguments(data, tmp_path / "out", FEW, "tasks=[rte]")
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv], cwd=REPOSITORY, env=environment, capture_output=True, timeout=500
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    runs = tmp_path / "out" / "runs.jsonl"
+    assert [one["label"] for one in lines(runs)] == ["zero-shot", "full"]
+    with runs.open("a") as file:
+        file.write('{"key": "half a li')  # and once more while a line was written
+    result = once(argv)
+    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["hift", "mezo"]
+    keys = [one["key"] for one in lines(runs)]
+    assert len(keys) == len(set(keys)) == 4
+    ours, theirs = cells_of(tmp_path / "out"), cells_of(whole[0])
+    assert list(ours) == [(label, "rte") for label in ("zero-shot", "full", "hift", "mezo")]
+    for key, record in ours.items():
+        assert lasting(record) == lasting(theirs[key])
+
+
+@pytest.fixture
+def copy(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A folder in which everything is done, and the arguments of a few of its rows."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(whole[0] / "runs.jsonl", out)
+    return out, arguments(data, out, FEW, "tasks=[rte]")
+
+
+def key_of(out: Path, label: str) -> str:
+    return next(one["key"] for one in lines(out / "runs.jsonl") if (one["label"], one["task"]) == (label, "rte"))
+
+
+def without(out: Path, key: str) -> None:
+    write_jsonl(out / "runs.jsonl", [one for one in lines(out / "runs.jsonl") if one["key"] != key])
+
+
+def test_a_cell_that_ends_the_process_is_given_up(copy: tuple[Path, list[str]]) -> None:
+    out, argv = copy
+    key = key_of(out, "hift")
+    without(out, key)
+    write_jsonl(out / "begun.jsonl", [{"key": key}] * 3)
+    result = once(argv)
+    assert result["code"] == 1 and result["ran"] == []
+    record = cells_of(out)["hift", "rte"]
+    assert record["status"] == "failed" and "the process ended 3 times" in record["reason"]
+    assert once(argv)["code"] == 1  # it stays so
+    result = once([*argv, "--retry-failed"])
+    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["hift"]
+    assert cells_of(out)["hift", "rte"]["status"] == "ok"
+
+
+def test_two_deaths_are_not_three(copy: tuple[Path, list[str]]) -> None:
+    out, argv = copy
+    key = key_of(out, "hift")
+    without(out, key)
+    write_jsonl(out / "begun.jsonl", [{"key": key}] * 2)
+    assert [label for label, *_ in once(argv)["ran"]] == ["hift"]
+
+
+def test_a_broken_line_is_named(copy: tuple[Path, list[str]]) -> None:
+    out, argv = copy
+    text = (out / "runs.jsonl").read_text().splitlines()
+    text[2] = text[2][:50]
+    (out / "runs.jsonl").write_text("\n".join(text) + "\n")
+    result = once(argv)
+    assert result["code"] == 2 and f"{out / 'runs.jsonl'}:3: broken JSON" in result["printed"]
+    assert "Traceback" not in result["printed"]
+
+
+def test_a_run_counts_for_every_row_and_budget_that_it_fits(copy: tuple[Path, list[str]]) -> None:
+    """Another label is no other run; and where nothing is trained, neither is another budget."""
+    out, argv = copy
+    rows = "methods=[zero-shot, full, {name: full, label: again}]"
+    result = once([*argv, "--set", rows, "--set", "budgets=[{samples: 32}, {samples: 8}]"])
+    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["full"]
+    found = [(one["label"], one["budget"]) for one in read_results(out / "results.jsonl")]
+    assert found == [(label, f"{n} samples") for n in (32, 8) for label in ("zero-shot", "full", "again")]
+
+
+def test_wandb_offline(copy: tuple[Path, list[str]]) -> None:
+    """One run with the tables."""
+    out, argv = copy
+    result = once([*argv, "--set", "logging.wandb=offline"])
+    assert result["code"] == 0 and result["ran"] == [] and "warning" not in result["printed"], result["printed"]
+    (run,) = (out / "wandb").glob("offline-run-*")
+    assert {path.name.split("_")[0] for path in run.rglob("*.table.json")} != set()
+
+
+# ---- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_is_chosen_on_the_validation_part(
+    whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    """With the first seed; the others take it. On the test part another one is better."""
+    template = lines(whole[0] / "results.jsonl")[3]
+    overrides = ["methods=[full]", "tasks=[rte]", "seeds=[0, 1]", "learning_rates=[1e-3, 1e-4, 1e-5]"]
+    dev = {1e-3: 0.2, 1e-4: 0.9, 1e-5: 0.1}
+    argv = arguments(data, tmp_path, *overrides)
+    result = once(argv, function=fabricated, template=template, dev=dev)
+    assert result["code"] == 0, result["printed"]
+    assert [tuple(one[2:]) for one in result["ran"]] == [
+        (0, 1e-3, True), (0, 1e-4, True), (0, 1e-5, True), (1, 1e-4, False)
+    ]  # fmt: skip
+    first, second = read_results(tmp_path / "results.jsonl")
+    assert first["learning_rate"] == second["learning_rate"] == 1e-4
+    assert first["score"] == pytest.approx(0.1)
+    assert first["tuning"] == [{"learning_rate": rate, "score": score} for rate, score in dev.items()]
+
+
+def test_tuning_looks_at_the_validation_part_only(data: Path, tmp_path: Path) -> None:
+    """Really trained: rates whose order the validation part decides; the record is the chosen rate's own run."""
+    rows = "methods=[{name: full, learning_rates: [1e-2, 1e-9]}]"
+    assert once(arguments(data, tmp_path, rows, "tasks=[sst2]"))["code"] == 0
+    (record,) = read_results(tmp_path / "results.jsonl")
+    runs = lines(tmp_path / "runs.jsonl")
+    assert [one["score"] for one in record["tuning"]] == [one["dev_score"] for one in runs]
+    assert all(0 <= one["dev_score"] <= 1 and one["dev_score"] * 8 % 1 == 0 for one in runs)
+    best = max(runs, key=lambda one: one["dev_score"])
+    assert record["learning_rate"] == best["learning_rate"] and record["loss_last"] == best["loss_last"]
+
+
+def test_with_one_rate_nothing_is_tuned(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, result = whole
+    assert {tune for *_, tune in result["ran"]} == {False}
+    assert all(one.get("dev_score") is None for one in lines(out / "runs.jsonl"))
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_cell_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+    argv = arguments(data, tmp_path, "methods=[full, lora, zero-shot]", "tasks=[sst2]")
+    result = once(argv, broken="lora")
+    assert result["code"] == 1 and "Traceback" in result["printed"]
+    found = cells_of(tmp_path)
+    assert [one["status"] for one in found.values()] == ["ok", "failed", "ok"]
+    assert found["lora", "sst2"]["reason"] == "RuntimeError: out of memory"
+    assert "1 failed" in result["printed"] and "RuntimeError: out of memory" in (tmp_path / "report.md").read_text()
+    result = once(argv)
+    assert result["code"] == 1 and result["ran"] == []
+    result = once([*argv, "--retry-failed"])
+    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["lora"]
+    assert [one["status"] for one in cells_of(tmp_path).values()] == ["ok"] * 3
+
+
+def test_a_task_with_too_long_examples_fails_alone(data: Path, tmp_path: Path) -> None:
+    result = once(arguments(data, tmp_path, "methods=[full]", "data.max_length=40"))
+    assert result["code"] == 1 and "Traceback" not in result["printed"]
+    found = cells_of(tmp_path)
+    assert found["full", "sst2"]["status"] == "ok"
+    assert "data.max_length 40" in found["full", "rte"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [("train.tsv", None, "no file train"), ("train.tsv", "sentence\tlabel\na film\t1\ta\n", "train.tsv:2: 3 values")],
+)
+def test_data_of_another_kind_is_refused(file: str, content: str | None, expected: str, tmp_path: Path) -> None:
+    path = write_data(tmp_path / "data") / "sst2" / file
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    result = once(arguments(tmp_path / "data", tmp_path / "out", FEW, "tasks=[sst2]"))
+    assert result["code"] == 2 and expected in result["printed"] and "Traceback" not in result["printed"]
+
+
+# ---- ranks, models, budgets ------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_score_as_one(data: Path, tmp_path: Path) -> None:
+    """The same micro-batches; ZeRO sums their gradients in another order, so losses agree up to rounding."""
+    settings = ["methods=[full, hift, {name: mezo, learning_rates: [1e-6]}]", "tasks=[sst2]"]
+    settings.append("training.micro_batch_size=4")
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        result = once(arguments(data, out, *settings), ranks=ranks)
+        assert result["code"] == 0, result["printed"]
+        assert len(lines(out / "runs.jsonl")) == len(lines(out / "results.jsonl")) == 3
+        found.append(read_results(out / "results.jsonl"))
+    for one, two in zip(*found, strict=True):
+        assert (one["ranks"], two["ranks"]) == (1, 2)
+        assert [one[key] for key in ("score", "metrics", "bootstrap", "steps", "tokens", "flops")] == [
+            two[key] for key in ("score", "metrics", "bootstrap", "steps", "tokens", "flops")
+        ]
+        assert one["loss_last"] == pytest.approx(two["loss_last"], rel=1e-5)
+
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def test_a_model_with_a_classification_head(data: Path, tmp_path: Path) -> None:
+    overrides = [f"model.config={json.dumps(BERT)}", "model.task=sequence-classification"]
+    rows = "methods=[zero-shot, icl, full, hift, lora, linear-probing, badam]"
+    result = once(arguments(data, tmp_path, *overrides, rows, "data.max_length=100"))
+    found = cells_of(tmp_path)
+    assert result["code"] == 0, result["printed"]
+    for (label, _), one in found.items():
+        assert one["status"] == ("not_applicable" if label in ("zero-shot", "icl") else "ok"), one["reason"]
+    assert "knows nothing before" in found["icl", "rte"]["reason"]
+    assert found["linear-probing", "sst2"]["trained_parameters"] == 2 * 32 + 2
+
+
+def test_a_budget_of_seconds(data: Path, tmp_path: Path) -> None:
+    result = once(arguments(data, tmp_path, "methods=[full]", "tasks=[sst2]", "budgets=[{seconds: 0.2}]"))
+    assert result["code"] == 0, result["printed"]
+    (record,) = read_results(tmp_path / "results.jsonl")
+    assert record["budget"] == "0.2 s" and record["steps"] == record["samples"] / 8 >= 1
+    times = [0.0, *(seconds for _, seconds, _, _ in record["curve"])]
+    assert times[-2] < 0.2 + 0.01 and times[-1] >= 0.15  # seconds of a record are taken a moment after the loop's
+
+
+def test_flops_and_sizes_at_zero_3(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
+    """As at the stage of the config, 2."""
+    overrides = ["methods=[full, hift]", "tasks=[sst2]", "deepspeed.zero_optimization.stage=3"]
+    assert once(arguments(data, tmp_path, *overrides))["code"] == 0
+    for (label, task), one in cells_of(tmp_path).items():
+        theirs = cells_of(whole[0])[label, task]
+        for key in ("flops", "trained_parameters", "total_parameters"):
+            assert one[key] == theirs[key], (label, key)
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+V, D, FF, KV, L = 11, 8, 12, 4, 2
+LAYER = 2 * D * D + 2 * D * KV + 3 * D * FF  # weights in products
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=FF, num_hidden_layers=L, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def names_of(model: nn.Module, *parts: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if not parts or any(part in name for part in parts)]
+
+
+def test_flops_of_a_stack() -> None:
+    stack = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 7, bias=False))
+    assert forward_flops(stack, 10, 0) == 10 * 2 * (15 + 35)
+    everything = 10 * 2 * (15 + 35) * 3 - 10 * 2 * 15  # nobody needs the gradient of the input
+    assert training_flops(stack, names_of(stack), 10, 0) == everything
+    assert training_flops(stack, ["2.weight"], 10, 0) == 10 * 2 * (15 + 35 + 35)
+    assert training_flops(stack, ["0.bias"], 10, 0) == 10 * 2 * (15 + 35 + 35)  # through the upper one, to no weight
+    assert training_flops(stack, [], 10, 0) == forward_flops(stack, 10, 0)
+
+
+def test_flops_of_llama(llama: Any) -> None:
+    tokens, predicted = 100, 30
+    products = 2 * (L * LAYER * tokens + V * D * predicted)
+    assert forward_flops(llama, tokens, predicted) == products
+    assert training_flops(llama, names_of(llama), tokens, predicted) == 3 * products
+    head = 2 * V * D * predicted
+    assert training_flops(llama, names_of(llama, "lm_head"), tokens, predicted) == products + head
+    top = training_flops(llama, names_of(llama, "model.norm", "lm_head"), tokens, predicted)
+    assert top == products + 2 * head  # HiFT's highest block
+    layer = 2 * LAYER * tokens
+    q, k, v = 2 * D * D * tokens, 2 * D * KV * tokens, 2 * D * KV * tokens
+    upper = training_flops(llama, names_of(llama, "layers.1"), tokens, predicted)
+    assert upper == products + head + 2 * layer - q  # the first product of the lowest layer; its others have one below
+    assert k == v < q
+    bottom = training_flops(llama, names_of(llama, "embed_tokens"), tokens, predicted)
+    assert bottom == 2 * products  # no weight's gradient in a product, all inputs'
+
+
+def test_flops_of_tied_weights() -> None:
+    """The head's product has a gradient where the embeddings are trained."""
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=FF, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with_head = training_flops(model, ["model.embed_tokens.weight"], 10, 10)
+    products = forward_flops(model, 10, 10)
+    assert with_head == 2 * products + 2 * V * D * 10
+
+
+def test_flops_in_records(whole: tuple[Path, dict[str, Any]]) -> None:
+    found = {
+        label: one["flops"] for (label, task), one in cells_of(whole[0]).items() if task == "sst2" and one.get("flops")
+    }
+    assert found["full"] == found["galore"]
+    assert found["mezo"] == found["mezo-adam"]
+    forward = found["mezo"] / 2
+    assert found["full"] == 3 * forward  # the embeddings below all products are trained
+    assert found["lomo"] == 5 * forward  # two backward passes, of which one is for the norm
+    assert forward < found["linear-probing"] < found["hift"] < found["full"]
+    assert forward < found["badam"] < found["full"]
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def problems(data: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_comparison(TINY, [f"data.path={data}", *overrides])
+    return str(error.value)
+
+
+def test_everything_wrong_is_said_at_once(data: Path) -> None:
+    text = problems(
+        data,
+        "methods=[ful, {name: hift, lable: x}, full, full, {name: zero-shot, learning_rates: [1]}, 3]",
+        "tasks=[gsm8, rte, rte, {name: boolq, path: nowhere}]",
+        "seeds=[0.5]",
+        "budgets=[{samples: 0}, {minutes: 3}]",
+        "training.max_steps=3",
+        "output.dir=null",
+        "titel=x",
+        "data.dev_example=3",
+    )
+    for expected in (
+        "methods: unknown method 'ful'", "did you mean 'full'?",
+        "methods: hift: unknown key 'lable'", "did you mean 'label'?",
+        "the label 'full' is used twice",
+        "learning_rates, but zero-shot trains nothing",
+        "methods: got 3; expected a method's name",
+        "tasks: unknown task 'gsm8'", "did you mean 'gsm8k'?",
+        "tasks: rte is given twice",
+        "boolq: its folder 'nowhere' does not exist",
+        "seeds: got [0.5]; expected a list of different whole numbers",
+        "budgets: got {'samples': 0}", "budgets: got {'minutes': 3}",
+        "training.max_steps: the comparison sets it",
+        "output.dir: not set",
+        "titel: unknown section", "did you mean 'title'?",
+        "data.dev_example: unknown key",
+    ):  # fmt: skip
+        assert expected in text, f"{expected}\n--- in ---\n{text}"
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "half a sample": (["budgets=[{samples: 1.5}]"], "budgets: got {'samples': 1.5}"),
+    "endless": (["budgets=[{seconds: .inf}]"], "budgets: got {'seconds': inf}"),
+    "budget twice": (["budgets=[{samples: 8}, {samples: 8}]"], "budgets: 8 samples is given twice"),
+    "seed twice": (["seeds=[1, 1]"], "seeds: got [1, 1]"),
+    "no seed": (["seeds=[]"], "seeds: got []"),
+    "no rate": (["learning_rates=[0]"], "learning_rates: got [0]"),
+    "infinite rate": (["learning_rates=[.inf]"], "learning_rates: got [inf]"),
+    "grids": (
+        ["methods=[full, {name: lora, learning_rates: [1e-3, 1e-4]}]"],
+        "every method must choose among equally many; these have full 1, lora 2",
+    ),
+    "nothing to choose by": (
+        ["learning_rates=[1e-3, 1e-4]", "methods=[full]", "data.dev_examples=0"],
+        "dev_examples: 0",
+    ),
+    "schedule": (["budgets=[{seconds: 3}]", "training.lr_schedule=linear"], "training.lr_schedule is 'linear'"),
+    "warm-up": (["budgets=[{seconds: 3}]", "training.warmup_ratio=0.1"], "training.warmup_ratio is 0.1"),
+    "scheduler": (
+        ["budgets=[{seconds: 3}]", "deepspeed.scheduler={type: WarmupLR}"],
+        "budgets: seconds, but deepspeed.scheduler is",
+    ),
+    "row's steps": (
+        ["methods=[{name: full, training: {max_steps: 3}}]"],
+        "methods: full: training.max_steps: the comparison sets it",
+    ),
+    "row's method": (["methods=[{name: full, method: {name: hift}}]"], "methods: full: method.name"),
+    "row's section": (["methods=[{name: full, training: 3}]"], "methods: full: training: got 3"),
+    "row's file": (
+        ["methods=[{name: full, deepspeed: configs/deepspeed/zero0.json}]"],
+        "methods: full: deepspeed: got 'configs/deepspeed/zero0.json'",
+    ),
+    "row's option": (["methods=[{name: full, method: {lora_rank: 3}}]"], "full: method.lora_rank: got 3"),
+    "row's training key": (
+        ["methods=[{name: full, training: {bach_size: 3}}]"],
+        "full: training.bach_size: unknown key",
+    ),
+    "shots": (["methods=[{name: icl, shots: two}]"], "methods: icl: shots: got 'two'"),
+    "no shots": (["methods=[{name: icl, shots: 0}]"], "methods: icl: shots: got 0"),
+    "shots of all": (["methods=[icl]", "evaluation.shots=many"], "evaluation.shots: got 'many'"),
+    "batch size": (["training.batch_size=eight"], "training.batch_size: got 'eight'"),
+    "no batch": (["training.batch_size=0"], "training.batch_size: got 0"),
+    "path": (["tasks=[{name: rte, path: 3}]"], "tasks: got {'name': 'rte', 'path': 3}"),
+    "fp16": (["deepspeed.fp16=true"], "deepspeed.fp16: got True"),
+    "no methods": (["methods=full"], "methods: got 'full'; expected a list"),
+    "model": (["model.config.hiden_size=3"], "hiden_size"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said(case: str, data: Path) -> None:
+    overrides, expected = WRONG[case]
+    assert expected in problems(data, *overrides)
+
+
+def test_an_output_that_is_a_file(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    result = once(arguments(data, tmp_path / "out"))
+    assert result["code"] == 2 and "is a file" in result["printed"]
+
+
+def test_unknown_options_of_the_command(tmp_path: Path) -> None:
+    result = once(["--confg", "x"])
+    assert result["code"] == 2 and "see --help" in result["printed"]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("compare_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_hold_together(path: Path, data: Path) -> None:
+    comparison = load_comparison(str(path), [f"data.path={data}"])
+    assert comparison.rows and comparison.tasks and comparison.budgets
+    for row in comparison.rows:
+        for budget in comparison.budgets if row.trained else ():
+            for rate in row.learning_rates:
+                settings = comparison.run_settings(row, budget, comparison.seeds[-1], rate, 1)
+                assert settings.training.learning_rate == rate and settings.method.name == row.method
