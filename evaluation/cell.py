@@ -55,6 +55,7 @@ class Cells:
         self.tokenizer = models.load_tokenizer(comparison.model)
         self.versions = logs.versions()
         self.machine = machine
+        self._loaded: dict[str, Any] = {}
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
@@ -169,9 +170,11 @@ class Cells:
         """Whether a model has new weights, which are drawn for each run."""
         return self.classifies or self.comparison.model.config is not None
 
-    @functools.cache  # noqa: B019 - there is one of it, which lives as long as the process
     def _pretrained(self, dtype: str) -> Any:
-        return self._load(None, dtype)
+        """Kept as it is loaded; runs train copies of it."""
+        if dtype not in self._loaded:
+            self._loaded[dtype] = self._load(None, dtype)
+        return self._loaded[dtype]
 
     def _load(self, task: Task | None, dtype: str) -> Any:
         labels = len(task.labels) if task is not None and self.classifies else None
