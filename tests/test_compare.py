@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.compare_settings import load_comparison
 from evaluation.flops import forward_flops, training_flops
+from evaluation.process_memory import peak_memory, return_freed_memory
 from evaluation.results import read_results
 from launch.errors import UserError
 from launch.methods import METHODS, TRAINED
@@ -429,13 +431,27 @@ def test_a_budget_of_seconds(data: Path, tmp_path: Path) -> None:
 
 
 def test_flops_and_sizes_at_zero_3(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
-    """As at the stage of the config, 2."""
+    """As at the stage of the config, 2; with no weight whole between its uses."""
     overrides = ["methods=[full, hift]", "tasks=[sst2]", "deepspeed.zero_optimization.stage=3"]
+    overrides.append("deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
     assert once(arguments(data, tmp_path, *overrides))["code"] == 0
     for (label, task), one in cells_of(tmp_path).items():
         theirs = cells_of(whole[0])[label, task]
         for key in ("flops", "trained_parameters", "total_parameters"):
             assert one[key] == theirs[key], (label, key)
+
+
+def test_peak_memory_of_a_stretch_of_work() -> None:
+    """What is alive for a while counts, what was before does not, and of a number of things the sum."""
+    return_freed_memory()
+    before = torch.ones(2**23)
+    with peak_memory() as peak:
+        for _ in range(3):
+            some = [torch.ones(2**22), torch.ones(2**22)]  # 16 MiB each
+            time.sleep(0.2)  # the sampler must see it
+            del some
+    assert len(before) == 2**23 and 2**25 * 0.9 < peak.above < 2**25 * 1.5
+    assert "above its start" in peak.kind
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
