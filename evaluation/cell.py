@@ -21,7 +21,7 @@ from transformers import set_seed
 
 import hift_ds
 from evaluation.compare_settings import Budget, Comparison, Row
-from evaluation.flops import forward_flops, training_flops
+from evaluation.flops import step_flops, trained_names
 from evaluation.process_memory import peak_memory
 from evaluation.resampling import bootstrap_scores, interval
 from evaluation.scoring import average_log_likelihoods, classify, predict
@@ -31,7 +31,6 @@ from launch.adapters import trained_parameters
 from launch.data import Data
 from launch.encoding import encode
 from launch.errors import UserError
-from launch.methods import METHODS
 from launch.settings import Settings
 from launch.train import make_engine, schedule_ticks, train
 
@@ -233,24 +232,11 @@ class _Recorder:
         self.flops += self._flops(record)
 
     def _flops(self, record: dict[str, Any]) -> float:
-        module, tokens, predicted = self.engine.module, record["tokens"], record["trained_tokens"]
-        method = METHODS[self.settings.method.name]
-
-        def of(key: Any, count: Any, *names: Any) -> float:
-            if key not in self._known:  # FLOPs a token, and in the head a predicted token
-                self._known[key] = (count(module, *names, 1, 0), count(module, *names, 0, 1))
-            return self._known[key][0] * tokens + self._known[key][1] * predicted
-
-        if method.engine == "mezo":
-            return 2 * of("forward", forward_flops)
-        if hasattr(self.engine, "blocks"):
-            names = tuple(self.engine.blocks[record["block"]].parameter_names)
-        else:
-            names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
-        flops = of(names, training_flops, names)
-        if method.engine == "lomo" and self.settings.deepspeed["gradient_clipping"]:
-            flops += flops - of("forward", forward_flops)  # a backward pass of its own for the norm
-        return flops
+        key = trained_names(self.engine, record["block"])
+        if key not in self._known:  # FLOPs a token, and in the head a predicted token
+            count = functools.partial(step_flops, self.engine, self.settings, record["block"])
+            self._known[key] = (count(1, 0), count(0, 1))
+        return self._known[key][0] * record["tokens"] + self._known[key][1] * record["trained_tokens"]
 
     def measured(self) -> dict[str, Any]:
         records = self.records

@@ -13,6 +13,33 @@ from typing import Any
 
 from torch import nn
 
+from hift_ds.blocks import numel_of
+from launch.methods import METHODS
+from launch.settings import Settings
+
+
+def step_flops(engine: Any, settings: Settings, block: int, tokens: int, predicted: int) -> int:
+    """Of an optimizer step as `settings.method` takes it.
+
+    Args:
+        block: of a block-wise method, the one that the step trains; of others without meaning.
+    """
+    method = METHODS[settings.method.name]
+    forward = forward_flops(engine.module, tokens, predicted)
+    if method.engine == "mezo":
+        return 2 * forward
+    flops = training_flops(engine.module, trained_names(engine, block), tokens, predicted)
+    if method.engine == "lomo" and settings.deepspeed["gradient_clipping"]:
+        flops += flops - forward  # a backward pass of its own for the norm
+    return flops
+
+
+def trained_names(engine: Any, block: int) -> tuple[str, ...]:
+    """Of the parameters that a step trains: those of a block, or all that have gradients now."""
+    if hasattr(engine, "blocks"):
+        return tuple(engine.blocks[block].parameter_names)
+    return tuple(name for name, p in engine.module.named_parameters() if p.requires_grad)
+
 
 def forward_flops(model: nn.Module, tokens: int, predicted: int) -> int:
     """Of one forward pass over that many tokens, of which `predicted` go through the output head."""
@@ -48,8 +75,9 @@ def _products(model: nn.Module, tokens: int, predicted: int) -> list[tuple[list[
             continue
         weight = own.get("weight")
         # Linear, and GPT-2's Conv1D, which is one with its weight the other way around.
-        is_product = weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
-        size = weight.numel() if is_product and weight is not None else 0
+        dimensions = len(getattr(weight, "ds_shape", getattr(weight, "shape", ())))  # ZeRO-3 keeps the shape beside it
+        is_product = weight is not None and dimensions == 2 and not isinstance(module, nn.Embedding)
+        size = numel_of(weight) if is_product and weight is not None else 0
         names = [first_names[id(p)] for p in own.values()]
         count = predicted if module is head else tokens
         found.append((names, size, count, first_names[id(weight)] if is_product else ""))

@@ -38,7 +38,8 @@ class Prefix(nn.Module):
 
     def __init__(self, key: Tensor, value: Tensor):
         super().__init__()
-        self.key, self.value = nn.Parameter(key.clone()), nn.Parameter(value.clone())
+        # Contiguous, which the attention's transposed ones are not, as MeZO needs them.
+        self.key, self.value = (nn.Parameter(t.clone(memory_format=torch.contiguous_format)) for t in (key, value))
 
     def forward(self) -> KeysValues:
         return self.key[None], self.value[None]  # views: ZeRO-3 takes the parameters away again
