@@ -21,7 +21,7 @@ from transformers import set_seed
 
 import hift_ds
 from evaluation.compare_settings import Budget, Comparison, Row
-from evaluation.flops import forward_flops, training_flops
+from evaluation.flops import step_flops, trained_names
 from evaluation.process_memory import peak_memory
 from evaluation.resampling import bootstrap_scores, interval
 from evaluation.scoring import average_log_likelihoods, classify, predict
@@ -32,7 +32,6 @@ from launch.adapters import trained_parameters
 from launch.data import Data
 from launch.encoding import encode
 from launch.errors import UserError
-from launch.methods import METHODS
 from launch.settings import Settings
 from launch.train import make_engine, schedule_ticks, train
 
@@ -233,31 +232,19 @@ class _Recorder:
         self.trained, self.at_once = _trained(engine, settings)
         self.flops = 0.0
         self._known: dict[Any, tuple[float, float]] = {}
-        self._active = self._trained_now()
+        self._active = trained_names(engine.module)
 
     def step(self, record: dict[str, Any]) -> None:
         self.records.append({key: value for key, value in record.items() if key != "memory"})
         self.flops += self._flops(record)
-        self._active = self._trained_now()
-
-    def _trained_now(self) -> tuple[str, ...]:
-        return tuple(name for name, p in self.engine.module.named_parameters() if p.requires_grad)
+        self._active = trained_names(self.engine.module)
 
     def _flops(self, record: dict[str, Any]) -> float:
-        module, tokens, predicted = self.engine.module, record["tokens"], record["trained_tokens"]
-        method = METHODS[self.settings.method.name]
-
-        def of(key: Any, count: Any, *names: Any) -> float:
-            if key not in self._known:  # FLOPs a token, and in the head a predicted token
-                self._known[key] = (count(module, *names, 1, 0), count(module, *names, 0, 1))
-            return self._known[key][0] * tokens + self._known[key][1] * predicted
-
-        if method.engine == "mezo":
-            return 2 * of("forward", forward_flops)
-        flops = of(self._active, training_flops, self._active)
-        if method.engine == "lomo" and self.settings.deepspeed["gradient_clipping"]:
-            flops += flops - of("forward", forward_flops)  # a backward pass of its own for the norm
-        return flops
+        key = self._active  # as it was before the step
+        if key not in self._known:  # FLOPs a token, and in the head a predicted token
+            count = functools.partial(step_flops, self.engine, self.settings, key)
+            self._known[key] = (count(1, 0), count(0, 1))
+        return self._known[key][0] * record["tokens"] + self._known[key][1] * record["trained_tokens"]
 
     def measured(self) -> dict[str, Any]:
         records = self.records

@@ -1,11 +1,14 @@
-"""Step time of HiFT against stock DeepSpeed's full fine-tuning and against a plain PyTorch loop.
+"""Step time of HiFT against stock DeepSpeed's full fine-tuning and a plain PyTorch loop, or of all training methods.
 
     python -m evaluation.efficiency --model-shape smollm2-135m --batch 4 --length 256 --stages 0,1,2,3 --cycles 3
     python -m evaluation.efficiency --memory          peak memory instead (peak_memory.py)
+    python -m evaluation.efficiency --methods all --memory          time, tokens a second and memory of each method
 
-All train the same model from the same weights on the same batches with AdamW, in one process, a step each in
-turn. A step is forward, backward and optimizer step. HiFT's blocks differ in cost, so its unit is the mean over a whole
-cycle, in which each block is trained once; every number is the median of those means with their least and greatest.
+All train the same model from the same weights on the same batches with AdamW or the method's own optimizer, in one
+process, a step each in turn. A step is forward, backward and optimizer step. HiFT's blocks differ in cost, so its unit
+is the mean over a whole cycle, in which each block is trained once; every number is the median of such means with their
+least and greatest. With `--methods`, the engines would not fit in memory together: full fine-tuning stays, and each
+other method is made, timed in turns with it, and gone before the next. Ratios are of what was timed side by side.
 """
 
 import argparse
@@ -17,59 +20,26 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import hift_ds
 from evaluation import peak_memory
-from evaluation.plain_loop import PlainHiFT
+from evaluation.contestants import DTYPES, NOTES, SHAPES, Contestant, Setup, join_world, make_contestant, race
+from launch.errors import UserError
+from launch.methods import TRAINED
 
-Batch = dict[str, torch.Tensor]
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "rope_theta": 100000.0,
-    },
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 CONTESTANTS = {
     "hift": "HiFT",
     "kept": "HiFT without offload",
     "full": "full fine-tuning",
     "plain": "plain loop",
 }
-ENGINES: dict[str, dict[str, Any]] = {  # the hift section of those that DeepSpeed runs
-    "hift": {},
-    "kept": {"offload": {"device": "none"}},
-    "full": {"enabled": False},
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = (0, 1, 2, 3)
-LEARNING_RATE = 1e-4
-CLIP = 1.0
 
 
 @dataclass
@@ -80,103 +50,106 @@ class Contest:
     stage: int
     seconds: dict[str, list[float]]
 
-    def ratios(self, other: str) -> list[float]:
-        """HiFT's time divided by another's, cycle by cycle."""
-        return [ours / theirs for ours, theirs in zip(self.seconds["hift"], self.seconds[other], strict=True)]
+    def ratios(self, other: str, one: str = "hift") -> list[float]:
+        """HiFT's time, or that of `one`, divided by another's, cycle by cycle."""
+        return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
 
 
-def make_model(shape: str, dtype: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], use_cache=False)).train()
-    for p in model.parameters():
-        p.data = p.data.to(DTYPES[dtype])
-    return model.to(get_accelerator().current_device_name())
+@dataclass
+class Row:
+    """What a method costs; `reason` says why there is nothing, or no memory.
+
+    Attributes:
+        seconds: a step, one mean for each measured cycle; one a step where all steps cost the same.
+        full_seconds: full fine-tuning's, taken in turns with them.
+        ratios: of the two, one by one.
+        flops: model FLOPs a step (flops.py).
+        peak: bytes above the loaded model.
+    """
+
+    method: str
+    dtype: str
+    stage: int
+    seconds: list[float] = field(default_factory=list)
+    full_seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    tokens_per_second: float | None = None
+    trained_parameters: int | None = None
+    flops: float | None = None
+    peak: int | None = None
+    peak_ratio: float | None = None
+    reason: str | None = None
 
 
-def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:
-    """Random tokens, batch x length, and the same as labels."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, length), generator=generator)
-    ids = ids.to(get_accelerator().current_device_name())
-    return {"input_ids": ids, "labels": ids}
-
-
-def deepspeed_step(engine: Any) -> Callable[[Batch], None]:
-    def step(batch: Batch) -> None:
-        engine.backward(engine(**batch).loss)
-        engine.step()
-
-    return step
-
-
-def contest(
-    names: Sequence[str],
-    shape: str,
-    dtype: str,
-    stage: int,
-    batch: int,
-    length: int,
-    cycles: int,
-    stock_every: int,
-) -> Contest:
+def contest(names: Sequence[str], setup: Setup, cycles: int, stock_every: int) -> Contest:
     """Times them side by side for `cycles` cycles, after one on short batches in which all state is made."""
-    config = {
-        "train_micro_batch_size_per_gpu": batch,
-        "gradient_clipping": CLIP,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": dtype == "bf16"},
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
-    }
-    engines = {
-        name: hift_ds.initialize(model=make_model(shape, dtype), config=config | {"hift": section})[0]
-        for name, section in ENGINES.items()
-        if name in names
-    }
-    contestants: dict[str, Callable[[Batch], Any]] = {name: deepspeed_step(engine) for name, engine in engines.items()}
-    hift = engines["hift"]
-    if "plain" in names:
-        plain = PlainHiFT(
-            make_model(shape, dtype),
-            [list(block.parameter_names) for block in hift.blocks],
-            lambda named: torch.optim.AdamW([p for _, p in named], lr=LEARNING_RATE, weight_decay=0.0, foreach=True),
-            clip=CLIP,
-        )
-        contestants["plain"] = lambda batch: plain.step([batch])
-    a_cycle = len(hift.blocks)
+    contestants: dict[str, Contestant] = {}
     try:
-        for step in range(a_cycle):
-            for run in contestants.values():
-                run(make_batch(shape, step, 1, min(8, length)))
-        if "full" in contestants:
-            contestants["full"](make_batch(shape, a_cycle, batch, length))
-
-        means: dict[str, list[float]] = {name: [] for name in contestants}
-        with tqdm(total=cycles * a_cycle, desc=f"{dtype} stage {stage}", unit="step", leave=False, disable=None) as bar:
-            for cycle in range(cycles):
-                seconds: dict[str, list[float]] = {name: [] for name in contestants}
-                for step in range(a_cycle):
-                    data = make_batch(shape, cycle * a_cycle + step, batch, length)
-                    first = step % len(contestants)
-                    for name in [*contestants][first:] + [*contestants][:first]:
-                        if name == "full" and step % stock_every:
-                            continue  # its steps all cost the same, so some of them are enough
-                        seconds[name].append(timed(contestants[name], data))
-                    bar.update()
-                for name, values in seconds.items():
-                    means[name].append(statistics.fmean(values))
+        for name in names:
+            contestants[name] = make_contestant(name, setup)
+            contestants[name].warm_up(setup)
+        seconds = race(contestants, setup, cycles, contestants["hift"].cycle, stock_every)
     finally:
-        for engine in engines.values():
-            engine.destroy()
-    return Contest(dtype, stage, means)
+        for contestant in contestants.values():
+            contestant.destroy()
+    return Contest(setup.dtype, setup.stage, seconds)
 
 
-def timed(run: Callable[[Batch], Any], batch: Batch) -> float:
-    get_accelerator().synchronize()
-    start = time.perf_counter()
-    run(batch)
-    get_accelerator().synchronize()
-    return time.perf_counter() - start
+def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int, stock_every: int) -> list[Row]:
+    """A row for each method, and one for full fine-tuning, with which each is timed side by side.
+
+    Args:
+        cycles: measured ones of a method that trains block by block.
+        steps: measured ones of a method whose steps all cost the same.
+    """
+    names = list(dict.fromkeys(names if "full" in names else ["full", *names]))
+    rows = {name: Row(name, setup.dtype, setup.stage) for name in names}
+    full = make_contestant("full", setup)
+    try:
+        full.warm_up(setup)
+        _fill(rows["full"], full, setup, race({"full": full}, setup, steps, 1))
+        for name in names:
+            if name == "full":
+                continue
+            try:
+                other = make_contestant(name, setup)
+            except UserError as error:
+                rows[name].reason = str(error)
+                continue
+            try:
+                other.warm_up(setup)
+                units = steps if other.cycle == 1 else cycles
+                _fill(
+                    rows[name], other, setup, race({"full": full, name: other}, setup, units, other.cycle, stock_every)
+                )
+            finally:
+                other.destroy()
+            del other
+            gc.collect()  # before the next is made
+    finally:
+        full.destroy()
+    return list(rows.values())
+
+
+def _fill(row: Row, contestant: Contestant, setup: Setup, seconds: dict[str, list[float]]) -> None:
+    row.seconds, row.full_seconds = seconds[row.method], seconds["full"]
+    row.ratios = Contest(row.dtype, row.stage, seconds).ratios("full", row.method)
+    row.tokens_per_second = setup.tokens / statistics.median(row.seconds)
+    row.trained_parameters, row.flops = contestant.trained_parameters, contestant.flops
+
+
+def add_memory(rows: Sequence[Row], setup: Setup) -> None:
+    """Fills in the peaks of the methods that were timed; full fine-tuning's comes first, as the others' measure."""
+    full: int | None = None
+    for row in sorted(rows, key=lambda row: row.method != "full"):
+        if row.reason is None:
+            try:
+                row.peak = peak_memory.measure(row.method, False, setup).above
+            except UserError as error:
+                row.reason = str(error)
+                continue
+            full = row.peak if row.method == "full" else full
+            row.peak_ratio = row.peak / full if full else None
 
 
 def machine() -> str:
@@ -212,6 +185,29 @@ def table(contests: Sequence[Contest]) -> str:
         ]
         for c in contests
     ]
+    return markdown(head, rows)
+
+
+def methods_table(rows: Sequence[Row], memory: bool) -> str:
+    """A Markdown table of what the methods cost, with the reasons for what is missing and other remarks below it."""
+    head = ["method", "precision", "stage", "s a step", "tokens/s", "time / full", "trained parameters", "FLOPs a step"]
+    head += ["peak above the model, MiB", "memory / full"] if memory else []
+    lines = []
+    for row in rows:
+        line = [row.method, row.dtype, str(row.stage)]
+        if row.seconds:
+            line += [spread(row.seconds, 3), f"{row.tokens_per_second:.0f}", spread(row.ratios, 2)]
+            line += [f"{row.trained_parameters:,}", f"{row.flops:.3g}"]
+        if row.peak is not None:
+            line += [f"{row.peak / 2**20:.1f}", "n/a" if row.peak_ratio is None else f"{row.peak_ratio:.2f}"]
+        lines.append(line + ["n/a"] * (len(head) - len(line)))
+    notes = [NOTES[name] for name in NOTES if any(row.method == name and row.seconds for row in rows)]
+    notes += ["Memory: HiFT's masters and optimizer state are in files."] if memory else []
+    notes += dict.fromkeys(f"{row.method}: n/a: {row.reason}" for row in rows if row.reason)
+    return "\n".join([markdown(head, lines), "", *(f"- {note}" for note in notes)]).rstrip()
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -231,75 +227,86 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def join_world() -> None:
-    """Make this process a world of one rank."""
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if not torch.distributed.is_initialized():
-        backend = get_accelerator().communication_backend_name()
-        torch.distributed.init_process_group(
-            "gloo" if backend == "ccl" else backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+def methods(text: str) -> list[str]:
+    return list(TRAINED) if text == "all" else comma_separated(list(TRAINED))(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Contest]:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.efficiency", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--model-shape", choices=list(SHAPES), default="smollm2-135m")
-    parser.add_argument("--batch", type=positive, default=4, help="examples a step")
-    parser.add_argument("--length", type=positive, default=256, help="tokens an example")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model-shape", choices=list(SHAPES), default="smollm2-135m")
+    add("--batch", type=positive, default=4, help="examples a step")
+    add("--length", type=positive, default=256, help="tokens an example")
+    add("--methods", type=methods, help=f"all, or some of {','.join(TRAINED)}: what each costs, against full")
+    add(
         "--against",
         type=comma_separated([name for name in CONTESTANTS if name != "hift"]),
-        default="full,plain",
-        help="full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state left on the device",
+        help="full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state left on the device "
+        "(default: full,plain)",
     )
-    parser.add_argument("--stages", type=comma_separated([str(s) for s in STAGES]), default="0,1,2,3")
-    parser.add_argument("--dtypes", type=comma_separated(list(DTYPES)), default="fp32,bf16")
-    parser.add_argument("--cycles", type=positive, default=1, help="measured cycles; a cycle is a step for each block")
-    parser.add_argument("--stock-every", type=positive, default=4, help="time full fine-tuning in every N-th step only")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of step time (Linux)")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    add(
+        "--stages",
+        type=comma_separated([str(s) for s in STAGES]),
+        help="of ZeRO (default: 0,1,2,3; of --methods 0)",
+    )
+    add("--dtypes", type=comma_separated(list(DTYPES)), help="default: fp32,bf16; of --methods fp32")
+    add("--cycles", type=positive, default=1, help="measured cycles; a cycle is a step for each block")
+    add("--steps", type=positive, default=8, help="with --methods: measured steps where all steps cost the same")
+    add("--stock-every", type=positive, default=4, help="time full fine-tuning in every N-th step of a cycle only")
+    add("--memory", action="store_true", help="peak memory instead of step time; with --methods beside it (Linux)")
+    add("--json", type=Path, help="also write all numbers to this file")
     options = parser.parse_args(arguments)
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.methods and options.against:
+        parser.error("--against: not with --methods, which are all compared to full fine-tuning; remove one of them")
+    options.against = options.against or ["full", "plain"]
+    options.stages = list(map(int, options.stages or ("0" if options.methods else "0123")))
+    options.dtypes = options.dtypes or (["fp32"] if options.methods else ["fp32", "bf16"])
+    return options
 
+
+def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
+    options = parse(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     origin = f"{datetime.date.today()}: python -m evaluation.efficiency {shlex.join(given)}"
-    if options.memory:
-        print(f"Peak memory above the loaded model on {machine()}\n{origin}", flush=True)
-        print(f"{options.model_shape}, {options.batch} x {options.length} tokens, fp32, AdamW", flush=True)
-        print("\n" + peak_memory.table(peak_memory.compare(options.model_shape, options.batch, options.length)))
+    shape, size = options.model_shape, (options.batch, options.length)
+    sizes = f"{shape}, {options.batch} x {options.length} tokens"
+    if options.memory and not options.methods:
+        print(f"Peak memory above the loaded model on {machine()}\n{origin}\n{sizes}, fp32, AdamW", flush=True)
+        peaks = peak_memory.compare(Setup(shape, "fp32", 0, *size))
+        write_json(options.json, [origin], peaks=[asdict(p) for p in peaks])
+        print("\n" + peak_memory.table(peaks))
         return []
     join_world()
-    heading = [
-        f"Step time on {machine()}",
-        origin,
-        f"{options.model_shape}, {options.batch} x {options.length} tokens, AdamW, median of cycle means "
-        f"(least to greatest) over {options.cycles} cycles",
-    ]
+    units = f"{options.cycles} cycles" + (f" or {options.steps} steps" if options.methods else "")
+    heading = [f"Step time on {machine()}", origin]
+    heading += [f"{sizes}, AdamW, median of cycle means (least to greatest) over {units}"]
     print("\n".join(heading), flush=True)
-    contests = []
+    rows: list[Row] = []
+    contests: list[Contest] = []
     for dtype in options.dtypes:
-        for stage in map(int, options.stages):
-            contests.append(
-                contest(
-                    ["hift", *options.against],
-                    options.model_shape,
-                    dtype,
-                    stage,
-                    options.batch,
-                    options.length,
-                    options.cycles,
-                    options.stock_every,
-                )
-            )
+        for stage in options.stages:
+            setup = Setup(shape, dtype, stage, *size, stock=not options.methods)
+            if options.methods:
+                found = compare_methods(options.methods, setup, options.cycles, options.steps, options.stock_every)
+                if options.memory:
+                    add_memory(found, setup)
+                rows += found
+            else:
+                contests.append(contest(["hift", *options.against], setup, options.cycles, options.stock_every))
             gc.collect()  # the engines of one contest go before those of the next come
-            if options.json:  # after each, so that a run that is stopped has written what it measured
-                record = {"heading": heading, "contests": [asdict(c) for c in contests]}
-                options.json.write_text(json.dumps(record, indent=1) + "\n")
-    print("\n" + table(contests))
-    return contests
+            # After each, so that a run that is stopped has written what it measured.
+            write_json(options.json, heading, contests=[asdict(c) for c in contests], methods=[asdict(r) for r in rows])
+    print("\n" + (methods_table(rows, options.memory) if rows else table(contests)))
+    return rows or contests
+
+
+def write_json(file: Path | None, heading: Sequence[str], **results: Sequence[dict]) -> None:
+    if file:
+        file.write_text(json.dumps({"heading": heading} | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,30 @@ from typing import Any
 
 from torch import nn
 
+from launch.methods import METHODS
+from launch.settings import Settings
+
+
+def step_flops(engine: Any, settings: Settings, trained: Collection[str], tokens: int, predicted: int) -> int:
+    """Of an optimizer step as `settings.method` takes it.
+
+    Args:
+        trained: `trained_names` before the step.
+    """
+    method = METHODS[settings.method.name]
+    forward = forward_flops(engine.module, tokens, predicted)
+    if method.engine == "mezo":
+        return 2 * forward
+    flops = training_flops(engine.module, trained, tokens, predicted)
+    if method.engine == "lomo" and settings.deepspeed["gradient_clipping"]:
+        flops += flops - forward  # a backward pass of its own for the norm
+    return flops
+
+
+def trained_names(module: nn.Module) -> tuple[str, ...]:
+    """Of the parameters that the next step trains: what is not of the active block is frozen."""
+    return tuple(name for name, p in module.named_parameters() if p.requires_grad)
+
 
 def forward_flops(model: nn.Module, tokens: int, predicted: int) -> int:
     """Of one forward pass over that many tokens, of which `predicted` go through the output head."""

@@ -1,27 +1,30 @@
-"""Peak memory of training on a CPU, above the loaded model: HiFT with its state in files against stock DeepSpeed.
+"""Peak memory of training above the loaded model, of HiFT with its state in files and of the other methods.
 
     python -m evaluation.efficiency --memory
 
 All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every contestant trains in a
-process of its own. What counts is anonymous memory, sampled from the kernel's own figures: pages of mapped files, which
-the kernel writes out and drops when it needs the room, do not.
+process of its own. What counts on a CPU is anonymous memory, sampled from the kernel's own figures: pages of mapped
+files, which the kernel writes out and drops when it needs the room, do not.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
+import hift_ds
+from evaluation.contestants import Setup, join_world, make_batch, make_contestant, make_model
 from evaluation.process_memory import peak_memory
+from launch.errors import UserError
 
 
 @dataclass
 class Peak:
-    """Bytes of anonymous memory of one process."""
+    """Bytes of memory of one process."""
 
     method: str
     checkpointing: bool
@@ -33,50 +36,49 @@ class Peak:
         return self.peak - self.loaded
 
 
-def train(method: str, checkpointing: bool, shape: str, batch: int, length: int) -> Peak:
-    """In a process of its own: the peak over a cycle and its first step again (full fine-tuning: three steps)."""
-    import hift_ds
-    from evaluation.efficiency import join_world, make_batch, make_model
-    from launch.train import summed_loss
-
+def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
+    """In a process of its own: the peak over a cycle and its first step again, three steps at least."""
     join_world()
-    model = make_model(shape, "fp32")
+    # A step on a tiny model first: what a method imports and compiles is not what its training needs.
+    with contextlib.suppress(UserError):
+        tiny = replace(setup, shape="tiny", batch=1, length=8)
+        first = make_contestant(method, tiny)
+        first.step(make_batch("tiny", 0, 1, 8))
+        first.destroy()
+        del first
+    model = make_model(setup.shape, setup.dtype)
     if checkpointing:
         hift_ds.checkpoint_activations(model)
     with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": batch,
-            "gradient_clipping": 1.0,
-            "steps_per_print": 10**9,
-            "zero_optimization": {"stage": 0},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-            "hift": {"enabled": method == "hift"},
-        }
-        if method == "hift":
-            config["hift"]["offload"] = {"device": "nvme", "nvme_path": folder}
-        engine = hift_ds.initialize(model=model, config=config)[0]
-        blocks = len(hift_ds.partition_model(model))
-        for index in range(blocks + 1 if method == "hift" else 3):
-            made = make_batch(shape, index, batch, length)
-            engine.backward(summed_loss(engine, made, "causal-lm") / made["labels"][:, 1:].numel())
-            engine.step()
+        contestant = make_contestant(method, setup, model, state_folder=folder)
+        for index in range(max(3, contestant.cycle + 1)):
+            contestant.step(make_batch(setup.shape, index, setup.batch, setup.length))
+            contestant.between()
         time.sleep(0.01)
-        engine.destroy()
+        contestant.destroy()
     return Peak(method, checkpointing, peak.start, peak.highest)
 
 
-def compare(shape: str, batch: int, length: int) -> list[Peak]:
-    """All contestants, one process after the other."""
-    peaks = []
-    for checkpointing in (False, True):
-        for method in ("full", "hift"):
-            arguments = [method, checkpointing, shape, batch, length]
-            # A fixed threshold: freed tensors go back to the system at once, for every contestant.
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-            command = [sys.executable, "-m", "evaluation.peak_memory", json.dumps(arguments)]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            peaks.append(Peak(**json.loads(done.stdout.splitlines()[-1])))
-    return peaks
+def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
+    """`train` in a new process.
+
+    Raises:
+        UserError: the process failed; what it had to say has gone to this one's standard error.
+    """
+    arguments = [method, checkpointing, asdict(setup)]
+    # A fixed threshold: freed tensors go back to the system at once, for every contestant.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    command = [sys.executable, "-m", "evaluation.peak_memory", json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        killed = " (killed; mostly for want of memory)" if done.returncode == -9 else ""
+        raise UserError(f"the process that measured the peak memory of {method!r} ended with {done.returncode}{killed}")
+    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(setup: Setup) -> list[Peak]:
+    """Full fine-tuning and HiFT, without and with activation checkpointing."""
+    return [measure(method, checkpointing, setup) for checkpointing in (False, True) for method in ("full", "hift")]
 
 
 def table(peaks: list[Peak]) -> str:
@@ -93,4 +95,5 @@ def table(peaks: list[Peak]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(vars(train(*json.loads(sys.argv[1])))))
+    name, checkpoints, common = json.loads(sys.argv[1])
+    print(json.dumps(asdict(train(name, checkpoints, Setup(**common)))))
