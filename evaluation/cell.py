@@ -32,6 +32,7 @@ from launch.adapters import trained_parameters
 from launch.data import Data
 from launch.encoding import encode
 from launch.errors import UserError
+from launch.methods import METHODS
 from launch.settings import Settings
 from launch.train import make_engine, schedule_ticks, train
 

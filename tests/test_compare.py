@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
