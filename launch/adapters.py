@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hift_ds import partition_model
 from hift_ds.blocks import numel_of
-from launch.bottleneck import MATRICES, Bottleneck, attach, hidden_layers, outermost_attention, sub_layer_ends
+from launch.adapter_modules import MATRICES, Bottleneck, attach, hidden_layers, outermost_attention, sub_layer_ends
 from launch.errors import NotApplicable, UserError
 from launch.virtual_tokens import add_hidden_tokens, add_prefixes
 

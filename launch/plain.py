@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_model, save_model
 
 import hift_ds
-from launch.bottleneck import MATRICES
+from launch.adapter_modules import MATRICES
 from launch.errors import NotApplicable, UserError
 from launch.methods import MethodSettings
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from launch.bottleneck import evaluating, without_cache
+from launch.adapter_modules import evaluating, without_cache
 from launch.errors import NotApplicable
 
 KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, width of a head)
