@@ -13,13 +13,14 @@ Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the sett
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,9 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
                     bar.set_postfix_str(f"{entry.task.name}, {row.label}")
                     rates = row.learning_rates
                     for number, seed in enumerate(comparison.seeds):
-                        tried = [
-                            _one(cells, runs, row, entry, parts[seed], budget, seed, rate, number == 0, retry_failed)
-                            for rate in rates
-                        ]
+                        tune = number == 0 and len(rates) > 1
+                        trainings = [Training(row, entry, parts[seed], budget, seed, rate, tune) for rate in rates]
+                        tried = [_one(cells, runs, training, retry_failed) for training in trainings]
                         best = _best(tried)
                         record = {key: value for key, value in best.items() if key not in ("key", "dev_score")}
                         if number == 0:
@@ -125,36 +125,57 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
     return records
 
 
-def _one(
-    cells: Cells,
-    runs: Runs,
-    row: Row,
-    entry: TaskEntry,
-    data: TaskData,
-    budget: Budget,
-    seed: int,
-    rate: float,
-    tune: bool,
-    retry_failed: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Training:
+    """One entry of runs.jsonl: what decides a run, and its result."""
+
+    row: Row
+    entry: TaskEntry
+    data: TaskData
+    budget: Budget
+    seed: int
+    rate: float
+    tune: bool  # its score on the validation part is wanted, too
+
+    def key(self, comparison: Comparison) -> str:
+        """A hash of all that decides the result: a run is known again only where all of it is the same."""
+        parts = {
+            "model": asdict(comparison.model),
+            "method": self.row.method,
+            "sections": self.row.sections,
+            "shots": self.row.shots if self.row.method == "icl" else None,
+            "task": self.entry.task.name,
+            "data": {part: self.data.report[part]["sha256"] for part in ("train", "dev", "test")},
+            "max_length": comparison.data.max_length,
+            "budget": str(self.budget) if self.row.trained else None,
+            "seed": self.seed,
+            "learning_rate": self.rate,
+            "tune": self.tune,
+            "bootstrap": comparison.evaluation.bootstrap,
+            "ranks": dist.get_world_size(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[str, Any]:
     """One training: from runs.jsonl if it is there, else run and written."""
-    tune = tune and len(row.learning_rates) > 1
-    key = _key(cells.comparison, row, entry, data, budget, seed, rate, tune)
+    key, task = one.key(cells.comparison), one.entry.task
     known = runs.done.get(key)
     if known is not None and not (retry_failed and known["status"] == "failed"):
-        return known | {"label": row.label, "budget": str(budget)}  # the same run may count for several rows
+        return known | {"label": one.row.label, "budget": str(one.budget)}  # the same run may count for several rows
 
     def not_run(status: str, reason: str) -> dict[str, Any]:
-        return cells.not_run(row, entry.task, budget, seed, status, reason)
+        return cells.not_run(one.row, task, one.budget, one.seed, status, reason)
 
-    if (reason := cells.why_not(row, entry.task)) is not None:
+    if (reason := cells.why_not(one.row, task)) is not None:
         run = not_run("not_applicable", reason)
     elif runs.died(key) >= ATTEMPTS and not retry_failed:
         run = not_run("failed", f"the process ended {ATTEMPTS} times in this cell without a message (out of memory?)")
     else:
         runs.begin(key)
-        run = _guarded(lambda: cells.run(row, entry.task, data, budget, seed, rate, tune), not_run)
-    run |= {"learning_rate": rate or None}
+        train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
+        run = _guarded(train, not_run)
+    run |= {"learning_rate": one.rate or None}
     runs.add(key, run)
     return run
 
@@ -178,35 +199,6 @@ def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ok = [run for run in tried if run["status"] == "ok"]
     scored = [run for run in ok if run.get("dev_score") is not None and run["dev_score"] == run["dev_score"]]
     return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
-
-
-def _key(
-    comparison: Comparison,
-    row: Row,
-    entry: TaskEntry,
-    data: TaskData,
-    budget: Budget,
-    seed: int,
-    rate: float,
-    tune: bool,
-) -> str:
-    """What decides a run's result, as a hash: a run is known again only where all of it is the same."""
-    parts = {
-        "model": asdict(comparison.model),
-        "method": row.method,
-        "sections": row.sections,
-        "shots": row.shots if row.method == "icl" else None,
-        "task": entry.task.name,
-        "data": {part: data.report[part]["sha256"] for part in ("train", "dev", "test")},
-        "max_length": comparison.data.max_length,
-        "budget": str(budget) if row.trained else None,
-        "seed": seed,
-        "learning_rate": rate,
-        "tune": tune,
-        "bootstrap": comparison.evaluation.bootstrap,
-        "ranks": dist.get_world_size(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _load(comparison: Comparison, entry: TaskEntry, seed: int) -> TaskData:

@@ -7,9 +7,8 @@ Section 4 and table 13 of the paper, after MeZO (Malladi et al. 2023). Under ZeR
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from evaluation.tasks import Task, TaskExample, classification_rows, few_shot
 from launch.data import collate, collate_prompts
 from launch.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_pieces
 from launch.errors import UserError
+from launch.models import evaluating
 
 
 @dataclass
@@ -112,7 +112,7 @@ def classify(
     padding = _padding(tokenizer) if model.config.pad_token_id is None else model.config.pad_token_id
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     values: list[Any] = [None] * len(encoded)
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = collate([encoded[i] for i in batch], padding)
@@ -156,7 +156,7 @@ def average_log_likelihoods(
         inputs.setdefault((*kept, *answer[:-1]), []).append(i)
     order = sorted(inputs, key=len, reverse=True)  # little padding, and what does not fit in memory comes first
     means = [0.0] * len(pairs)
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             first = min(len(cases[i][0]) - 1 for ids in batch for i in inputs[ids])  # predicts the first answer's start
@@ -200,7 +200,7 @@ def _write(
     end = model.generation_config.eos_token_id
     options: dict[str, Any] = {"stop_strings": [task.stop], "tokenizer": tokenizer} if task.stop else {}
     values = [""] * len(prompts)
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = collate_prompts([EvalExample([], [], prompt_ids=cases[i]) for i in batch], _padding(tokenizer))
@@ -239,15 +239,3 @@ def _fitted(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], limit: in
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token will do: padded places are masked."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without gradients and dropout; the model then goes on as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hift_ds import partition_model
 from launch.errors import NotApplicable
+from launch.models import evaluating
 
 MATRICES = (nn.Linear, Conv1D)
 PROBE = 8  # tokens of the forward pass that shows what a layer runs
@@ -123,15 +123,3 @@ def outermost_attention(module: nn.Module, path: str = "") -> Iterator[tuple[str
 def without_cache(model: Any) -> dict[str, bool]:
     """The argument that turns a key-value cache off, for a model that has one."""
     return {"use_cache": False} if model.can_generate() else {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout, so that nothing is drawn; the model then goes on as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

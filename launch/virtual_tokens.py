@@ -24,8 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from launch.adapter_modules import evaluating, without_cache
+from launch.adapter_modules import without_cache
 from launch.errors import NotApplicable
+from launch.models import evaluating
 
 KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, width of a head)
 
