@@ -26,9 +26,9 @@ class BlockOptimizers:
     Args:
         configured: the torch optimizer over all parameters; it carries settings and is never stepped.
         parameters: for each block, what it trains.
+        wrap: makes DeepSpeed's optimizer for a block around a torch one.
         parts: for each block None, or the first and last (exclusive) element of its only parameter that it trains.
             Blocks that share a parameter share DeepSpeed's optimizer.
-        wrap: makes DeepSpeed's optimizer for a block around a torch one.
         host: where masters and state live, but for the time of a step. None: where DeepSpeed keeps them.
         slice_bytes: of the streamed step; None: the whole block's state comes to the device at once.
         per_element: bytes of master and state of an element; with ``slice_bytes`` it says how many fill a slice.
@@ -39,8 +39,8 @@ class BlockOptimizers:
         self,
         configured: torch.optim.Optimizer,
         parameters: Sequence[Sequence[torch.nn.Parameter]],
-        parts: Sequence[tuple[int, int] | None],
         wrap: Callable[[torch.optim.Optimizer], Any],
+        parts: Sequence[tuple[int, int] | None],
         host: HostMemory | None,
         slice_bytes: int | None = None,
         per_element: int = 0,

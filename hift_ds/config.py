@@ -252,6 +252,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "compile.deepcompile": (_on, "remove it"),
     "sparse_gradients": (_on, "remove it"),
     "checkpoint.load_universal": (_on, "remove it"),
+    "checkpoint.writer": (_on, "remove it"),
+    "datastates_ckpt.enabled": (_on, "remove it"),
     "managed_gradient_accumulation": (lambda v: v is False, "remove it"),
     "fp16.fp16_master_weights_and_grads": (_on, "remove it"),
     "bf16.bf16_master_weights_and_grads": (_on, "remove it"),

@@ -5,7 +5,6 @@ Source: the paper, Algorithm 1 and section 3.1. With ``zero.py`` the only file t
 
 import copy
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LION_OPTIMIZER, DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -24,11 +24,13 @@ from deepspeed.utils.timer import NoopTimer
 from hift_ds import config as hift_config
 from hift_ds.activations import host_buffers
 from hift_ds.block_optimizers import BlockOptimizers
-from hift_ds.blocks import Block, numel_of, partition_model
+from hift_ds.blocks import numel_of, partition_model
+from hift_ds.checkpoint_files import FileEngine
 from hift_ds.lion import Lion
 from hift_ds.memory import Held, Ledger, count, device_total
-from hift_ds.offload import HostMemory
-from hift_ds.optimizers import is_elementwise, state_bytes
+from hift_ds.optimizers import is_elementwise
+from hift_ds.placement import place_state
+from hift_ds.saving import SavingEngine
 from hift_ds.schedule import BlockSchedule
 from hift_ds.zero import (
     PlainBlockOptimizer,
@@ -41,7 +43,19 @@ from hift_ds.zero import (
 _STATE_KEY = "hift"
 
 
-class HiFTEngine(DeepSpeedEngine):
+class CheckpointingEngine(SavingEngine):
+    """DeepSpeed's engine, but for how it saves and loads."""
+
+    def _configure_checkpointing(self) -> None:
+        super()._configure_checkpointing()
+        self.checkpoint_engine = FileEngine()
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        with self.checkpoint_engine.errors_kept(save_path):  # not to leave the other ranks alone in a barrier
+            super()._copy_recovery_script(save_path)
+
+
+class HiFTEngine(CheckpointingEngine):
     """Trains one block of layers in each optimizer step, and all of them in a cycle.
 
     Used exactly like DeepSpeed's engine: ``engine(...)``, ``engine.backward(loss)``, ``engine.step()``. The block
@@ -90,10 +104,6 @@ class HiFTEngine(DeepSpeedEngine):
         return self._schedule.active_block
 
     @property
-    def _cut(self) -> list[list[Any]]:
-        return [[block.name, block.numel] for block in self.blocks]
-
-    @property
     def cycle(self) -> int:
         """Completed cycles: how often every block was trained ``steps_per_block`` steps."""
         return self._schedule.cycle
@@ -111,61 +121,40 @@ class HiFTEngine(DeepSpeedEngine):
             self.block_optimizers.prefetch()
         return result
 
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """DeepSpeed's ``save_checkpoint``; the state of all blocks and the place in the schedule go with it."""
-        state = {**(client_state or {}), _STATE_KEY: {**self._schedule.state_dict(), "blocks": self._cut}}
-        with self._all_blocks():
-            return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
+        """DeepSpeed's ``save_checkpoint``; the state of all blocks and the place in the schedule go with it.
 
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """DeepSpeed's ``load_checkpoint``; training continues at the saved step of the saved cycle.
-
-        Raises:
-            ValueError: the checkpoint was made with other blocks or another order of them, or without HiFT.
+        Inside an accumulation window it holds the step before; its gradients so far are computed again on resume.
         """
         with self._all_blocks():
-            path, client_state = super().load_checkpoint(
-                load_dir,
-                tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                custom_load_fn,
+            return super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
+        """DeepSpeed's ``load_checkpoint``; training continues at the saved step of the saved cycle.
+
+        With ``load_optimizer_states=False`` or ``load_module_only=True`` the weights alone are taken.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or was made with other blocks or another order of them, another
+                number of ranks, another ZeRO stage, or without HiFT.
+        """
+        with self._all_blocks():
+            return super().load_checkpoint(*args, **kwargs)
+
+    def place(self) -> dict[str, Any]:
+        return {**self._schedule.state_dict(), "blocks": [[block.name, block.numel] for block in self.blocks]}
+
+    def position(self) -> dict[str, Any]:
+        return {_STATE_KEY: self.place()}
+
+    def restore_position(self, where: str, client_state: dict[str, Any]) -> None:
+        position = client_state.pop(_STATE_KEY, None)
+        if position is None:
+            raise ValueError(
+                f"the checkpoint in {where!r} was made without HiFT; for its weights alone use load_module_only=True"
             )
-        if path is not None and client_state is not None:
-            position = client_state.pop(_STATE_KEY, None)
-            if load_optimizer_states and not load_module_only:
-                if position is None:
-                    raise ValueError(
-                        f"the checkpoint in {load_dir!r} was made without HiFT; for its weights alone use "
-                        "load_module_only=True"
-                    )
-                if (saved := position.pop("blocks", self._cut)) != self._cut:
-                    raise ValueError(
-                        f"the checkpoint in {load_dir!r} holds the blocks {_shortened(saved)}, this run has "
-                        f"{_shortened(self._cut)}; resume with the layers_per_block, max_block_numel, balance and "
-                        "freeze it was saved with"
-                    )
-                self._schedule.load_state_dict(position)
-            self._activate()
-        return path, client_state
+        position.pop("blocks", None)
+        self._schedule.load_state_dict(position)
 
     def memory_ledger(self, peak: bool = False) -> Ledger:
         """Bytes of this rank's ``parameters``, ``gradients``, ``master_weights``, ``optimizer_state`` and ``buffers``.
@@ -436,61 +425,17 @@ class HiFTEngine(DeepSpeedEngine):
                 f"{type(optimizer).__name__} uses the shape of a parameter, and zero_optimization.stage="
                 f"{self.zero_optimization_stage()} flattens it; use stage 0, or an element-wise optimizer such as AdamW"
             )
-        parts = [self._part(block) for block in self.blocks]
-        return BlockOptimizers(optimizer, self._block_parameters, parts, wrap, **self._offload(optimizer))
-
-    def _part(self, block: Block) -> tuple[int, int] | None:
-        """First and last (exclusive) element that a block trains of a parameter that is cut."""
-        for start, stop in block.slices.values():
-            row = block.numel // (stop - start)
-            return start * row, stop * row
-        return None
-
-    def _offload(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Where the state lives and how it gets to the device, as ``BlockOptimizers`` wants it.
-
-        Raises:
-            ValueError: a tensor is cut, by a streamed step or by ``max_block_numel``, and the optimizer needs it whole;
-                rows of a tensor with state where DeepSpeed keeps it; no room for all the state.
-        """
-        offload = self.hift.offload
-        cut = next((name for block in self.blocks for name in block.slices), None)
-        where = "hift.offload.device='none'" if offload.device == "none" else "offload_optimizer"
-        if offload.device == "none" or self.zero_use_cpu_optimizer():
-            if cut:
-                raise ValueError(
-                    f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {where} keeps the state of whole "
-                    "tensors; remove it, or raise max_block_numel, or set balance=false"
-                )
-            return {"host": None}
-        elementwise = is_elementwise(optimizer)
-        if cut and not elementwise:
-            raise ValueError(
-                f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {type(optimizer).__name__} uses its "
-                "shape; raise max_block_numel, set balance=false, or use an element-wise optimizer such as AdamW"
-            )
-        if offload.step == "streamed" and not elementwise:
-            raise ValueError(
-                f"hift.offload.step='streamed' cuts tensors, and {type(optimizer).__name__} uses their shape; use "
-                "'block' or 'auto', or an element-wise optimizer such as AdamW"
-            )
-        ranks = self.dp_world_size if self.zero_optimization() else 1
-        slice_bytes, element = None, 4
-        if elementwise:
-            element += state_bytes(optimizer)
-        per_element = element
-        if elementwise and offload.step != "block":
-            numels = [
-                [block.numel] if block.slices else [parameter.numel() for parameter in parameters]
-                for block, parameters in zip(self.blocks, self._block_parameters, strict=True)
-            ]
-            slice_bytes = hift_config.slot_bytes(numels, ranks, per_element, offload.buffer_size)
-        if not (self.zero_optimization() or self.bfloat16_enabled()):
-            element -= 4  # fp32 weights at stage 0 are their own masters
-        host = HostMemory(offload.pin_memory, offload.nvme_path, self.aio_config())
-        local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by DeepSpeed's launcher
-        host.check_room(sum(block.numel for block in self.blocks) * element // ranks * local_ranks)
-        return {"host": host, "slice_bytes": slice_bytes, "per_element": per_element, "prefetch": offload.prefetch}
+        placed = place_state(
+            self.hift.offload,
+            self.blocks,
+            self._block_parameters,
+            optimizer,
+            on_host=self.zero_use_cpu_optimizer(),
+            ranks=self.dp_world_size if self.zero_optimization() else 1,
+            has_masters=self.zero_optimization() or self.bfloat16_enabled(),
+            aio=self.aio_config(),
+        )
+        return BlockOptimizers(optimizer, self._block_parameters, wrap, **placed)
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()
@@ -505,11 +450,6 @@ class HiFTEngine(DeepSpeedEngine):
                 f"{ticks * self._schedule.steps_per_cycle} steps, not after {ticks}. For a run of N steps give it "
                 f"ceil(N / {self._schedule.steps_per_cycle}) ticks"
             )
-
-
-def _shortened(cut: list[list[Any]]) -> str:
-    shown = ", ".join(f"{name} ({numel})" for name, numel in cut[:3])
-    return f"{shown}{' ...' if len(cut) > 3 else ''} ({len(cut)} in all)"
 
 
 def initialize(
@@ -563,7 +503,12 @@ def initialize(
         "config": config,
     }
     if hift is not None and not hift.enabled:
-        return deepspeed.initialize(**arguments, distributed_port=distributed_port, mesh_param=mesh_param)
+        made = deepspeed.initialize(**arguments, distributed_port=distributed_port, mesh_param=mesh_param)
+        engine = made[0]
+        if type(engine) is DeepSpeedEngine and type(engine.checkpoint_engine) is TorchCheckpointEngine:
+            # `deepspeed.initialize` has no argument for the class; nothing but saving and loading is another.
+            engine.__class__, engine.checkpoint_engine = CheckpointingEngine, FileEngine()
+        return made
     if hift is None or problems:
         raise hift_config.ConfigError(problems)
     if model is None:

@@ -2,7 +2,7 @@
 
 OUT/run.json        what the run is: its settings, and what must be the same when it is resumed
 OUT/metrics.jsonl   one record a step
-OUT/checkpoints/    DeepSpeed checkpoints; the file `latest` names the newest whole one
+OUT/checkpoints/    what `--resume` continues from (hift_ds/checkpoint.py)
 OUT/model/          the trained model, a Hugging Face folder
 OUT/summary.json    written last: the run is finished
 """
@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hift_ds import checkpoint
+from hift_ds.checkpoint import Checkpoint, CheckpointError
 from launch.data import Data
 from launch.errors import UserError
 from launch.settings import Settings
@@ -31,14 +33,13 @@ def folder(settings: Settings) -> Path:
     return Path(str(settings.output.dir)).expanduser()
 
 
-def find_start(folder: Path, settings: Settings, resume: str | None) -> tuple[str | None, bool]:
-    """Where to begin: (tag of the checkpoint to continue from or None, whether the run is finished already).
+def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
+    """Whether the run in the folder is finished already. Only reads.
 
-    Only reads. `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
+    `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
 
     Raises:
-        UserError: the folder holds a run and neither resume nor overwrite was asked for, or there is nothing to
-            resume.
+        UserError: the folder holds a run and neither resume nor overwrite was asked for.
     """
     used = [name for name in OWN_FILES if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
@@ -49,22 +50,46 @@ def find_start(folder: Path, settings: Settings, resume: str | None) -> tuple[st
                 f"output.dir: {str(folder)!r} already holds a run ({', '.join(used)}). Set another output.dir, "
                 f"continue it with --resume, or delete it with --set output.overwrite=true."
             )
-        return None, False
+        return False
     if settings.output.overwrite:
         raise UserError("output.overwrite: true would delete the run that --resume continues. Use one of them.")
-    if _is_finished(folder, settings):
-        return None, True
-    latest = folder / "checkpoints" / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.exists() else None
-    if tag and (latest.parent / tag).is_dir():
-        return tag, False
+    return _is_finished(folder, settings)
+
+
+def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, verified; None (under "auto") if it never had one. All ranks call it.
+
+    Raises:
+        UserError: there is none, and "yes" was asked for or there should be one.
+    """
+    place = folder / "checkpoints"
+    try:
+        found = checkpoint.find(place)
+    except CheckpointError as error:
+        raise UserError(f"--resume: {error}\nNothing was changed. To start anew, use another output.dir.") from None
+    if found is not None:
+        return found
     if resume == "yes":
-        found = f"names {tag!r}, which does not exist" if tag else "does not exist"
         raise UserError(
-            f"--resume: there is no checkpoint to continue from: {str(latest)!r} {found}. Checkpoints are written "
-            f"every training.save_every steps. `--resume auto` starts anew where there is none."
+            f"--resume: there is no checkpoint to continue from in {str(place)!r}. Checkpoints are written every "
+            "training.save_every steps. `--resume auto` starts anew where there is none."
         )
-    return None, False
+    if (done := _steps_with_checkpoints(folder)) is not None:
+        raise UserError(
+            f"--resume auto: {str(folder)!r} is a run of {done} steps that wrote checkpoints, and {str(place)!r} has "
+            "none. Bring them back, or start anew with output.overwrite=true instead of --resume."
+        )
+    return None
+
+
+def _steps_with_checkpoints(folder: Path) -> int | None:
+    """How many steps the run in the folder did, if it got as far as its first checkpoint."""
+    try:
+        save_every = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["training"]["save_every"]
+        steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if save_every and steps > save_every else None  # the record of a step comes before its checkpoint
 
 
 def _is_finished(folder: Path, settings: Settings) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_model, save_model
 
 import hift_ds
+from hift_ds import checkpoint
+from hift_ds.checkpoint_files import FileEngine, Files
 from launch.adapter_modules import MATRICES
 from launch.errors import NotApplicable, UserError
 from launch.methods import MethodSettings
@@ -99,28 +100,26 @@ class PlainEngine:
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
         """Weights, schedule and the optimizer's numbers and moments; rank 0 writes, all ranks have the same."""
-        if dist.get_rank() == 0:
-            place = Path(folder) / tag
-            place.mkdir(parents=True, exist_ok=True)
-            save_model(self.module, str(place / "weights.safetensors"))
-            torch.save(self._state(), place / "optimizer.pt")
-            (place / "client.json").write_text(json.dumps(client_state))
-            (Path(folder) / "latest").write_text(tag)
-        dist.barrier()
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
-        place = Path(folder) / tag
-        try:
-            load_model(self.module, str(place / "weights.safetensors"))
-            state = torch.load(place / "optimizer.pt", weights_only=True)
-            client = json.loads((place / "client.json").read_text())
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{str(place)!r} cannot be read: {error}") from error
+        def write(folder: str, name: str) -> Files:
+            files = FileEngine()
+            if dist.get_rank() == 0:
+                place = Path(folder) / name
+                save_model(self.module, str(place / "weights.safetensors"))
+                files.save({"client": client_state, **self._state()}, str(place / "state.pt"))
+            return files.finish()
+
+        about = {"step": client_state["step"], "world_size": dist.get_world_size()}
+        checkpoint.save(folder, tag, write, about)
+
+    def load_checkpoint(self, folder: str, tag: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
+        load_model(self.module, str(tag.path / "weights.safetensors"))
+        state = FileEngine().load(str(tag.path / "state.pt"), map_location="cpu")
         if state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self._tick = state["tick"]
         self._set_rates()
-        return str(place), client
+        return str(tag.path), state["client"]
 
     def _state(self) -> dict[str, Any]:
         return {"tick": self._tick, "optimizer": None}

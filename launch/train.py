@@ -32,7 +32,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
 
 import hift_ds
+from hift_ds import checkpoint
 from hift_ds import loss as losses
+from hift_ds.checkpoint import Checkpoint, CheckpointError
 from launch import logs, models, outputs
 from launch.adapters import ADAPTERS
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
@@ -88,8 +90,7 @@ def train(
         if log is not None:
             log.step(record)
         if training.save_every and ((step + 1) % training.save_every == 0 or step + 1 == training.max_steps):
-            folder = outputs.folder(settings) / "checkpoints"
-            engine.save_checkpoint(str(folder), tag=f"step{step + 1}", client_state={"step": step + 1})
+            save_checkpoint(engine, settings, step + 1)
         elapsed += waited / world
         if elapsed >= max_seconds:
             break
@@ -135,30 +136,32 @@ def run(arguments: argparse.Namespace) -> None:
         shown = f"{settings.method.name} takes its steps without DeepSpeed; every rank holds all weights and all state"
         logs.say(rank, f"note: {shown}, and ZeRO stage {settings.zero_stage} is not used")
     folder = outputs.folder(settings)
-    tag, finished = outputs.find_start(folder, settings, arguments.resume)
-    if finished:
+    if outputs.check_start(folder, settings, arguments.resume):
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    found = outputs.find_checkpoint(folder, arguments.resume) if arguments.resume else None
+    if arguments.resume and found is None:
+        logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
     tokenizer = models.load_tokenizer(settings.model)
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
     config = models.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
     models.check_length(config, *data.longest(settings.training.max_new_tokens))
     ticks = schedule_ticks(settings, config)
     identity = outputs.identity(settings, world, data)
-    recorded = outputs.check_same_run(folder, identity) if tag else {}
+    recorded = outputs.check_same_run(folder, identity) if found else {}
 
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     logs.say(rank, logs.data_report(data))
     set_seed(settings.training.seed)
     engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
     if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
         raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
-    first_step = load_checkpoint(engine, folder, tag) if tag else 0
-    before = recorded["before"] if tag else evaluate(engine, data, tokenizer, settings)
+    first_step = load_checkpoint(engine, found) if found else 0
+    before = recorded["before"] if found else evaluate(engine, data, tokenizer, settings)
 
     log = None
     if rank == 0:
-        if not tag:
+        if not found:
             outputs.clear(folder)
         log = logs.RunLog(folder, settings, first_step, recorded.get("wandb_id"))
         recorded = {"identity": identity, "before": before, "wandb_id": log.wandb_id, "data": data.report}
@@ -241,14 +244,26 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
     return engine
 
 
-def load_checkpoint(engine: Any, folder: Path, tag: str) -> int:
-    """Load the checkpoint `tag`; the number of steps it was saved after."""
+def save_checkpoint(engine: Any, settings: Settings, steps: int) -> None:
+    """Commit a checkpoint after so many steps, on all ranks, and delete those that are not to be kept."""
+    training, folder = settings.training, outputs.folder(settings) / "checkpoints"
     try:
-        path, state = engine.load_checkpoint(str(folder / "checkpoints"), tag=tag)
+        engine.save_checkpoint(str(folder), tag=f"step{steps}", client_state={"step": steps})
+        if dist.get_rank() == 0:
+            checkpoint.prune(folder, training.keep_last, training.keep_every)
+    except (CheckpointError, OSError) as error:
+        raise UserError(
+            f"the checkpoint after step {steps} could not be saved:\n{error}\nEarlier checkpoints are as they were; "
+            "make room, then continue with --resume."
+        ) from None
+
+
+def load_checkpoint(engine: Any, found: Checkpoint) -> int:
+    """Load a verified checkpoint; the number of steps it was saved after."""
+    try:
+        _, state = engine.load_checkpoint(str(found.path.parent), tag=found)
     except ValueError as error:
         raise UserError(f"--resume: {error}") from error
-    if path is None:
-        raise UserError(f"--resume: the checkpoint {tag!r} in {str(folder / 'checkpoints')!r} cannot be loaded.")
     return state["step"]
 
 
