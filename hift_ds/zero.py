@@ -190,6 +190,7 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     temp_grad_buffer_for_cpu_offload: torch.Tensor
     temp_grad_buffer_for_gpu_offload: torch.Tensor
     ready_for_gradients: bool
+    overflow: bool
     offloaded: BlockState | None = None
     invalid_loss = False
     is_active = False

@@ -246,7 +246,8 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
         )
     except ValueError as error:
         raise UserError(f"deepspeed: {error}") from error
-    if hasattr(scaler := getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # `SkippedSteps` stops the run, and says more
     return engine
 
