@@ -249,6 +249,7 @@ class _Recorder:
 
     def measured(self) -> dict[str, Any]:
         records = self.records
+        losses = [record["loss"] for record in records if record["loss"] is not None]  # None: it was not finite
         seconds, tokens, curve = 0.0, 0, []
         every = max(1, len(records) // POINTS)
         for record in records:
@@ -266,7 +267,7 @@ class _Recorder:
             "trained_at_once": self.at_once,
             "flops": self.flops,
             "loss_first": records[0]["loss"],
-            "loss_last": statistics.fmean(record["loss"] for record in records[-10:]),
+            "loss_last": statistics.fmean(losses[-10:]) if losses else None,
             "curve": curve,
         }
 

@@ -3,11 +3,14 @@
 Not one name of DeepSpeed's inside: ``zero.py`` has those.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import log_dist
 
 from hift_ds.memory import Held
 from hift_ds.offload import HostMemory, Staging
@@ -53,6 +56,7 @@ class BlockOptimizers:
         self._place: list[tuple[int, int]] = []  # of each block: its owner, and which part of that it is
         self._prefetch = prefetch and host is not None
         self._streamed = slice_bytes is not None
+        self._invalid_loss: torch.Tensor | None = None  # one flag, on the device
         self._sources: list[list[int]] = []
         staging = None
         cuts: list[list[tuple[int, int]]] = []  # by owner
@@ -152,6 +156,31 @@ class BlockOptimizers:
         """
         if self._prefetch:
             self._owner.offloaded.prefetch()
+
+    def watch_loss(self, loss: torch.Tensor) -> None:
+        """Remember whether a micro-batch's loss is finite. Nothing waits for the device here."""
+        invalid = loss.detach().isfinite().all().logical_not().reshape(1)
+        self._invalid_loss = invalid if self._invalid_loss is None else self._invalid_loss | invalid
+
+    def agree_on_loss(self) -> None:
+        """Before a step: let the active block's optimizer skip it if a loss on any rank was not finite.
+
+        Gradients need no such word: a step comes after their reduction, and all ranks see the same norm of them.
+        """
+        flag, self._invalid_loss = self._invalid_loss, None
+        if flag is None:  # backward passes that did not go through the engine
+            flag = torch.zeros(1, dtype=torch.bool, device=get_accelerator().current_device_name())
+        flag = flag.float()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self._owner.invalid_loss = bool(flag)
+
+    def skipped(self, block: str) -> None:
+        """After a step that was not taken: say so, unless fp16's loss scale was only too high."""
+        if self._owner.invalid_loss or getattr(self._owner, "dtype", None) != torch.float16:
+            what = "the loss is" if self._owner.invalid_loss else "gradients are"
+            log_dist(f"{what} not finite: no rank updates block {block}", ranks=[0], level=logging.WARNING)
+        if not self._streamed and self._owner.offloaded is not None:
+            self._owner.offloaded.forget()  # a whole block's state is not to wait on top of the next activations
 
     def held(self) -> Iterator[Held]:
         """All tensors that the blocks' optimizers keep, but the weights."""

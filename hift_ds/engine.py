@@ -59,8 +59,9 @@ class HiFTEngine(CheckpointingEngine):
     """Trains one block of layers in each optimizer step, and all of them in a cycle.
 
     Used exactly like DeepSpeed's engine: ``engine(...)``, ``engine.backward(loss)``, ``engine.step()``. The block
-    does not change inside a gradient-accumulation window, nor after a step that was skipped. The learning-rate
-    scheduler is stepped once a cycle (the paper's delayed update), so it counts cycles.
+    does not change inside a gradient-accumulation window, nor after a step that was skipped: where a loss in the window
+    or a gradient is not finite on any rank, no rank updates anything. The learning-rate scheduler is stepped once a
+    cycle (the paper's delayed update), so it counts cycles.
 
     Attributes:
         blocks: what the model was cut into, in order from the embeddings to the head.
@@ -70,6 +71,7 @@ class HiFTEngine(CheckpointingEngine):
     optimizer: Any
     lr_scheduler: Any
     block_optimizers: BlockOptimizers
+    skips_by_itself = True  # what is not finite; DeepSpeed's engine does not in every case
 
     def __init__(self, model: torch.nn.Module, hift: hift_config.HiFTConfig, **kwargs: Any):
         self.hift = hift
@@ -115,6 +117,7 @@ class HiFTEngine(CheckpointingEngine):
                 "one this step trains. If the model never uses these parameters, add them to hift.freeze; if "
                 "activation checkpointing is on, use its non-reentrant form (use_reentrant=False)"
             )
+        self.block_optimizers.watch_loss(loss)
         result = super().backward(loss, *args, **kwargs)
         if self.is_gradient_accumulation_boundary():
             self._watch_memory()
@@ -237,12 +240,14 @@ class HiFTEngine(CheckpointingEngine):
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         self.block_optimizers.copy_settings()
+        self.block_optimizers.agree_on_loss()
         scheduler, self.lr_scheduler = self.lr_scheduler, None  # its turn is at the end of a cycle
         try:
             super()._take_model_step(lr_kwargs)
         finally:
             self.lr_scheduler = scheduler
         if not self.was_step_applied():
+            self.block_optimizers.skipped(f"{self.active_block} ({self.blocks[self.active_block].name})")
             return
         if self._schedule.advance() and scheduler is not None:
             scheduler.step(**(lr_kwargs or {}))
@@ -250,7 +255,7 @@ class HiFTEngine(CheckpointingEngine):
 
     def clip_fp32_gradients(self) -> None:
         """Clip over the active block's norm (stage 0 in fp32; DeepSpeed's optimizers clip by themselves)."""
-        self._global_grad_norm = clip_grad_norm_(
+        self.optimizer.norm = clip_grad_norm_(
             parameters=self._block_parameters[self.active_block],
             max_norm=self.gradient_clipping(),
             mpu=self.mpu,
@@ -350,9 +355,6 @@ class HiFTEngine(CheckpointingEngine):
             "communication_data_type": self.communication_data_type,
         }
         if stage <= 2:
-            check_overflow = self.fp16_enabled() or (
-                self.bfloat16_enabled() and self._config.bfloat16_config.check_grad_overflow
-            )
 
             def wrap(inner: torch.optim.Optimizer) -> Any:
                 return ZeroBlockOptimizer(
@@ -366,7 +368,7 @@ class HiFTEngine(CheckpointingEngine):
                     partition_grads=stage == 2,
                     round_robin_gradients=self.zero_round_robin_gradients(),
                     parameter_alignment=self.zero_parameter_alignment(),
-                    check_grad_overflow=check_overflow,
+                    check_grad_overflow=True,
                     compute_grad_norm=self.zero_compute_grad_norm(),
                     **common,
                 )

@@ -86,6 +86,10 @@ class PlainBlockOptimizer:
     """fp32 at stage 0, where DeepSpeed uses the torch optimizer as it is and the weights are their own masters."""
 
     offloaded: BlockState | None = None
+    invalid_loss = False
+    overflow = False
+    norm: Any = None  # of the gradients, where they were clipped
+    _global_grad_norm: Any = None
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer: Any = optimizer
@@ -96,6 +100,14 @@ class PlainBlockOptimizer:
         return self.optimizer.param_groups
 
     def step(self) -> None:
+        norm, self.norm = self.norm, None
+        if norm is None:
+            gradients = [weights.grad for weights, _ in self._stepped if weights.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        self.overflow = self.invalid_loss or bool(is_invalid_grad_norm(norm))
+        self._global_grad_norm = float("inf") if self.overflow else norm
+        if self.overflow:
+            return
         if self.offloaded is None:
             self.optimizer.step()
         else:
@@ -131,6 +143,7 @@ class UnfusedBlockOptimizer(FP16_UnfusedOptimizer):
 
     optimizer: Any
     offloaded: BlockState | None = None
+    invalid_loss = False
 
     def initialize_optimizer_states(self) -> None:
         # DeepSpeed takes a step on zero gradients here, which counts, decays the masters, and builds state for every
@@ -139,11 +152,11 @@ class UnfusedBlockOptimizer(FP16_UnfusedOptimizer):
         self._weights = [weights for members in self.fp16_groups for weights in members]
 
     def step(self, closure: Any = None) -> bool:
+        if self.invalid_loss:
+            return self._skip_invalid_grad_norm()
         if self.offloaded is None:
             return super().step(closure)
-        self.overflow = self.overflow_checker.check()
-        if self.overflow:
-            return self._skip_invalid_grad_norm()
+        self.overflow = False
         gradients = [split_params_grads_into_shared_and_expert_params(members)[0] for members in self.fp16_groups]
         norms = [get_weight_norm(members, mpu=self.mpu) if members else 0.0 for members in gradients]
         self._global_grad_norm = get_global_norm(norm_list=norms)
@@ -177,7 +190,9 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     temp_grad_buffer_for_cpu_offload: torch.Tensor
     temp_grad_buffer_for_gpu_offload: torch.Tensor
     ready_for_gradients: bool
+    overflow: bool
     offloaded: BlockState | None = None
+    invalid_loss = False
     is_active = False
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -268,6 +283,12 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
         return super().get_grad_norm_direct(*_in_pieces(gradients, params), norm_type)
 
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        # The norm of gradients that are not finite is not finite either, and it is looked at next.
+        if self.invalid_loss or self.compute_grad_norm:
+            return self.invalid_loss
+        return super().has_overflow(partition_gradients)
+
     def step(self, closure: Any = None) -> None:
         if self.offloaded is None:
             if self.cpu_offload:
@@ -280,14 +301,11 @@ class ZeroBlockOptimizer(DeepSpeedZeroOptimizer):
             super().step(closure)
             return
         self.micro_step_id = INITIAL_MICRO_STEP_ID
-        self.overflow = False
-        if self.check_grad_overflow:
-            self.check_overflow(self.partition_gradients)
+        self.check_overflow(self.partition_gradients)
         norm = None
         if self.compute_grad_norm and not self.overflow:
             norm = self.scaled_global_norm()
-            if self.dtype != torch.bfloat16 or self.check_grad_overflow:
-                self.overflow = bool(is_invalid_grad_norm(norm))
+            self.overflow = bool(is_invalid_grad_norm(norm))
         scale = self.loss_scale
         self._update_scale(self.overflow)
         self._global_grad_norm = None if norm is None else norm / scale
@@ -354,6 +372,7 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
     grad_partitions_flat_buffer: torch.Tensor
     module: torch.nn.Module
     offloaded: BlockState | None = None
+    invalid_loss = False
 
     def __init__(self, *args: Any, first: "Zero3BlockOptimizer | None", **kwargs: Any):
         self._first = first
@@ -480,6 +499,14 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
         return super().get_grad_norm_direct(*_in_pieces(gradients, params), norm_type)
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        self.overflow = self.invalid_loss  # what of the gradients is not finite is in the norm, taken next
+
+    def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
+        # DeepSpeed asks in fp16 only.
+        self.check_overflow()
+        return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         # DeepSpeed looks for all of the model's parameters in this optimizer's flat buffer, which holds one block's.

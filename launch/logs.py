@@ -24,6 +24,7 @@ from tqdm import tqdm
 import hift_ds
 from launch import models
 from launch.data import Data
+from launch.errors import shown
 from launch.settings import REPOSITORY, LoggingSettings, Settings
 
 
@@ -77,21 +78,22 @@ class RunLog:
         return self.wandb.id if self.wandb is not None else None
 
     def step(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
         self._to_wandb(lambda: self.wandb.log(_flat(record), step=record["step"]))
-        self.bar.set_postfix_str(f"block {record['block_name']}, loss {record['loss']:.4f}")
+        self.bar.set_postfix_str(f"block {record['block_name']}, loss {_number(record['loss'])}")
         self.bar.update()
         step, steps = record["step"], self.settings.training.max_steps
-        if self.bar.disable and (step == steps or step % self.settings.logging.every == 0):
+        if record["skipped"] or self.bar.disable and (step == steps or step % self.settings.logging.every == 0):
             parts = [
-                f"step {step}/{steps}: loss {record['loss']:.4f}",
+                f"step {step}/{steps}: loss {_number(record['loss'])}",
                 f"learning rate {record['learning_rate']:.3g}",
                 f"block {record['block_name']}",
                 f"{record['tokens_per_second']:.0f} tokens/s",
-                *(["skipped (overflow)"] if record["skipped"] else []),
+                *(["skipped" + _why(record)] if record["skipped"] else []),
             ]
-            print(", ".join(parts), flush=True)
+            self.bar.write(", ".join(parts), file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self, summary: dict[str, Any]) -> None:
         self.bar.close()
@@ -145,6 +147,17 @@ def _step_of(line: str) -> float:
         return float("inf")  # half a line: the process was killed while writing it
 
 
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _why(record: dict[str, Any]) -> str:
+    if "not_finite" not in record:
+        return ": the loss scale was too high"
+    ranks = f" on rank {', '.join(map(str, record['ranks']))}" if record["ranks"] else ""
+    return f": {record['not_finite']} not finite{ranks}, examples {shown(record['rows'])}"
+
+
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in record.items():
@@ -166,7 +179,7 @@ def summarize(
     """The run in one mapping, from its metrics.jsonl and what was recorded at its start."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    losses = [record["loss"] for record in records]
+    losses = [record["loss"] for record in records if record["loss"] is not None]
     window = max(1, min(10, len(losses) // 2))
     applied = [record["block"] for record in records if not record["skipped"]]
     seconds = sum(record["seconds"] for record in records)
@@ -181,11 +194,11 @@ def summarize(
         "blocks": len(block_names),
         "block_names": block_names,
         "updates_per_block": [applied.count(block) for block in range(len(block_names))],
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
         "loss_window": window,
-        "loss_first_mean": sum(losses[:window]) / window,
-        "loss_last_mean": sum(losses[-window:]) / window,
+        "loss_first_mean": sum(losses[:window]) / window if losses else None,
+        "loss_last_mean": sum(losses[-window:]) / window if losses else None,
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
@@ -262,8 +275,8 @@ def report(summary: dict[str, Any]) -> str:
         f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole "
         f"cycle{'s' * (s['cycles'] != 1)} of "
         f"{s['blocks']} block{'s' * (s['blocks'] != 1)}",
-        f"loss               {s['loss_first']:.4f} at the first step, {s['loss_last']:.4f} at the last; means of "
-        f"{s['loss_window']}: {s['loss_first_mean']:.4f}, {s['loss_last_mean']:.4f}",
+        f"loss               {_number(s['loss_first'])} at the first step, {_number(s['loss_last'])} at the last; "
+        f"means of {s['loss_window']}: {_number(s['loss_first_mean'])}, {_number(s['loss_last_mean'])}",
     ]
     for when in ("before", "after"):
         if f"score_{when}" in s:
@@ -278,7 +291,7 @@ def report(summary: dict[str, Any]) -> str:
         f"updates            {_updates(s['block_names'], s['updates_per_block'])}",
     ]
     if s["steps_skipped"]:
-        lines.append(f"skipped            {s['steps_skipped']} steps (overflow)")
+        lines.append(f"skipped            {s['steps_skipped']} steps: loss or gradients not finite")
     if "sample_before" in s:
         lines.append(_indented("a held-out problem", s["sample_after"]["prompt"]))
         lines.append(_indented("expected answer", s["sample_after"]["expected"]))

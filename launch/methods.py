@@ -35,25 +35,47 @@ class MethodSettings(AdapterSettings):
 Share = Callable[[], torch.Tensor]
 
 
-def gradient_step(engine: Any, shares: Sequence[Share]) -> float:
-    """One optimizer step by back-propagation; this rank's part of the loss."""
+def gradient_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+    """One optimizer step by back-propagation: this rank's part of the loss, and whether all ranks have updated weights.
+
+    Where they have not, none has: a loss or a gradient was not finite.
+    """
     loss = 0.0
-    for share in shares:
+    for number, share in enumerate(shares, start=1):
         value = share()
         # DeepSpeed takes the mean over micro-batches and ranks; what is wanted is their sum.
         engine.backward(value * (len(shares) * dist.get_world_size()))
-        engine.step()
         loss += value.item()
-    return loss
+        if number == len(shares) and not _may_step(engine, loss):
+            return loss, False
+        engine.step()
+    return loss, engine.was_step_applied()
 
 
-def forward_step(engine: Any, shares: Sequence[Share]) -> float:
-    """One optimizer step by forward passes alone; this rank's part of the loss."""
+def _may_step(engine: Any, loss: float) -> bool:
+    """Whether loss and gradients are fit for DeepSpeed's own engine, which looks at neither in fp32 at stage 0, and at
+    the gradients alone elsewhere; the other engines see for themselves. All ranks get the same answer.
+
+    After a refusal this engine cannot go on: its window is left open.
+    """
+    if getattr(engine, "skips_by_itself", False) or engine.fp16_enabled():
+        return True
+    is_finite = math.isfinite(loss)
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        is_finite &= math.isfinite(torch.nn.utils.get_total_norm(gradients))
+    flag = torch.tensor(float(is_finite), device=engine.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def forward_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+    """The same by forward passes alone."""
     world = dist.get_world_size()
     # MeZO divides the ranks' sum by the sum of the second numbers, which is 1.
     loss = engine.optimizer.step(lambda: (sum(share().item() for share in shares), 1 / world))
     engine.step()
-    return loss / world
+    return loss / world, engine.was_step_applied()
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,7 @@ class Method:
 
     engine: str | None
     adapter: str | None = None
-    step: Callable[[Any, Sequence[Share]], float] = gradient_step
+    step: Callable[[Any, Sequence[Share]], tuple[float, bool]] = gradient_step
     parts: tuple[str, ...] = ()
 
     @property

@@ -31,7 +31,12 @@ PACKAGES = {"lomo": "lomo-optim", "badam": "badam", "galore": "galore-torch"}
 
 
 class PlainEngine:
-    """Trains with a torch optimizer on whole weights: gradients summed over a window, averaged over ranks, clipped."""
+    """Trains with a torch optimizer on whole weights: gradients summed over a window, averaged over ranks, clipped.
+
+    Where a loss or a gradient is not finite on any rank, no rank updates anything, nor does the schedule advance.
+    """
+
+    skips_by_itself = True
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, factor: Callable[[int], float], settings: Any):
         self.module = model
@@ -44,6 +49,8 @@ class PlainEngine:
         self.accumulation = settings.accumulation
         self._norm: float | None = None
         self._backwards = 0
+        self._is_finite = True  # each loss of the window
+        self._applied = True
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self.module(*inputs, **named)
@@ -57,6 +64,7 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulation).backward()
         self._backwards += 1
+        self._is_finite &= math.isfinite(loss)
 
     def step(self) -> None:
         if self._backwards % self.accumulation:
@@ -66,14 +74,18 @@ class PlainEngine:
             for gradient in gradients:
                 dist.all_reduce(gradient.div_(dist.get_world_size()))
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p in self.module.parameters() if p.grad is not None], self.clip, norm
-            )
         self._norm = float(norm)
-        self.optimizer.step()
+        is_finite = torch.tensor(float(self._is_finite and math.isfinite(self._norm)), device=self.device)
+        dist.all_reduce(is_finite, op=dist.ReduceOp.MIN)
+        self._applied, self._is_finite = bool(is_finite), True
+        if self._applied:
+            if self.clip:
+                torch.nn.utils.clip_grads_with_norm_(
+                    [p for p in self.module.parameters() if p.grad is not None], self.clip, norm
+                )
+            self.optimizer.step()
+            self._advance()
         self.module.zero_grad(set_to_none=True)
-        self._advance()
 
     def _advance(self) -> None:
         self._tick += 1
@@ -87,7 +99,7 @@ class PlainEngine:
         return self._norm
 
     def was_step_applied(self) -> bool:
-        return True
+        return self._applied
 
     def fp16_enabled(self) -> bool:
         return False
@@ -132,26 +144,32 @@ class MeZOEngine(PlainEngine):
         self.module.eval()
 
     def step(self) -> None:
-        self._advance()
-
-    def was_step_applied(self) -> bool:
-        return math.isfinite(self.optimizer.projected_gradient)
+        self._applied = math.isfinite(self.optimizer.projected_gradient)
+        if self._applied:
+            self._advance()
 
     def _state(self) -> dict[str, Any]:
         return super()._state() | {"optimizer": self.optimizer.state_dict()}
 
 
 class LomoEngine(PlainEngine):
-    """Each weight is updated as soon as its gradient is there; clipping by norm takes a backward pass of its own."""
+    """Each weight is updated as soon as its gradient is there; clipping by norm takes a backward pass of its own.
+
+    Without clipping, a gradient that is not finite where the loss is can only be seen when it is in the weights.
+    """
 
     def backward(self, loss: torch.Tensor) -> None:
-        if self.clip:
+        self._applied = math.isfinite(loss)
+        if self._applied and self.clip:
             self.optimizer.grad_norm(loss)
             self._norm = float(torch.norm(self.optimizer.grad_norms, 2.0))
-        self.optimizer.fused_backward(loss, self.basic_optimizer.param_groups[0]["lr"])
+            self._applied = math.isfinite(self._norm)
+        if self._applied:
+            self.optimizer.fused_backward(loss, self.basic_optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        self._advance()
+        if self._applied:
+            self._advance()
 
 
 def make_plain_engine(model: torch.nn.Module, settings: Any, factor: Callable[[int], float]) -> PlainEngine:

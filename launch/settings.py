@@ -78,6 +78,7 @@ class TrainingSettings:
     weight_decay: float | None = setting(None, at_least=0)
     max_grad_norm: float | None = setting(None, at_least=0)  # 0 = no clipping
     optimizer: str | None = None
+    max_skipped_steps: int = setting(5, at_least=0)  # in a row, for what is not finite; one more stops the run
     loss_chunk: int | None = setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
     seed: int = setting(0, at_least=0)
     save_every: int | None = setting(None, at_least=1)  # steps; null = no checkpoints

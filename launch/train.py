@@ -44,6 +44,7 @@ from launch.held_out import evaluate
 from launch.methods import METHODS, schedule_factor
 from launch.plain import make_plain_engine
 from launch.settings import Settings, load_settings
+from launch.skipped import SkippedSteps
 
 
 def train(
@@ -57,7 +58,8 @@ def train(
 ) -> None:
     """The training loop, from step `first_step` (0-based) to `training.max_steps`, or until `max_seconds` are over."""
     training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
-    take_step = METHODS[settings.method.name].step
+    method = METHODS[settings.method.name]
+    skipped = SkippedSteps(settings, len(data.train), method.engine != "deepspeed" or engine.fp16_enabled())
     elapsed = 0.0
     windows = window_batches(
         len(data.train), training.seed, training.batch_size, settings.micro_batch_size, rank, world, first_step
@@ -77,18 +79,17 @@ def train(
         # Dropout depends on the step and the rank alone, so a resumed run draws what the straight one drew.
         torch.manual_seed((training.seed * 1_000_003 + step) * world + rank)
         shares = [functools.partial(loss_share, engine, batch, settings, targets) for batch in batches]
-        loss, waited = sum_over_ranks(engine.device, take_step(engine, shares), time.perf_counter() - started)
-        if not math.isfinite(loss) and not engine.fp16_enabled():  # in fp16 DeepSpeed skips the step instead
-            raise UserError(
-                f"the loss is {loss} at step {step + 1}: training has diverged. Lower training.learning_rate "
-                f"(now {learning_rate:g}) or training.max_grad_norm."
-            )
+        own_loss, is_applied = method.step(engine, shares)
+        loss, waited = sum_over_ranks(engine.device, own_loss, time.perf_counter() - started)
         seconds = time.perf_counter() - started
-        record = {"step": step + 1, "cycle": cycle, "block": block, "block_name": names[block], "loss": loss}
+        record = {"step": step + 1, "cycle": cycle, "block": block, "block_name": names[block], "loss": finite(loss)}
         record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
-        record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, **engine_record(engine)}
+        record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "skipped": not is_applied}
+        record |= engine_record(engine)
+        skipped.note(engine, record, own_loss)
         if log is not None:
             log.step(record)
+        skipped.check(record)
         if training.save_every and ((step + 1) % training.save_every == 0 or step + 1 == training.max_steps):
             save_checkpoint(engine, settings, step + 1)
         elapsed += waited / world
@@ -117,7 +118,7 @@ def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str, chunk: i
 def engine_record(engine: Any) -> dict[str, Any]:
     """What the engine knows about the step it just took."""
     norm = engine.get_global_grad_norm()
-    record = {"grad_norm": None if norm is None else float(norm), "skipped": not engine.was_step_applied()}
+    record: dict[str, Any] = {"grad_norm": None if norm is None else finite(float(norm))}
     if engine.fp16_enabled():
         record["loss_scale"] = float(engine.optimizer.loss_scale)
     if hasattr(engine, "memory_ledger"):
@@ -125,6 +126,11 @@ def engine_record(engine: Any) -> dict[str, Any]:
     if engine.device.type != "cpu":
         record["memory_allocated"] = get_accelerator().memory_allocated()  # by the allocator: activations too
     return record
+
+
+def finite(value: float) -> float | None:
+    """As it goes into JSON, which has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -229,6 +235,8 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
     config = copy.deepcopy(settings.deepspeed)
     has_scheduler = config.get("scheduler")
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
+    for key in {"bf16", "bfloat16"} & config.keys():  # so that DeepSpeed's own engine skips them, as HiFT does
+        config[key].setdefault("check_grad_overflow", True)
     if get_accelerator().device_name() == "cpu" and config["optimizer"]["type"].lower() in ("adam", "adamw"):
         if not offloaded:  # torch's step, as HiFT takes there: no kernel to compile, and methods compare like with like
             config["optimizer"]["params"].setdefault("torch_adam", True)
@@ -241,6 +249,9 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
         )
     except ValueError as error:
         raise UserError(f"deepspeed: {error}") from error
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # `SkippedSteps` stops the run, and says more
     return engine
 
 

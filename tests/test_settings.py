@@ -154,6 +154,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "fraction for a count": (["training.max_steps=1.5"], ["1.5", "a whole number"]),
     "truth for a number": (["training.seed=true"], ["training.seed", "True", "a whole number"]),
     "number for truth": (["output.overwrite=1"], ["output.overwrite", "true or false"]),
+    "negative skips": (["training.max_skipped_steps=-1"], ["training.max_skipped_steps", "-1", "at least 0"]),
     "negative chunk": (["training.loss_chunk=-1"], ["training.loss_chunk", "-1", "at least 0"]),
     "text for a chunk": (["training.loss_chunk=auto"], ["training.loss_chunk", "'auto'", "a whole number or null"]),
     "chunk of a classifier": (
