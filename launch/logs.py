@@ -24,6 +24,7 @@ from tqdm import tqdm
 import hift_ds
 from launch import models
 from launch.data import Data
+from launch.preemption import STOPPED
 from launch.settings import REPOSITORY, LoggingSettings, Settings
 
 
@@ -93,9 +94,14 @@ class RunLog:
             ]
             print(", ".join(parts), flush=True)
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """Args: summary: of the finished run; None: it was stopped and is to be continued."""
         self.bar.close()
         self.file.close()
+        if summary is None:
+            self._to_wandb(lambda: self.wandb.mark_preempting())
+            self._to_wandb(lambda: self.wandb.finish(exit_code=STOPPED))
+            return
         self._to_wandb(lambda: self.wandb.summary.update(_flat(summary)))
         self._to_wandb(lambda: self.wandb.finish())
 

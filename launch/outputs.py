@@ -4,6 +4,7 @@ OUT/run.json        what the run is: its settings, and what must be the same whe
 OUT/metrics.jsonl   one record a step
 OUT/checkpoints/    DeepSpeed checkpoints; the file `latest` names the newest whole one
 OUT/model/          the trained model, a Hugging Face folder
+OUT/logs/           what each rank did last; a start that failed leaves it too, so it alone is no run
 OUT/summary.json    written last: the run is finished
 """
 
@@ -21,6 +22,7 @@ from launch.errors import UserError
 from launch.settings import Settings
 
 OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
+LOGS = "logs"  # written from early on (launch/ranks.py), when it is not yet sure that the folder's run is replaced
 
 # Settings that may change between a run and its continuation: they do not touch what is trained.
 FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows stand for them

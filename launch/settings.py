@@ -81,6 +81,7 @@ class TrainingSettings:
     loss_chunk: int | None = setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
     seed: int = setting(0, at_least=0)
     save_every: int | None = setting(None, at_least=1)  # steps; null = no checkpoints
+    rank_timeout: float = setting(1800.0, at_least=1)  # seconds without progress after which a rank counts as lost
     eval_batch_size: int | None = setting(None, at_least=1)  # examples a rank; default: micro_batch_size
     max_new_tokens: int = setting(64, at_least=1)  # generated for a held-out answer
 
