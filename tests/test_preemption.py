@@ -61,7 +61,7 @@ class Job:
     def text(self) -> str:
         return self.printed.read_text()
 
-    def until(self, condition: Callable[[], Any], seconds: float = 120, what: str = "the condition") -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 400, what: str = "the condition") -> Any:
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, f"{what} did not come in {seconds} s:\n{self.text()}"
