@@ -140,13 +140,11 @@ class RankWatch:
             lines = [f"no rank has gone on for {self.limit:g} s, and all are alive:"]
             lines += [f"  {state}" for state in self._states().values()]
         lines[MOST:] = [f"... and {len(lines) - MOST} more"] if len(lines) > MOST else []
-        text = "\n".join(
-            [
-                *lines,
-                "The run cannot go on. Continue from the newest checkpoint with --resume. If a step or the export "
-                f"takes longer than training.rank_timeout ({self.limit:g} s), raise that.",
-            ]
-        )
+        lines.append("The run cannot go on. Continue from the newest checkpoint with --resume.")
+        if self._silence() > 0.9 * self.limit:
+            setting = f"training.rank_timeout ({self.limit:g} s)"
+            lines.append(f"If a step, loading or the export takes longer than {setting}, raise that.")
+        text = "\n".join(lines)
         self._line(text)
         if self.rank == min(set(range(self.world)) - set(found)):
             print(f"error: {text}", file=sys.stderr, flush=True)

@@ -123,7 +123,7 @@ def assert_saved(job: Job, losses: list[float]) -> int:
     assert (job.out / "checkpoints" / "latest").read_text() == f"step{step}", job.text()
     assert [path.name for path in (job.out / "checkpoints").glob("step*")] == [f"step{step}"]
     assert f"after step {step}; checkpoint {job.out / 'checkpoints' / f'step{step}'}; continue" in job.text()
-    assert "Traceback" not in job.text()
+    assert 'launch/train.py", line' not in job.text()  # the outer `deepspeed` itself has a traceback after SIGINT
     resumed = run_tiny(job.ranks, job.out, *ENDLESS[1:], f"training.max_steps={step + 3}", resume="yes")
     assert resumed["code"] == 0, resumed["printed"]
     assert [record["step"] for record in records(job.out)] == list(range(1, step + 4))
@@ -252,14 +252,14 @@ def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ten_stopped_ranks(tmp_path: Path) -> None:
     draw, limit = random.Random(0), 8
-    seconds = [stop_a_rank(tmp_path / str(number), limit, draw.randrange(2), draw) for number in range(10)]
+    seconds = [stop_a_rank(tmp_path / str(n), limit, draw.randrange(2), draw, wait=n < 2) for n in range(10)]
     print(
         f"{len(seconds)} of 10 ended with 76, after {min(seconds):.1f} to {max(seconds):.1f} s; the limit is {limit} s"
     )
 
 
-def stop_a_rank(out: Path, limit: float, stopped: int, draw: random.Random | None = None) -> float:
-    """SIGSTOP one of two ranks; the seconds until the other has exited."""
+def stop_a_rank(out: Path, limit: float, stopped: int, draw: Any = None, wait: bool = False) -> float:
+    """SIGSTOP one of two ranks; the seconds until the other has exited. `wait`: for the launcher to end the first."""
     with Job(out, 2, *ENDLESS, f"training.rank_timeout={limit}") as job:
         job.wait_for_step(draw.randrange(1, 20) if draw else 3)
         time.sleep(draw.uniform(0, 0.5) if draw else 0)
@@ -274,6 +274,8 @@ def stop_a_rank(out: Path, limit: float, stopped: int, draw: random.Random | Non
         ), job.text()
         assert "training.rank_timeout" in job.text() and "Traceback" not in job.text()
         assert "is stopped" in (out / "logs" / f"rank{1 - stopped}.log").read_text()
+        if not wait:
+            victim.kill()
         job.ends([victim, launcher], 60)  # launch.py kills it 30 s after SIGTERM, which a stopped process does not hear
         assert job.code() == RANK_LOST
         return seconds
@@ -302,5 +304,6 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
         other.send_signal(signal.SIGTERM)
         assert job.ends([other], 20) < 5
         assert "SIGTERM again: exiting at once, without saving" in job.text()
+        time.sleep(3)  # launch.py looks once a second
         victim.kill()
         assert job.code() == 128 + signal.SIGTERM
