@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,17 @@ from launch.settings import Settings
 
 
 @torch.no_grad()
-def evaluate(engine: Any, data: Data, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, Any] | None:
+def evaluate(
+    engine: Any,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
     """Score the model on the held-out examples. Every rank must call it.
+
+    Args:
+        after_batch: called on every rank after each batch, equally often.
 
     Returns:
         None where the data has no score, else `metric`, `score` (0 to 1), the counts `correct`, `unanswered` and `n`,
@@ -36,6 +46,7 @@ def evaluate(engine: Any, data: Data, tokenizer: PreTrainedTokenizerBase, settin
     for index in range(n_batches):
         batch = mine[index * size : (index + 1) * size] or [data.eval[0]]
         predictions += predict(engine, batch, tokenizer, settings)
+        after_batch()
     engine.train()
     score = _sum_over_ranks(data.score(predictions[: len(mine)], mine), engine.device)
     return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,

@@ -25,6 +25,7 @@ import hift_ds
 from launch import models
 from launch.data import Data
 from launch.errors import shown
+from launch.preemption import STOPPED
 from launch.settings import REPOSITORY, LoggingSettings, Settings
 
 
@@ -95,9 +96,14 @@ class RunLog:
             self.bar.write(", ".join(parts), file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """Args: summary: of the finished run; None: it was stopped and is to be continued."""
         self.bar.close()
         self.file.close()
+        if summary is None:
+            self._to_wandb(lambda: self.wandb.mark_preempting())
+            self._to_wandb(lambda: self.wandb.finish(exit_code=STOPPED))
+            return
         self._to_wandb(lambda: self.wandb.summary.update(_flat(summary)))
         self._to_wandb(lambda: self.wandb.finish())
 

@@ -103,6 +103,10 @@ class Method:
     def uses_deepspeed(self) -> bool:
         return self.engine in ("hift", "deepspeed")
 
+    @property
+    def resumable(self) -> bool:
+        return self.uses_deepspeed or self.engine in RESUMABLE
+
     def schedule_ticks(self, max_steps: int, n_blocks: int, steps_per_block: int) -> int:
         """How often the learning-rate schedule advances in `max_steps` optimizer steps.
 
@@ -164,7 +168,7 @@ def method_problems(settings: MethodSettings, save_every: int | None, fp16: bool
             found.append(f"{key}. Expected at least 0 and less than 1.")
         elif not dropout and value <= 0:
             found.append(f"{key}. Expected {'at least 1' if isinstance(entry.default, int) else 'more than 0'}.")
-    if save_every and not method.uses_deepspeed and method.engine not in RESUMABLE:
+    if save_every and not method.resumable:
         found.append(
             f"training.save_every: got {save_every}, but {name}'s package cannot save all of its state, so a run could "
             "not be continued exactly. Set training.save_every=null."

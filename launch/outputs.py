@@ -4,6 +4,7 @@ OUT/run.json        what the run is: its settings, and what must be the same whe
 OUT/metrics.jsonl   one record a step
 OUT/checkpoints/    what `--resume` continues from (hift_ds/checkpoint.py)
 OUT/model/          the trained model, a Hugging Face folder
+OUT/logs/           what each rank did last; a start that failed leaves it too, so it alone is no run
 OUT/summary.json    written last: the run is finished
 """
 
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds import checkpoint
-from hift_ds.checkpoint import Checkpoint, CheckpointError
+from hift_ds.checkpoint import Checkpoint, CheckpointError, Lock
 from launch.data import Data
 from launch.errors import UserError
 from launch.settings import Settings
 
 OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
+LOGS = "logs"  # written from early on (launch/ranks.py), when it is not yet sure that the folder's run is replaced
 
 # Settings that may change between a run and its continuation: they do not touch what is trained.
 FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows stand for them
@@ -99,6 +101,21 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
         return False
     exported = not settings.output.export or (folder / "model").is_dir()
     return exported and summary.get("steps", 0) >= settings.training.max_steps
+
+
+def claim(folder: Path) -> Lock:
+    """Make the folder, and keep other runs out of it until `release` or the end of this process. On one rank.
+
+    Raises:
+        UserError: another run writes into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Lock(folder)
+    except CheckpointError as error:
+        raise UserError(f"output.dir: {error}") from None
+    except OSError as error:
+        raise UserError(f"output.dir: {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def clear(folder: Path) -> None:

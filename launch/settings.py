@@ -84,6 +84,7 @@ class TrainingSettings:
     save_every: int | None = setting(None, at_least=1)  # steps; null = no checkpoints
     keep_last: int | None = setting(2, at_least=1)  # checkpoints; older ones are deleted; null = all are kept
     keep_every: int | None = setting(None, at_least=1)  # steps; checkpoints at multiples of it are kept, too
+    rank_timeout: float = setting(1800.0, at_least=1)  # seconds without progress after which a rank counts as lost
     eval_batch_size: int | None = setting(None, at_least=1)  # examples a rank; default: micro_batch_size
     max_new_tokens: int = setting(64, at_least=1)  # generated for a held-out answer
 

@@ -4,7 +4,8 @@
     python launch/train.py ...                     the same in one process
 
 Reads one YAML (launch/settings.py), writes one folder (launch/outputs.py). Exit codes: 0 done, 2 the settings, the
-data or the folder need a change (said in one message, nothing was overwritten).
+data or the folder need a change (said in one message, nothing was overwritten), 75 stopped by a signal, the last step
+saved (launch/preemption.py: continue with --resume), 76 a rank died or hung (launch/ranks.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +45,8 @@ from launch.export import export_model
 from launch.held_out import evaluate
 from launch.methods import METHODS, schedule_factor
 from launch.plain import make_plain_engine
+from launch.preemption import STOPPED, Preemption, Stopped
+from launch.ranks import RANK_LOST, RankWatch
 from launch.settings import Settings, load_settings
 from launch.skipped import SkippedSteps
 
@@ -55,8 +59,16 @@ def train(
     first_step: int,
     log: logs.RunLog | None,
     max_seconds: float = math.inf,
+    stop_asked: Callable[[int], bool] = lambda step: False,
 ) -> None:
-    """The training loop, from step `first_step` (0-based) to `training.max_steps`, or until `max_seconds` are over."""
+    """The training loop, from step `first_step` (0-based) to `training.max_steps`, or until `max_seconds` are over.
+
+    Args:
+        stop_asked: called after each step with the number of steps done; whether this rank was asked to stop.
+
+    Raises:
+        Stopped: a rank was asked to stop; the step is saved.
+    """
     training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
     method = METHODS[settings.method.name]
     skipped = SkippedSteps(settings, len(data.train), method.engine != "deepspeed" or engine.fp16_enabled())
@@ -80,7 +92,9 @@ def train(
         torch.manual_seed((training.seed * 1_000_003 + step) * world + rank)
         shares = [functools.partial(loss_share, engine, batch, settings, targets) for batch in batches]
         own_loss, is_applied = method.step(engine, shares)
-        loss, waited = sum_over_ranks(engine.device, own_loss, time.perf_counter() - started)
+        loss, waited, asked = sum_over_ranks(
+            engine.device, own_loss, time.perf_counter() - started, stop_asked(step + 1)
+        )
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "cycle": cycle, "block": block, "block_name": names[block], "loss": finite(loss)}
         record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
@@ -90,11 +104,24 @@ def train(
         if log is not None:
             log.step(record)
         skipped.check(record)
-        if training.save_every and ((step + 1) % training.save_every == 0 or step + 1 == training.max_steps):
+        due = training.save_every and ((step + 1) % training.save_every == 0 or step + 1 == training.max_steps)
+        if due:
             save_checkpoint(engine, settings, step + 1)
+        if asked:
+            stop_here(engine, settings, step + 1, saved=bool(due))
         elapsed += waited / world
         if elapsed >= max_seconds:
             break
+
+
+def stop_here(engine: Any, settings: Settings, step: int, saved: bool) -> NoReturn:
+    """Save unless that is done or cannot be, and raise `Stopped`; every rank calls it."""
+    if not METHODS[settings.method.name].resumable:
+        raise Stopped(f"after step {step}; nothing was saved: method {settings.method.name!r} cannot be continued")
+    if not saved:
+        save_checkpoint(engine, settings, step)
+    raise Stopped(f"after step {step}; checkpoint {outputs.folder(settings) / 'checkpoints' / f'step{step}'}; "
+        "continue with --resume")  # fmt: skip
 
 
 def loss_share(engine: Any, batch: dict[str, torch.Tensor], settings: Settings, targets: float) -> torch.Tensor:
@@ -133,7 +160,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, stop: Preemption, watch: RankWatch) -> None:
     """One run from settings to summary. What can be wrong is checked before a weight is loaded or a file written."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = load_settings(arguments.config, arguments.set, world)
@@ -145,7 +172,11 @@ def run(arguments: argparse.Namespace) -> None:
     if outputs.check_start(folder, settings, arguments.resume):
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        verbose=False,
+        timeout=timedelta(seconds=settings.training.rank_timeout + 60),  # so that `watch` speaks first
+    )
     found = outputs.find_checkpoint(folder, arguments.resume) if arguments.resume else None
     if arguments.resume and found is None:
         logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
@@ -157,13 +188,16 @@ def run(arguments: argparse.Namespace) -> None:
     identity = outputs.identity(settings, world, data)
     recorded = outputs.check_same_run(folder, identity) if found else {}
 
+    lock = outputs.claim(folder) if rank == 0 else None
+    watch.start(folder / outputs.LOGS, rank, world, settings.training.rank_timeout, keep=arguments.resume is not None)
     logs.say(rank, logs.data_report(data))
     set_seed(settings.training.seed)
     engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
     if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
         raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
     first_step = load_checkpoint(engine, found) if found else 0
-    before = recorded["before"] if found else evaluate(engine, data, tokenizer, settings)
+    watch.progress()
+    before = recorded["before"] if found else evaluate(engine, data, tokenizer, settings, watch.progress)
 
     log = None
     if rank == 0:
@@ -178,10 +212,31 @@ def run(arguments: argparse.Namespace) -> None:
             f"training.max_steps is {settings.training.max_steps}, and a cycle over all blocks takes {a_cycle} steps"
         )
         logs.say(rank, f"warning: {shown}: some blocks will not be trained")
+    last = settings.training.max_steps
+    has_last = bool(settings.training.save_every) or first_step == last
+
+    def stop_asked(step: int) -> bool:
+        watch.progress(step)
+        return stop.reason is not None
+
+    def after_batch() -> None:
+        if sum_over_ranks(engine.device, stop_asked(last))[0]:
+            stop_here(engine, settings, last, saved=has_last)
+
     dist.barrier()
-    train(engine, data, tokenizer.pad_token_id, settings, first_step, log)
-    after = evaluate(engine, data, tokenizer, settings)
+    stop.nothing_to_lose = None
+    try:
+        train(engine, data, tokenizer.pad_token_id, settings, first_step, log, stop_asked=stop_asked)
+        after = evaluate(engine, data, tokenizer, settings, after_batch)
+    except Stopped:
+        stop.leaving = True
+        if log is not None:
+            log.close(None)
+        dist.barrier()  # the launcher ends all as soon as one has exited
+        raise
     if settings.output.export:
+        if has_last:
+            stop.nothing_to_lose = f"the checkpoint of step {last} is whole; continue with --resume"
         export_model(engine, tokenizer, folder / "model", getattr(config, "use_cache", None))
 
     memory = logs.peak_memory(engine.device)
@@ -194,6 +249,8 @@ def run(arguments: argparse.Namespace) -> None:
         outputs.write_json(folder / "summary.json", summary)
         exported = f"\nmodel              {folder / 'model'}" if settings.output.export else ""
         logs.say(rank, f"\n{logs.report(summary)}{exported}")
+    if lock is not None:
+        lock.release()
 
 
 def schedule_ticks(settings: Settings, config: Any) -> int:
@@ -321,11 +378,21 @@ def world_of_one() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; the exit code."""
     world_of_one()
-    try:
-        run(parse(argv))
-    except UserError as error:
-        return told(error)
-    return 0
+    rank = int(os.environ["RANK"])
+    with Preemption(rank) as stop, RankWatch() as watch:
+        try:
+            run(parse(argv), stop, watch)
+            return 0
+        except Stopped as stopped:
+            logs.say(rank, f"stopped by {stop.reason or 'a signal to another rank'} {stopped}")
+            return STOPPED
+        except UserError as error:
+            mistake = error
+        except Exception as error:
+            if not watch.blame(error):
+                raise
+            return RANK_LOST
+    return told(mistake)  # with the signals as they were, so that the launcher can end this process
 
 
 def told(error: UserError) -> int:
@@ -342,6 +409,8 @@ def told(error: UserError) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if dist.is_initialized() and code == 0:
+    if code == RANK_LOST:
+        os._exit(code)  # a group that lacks a rank cannot be taken down in order
+    if dist.is_initialized() and code in (0, STOPPED):
         dist.destroy_process_group()
     sys.exit(code)
