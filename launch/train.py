@@ -33,9 +33,10 @@ from transformers import set_seed
 
 import hift_ds
 from hift_ds import loss as losses
-from launch import logs, models, outputs
+from launch import credentials, extensions, logs, models, outputs
 from launch.adapters import ADAPTERS
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
+from launch.determinism import deterministic
 from launch.errors import UserError
 from launch.export import export_model
 from launch.held_out import evaluate
@@ -130,15 +131,22 @@ def run(arguments: argparse.Namespace) -> None:
     """One run from settings to summary. What can be wrong is checked before a weight is loaded or a file written."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = load_settings(arguments.config, arguments.set, world)
+    with deterministic(settings.training.deterministic):
+        run_settings(settings, arguments.resume, rank, world)
+
+
+def run_settings(settings: Settings, resume: str | None, rank: int, world: int) -> None:
     logs.quieten(settings.logging, rank)
+    extensions.remove_stale_locks()
     if settings.zero_stage and not METHODS[settings.method.name].uses_deepspeed:
         shown = f"{settings.method.name} takes its steps without DeepSpeed; every rank holds all weights and all state"
         logs.say(rank, f"note: {shown}, and ZeRO stage {settings.zero_stage} is not used")
     folder = outputs.folder(settings)
-    tag, finished = outputs.find_start(folder, settings, arguments.resume)
+    tag, finished = outputs.find_start(folder, settings, resume)
     if finished:
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
+    outputs.check_writable(folder)
     tokenizer = models.load_tokenizer(settings.model)
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
     config = models.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
@@ -310,11 +318,12 @@ def told(error: UserError) -> int:
     """
     if os.environ["RANK"] != "0":
         time.sleep(60)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {credentials.redacted(str(error))}", file=sys.stderr, flush=True)
     return 2
 
 
 if __name__ == "__main__":
+    sys.excepthook = credentials.print_redacted
     code = main()
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
