@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import psutil
 from launch.settings import Settings
 
 FINISH_SECONDS = 60.0  # for what is still to be written or sent at the end of a run
+END_SECONDS = 10.0  # for letting go of a process that was ended
 
 
 class Tracker:
@@ -24,7 +26,7 @@ class Tracker:
 
     def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
         self.id: str = run.id
-        self._run, self._warn = run, warn
+        self._run, self._warn, self._given_up = run, warn, False
         self._sent: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -41,19 +43,25 @@ class Tracker:
         self._sent.put(None)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
+            self._given_up = True
             self._warn(
                 f"Weights & Biases did not finish within {FINISH_SECONDS:g} s and is left behind; `wandb sync` sends "
                 "what it has written"
             )
             _end_service()
+            self._thread.join(END_SECONDS)
 
     def _work(self) -> None:
-        while send := self._sent.get():
-            try:
+        try:
+            while send := self._sent.get():
                 send(self._run)
-            except Exception as error:
+        except Exception as error:
+            if not self._given_up:
                 self._warn(f"Weights & Biases failed and is off from here on: {type(error).__name__} {error}")
-                return
+            import wandb
+
+            with contextlib.suppress(Exception):  # else it tries the same again at exit, and fails loudly
+                wandb.teardown()
 
 
 def start_wandb(folder: Path, settings: Settings, run_id: str | None, warn: Callable[[str], None]) -> Tracker | None:
