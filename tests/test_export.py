@@ -18,7 +18,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> AutoModelFor..
     "llama, tied": ("CausalLM", "llama", {**SIZE, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "bert, tied head": ("MaskedLM", "bert", {**SIZE, "max_position_embeddings": 64}),
     "gpt2, tied": ("CausalLM", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
-    "t5, tied": ("Seq2SeqLM", "t5", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}),
+    "t5, tied": ("Seq2SeqLM", "t5", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2,
+                               "decoder_start_token_id": 0}),
     # Statistics of batch norms: buffers that training changes.
     "resnet": ("ImageClassification", "resnet", {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1],
                                                  "layer_type": "basic", "num_labels": 5}),
