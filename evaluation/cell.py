@@ -30,6 +30,7 @@ from hift_ds.blocks import numel_of
 from launch import logs, models
 from launch.adapters import trained_parameters
 from launch.data import Data
+from launch.determinism import deterministic
 from launch.encoding import encode
 from launch.errors import UserError
 from launch.methods import METHODS
@@ -145,7 +146,8 @@ class Cells:
         recorder = _Recorder(engine, settings)
         only_train = Data(list(examples), [], report, None)
         seconds = budget.seconds or math.inf
-        train(engine, only_train, self.tokenizer.pad_token_id, settings, 0, recorder, seconds)  # type: ignore[arg-type]
+        with deterministic(settings.training.deterministic):
+            train(engine, only_train, self.tokenizer.pad_token_id, settings, 0, recorder, seconds)  # type: ignore[arg-type]
         longest = max(len(one.input_ids) for one in examples)
         planned = self._planned(row, settings, task, longest)
         return engine, {**recorder.measured(), "planned_memory": planned}

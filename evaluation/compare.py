@@ -35,7 +35,8 @@ from evaluation.efficiency import machine
 from evaluation.process_memory import return_freed_memory
 from evaluation.report import log_to_wandb, write_report
 from evaluation.tasks import TaskData, load_task
-from launch import logs
+from launch import credentials, extensions, logs
+from launch.determinism import deterministic
 from launch.errors import NotApplicable, UserError
 from launch.train import Parser, told, world_of_one
 
@@ -190,8 +191,9 @@ def _guarded(run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str,
     except UserError as error:
         return not_run("failed", str(error))
     except Exception as error:
-        traceback.print_exc()
-        return not_run("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        print(credentials.redacted(traceback.format_exc()), file=sys.stderr, flush=True)
+        reason = credentials.redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return not_run("failed", reason[:500])
 
 
 def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -206,6 +208,7 @@ def _load(comparison: Comparison, entry: TaskEntry, seed: int) -> TaskData:
     return load_task(
         entry.task,
         entry.path,
+        revision=entry.revision,
         seed=seed,
         train_examples=data.train_examples,
         dev_examples=data.dev_examples,
@@ -232,12 +235,15 @@ def run(arguments: argparse.Namespace) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     comparison = load_comparison(arguments.config, arguments.set, world)
     logs.quieten(comparison.logging, rank)
+    extensions.remove_stale_locks()
     if comparison.folder.exists() and not comparison.folder.is_dir():
         raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder, or a name that is free")
     if rank == 0:
         comparison.folder.mkdir(parents=True, exist_ok=True)
         (comparison.folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
-    records = compare(comparison, rank, arguments.retry_failed)
+    wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
+    with deterministic(wanted):  # all rows: the accelerator is set up for it once
+        records = compare(comparison, rank, arguments.retry_failed)
     if rank == 0:
         write_report(records, comparison.folder, comparison.title)
         if comparison.logging.wandb != "off":
@@ -268,7 +274,8 @@ def _to_wandb(comparison: Comparison, records: list[dict[str, Any]]) -> None:
         log_to_wandb(records, comparison.folder, wandb_run)
         wandb_run.finish()
     except Exception as error:
-        print(f"warning: Weights & Biases failed: {' '.join(str(error).split())}", file=sys.stderr)
+        shown = credentials.redacted(" ".join(str(error).split()))
+        print(f"warning: Weights & Biases failed: {shown}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = credentials.print_redacted
     code = main()
     if dist.is_initialized():
         dist.destroy_process_group()

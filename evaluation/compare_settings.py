@@ -2,7 +2,7 @@
 
 model:        as in a run's YAML
 data:         {path, train_examples, dev_examples, test_examples, max_length}
-tasks:        [sst2, {name: rte, path: folder}]
+tasks:        [sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
 methods:      [full, {name: hift, label: "HiFT, m = 4", deepspeed: {hift: {layers_per_block: 4}}}]
 seeds:        [0, 1, 2]
 budgets:      [{samples: 1024}, {seconds: 60}]      of training, for each cell
@@ -71,6 +71,7 @@ class OutputSettings:
 class TaskEntry:
     task: Task
     path: str | None
+    revision: str | None = None  # on the Hub
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Comparison:
             "model": asdict(self.model),
             "model_name": self.model_name,
             "data": asdict(self.data),
-            "tasks": [{"name": one.task.name, "path": one.path} for one in self.tasks],
+            "tasks": [{"name": one.task.name, "path": one.path, "revision": one.revision} for one in self.tasks],
             "rows": [asdict(row) for row in self.rows],
             "seeds": self.seeds,
             "budgets": [str(one) for one in self.budgets],
@@ -195,9 +196,10 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
     found = []
     for given in _listed(raw, "tasks", problems):
         entry = {"name": given} if isinstance(given, str) else given
-        good = isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and not set(entry) - {"name", "path"}
-        if not good or not isinstance(entry.get("path"), (str, type(None))):
-            problems.append(f"tasks: got {given!r}; expected a task's name, or {{name: ..., path: ...}}")
+        known = {"name", "path", "revision"}
+        good = isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and not set(entry) - known
+        if not good or not all(isinstance(entry.get(key), (str, type(None))) for key in known):
+            problems.append(f"tasks: got {given!r}; expected a task's name, or {{name: ..., path: ..., revision: ...}}")
             continue
         try:
             task = find_task(entry["name"])
@@ -207,7 +209,10 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
         path = entry.get("path") or _folder_of(task, data.path)
         if path is not None and not Path(path).expanduser().exists():
             problems.append(f"tasks: {task.name}: its folder {path!r} does not exist (looked in {Path.cwd()})")
-        found.append(TaskEntry(task, path))
+        revision = entry.get("revision")
+        if path is not None and revision is not None:
+            problems.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
+        found.append(TaskEntry(task, path, revision))
     names = [one.task.name for one in found]
     problems += [f"tasks: {name} is given twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
     return found

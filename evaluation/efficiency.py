@@ -30,6 +30,7 @@ from deepspeed.accelerator import get_accelerator
 
 from evaluation import peak_memory
 from evaluation.contestants import DTYPES, NOTES, SHAPES, Contestant, Setup, join_world, make_contestant, race
+from launch import extensions
 from launch.errors import UserError
 from launch.methods import TRAINED
 
@@ -270,6 +271,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
     options = parse(arguments)
+    extensions.remove_stale_locks()
     given = sys.argv[1:] if arguments is None else arguments
     origin = f"{datetime.date.today()}: python -m evaluation.efficiency {shlex.join(given)}"
     shape, size = options.model_shape, (options.batch, options.length)

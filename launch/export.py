@@ -12,6 +12,7 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
+from launch import outputs
 from launch.adapters import merge, save_adapter
 
 
@@ -33,11 +34,12 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
             shutil.rmtree(leftover, ignore_errors=True)
         if use_cache is not None:
             engine.module.config.use_cache = use_cache
-        _write(engine.module, weights, beside)
-        tokenizer.save_pretrained(beside)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
+        with outputs.writing(folder):
+            _write(engine.module, weights, beside)
+            tokenizer.save_pretrained(beside)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(beside, folder)
         shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 

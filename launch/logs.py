@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from deepspeed.utils.logging import set_log_level_from_string
 from tqdm import tqdm
 
 import hift_ds
-from launch import models
+from launch import models, outputs
+from launch.credentials import redacted
 from launch.data import Data
 from launch.errors import shown
-from launch.preemption import STOPPED
 from launch.settings import REPOSITORY, LoggingSettings, Settings
+from launch.tracking import start_wandb
 
 
 def say(rank: int, text: str) -> None:
@@ -58,13 +58,14 @@ class RunLog:
 
     def __init__(self, folder: Path, settings: Settings, first_step: int, wandb_id: str | None) -> None:
         self.settings = settings
-        path = folder / "metrics.jsonl"
+        self.path = path = folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
         if len(kept) != first_step:
             _warn(f"{path} has {len(kept)} of the {first_step} steps done; the summary can only count those")
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
+        with outputs.writing(path):
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self.file = path.open("ab", buffering=0)  # each record is in the file, whatever comes next
         self.bar = tqdm(
             total=settings.training.max_steps,
             initial=first_step,
@@ -72,16 +73,17 @@ class RunLog:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
-        self.wandb = _start_wandb(folder, settings, wandb_id)
+        self.wandb = start_wandb(folder, settings, wandb_id, _warn)
 
     @property
     def wandb_id(self) -> str | None:
         return self.wandb.id if self.wandb is not None else None
 
     def step(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
-        self._to_wandb(lambda: self.wandb.log(_flat(record), step=record["step"]))
+        with outputs.writing(self.path):
+            self.file.write(f"{json.dumps(record, allow_nan=False)}\n".encode())
+        if self.wandb is not None:
+            self.wandb.log(record)
         self.bar.set_postfix_str(f"block {record['block_name']}, loss {_number(record['loss'])}")
         self.bar.update()
         step, steps = record["step"], self.settings.training.max_steps
@@ -100,50 +102,12 @@ class RunLog:
         """Args: summary: of the finished run; None: it was stopped and is to be continued."""
         self.bar.close()
         self.file.close()
-        if summary is None:
-            self._to_wandb(lambda: self.wandb.mark_preempting())
-            self._to_wandb(lambda: self.wandb.finish(exit_code=STOPPED))
-            return
-        self._to_wandb(lambda: self.wandb.summary.update(_flat(summary)))
-        self._to_wandb(lambda: self.wandb.finish())
-
-    def _to_wandb(self, send: Callable[[], Any]) -> None:
-        """W&B is a service: whatever fails there is said once and training goes on without it."""
-        if self.wandb is None:
-            return
-        try:
-            send()
-        except Exception as error:
-            _warn(f"Weights & Biases failed and is off from here on: {error}")
-            self.wandb = None
-
-
-def _start_wandb(folder: Path, settings: Settings, run_id: str | None) -> Any:
-    logging = settings.logging
-    if logging.wandb == "off":
-        return None
-    try:
-        import wandb
-
-        if logging.wandb == "online" and not wandb.login(prompt=False):
-            raise RuntimeError("there is no API key; run `wandb login`, or set logging.wandb=offline")
-        return wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_name,
-            dir=str(folder),
-            mode="online" if logging.wandb == "online" else "offline",
-            id=run_id,
-            resume="allow" if run_id else None,
-            config=settings.as_dict(),
-            settings=wandb.Settings(silent=not logging.verbose, init_timeout=20),
-        )
-    except Exception as error:
-        _warn(f"Weights & Biases cannot start, training goes on without: {' '.join(str(error).split())}")
-        return None
+        if self.wandb is not None:
+            self.wandb.close(summary)
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {redacted(text)}", file=sys.stderr, flush=True)
 
 
 def _step_of(line: str) -> float:
@@ -162,13 +126,6 @@ def _why(record: dict[str, Any]) -> str:
         return ": the loss scale was too high"
     ranks = f" on rank {', '.join(map(str, record['ranks']))}" if record["ranks"] else ""
     return f": {record['not_finite']} not finite{ranks}, examples {shown(record['rows'])}"
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        flat.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 # ---- the summary -----------------------------------------------------------------------------------------------
@@ -211,7 +168,7 @@ def summarize(
         "seed": settings.training.seed,
         "ranks": dist.get_world_size(),
         "versions": versions(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": redacted(shlex.join([Path(sys.executable).name, *sys.argv])),
         "wandb_id": recorded["wandb_id"],
         "data": recorded["data"],
     }

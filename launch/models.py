@@ -69,7 +69,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     name = settings.tokenizer or settings.name_or_path
     assert name is not None  # settings.py saw to it
-    source = _source(name, settings.revision if settings.tokenizer is None else None)
+    source = _source(*tokenizer_source(settings))
     tokenizer = _explained(
         "model.tokenizer" if settings.tokenizer else "model.name_or_path",
         name,
@@ -83,6 +83,16 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_source(settings: ModelSettings) -> tuple[str, str | None]:
+    """Name and revision: the model's, or those of `model.tokenizer`, which may be OWNER/NAME@REVISION."""
+    if settings.tokenizer is None:
+        return str(settings.name_or_path), settings.revision
+    name, at, revision = settings.tokenizer.partition("@")
+    if not at or Path(settings.tokenizer).expanduser().exists():
+        return settings.tokenizer, None
+    return name, revision
 
 
 def load_config(
@@ -253,6 +263,12 @@ def _explained(key: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key}: {name!r} comes with Python code of its own, without which it cannot be loaded, and that "
+                "code was not run. If you have read it and trust it, set model.trust_remote_code=true; from the Hub, "
+                "set model.revision to the commit that you have read, too."
+            ) from None
         reason = textwrap.shorten(str(error), 600)
         raise UserError(
             f"{key}: {name!r} cannot be loaded. Expected a Hub id that this machine can reach or has in its cache, a "

@@ -10,12 +10,17 @@ OUT/summary.json    written last: the run is finished
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from hift_ds import checkpoint
 from hift_ds.checkpoint import Checkpoint, CheckpointError, Lock
@@ -118,15 +123,50 @@ def claim(folder: Path) -> Lock:
         raise UserError(f"output.dir: {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written in, before anything is loaded; nothing stays behind.
+
+    Raises:
+        UserError: naming the folder that is not writable.
+    """
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output.dir: {str(folder)!r}: nothing can be written in {str(place)!r} ({error.strerror}). Set another "
+            f"output.dir, or make room or permission there."
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and what to do.
+
+    Raises:
+        UserError: in place of the system's error, e.g. of a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({reason}). Make room or permission there; then continue from the newest "
+            f"checkpoint with --resume auto, or start anew in another output.dir."
+        ) from error
+
+
 def clear(folder: Path) -> None:
     """Make the folder, and delete an earlier run's files in it and nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in OWN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OWN_FILES:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
@@ -179,5 +219,6 @@ def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write whole or not at all: a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with writing(path):
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from launch import models
+from launch import credentials, models
 from launch.data import DataSettings
 from launch.errors import UserError, nearest
 from launch.methods import METHODS, MethodSettings, method_problems
@@ -61,8 +61,8 @@ class ModelSettings:
     tokenizer: str | None = None  # default: beside the model; "byte" is the built-in one
     task: str = setting("causal-lm", choices=TASKS)
     num_labels: int | None = setting(None, at_least=2)
-    revision: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = None  # on the Hub: branch, tag or commit; of a `tokenizer`: OWNER/NAME@REVISION
+    trust_remote_code: bool = False  # true: Python code that comes with the model is run
     gradient_checkpointing: bool | str = False  # "cpu": what each layer keeps for backward waits in host memory
     attention: str | None = setting(None, choices=ATTENTIONS)
 
@@ -81,6 +81,7 @@ class TrainingSettings:
     max_skipped_steps: int = setting(5, at_least=0)  # in a row, for what is not finite; one more stops the run
     loss_chunk: int | None = setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
     seed: int = setting(0, at_least=0)
+    deterministic: bool = False  # true: the same bits again on the same machine, at the price of slower kernels
     save_every: int | None = setting(None, at_least=1)  # steps; null = no checkpoints
     keep_last: int | None = setting(2, at_least=1)  # checkpoints; older ones are deleted; null = all are kept
     keep_every: int | None = setting(None, at_least=1)  # steps; checkpoints at multiples of it are kept, too
@@ -172,7 +173,7 @@ def read_yaml(path: str, overrides: Iterable[str], sections: Iterable[str]) -> t
     """The YAML at `path` with the `--set` overrides, a deepspeed file's content in its place, and what is wrong so far.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or there are secrets in it.
     """
     problems: list[str] = []
     raw = _read_mapping(path, sections)
@@ -180,6 +181,8 @@ def read_yaml(path: str, overrides: Iterable[str], sections: Iterable[str]) -> t
         _apply_override(raw, override, problems)
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = _read_deepspeed_file(raw["deepspeed"], problems)
+    if secrets := credentials.problems(raw):  # alone: what else is wrong may be said with the value
+        raise UserError(problem_list(path, secrets))
     return raw, problems
 
 
@@ -443,6 +446,8 @@ def _model_problems(model: ModelSettings) -> list[str]:
                 f"model.name_or_path: {model.name_or_path!r} is a file but not a .gguf file. Expected a Hub "
                 f"id, a folder with config.json, or a .gguf file."
             )
+    if model.revision is not None and (model.name_or_path is None or looks_like_path(model.name_or_path)):
+        problems.append(f"model.revision: {model.revision!r} is for models from the Hub; remove it.")
     if model.tokenizer not in (None, "byte") and looks_like_path(model.tokenizer):
         if not Path(model.tokenizer).expanduser().exists():
             problems.append(

@@ -37,9 +37,10 @@ import hift_ds
 from hift_ds import checkpoint
 from hift_ds import loss as losses
 from hift_ds.checkpoint import Checkpoint, CheckpointError
-from launch import logs, models, outputs
+from launch import credentials, extensions, logs, models, outputs
 from launch.adapters import ADAPTERS
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
+from launch.determinism import deterministic
 from launch.errors import UserError
 from launch.export import export_model
 from launch.held_out import evaluate
@@ -164,21 +165,30 @@ def run(arguments: argparse.Namespace, stop: Preemption, watch: RankWatch) -> No
     """One run from settings to summary. What can be wrong is checked before a weight is loaded or a file written."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = load_settings(arguments.config, arguments.set, world)
+    with deterministic(settings.training.deterministic):
+        run_settings(settings, arguments.resume, rank, world, stop, watch)
+
+
+def run_settings(
+    settings: Settings, resume: str | None, rank: int, world: int, stop: Preemption, watch: RankWatch
+) -> None:
     logs.quieten(settings.logging, rank)
+    extensions.remove_stale_locks()
     if settings.zero_stage and not METHODS[settings.method.name].uses_deepspeed:
         shown = f"{settings.method.name} takes its steps without DeepSpeed; every rank holds all weights and all state"
         logs.say(rank, f"note: {shown}, and ZeRO stage {settings.zero_stage} is not used")
     folder = outputs.folder(settings)
-    if outputs.check_start(folder, settings, arguments.resume):
+    if outputs.check_start(folder, settings, resume):
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
+    outputs.check_writable(folder)
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         verbose=False,
         timeout=timedelta(seconds=settings.training.rank_timeout + 60),  # so that `watch` speaks first
     )
-    found = outputs.find_checkpoint(folder, arguments.resume) if arguments.resume else None
-    if arguments.resume and found is None:
+    found = outputs.find_checkpoint(folder, resume) if resume else None
+    if resume and found is None:
         logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
     tokenizer = models.load_tokenizer(settings.model)
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
@@ -189,7 +199,7 @@ def run(arguments: argparse.Namespace, stop: Preemption, watch: RankWatch) -> No
     recorded = outputs.check_same_run(folder, identity) if found else {}
 
     lock = outputs.claim(folder) if rank == 0 else None
-    watch.start(folder / outputs.LOGS, rank, world, settings.training.rank_timeout, keep=arguments.resume is not None)
+    watch.start(folder / outputs.LOGS, rank, world, settings.training.rank_timeout, keep=resume is not None)
     logs.say(rank, logs.data_report(data))
     set_seed(settings.training.seed)
     engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
@@ -403,11 +413,12 @@ def told(error: UserError) -> int:
     """
     if os.environ["RANK"] != "0":
         time.sleep(60)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {credentials.redacted(str(error))}", file=sys.stderr, flush=True)
     return 2
 
 
 if __name__ == "__main__":
+    sys.excepthook = credentials.print_redacted
     code = main()
     if code == RANK_LOST:
         os._exit(code)  # a group that lacks a rank cannot be taken down in order
