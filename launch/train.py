@@ -206,6 +206,8 @@ def run_settings(
     if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
         raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
     first_step = load_checkpoint(engine, found) if found else 0
+    if found:
+        logs.say(rank, f"{folder}: the run continues after step {first_step} ({found.path})")
     watch.progress()
     before = recorded["before"] if found else evaluate(engine, data, tokenizer, settings, watch.progress)
 

@@ -1,15 +1,17 @@
 """A stopped run continues bit for bit: weights, masters, optimizer state, block, cycle and learning rate."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from tests import tiny
 from tests.distributed import run_on_ranks
-from tests.test_parity import FINER, STAGES, cases, check_update
+from tests.test_parity import FINER, STAGES, cases, check_update, fp16_is_missing
 from tests.tiny import Case, Outcome
 
 FIRST_CYCLE, LATER = 2, 9  # of 12 steps in two cycles: at 2 only two of six blocks have state
@@ -19,13 +21,14 @@ def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcom
     """In a rank: a run that saves at each stop, then, for each, a fresh engine that continues it to the same end.
     Returns the first run and what differed in the others."""
 
-    def train(engine: Any, first: int, saves: tuple[int, ...] = ()) -> tuple[list[tuple[int, int, float]], Any]:
+    def train(engine: Any, first: int, saves: tuple[int, ...] = ()) -> tuple[list[Any], Any]:
         trace = []
         for step in range(first, case.steps):
             if step in saves:
                 assert engine.save_checkpoint(folder, tag=f"step{step}", client_state={"note": step})
-            trace.append((engine.active_block, engine.cycle, engine.get_lr()[0]))
-            tiny.optimizer_step(engine, step)
+            drawn = random.random(), float(numpy.random.randn()), float(torch.rand(()))
+            place = engine.active_block, engine.cycle, engine.get_lr()[0], engine.global_steps
+            trace.append((*place, *drawn, *tiny.optimizer_step(engine, step)))
         end = tiny.weights(engine), tiny.tensors(tiny.block_states(engine))
         return trace, end
 
@@ -51,7 +54,9 @@ def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcom
         finally:
             engine.destroy()
         if trace != straight[stop:]:
-            differences.append(f"from {stop}: block, cycle, rate were {straight[stop:]}, are {trace}")
+            differences.append(
+                f"from {stop}: block, cycle, rate, steps, random numbers, losses were {straight[stop:]}, are {trace}"
+            )
         for what, ours, truth in (("weight", resumed_weights, weights), ("state", resumed_states, states)):
             differences += [f"from {stop}: {what} {name} is missing or too much" for name in ours.keys() ^ truth.keys()]
             differences += [
@@ -93,6 +98,22 @@ def test_a_stopped_run_continues_bit_for_bit(case: Case, tmp_path: Path) -> None
 def test_a_stop_between_the_rows_of_a_tensor(case: Case, tmp_path: Path) -> None:
     assert case.blocks[0] == case.blocks[1], "two blocks share the embeddings"
     check_stops(case, tmp_path, (1, case.k + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stops_at_every_step(stage: int, ranks: int, dtype: str, offload: bool, tmp_path: Path) -> None:
+    """Every block boundary of two cycles, and (two steps a block) every step between two of them."""
+    if stage == 0 and (offload or dtype == "fp16"):
+        pytest.skip("DeepSpeed has neither at stage 0")
+    if dtype == "fp16" and fp16_is_missing():
+        pytest.skip("this processor has no fp16 (DeepSpeed's accelerator says so)")
+    case = Case(stage=stage, ranks=ranks, dtype=dtype, offload=offload, scheduler="torch", layers_per_block=2)
+    case = replace(case, steps_per_block=2)
+    check_stops(case, tmp_path, tuple(range(1, case.steps)))
 
 
 def refused(case: Case, other: Case, folder: str) -> str:
