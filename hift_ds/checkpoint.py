@@ -250,8 +250,8 @@ def find(folder: str | Path, tag: str | None = None) -> Checkpoint | None:
             logger.warning(f"checkpoint rejected: {text}")
         if rejected:
             logger.warning(f"the newest whole checkpoint is {found.tag} (step {found.about.get('step')})")
-        if tag is None and (wrong := _pointer_problem(folder, found.tag)):
-            logger.warning(wrong)
+        if tag is None and (named := pointed(folder)) != found.tag:
+            logger.warning(f"{folder / POINTER} names {named[:80]!r}; the newest whole checkpoint is {found.tag}")
     return found
 
 
@@ -346,21 +346,12 @@ def _is_inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
 
 
-def points_to(folder: Path, found: Checkpoint) -> bool:
-    """Whether ``latest`` names it."""
-    return _pointer_problem(folder, found.path.name) is None
-
-
-def _pointer_problem(folder: Path, tag: str) -> str | None:
-    pointer = folder / POINTER
+def pointed(folder: Path) -> str:
+    """What ``latest`` names, be it there or not; empty: it is missing or unreadable."""
     try:
-        named = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        return (folder / POINTER).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        named = None
-    if named == tag:
-        return None
-    shown = "is missing" if named is None else "is empty" if not named else f"names {named[:80]!r}"
-    return f"{pointer} {shown}; the newest whole checkpoint is {tag}"
+        return ""
 
 
 # ---- files and ranks -------------------------------------------------------------------------------------------

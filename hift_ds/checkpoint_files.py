@@ -7,19 +7,21 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
-# What DeepSpeed puts into its files beside tensors and plain containers. None of them runs code when it is made.
-_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+# What is in DeepSpeed's files beside tensors and plain containers. None of these runs code when it is read.
+_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 _CHUNK = 2**22
 Files = dict[str, dict[str, Any]]  # name in the checkpoint -> {"size": bytes, "sha256": hex}
 
@@ -28,15 +30,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or must not be read; nothing was changed."""
 
 
-class FileEngine(CheckpointEngine):
-    """Writes and reads DeepSpeed's files: each hashed on its way, whole on the disk, and free of code.
+class FileEngine:
+    """Writes and reads files of tensors as a checkpoint engine of DeepSpeed: hashed, on the disk, and free of code.
 
     An error of the file system must not leave other ranks alone in DeepSpeed's barriers: it is kept until ``finish``.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.name = type(self).__name__
         self._files: Files = {}
         self._problem: str | None = None
 
@@ -50,7 +50,7 @@ class FileEngine(CheckpointEngine):
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         with self.errors_kept(path):
-            super().makedirs(path, exist_ok=exist_ok)
+            os.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
         with self.errors_kept(path):
@@ -66,7 +66,7 @@ class FileEngine(CheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         on_cpu = map_location in ("cpu", torch.device("cpu"))
         try:
-            with torch.serialization.safe_globals(_CLASSES):
+            with torch.serialization.safe_globals([_class(name) for name in _CLASSES]):
                 return torch.load(path, map_location=map_location, weights_only=True, mmap=on_cpu or None)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path!r} cannot be read: {error}") from error
@@ -157,13 +157,18 @@ def restore_generators(state: Mapping[str, Any]) -> None:
 
 
 def unsafe_classes(path: str) -> list[str]:
-    """Names of what the file would call when it is read, beyond tensors, containers and DeepSpeed's own; no file at
-    all that can be read safely counts, too."""
+    """Names of what would be called when the file is read, beyond what is known to be harmless. A file that cannot be
+    read safely at all counts, too."""
     try:
-        with torch.serialization.safe_globals(_CLASSES):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # torch: an old format, a script, no zip ...
         return [f"not a file of torch.save ({str(error).splitlines()[0]})"]
+    return sorted(set(found) - set(_CLASSES))
+
+
+def _class(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
 
 
 def sha256_of(path: Path) -> str:

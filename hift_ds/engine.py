@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LION_OPTIMIZER, DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -43,12 +44,16 @@ from hift_ds.zero import (
 _STATE_KEY = "hift"
 
 
+class _Files(FileEngine, CheckpointEngine):
+    """The defaults of all that DeepSpeed asks a checkpoint engine beside writing and reading."""
+
+
 class CheckpointingEngine(SavingEngine):
     """DeepSpeed's engine, but for how it saves and loads."""
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
-        self.checkpoint_engine = FileEngine()
+        self.checkpoint_engine = _Files()
 
     def _copy_recovery_script(self, save_path: str) -> None:
         with self.checkpoint_engine.errors_kept(save_path):  # not to leave the other ranks alone in a barrier
@@ -509,7 +514,7 @@ def initialize(
         engine = made[0]
         if type(engine) is DeepSpeedEngine and type(engine.checkpoint_engine) is TorchCheckpointEngine:
             # `deepspeed.initialize` has no argument for the class; nothing but saving and loading is another.
-            engine.__class__, engine.checkpoint_engine = CheckpointingEngine, FileEngine()
+            engine.__class__, engine.checkpoint_engine = CheckpointingEngine, _Files()
         return made
     if hift is None or problems:
         raise hift_config.ConfigError(problems)

@@ -6,8 +6,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
 from hift_ds import checkpoint
@@ -75,7 +75,7 @@ class SavingEngine(DeepSpeedEngine):
         folder, continues = found.path.parent, load_optimizer_states and not load_module_only
         if continues:
             self._check_same(found)
-        elif self.zero_optimization_partition_weights() and not checkpoint.points_to(folder, found):
+        elif self.zero_optimization_partition_weights() and checkpoint.pointed(folder) != found.path.name:
             raise ValueError(  # DeepSpeed reads the weights of stage 3 from where `latest` points
                 f"weights alone can be loaded at stage 3 only from the checkpoint that {str(folder / 'latest')!r} names"
             )

@@ -3,9 +3,7 @@
 DeepSpeed's optimizers assume that what they own is trained in every step. So each block gets one of its own, of the
 class that DeepSpeed would have used for the whole model: what DeepSpeed does to a model, it does to one block, and
 nothing in its steps has to be narrowed. Here are the few places in which such an optimizer must know that it is not
-alone; ``block_optimizers.py`` holds them all.
-
-With ``engine.py`` the only file that touches DeepSpeed's private names.
+alone; ``block_optimizers.py`` holds them all. Only here and in ``engine.py`` are DeepSpeed's private names touched.
 """
 
 import copy

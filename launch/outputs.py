@@ -46,7 +46,8 @@ def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
     `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
 
     Raises:
-        UserError: the folder holds a run and neither resume nor overwrite was asked for.
+        UserError: the folder holds a run and neither resume nor overwrite was asked for; there is no checkpoint, and
+            "yes" was asked for or there should be one.
     """
     used = [name for name in OWN_FILES if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
@@ -60,43 +61,51 @@ def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
         return False
     if settings.output.overwrite:
         raise UserError("output.overwrite: true would delete the run that --resume continues. Use one of them.")
-    return _is_finished(folder, settings)
-
-
-def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, verified; None (under "auto") if it never had one. All ranks call it.
-
-    Raises:
-        UserError: there is none, and "yes" was asked for or there should be one.
-    """
+    if _is_finished(folder, settings):
+        return True
+    if has_checkpoint(folder):
+        return False
     place = folder / "checkpoints"
-    try:
-        found = checkpoint.find(place)
-    except CheckpointError as error:
-        raise UserError(f"--resume: {error}\nNothing was changed. To start anew, use another output.dir.") from None
-    if found is not None:
-        return found
+    named = checkpoint.pointed(place)
+    missing = f"{str(place)!r} has none" + (f", though {checkpoint.POINTER!r} there names {named!r}" if named else "")
     if resume == "yes":
         raise UserError(
-            f"--resume: there is no checkpoint to continue from in {str(place)!r}. Checkpoints are written every "
+            f"--resume: there is no checkpoint to continue from: {missing}. Checkpoints are written every "
             "training.save_every steps. `--resume auto` starts anew where there is none."
         )
-    if (done := _steps_with_checkpoints(folder)) is not None:
+    if named or _got_to_a_checkpoint(folder):
         raise UserError(
-            f"--resume auto: {str(folder)!r} is a run of {done} steps that wrote checkpoints, and {str(place)!r} has "
-            "none. Bring them back, or start anew with output.overwrite=true instead of --resume."
+            f"--resume auto: {str(folder)!r} is a run that wrote checkpoints, and {missing}. Bring them back, or start "
+            "anew with output.overwrite=true instead of --resume."
         )
-    return None
+    return False
 
 
-def _steps_with_checkpoints(folder: Path) -> int | None:
-    """How many steps the run in the folder did, if it got as far as its first checkpoint."""
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run has ever committed one, be it whole or damaged."""
+    return checkpoint.exists(folder / "checkpoints")
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, verified. All ranks call it.
+
+    Raises:
+        UserError: all that there are are damaged.
+    """
+    try:
+        return checkpoint.find(folder / "checkpoints")
+    except CheckpointError as error:
+        raise UserError(f"--resume: {error}\nNothing was changed. To start anew, use another output.dir.") from None
+
+
+def _got_to_a_checkpoint(folder: Path) -> bool:
+    """Whether the run in the folder did more steps than there are before its first checkpoint."""
     try:
         save_every = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["training"]["save_every"]
         steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return steps if save_every and steps > save_every else None  # the record of a step comes before its checkpoint
+        return False
+    return bool(save_every) and steps > save_every  # a step's record comes before its checkpoint
 
 
 def _is_finished(folder: Path, settings: Settings) -> bool:

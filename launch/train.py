@@ -182,22 +182,22 @@ def run_settings(
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
     outputs.check_writable(folder)
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        verbose=False,
-        timeout=timedelta(seconds=settings.training.rank_timeout + 60),  # so that `watch` speaks first
-    )
-    found = outputs.find_checkpoint(folder, resume) if resume else None
-    if resume and found is None:
-        logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
     tokenizer = models.load_tokenizer(settings.model)
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
     config = models.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
     models.check_length(config, *data.longest(settings.training.max_new_tokens))
     ticks = schedule_ticks(settings, config)
     identity = outputs.identity(settings, world, data)
-    recorded = outputs.check_same_run(folder, identity) if found else {}
+    recorded = outputs.check_same_run(folder, identity) if resume and outputs.has_checkpoint(folder) else {}
 
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        verbose=False,
+        timeout=timedelta(seconds=settings.training.rank_timeout + 60),  # so that `watch` speaks first
+    )
+    found = outputs.find_checkpoint(folder) if recorded else None
+    if resume and found is None:
+        logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
     lock = outputs.claim(folder) if rank == 0 else None
     watch.start(folder / outputs.LOGS, rank, world, settings.training.rank_timeout, keep=resume is not None)
     logs.say(rank, logs.data_report(data))
