@@ -100,7 +100,8 @@ def numbers(saved: Any, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def differing(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name in {**ours, **truth} if not tiny.identical({0: ours.get(name)}, {0: truth.get(name)})]
+    same = {name for name in ours.keys() & truth.keys() if torch.equal(ours[name], truth[name])}
+    return [name for name in {**ours, **truth} if name not in same]
 
 
 def train(case: Case, fault: Fault | None) -> dict[str, Any]:
