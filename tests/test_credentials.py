@@ -62,6 +62,7 @@ def test_canaries(failure: str, tmp_path: Path) -> None:
     if failure == "good":
         written = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*")}
         assert {"run.json", "summary.json", "metrics.jsonl", "wandb", "checkpoints", "model"} <= written
+    assert ("Traceback" in done.stderr) == (failure == "traceback"), done.stderr
     assert hits(tmp_path, done.stdout, done.stderr) == []
 
 
