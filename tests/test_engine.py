@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from hift_ds import checkpoint
 from tests import tiny
 from tests.distributed import run_on_ranks
 from tests.tiny import Case
@@ -90,20 +91,24 @@ def test_parameters_that_the_optimizer_lacks_are_named() -> None:
     assert "model.embed_tokens.weight" in message and "hift.freeze" in message
 
 
-def disabled() -> tuple[str, bool]:
+def disabled() -> tuple[bool, bool]:
+    from deepspeed import DeepSpeedEngine
+
     import hift_ds
 
     case = Case(stage=2)
     config = tiny.ds_config(case) | {"hift": {"enabled": False}}
     engine, optimizer, _, _ = hift_ds.initialize(model=tiny.model(), config=config)
     try:
-        return type(engine).__name__, optimizer is engine.optimizer
+        is_stock = isinstance(engine, DeepSpeedEngine) and not isinstance(engine, hift_ds.HiFTEngine)
+        return is_stock, optimizer is engine.optimizer
     finally:
         engine.destroy()
 
 
 def test_disabled_is_deepspeed_itself() -> None:
-    assert run_on_ranks(1, disabled) == [("DeepSpeedEngine", True)]
+    """But for how it saves and loads."""
+    assert run_on_ranks(1, disabled) == [(True, True)]
 
 
 def frozen_stay(stage: int) -> tuple[list[str], list[str], int]:
@@ -227,6 +232,9 @@ def other_blocks(folder: str) -> list[str]:
     tiny.optimizer_step(stock, 0)
     stock.save_checkpoint(folder, tag="stock")
     stock.destroy()
+    with pytest.raises(ValueError, match=r"(?s)has no manifest\.json.*adopt"):
+        tiny.initialize(Case(stage=1)).load_checkpoint(folder, tag="stock")
+    checkpoint.adopt(Path(folder, "stock"))
     for case, tag in (
         (Case(stage=1, layers_per_block=2), "hift"),
         (Case(stage=1, strategy="top2down"), "hift"),

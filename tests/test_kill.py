@@ -31,6 +31,8 @@ def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random) -> t
     before, rank = committed(out), numbers.randrange(2)
     in_save = numbers.random() < 0.5
     with Job(out, 2, *settings, resume="auto") as job:
+        beginning = f"continues after step {before}" if before else "the run begins at its first step"
+        job.until(lambda: beginning in job.text(), what=beginning)  # until then the records are those of the run before
         job.wait_for_step(before + numbers.randrange(1, 5))
         if in_save:
             folder, deadline = out / "checkpoints", time.monotonic() + 60
@@ -42,9 +44,6 @@ def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random) -> t
         job.rank(rank).send_signal(signal.SIGKILL)
         where = "while saving" if any((out / "checkpoints").glob(".saving-*")) else "between saves"
         assert job.code(120) != 0
-        text = job.text()
-    if before:
-        assert f"continues after step {before}" in text, text
     return where, committed(out)
 
 

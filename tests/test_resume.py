@@ -21,9 +21,11 @@ def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcom
     """In a rank: a run that saves at each stop, then, for each, a fresh engine that continues it to the same end.
     Returns the first run and what differed in the others."""
 
+    steps = case.steps  # it makes a model, with a seed of its own
+
     def train(engine: Any, first: int, saves: tuple[int, ...] = ()) -> tuple[list[Any], Any]:
         trace = []
-        for step in range(first, case.steps):
+        for step in range(first, steps):
             if step in saves:
                 assert engine.save_checkpoint(folder, tag=f"step{step}", client_state={"note": step})
             drawn = random.random(), float(numpy.random.randn()), float(torch.rand(()))
