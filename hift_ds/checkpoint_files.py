@@ -34,9 +34,14 @@ class FileEngine:
     """Writes and reads files of tensors as a checkpoint engine of DeepSpeed: hashed, on the disk, and free of code.
 
     An error of the file system must not leave other ranks alone in DeepSpeed's barriers: it is kept until ``finish``.
+
+    Args:
+        mmap: tensors that are loaded stay in the file until they are copied: for who copies all, and then needs no
+            second place for them in host memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mmap: bool = False) -> None:
+        self._mmap = mmap
         self._files: Files = {}
         self._problem: str | None = None
 
@@ -64,10 +69,10 @@ class FileEngine:
             self._files[os.path.basename(path)] = file.entry
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        on_cpu = map_location in ("cpu", torch.device("cpu"))
+        mmap = self._mmap and map_location in ("cpu", torch.device("cpu"))
         try:
             with torch.serialization.safe_globals([_class(name) for name in _CLASSES]):
-                return torch.load(path, map_location=map_location, weights_only=True, mmap=on_cpu or None)
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path!r} cannot be read: {error}") from error
         except Exception as error:

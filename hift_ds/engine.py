@@ -53,7 +53,7 @@ class CheckpointingEngine(SavingEngine):
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
-        self.checkpoint_engine = _Files()
+        self.checkpoint_engine = _Files(mmap=True)  # `BlockOptimizers` copies what is loaded
 
     def _copy_recovery_script(self, save_path: str) -> None:
         with self.checkpoint_engine.errors_kept(save_path):  # not to leave the other ranks alone in a barrier

@@ -1,0 +1,131 @@
+"""A run that meets a damaged checkpoint, a full disk or a second writer: what it does, and what it says."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hift_ds import checkpoint
+from tests.test_preemption import Job
+from tests.test_train import records, run_tiny, summary
+
+SETTINGS = ("data.eval_examples=0", "training.max_steps=12", "training.save_every=4", "training.keep_last=null")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the exported weights of a run that nothing happened to."""
+    return run_tiny(1, tmp_path_factory.mktemp("straight") / "run", *SETTINGS)["digest"]
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that died after step 10 of 12, with checkpoints of steps 4 and 8."""
+    out = tmp_path / "run"
+    assert run_tiny(1, out, *SETTINGS, stop_after=10)["code"] is None
+    return out
+
+
+def damage(out: Path, tag: str) -> None:
+    path = next((out / "checkpoints" / tag).glob("*model_states.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_newest_whole_checkpoint_is_used(stopped: Path, straight: str) -> None:
+    damage(stopped, "step8")
+    (stopped / "checkpoints" / "latest").write_text("../elsewhere")
+    resumed = run_tiny(1, stopped, *SETTINGS, resume="auto")
+    assert resumed["code"] == 0 and resumed["digest"] == straight
+    assert "continues after step 4" in resumed["printed"]
+    assert [record["step"] for record in records(stopped)] == list(range(1, 13))
+    assert checkpoint.main(["verify", str(stopped / "checkpoints")]) == 0  # step8 is a new one
+
+
+@pytest.mark.parametrize("resume", ["yes", "auto"])
+def test_without_a_whole_one_nothing_is_begun(stopped: Path, resume: str) -> None:
+    for tag in ("step4", "step8"):
+        damage(stopped, tag)
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    refused = run_tiny(1, stopped, *SETTINGS, resume=resume)
+    assert refused["code"] == 2 and "step8" in refused["printed"] and "step4" in refused["printed"]
+    assert "damaged" in refused["printed"] and "Nothing was changed" in refused["printed"]
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_are_gone_are_missed(stopped: Path) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    for resume in ("yes", "auto"):
+        refused = run_tiny(1, stopped, *SETTINGS, resume=resume)
+        assert refused["code"] == 2 and "has none" in refused["printed"], refused["printed"]
+    assert len(records(stopped)) == 10
+
+
+def test_another_kind_of_run_is_refused_by_name(tmp_path: Path) -> None:
+    """Ranks, ZeRO stage and blocks: told before anything is loaded."""
+    out = tmp_path / "run"
+    run_tiny(2, out, *SETTINGS, "training.max_steps=4")
+    for ranks, setting, name in (
+        (1, "training.seed=0", "number of ranks: the run has 2, these settings have 1"),
+        (2, "deepspeed.zero_optimization.stage=3", "zero_optimization.stage: the run has 2, these settings have 3"),
+        (2, "deepspeed.hift.layers_per_block=2", "deepspeed.hift: the run has"),
+    ):
+        refused = run_tiny(ranks, out, *SETTINGS, setting, resume="yes")
+        assert refused["code"] == 2 and name in refused["printed"], refused["printed"]
+    assert len(records(out)) == 4
+
+
+def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ("data.eval_examples=0", "training.max_steps=10", "training.save_every=1", "training.keep_every=4")
+    assert run_tiny(1, out, *settings)["code"] == 0
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir() if path.is_dir())
+    assert kept == ["step10", "step4", "step8", "step9"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with Job(out, 1, "training.max_steps=100000", "data.eval_examples=0", "output.export=false") as job:
+        job.wait_for_step(3)
+        before = len(records(out))
+        for options in ({"resume": "auto"}, {}):
+            more = () if options else ("output.overwrite=true",)
+            refused = run_tiny(1, out, *SETTINGS, *more, **options)
+            assert refused["code"] == 2 and f"process {job.process.pid} " in refused["printed"], refused["printed"]
+        job.wait_for_step(before + 3)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for about one and a half checkpoints of the tiny model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("method", ["hift", "full"])
+def test_a_full_disk_keeps_the_old_checkpoint(method: str, small_disk: Path) -> None:
+    """Both ranks end within a minute, through the launcher, and the run continues when there is room."""
+    out = small_disk / "run"
+    settings = (*SETTINGS, "output.export=false", f"method.name={method}", "training.save_every=1")
+    with Job(out, 2, *settings) as job:
+        assert job.code(300) == 2
+        assert "could not be saved" in job.text() and "No space left" in job.text(), job.text()
+    found = checkpoint.find(out / "checkpoints")
+    assert found is not None and found.about["step"] >= 1
+    assert not list((out / "checkpoints").glob(".saving-*"))
+    last = len(records(out))
+    assert found.about["step"] == last - 1
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    resumed = run_tiny(2, out, *settings, resume="yes")
+    assert resumed["code"] == 0 and summary(out)["steps"] == 12, resumed["printed"]
