@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as python_logging
 import queue
 import threading
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Tracker:
     def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
         self.id: str = run.id
         self._run, self._warn, self._given_up = run, warn, False
+        self._service = _find_service()
         self._sent: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -53,16 +55,19 @@ class Tracker:
                 f"Weights & Biases did not finish within {FINISH_SECONDS:g} s and is left behind; `wandb sync` sends "
                 "what it has written"
             )
-            _end_service()
+            if self._service is not None:  # W&B would wait for it at exit, without a limit
+                self._service.kill()
             self._thread.join(END_SECONDS)
 
     def _work(self) -> None:
         try:
             while send := self._sent.get():
+                if self._service is not None and not _is_alive(self._service):  # W&B itself would not say so
+                    raise ConnectionError("its process has ended")
                 send(self._run)
         except Exception as error:
             if not self._given_up:
-                self._warn(f"Weights & Biases failed and is off from here on: {type(error).__name__} {error}")
+                self._warn(f"Weights & Biases failed and is off from here on: {type(error).__name__}: {error}")
             import wandb
 
             with contextlib.suppress(Exception):  # else it tries the same again at exit, and fails loudly
@@ -77,6 +82,7 @@ def start_wandb(folder: Path, settings: Settings, run_id: str | None, warn: Call
     try:
         import wandb
 
+        python_logging.raiseExceptions = False  # or W&B's log file prints a traceback for each line on a full disk
         if logging.wandb == "online" and not wandb.login(prompt=False):
             raise RuntimeError("there is no API key; run `wandb login`, or set logging.wandb=offline")
         run = wandb.init(
@@ -103,8 +109,13 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _end_service() -> None:
-    """End this process's own W&B process, for which W&B would wait at exit without a limit."""
-    for child in psutil.Process().children():
-        if "wandb" in child.name():
-            child.kill()
+def _find_service() -> psutil.Process | None:
+    """The process that W&B has started for this one."""
+    return next((child for child in psutil.Process().children() if "wandb" in child.name()), None)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

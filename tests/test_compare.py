@@ -529,6 +529,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "batch size": (["training.batch_size=eight"], "training.batch_size: got 'eight'"),
     "no batch": (["training.batch_size=0"], "training.batch_size: got 0"),
     "path": (["tasks=[{name: rte, path: 3}]"], "tasks: got {'name': 'rte', 'path': 3}"),
+    "revision": (["tasks=[{name: rte, revision: main}]"], "tasks: rte: revision: 'main' is for sets from the Hub"),
     "fp16": (["deepspeed.fp16=true"], "deepspeed.fp16: got True"),
     "no methods": (["methods=full"], "methods: got 'full'; expected a list"),
     "model": (["model.config.hiden_size=3"], "hiden_size"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch
 from launch.determinism import deterministic
 from launch.errors import UserError
 from tests.distributed import run_on_ranks
+from tests.test_compare import TINY as COMPARE_TINY
+from tests.test_compare import write_data
 from tests.test_train import arguments, records
 
 SETTINGS = ("training.deterministic=true", "training.max_steps=6", "data.eval_examples=0")
 
 
-def train_deterministically(argv: Sequence[str], with_put: bool = False) -> dict[str, Any]:
-    """A run on this rank, with a model that uses `put_`, which has no deterministic kernel, if wanted."""
+def train_deterministically(argv: Sequence[str], with_put: bool = False, compare: bool = False) -> dict[str, Any]:
+    """A run or a comparison on this rank; `with_put`: of a model with an operation that has no deterministic kernel."""
+    import evaluation.compare
     from launch import models, train
 
     load, seen = models.load_model, {}
@@ -39,7 +43,7 @@ def train_deterministically(argv: Sequence[str], with_put: bool = False) -> dict
     printed = io.StringIO()
     with mock.patch.object(models, "load_model", load_model), contextlib.redirect_stderr(printed):
         with contextlib.redirect_stdout(io.StringIO()):
-            code = train.main(argv)
+            code = (evaluation.compare if compare else train).main(argv)
     return {"code": code, "printed": printed.getvalue(), "after": torch.are_deterministic_algorithms_enabled(), **seen}
 
 
@@ -68,6 +72,17 @@ def test_an_operation_without_a_deterministic_kernel(tmp_path: Path) -> None:
     assert "error: training.deterministic: put_ does not have a deterministic implementation" in result["printed"]
     assert "Set training.deterministic=false" in result["printed"] and "Traceback" not in result["printed"]
     assert run(tmp_path / "off", "training.deterministic=false", with_put=True)["code"] == 0
+
+
+def test_a_comparison(tmp_path: Path) -> None:
+    """The setting holds in its trainings too."""
+    settings = ["training.deterministic=true", "methods=[full]", "tasks=[sst2]", "evaluation.bootstrap=50"]
+    settings += [f"data.path={write_data(tmp_path / 'data')}", f"output.dir={tmp_path / 'run'}"]
+    argv = ["--config", COMPARE_TINY, *(part for one in settings for part in ("--set", one))]
+    result = run_on_ranks(1, train_deterministically, argv, with_put=True, compare=True)[0]
+    assert result["mode"] == (True, True) and not result["after"]
+    (cell,) = map(json.loads, (tmp_path / "run" / "results.jsonl").read_text().splitlines())
+    assert cell["status"] == "failed" and cell["reason"].startswith("training.deterministic: put_ does not have")
 
 
 def test_other_errors_and_other_modes_are_left_alone() -> None:

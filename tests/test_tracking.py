@@ -99,6 +99,7 @@ def test_wandbs_process_is_lost_in_the_middle(name: str, undisturbed: Path, tmp_
     (process,) = result["hit"]
     assert not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
     assert result["printed"].count("warning: Weights & Biases") == 1, result["printed"]
+    assert ("its process has ended" in result["printed"]) == (name == "SIGKILL")  # said at the next step
     assert "Traceback" not in result["printed"]
     assert same_weights(out, undisturbed) and load_file(out / "model" / "model.safetensors")
     assert [one["loss"] for one in records(out)] == [one["loss"] for one in records(undisturbed)]
