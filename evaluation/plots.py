@@ -83,7 +83,7 @@ def draw_section(number: int, section: Section, styles: Mapping[str, Style], fol
         save(
             "parts", memory_bars(section, task), "Memory by the plan, and as measured, of the seed with the most", task
         )
-    save("ablation", ablations(section, styles), f"HiFT's strategies and numbers of layers a group{over}")
+    save("ablation", ablations(section, styles), f"HiFT's strategies and numbers of layers a block{over}")
     return drawn
 
 
@@ -258,13 +258,13 @@ def ablations(section: Section, styles: Mapping[str, Style]) -> Figure | None:
     sized = [label for label in ours if re.search(r"\bm ?= ?\d", label)]
     others = [label for label in ours if label not in sized]
     base = others[:1]
-    panels = {"update strategy": others, "layers a group, m": base + sized if sized else []}
+    panels = {"update strategy": others, "layers a block, m": base + sized if sized else []}
     panels = {title: labels for title, labels in panels.items() if len(labels) > 1}
     if not panels:
         return None
     tasks = [task for task in section.tasks if any(section.ok(label, task) for label in ours)]
     widest = max(map(len, panels.values()))
-    width = max(5.0, 1.2 + 0.42 * widest * len(tasks))
+    width = max(6.0, 1.2 + 0.5 * widest * len(tasks))
     figure = Figure(figsize=(width, 4.1 * len(panels)), layout="constrained")
     for axes, (title, labels) in zip(np.ravel(figure.subplots(len(panels), 1)), panels.items(), strict=True):
         bar = 0.84 / len(labels)
@@ -290,7 +290,7 @@ def ablations(section: Section, styles: Mapping[str, Style]) -> Figure | None:
         axes.set_title(f"HiFT: {title}")
         axes.margins(y=0.12)
         _plain(axes, grid="y")
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(4, len(labels)))
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=max(1, int(width / 2.4)))
     return figure
 
 

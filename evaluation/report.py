@@ -185,7 +185,7 @@ def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]
     if not drawn.get("loss"):
         parts.append(Paragraph("No cell has a loss curve."))
     if drawn.get("ablation"):
-        parts += [Heading("HiFT's strategies and groups", 3), *drawn["ablation"]]
+        parts += [Heading("HiFT's strategies and blocks", 3), *drawn["ablation"]]
     return parts
 
 
