@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import IntEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class FileEngine:
     def save(self, state_dict: Any, path: str) -> None:
         with self.errors_kept(path):
             with _HashedFile(path) as file:
-                torch.save(state_dict, file)  # type: ignore[arg-type]
+                torch.save(_plain(state_dict), file)  # type: ignore[arg-type]
             if unsafe := unsafe_classes(path):
                 raise CheckpointError(
                     f"client_state holds objects of {', '.join(unsafe)}; put tensors, numbers, strings, lists and "
@@ -94,6 +95,15 @@ class FileEngine:
         if self._problem:
             raise CheckpointError(self._problem)
         return dict(self._files)
+
+
+def _plain(value: Any) -> Any:
+    """With numbers for members of enumerations, such as DeepSpeed's ZeRO stage: some Pythons write a call for them."""
+    if isinstance(value, IntEnum):
+        return int(value)
+    if type(value) is dict:
+        return {key: _plain(entry) for key, entry in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 class _HashedFile:
