@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import IntEnum
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,9 @@ class FileEngine:
 
 
 def _plain(value: Any) -> Any:
-    """With numbers for members of enumerations, such as DeepSpeed's ZeRO stage: some Pythons write a call for them."""
-    if isinstance(value, IntEnum):
-        return int(value)
+    """With values for members of enumerations, such as DeepSpeed's ZeRO stage: some Pythons write a call for them."""
+    if isinstance(value, Enum):
+        return value.value
     if type(value) is dict:
         return {key: _plain(entry) for key, entry in value.items()}
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value

@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from hift_ds.checkpoint import CheckpointError
 from hift_ds.checkpoint_files import FileEngine, Files
 
 
+class Stage(int, Enum):
+    """As DeepSpeed's, which Python 3.11.2 pickles as a call of `getattr`."""
+
+    second = 2
+
+
 def content(step: int) -> dict[str, Any]:
-    return {"weights": torch.full((40,), float(step)), "step": step, "names": ["a", ("b", None)]}
+    return {"weights": torch.full((40,), float(step)), "step": step, "names": ["a", ("b", None)], "at": [Stage.second]}
 
 
 def write_step(step: int) -> Callable[[str, str], Files]:
@@ -50,7 +57,11 @@ def newest(folder: Path) -> int | None:
     if found is None:
         return None
     loaded = FileEngine().load(str(found.path / "state.pt"), map_location="cpu")
-    assert loaded["step"] == found.about["step"] and torch.equal(loaded["weights"], content(loaded["step"])["weights"])
+    assert (
+        loaded["step"] == found.about["step"]
+        and loaded["at"] == [2]
+        and torch.equal(loaded["weights"], content(loaded["step"])["weights"])
+    )
     return loaded["step"]
 
 
