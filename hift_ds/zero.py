@@ -498,12 +498,8 @@ class Zero3BlockOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
         return super().get_grad_norm_direct(*_in_pieces(gradients, params), norm_type)
 
-    def check_overflow(self, partition_gradients: bool = True) -> None:
-        self.overflow = self.invalid_loss  # what of the gradients is not finite is in the norm, taken next
-
     def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
-        # DeepSpeed asks in fp16 only.
-        self.check_overflow()
+        self.overflow = self.invalid_loss  # what of the gradients is not finite is in the norm, taken next
         return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:

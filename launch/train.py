@@ -304,8 +304,6 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
     config = copy.deepcopy(settings.deepspeed)
     has_scheduler = config.get("scheduler")
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
-    for key in {"bf16", "bfloat16"} & config.keys():  # so that DeepSpeed's own engine skips them, as HiFT does
-        config[key].setdefault("check_grad_overflow", True)
     if get_accelerator().device_name() == "cpu" and config["optimizer"]["type"].lower() in ("adam", "adamw"):
         if not offloaded:  # torch's step, as HiFT takes there: no kernel to compile, and methods compare like with like
             config["optimizer"]["params"].setdefault("torch_adam", True)
