@@ -109,7 +109,9 @@ def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:
         "WORLD_SIZE": str(size),
         "LOCAL_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",  # nobody listens: the ranks meet at a file
+        # Nobody listens, the ranks meet at a file; but DeepSpeed names its shared memory by it, and two sessions of
+        # tests may run at once.
+        "MASTER_PORT": str(10_000 + os.getppid() % 50_000),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }

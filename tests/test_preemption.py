@@ -30,10 +30,11 @@ class Job:
     def __init__(self, out: Path, ranks: int, *overrides: str, resume: str | None = None) -> None:
         self.out, self.ranks, self.printed = out, ranks, out.with_name(f"{out.name}.{time.monotonic_ns()}.txt")
         argv = ["launch/train.py", *arguments(out, *overrides, resume=resume)]
+        self.port = ""
         if ranks > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
+                self.port = port = str(probe.getsockname()[1])
             script = str(Path(sys.executable).with_name("deepspeed"))
             argv = [script, "--num_gpus", str(ranks), "--master_port", port, *argv]
         unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -57,6 +58,8 @@ class Job:
         except ProcessLookupError:
             pass
         self.process.wait()
+        for left in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*") if self.port else ():  # 66 MB for each rank
+            left.unlink(missing_ok=True)
 
     def text(self) -> str:
         return self.printed.read_text()
