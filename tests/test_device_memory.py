@@ -4,6 +4,7 @@ import contextlib
 import functools
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from hift_ds.block_optimizers import BlockOptimizers
+from hift_ds.checkpoint_files import FileEngine
 from hift_ds.offload import HostMemory
 from hift_ds.zero import Zero3BlockOptimizer, ZeroBlockOptimizer
 from tests import tiny
@@ -296,3 +298,31 @@ def test_the_host_step_leaves_only_weights_on_the_device(case: Case) -> None:
     assert max(seen.steps) <= buffer + SMALL
     assert max(seen.gradients) <= SMALL
     assert seen.copies >= 2 * case.steps
+
+
+def saved_and_loaded(case: Case, folder: str) -> tuple[int, int, int]:
+    """In a rank: highest bytes on the device in training, while saving, and while loading."""
+    llama = wide(case.dtype)
+    memory = DeviceMemory()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(memory)
+        stack.enter_context(memory.placed_on_host(FileEngine, "load"))
+        memory.declare([*llama.parameters(), *llama.buffers()], label="weights")
+        engine = tiny.initialize(case, llama=llama)
+        stack.callback(engine.destroy)
+        memory.reset()
+        for step in range(case.steps // 2):
+            tiny.optimizer_step(engine, step)
+        peaks = [memory.peak["total"]]
+        for action in (engine.save_checkpoint, engine.load_checkpoint):
+            memory.reset()
+            action(folder)
+            peaks.append(memory.peak["total"])
+        return peaks[0], peaks[1], peaks[2]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_saving_and_loading_need_no_more_than_training(stage: int, dtype: str, tmp_path: Path) -> None:
+    ((training, saving, loading),) = run_on_ranks(1, saved_and_loaded, Case(stage=stage, dtype=dtype), str(tmp_path))
+    assert saving <= training and loading <= training, f"training {training}, saving {saving}, loading {loading} bytes"
