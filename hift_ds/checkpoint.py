@@ -295,10 +295,12 @@ def adopt(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{str(path)!r} is no folder")
     if (path / MANIFEST).exists():
         raise CheckpointError(f"{str(path)!r} has a manifest already")
-    links = [name for name, file in _listed(path) if file.is_symlink()]
-    unsafe = [name for name, file in _listed(path) if name.endswith(".pt") and unsafe_classes(str(file))]
-    if links or unsafe:
-        raise CheckpointError(f"{str(path)!r} holds links or code: {', '.join(links + unsafe)}")
+    found = [f"{name} is a link" for name, file in _listed(path) if file.is_symlink()]
+    for name, file in _listed(path):
+        if name.endswith(".pt") and (unsafe := unsafe_classes(str(file))):
+            found.append(f"{name} would run code when it is read ({', '.join(unsafe)})")
+    if found:
+        raise CheckpointError(f"{str(path)!r} cannot be adopted: {'; '.join(found)}")
     _complete(path, {}, {"adopted": True})
     return _read_manifest(path)
 

@@ -10,6 +10,7 @@ the groups that DeepSpeed makes cannot be set, and NCCL ends the process before 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -19,8 +20,9 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 
@@ -51,7 +53,7 @@ class RankWatch:
     """This rank's log and sign of life; a context, in which `start` may be called once."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: RawIOBase | None = None
         self._closed = threading.Event()
         # Seconds that this process ran, so that those in which it was itself stopped do not count as silence.
         self._clock = self._heard = 0.0
@@ -77,7 +79,7 @@ class RankWatch:
         self.folder, self.rank, self.world, self.limit = folder, rank, world, limit
         self.beat = min(10.0, limit / 4)  # seconds between two signs of life
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._log(rank).open("a" if keep else "w", encoding="utf-8", buffering=1)
+        self._file = self._log(rank).open("ab" if keep else "wb", buffering=0)
         self._line(f"start: rank {rank} of {world}, pid {os.getpid()} on {socket.gethostname()}")
         self._faults = faulthandler.is_enabled()
         faulthandler.enable(self._file)
@@ -176,7 +178,8 @@ class RankWatch:
 
     def _line(self, text: str) -> None:
         assert self._file is not None
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with contextlib.suppress(OSError):  # a full disk: what has to be written there says so
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"rank{rank}.log"

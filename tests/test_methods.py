@@ -53,10 +53,10 @@ def train(argv: Sequence[str], stop_after: int | None = None, wrap: Any = contex
     seen: dict[str, Any] = {}
     loop, export, record_step = launcher.train, launcher.export_model, logs.RunLog.step
 
-    def spy_loop(engine: Any, *rest: Any) -> None:
+    def spy_loop(engine: Any, *rest: Any, **named: Any) -> None:
         context = wrap(engine) if wrap is not contextlib.nullcontext else wrap()
         with context as seen["wrapped"]:
-            loop(engine, *rest)
+            loop(engine, *rest, **named)
         seen["weights"] = hashes(engine.module)
 
     def spy_export(engine: Any, *rest: Any) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import random
 import zlib
 from collections.abc import Sequence
@@ -202,6 +203,8 @@ def run_with_faults(argv: list[str], bad: Sequence[int], where: str = "both") ->
     """
     from launch import train
     from launch.errors import UserError
+    from launch.preemption import Preemption
+    from launch.ranks import RankWatch
 
     share, last = train.loss_share, torch.distributed.get_world_size() - 1
     seen: dict[str, Any] = {"weights": [], "rates": [], "message": None}
@@ -225,7 +228,8 @@ def run_with_faults(argv: list[str], bad: Sequence[int], where: str = "both") ->
     with mock.patch.object(train, "loss_share", spoiled), mock.patch.object(train, "SkippedSteps", Watched):
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
-                train.run(train.parse(argv))
+                with Preemption(int(os.environ["RANK"])) as stop, RankWatch() as watch:
+                    train.run(train.parse(argv), stop, watch)
             except UserError as error:
                 seen["message"] = str(error)
     return {**seen, "printed": printed.getvalue()}
