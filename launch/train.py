@@ -198,13 +198,13 @@ def run_settings(
     found = outputs.find_checkpoint(folder) if recorded else None
     if resume and found is None:
         logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
-    lock = outputs.claim(folder) if rank == 0 else None
-    watch.start(folder / outputs.LOGS, rank, world, settings.training.rank_timeout, keep=resume is not None)
     logs.say(rank, logs.data_report(data))
     set_seed(settings.training.seed)
     engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
     if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
         raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
+    lock = outputs.claim(folder) if rank == 0 else None
+    watch.start(folder / outputs.LOGS, rank, world, settings.training.rank_timeout, keep=resume is not None)
     first_step = load_checkpoint(engine, found) if found else 0
     if found:
         logs.say(rank, f"{folder}: the run continues after step {first_step} ({found.path})")

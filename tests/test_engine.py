@@ -228,7 +228,7 @@ def other_blocks(folder: str) -> list[str]:
     tiny.optimizer_step(engine, 0)
     engine.save_checkpoint(folder, tag="hift")
     engine.destroy()
-    # Stage 0: at others DeepSpeed's files hold an enumeration, which Python 3.11.2 writes as a call, and `adopt` refuses.
+    # Stage 0: at others DeepSpeed's files hold an enumeration, which Python 3.11.2 writes as a call: not to be adopted.
     stock = tiny.initialize(Case(stage=0), stock=True)
     tiny.optimizer_step(stock, 0)
     stock.save_checkpoint(folder, tag="stock")
