@@ -96,6 +96,11 @@ class Job:
         self.until(lambda: not any(alive(process) for process in processes), seconds, f"the end of {processes}")
         return time.monotonic() - started
 
+    def kill(self, stopped: psutil.Process) -> None:
+        """End a stopped rank, once launch.py has seen that another has exited, as it would itself 30 s later."""
+        self.until(lambda: "Killing subprocess" in self.text(), 30, "launch.py's end")
+        stopped.kill()
+
 
 def alive(process: psutil.Process) -> bool:
     try:
@@ -278,7 +283,7 @@ def stop_a_rank(out: Path, limit: float, stopped: int, draw: Any = None, wait: b
         assert "training.rank_timeout" in job.text() and "Traceback" not in job.text()
         assert "is stopped" in (out / "logs" / f"rank{1 - stopped}.log").read_text()
         if not wait:
-            victim.kill()
+            job.kill(victim)
         job.ends([victim, launcher], 60)  # launch.py kills it 30 s after SIGTERM, which a stopped process does not hear
         # launch.py hands on the code of the first rank that it sees gone, and looks once a second.
         assert job.code() in ((RANK_LOST,) if wait else (RANK_LOST, 256 - signal.SIGKILL))
@@ -308,6 +313,5 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> N
         other.send_signal(signal.SIGTERM)
         assert job.ends([other], 20) < 5
         assert "SIGTERM again: exiting at once, without saving" in job.text()
-        time.sleep(3)  # launch.py looks once a second
-        victim.kill()
+        job.kill(victim)
         assert job.code() == 128 + signal.SIGTERM
