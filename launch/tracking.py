@@ -6,6 +6,7 @@ import contextlib
 import logging as python_logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from launch.preemption import STOPPED
 from launch.settings import Settings
 
 FINISH_SECONDS = 60.0  # for what is still to be written or sent at the end of a run
+SECOND = 1.0  # in which a process that closed its connection is gone
 END_SECONDS = 10.0  # for letting go of a process that was ended
 
 
@@ -51,9 +53,10 @@ class Tracker:
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             self._given_up = True
+            why = ", since its process has ended," if self._is_gone() else ""
             self._warn(
-                f"Weights & Biases did not finish within {FINISH_SECONDS:g} s and is left behind; `wandb sync` sends "
-                "what it has written"
+                f"Weights & Biases did not finish within {FINISH_SECONDS:g} s{why} and is left behind; `wandb sync` "
+                "sends what it has written"
             )
             if self._service is not None:  # W&B would wait for it at exit, without a limit
                 self._service.kill()
@@ -62,16 +65,28 @@ class Tracker:
     def _work(self) -> None:
         try:
             while send := self._sent.get():
-                if self._service is not None and not _is_alive(self._service):  # W&B itself would not say so
-                    raise ConnectionError("its process has ended")
+                if self._is_gone():  # W&B itself would not say so
+                    raise ConnectionError
                 send(self._run)
         except Exception as error:
             if not self._given_up:
-                self._warn(f"Weights & Biases failed and is off from here on: {type(error).__name__}: {error}")
+                reason = "its process has ended" if self._is_gone(SECOND) else f"{type(error).__name__}: {error}"
+                self._warn(f"Weights & Biases failed and is off from here on: {reason}")
             import wandb
 
             with contextlib.suppress(Exception):  # else it tries the same again at exit, and fails loudly
                 wandb.teardown()
+
+    def _is_gone(self, patience: float = 0.0) -> bool:
+        """Whether W&B's process has ended, or does so within some seconds: its connection is closed before."""
+        deadline = time.monotonic() + patience
+        while self._service is not None:
+            if not _is_alive(self._service):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return False
 
 
 def start_wandb(folder: Path, settings: Settings, run_id: str | None, warn: Callable[[str], None]) -> Tracker | None:
