@@ -35,6 +35,7 @@ from evaluation.efficiency import machine
 from evaluation.process_memory import return_freed_memory
 from evaluation.report import log_to_wandb, write_report
 from evaluation.tasks import TaskData, load_task
+from hift_ds.checkpoint_files import write_durably
 from launch import credentials, extensions, logs
 from launch.determinism import deterministic
 from launch.errors import NotApplicable, UserError
@@ -69,7 +70,7 @@ class Runs:
             return []
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
         if cut and self.rank == 0:
-            _write(path, whole + "\n" if whole else "")  # at once: other ranks are reading it
+            write_durably(path, whole + "\n" if whole else "")  # at once: other ranks are reading it
         found = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
@@ -120,7 +121,7 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
                         bar.update()
                         if rank == 0:
                             lines = "".join(json.dumps(one) + "\n" for one in records)
-                            _write(comparison.folder / "results.jsonl", lines)
+                            write_durably(comparison.folder / "results.jsonl", lines)
                             if bar.disable:
                                 print(_line(records[-1]), flush=True)
     return records
@@ -214,13 +215,6 @@ def _load(comparison: Comparison, entry: TaskEntry, seed: int) -> TaskData:
         dev_examples=data.dev_examples,
         test_examples=data.test_examples,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -122,11 +122,11 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
     Returns:
         Tags of the deleted ones.
     """
+    if keep_last is None:
+        return []
     folder = Path(folder)
     lock = Lock(folder)
     try:
-        if keep_last is None:
-            return []
         known, _ = _candidates(folder)
         gone = [
             one for one in known[max(keep_last, 1) :] if not (keep_every and one.about.get("step", 1) % keep_every == 0)
@@ -170,19 +170,20 @@ class Lock:
 
 def _complete(staging: Path, files: Files, about: Mapping[str, Any]) -> None:
     """Read what nobody knows the hash of, see that all the rest is there, and write the manifest."""
-    for name, path in _listed(staging):
+    present = dict(_listed(staging))
+    for name, path in present.items():
         if name in files:
             if path.stat().st_size != files[name]["size"]:
                 raise CheckpointError(f"{name} has {path.stat().st_size} bytes, not the {files[name]['size']} written")
             continue
         files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         fsync(path)
-    if missing := sorted(set(files) - {name for name, _ in _listed(staging)}):
+    if missing := sorted(set(files) - set(present)):
         raise CheckpointError(f"{', '.join(missing)} written by a rank, not seen by rank 0; is the folder shared?")
     content = {"format": FORMAT, "about": dict(about), "files": dict(sorted(files.items()))}
     plain = json.loads(json.dumps(content, default=str))  # as it will be read
     write_durably(staging / MANIFEST, _sealed(plain))
-    for folder in {path.parent for _, path in _listed(staging)} | {staging}:
+    for folder in {path.parent for path in present.values()} | {staging}:
         fsync(folder)
 
 
@@ -264,7 +265,7 @@ def verify(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files of a checkpoint; ``part`` of ``parts`` ranks that share the work."""
     problems = []
     if part == 0:
-        present = {name for name, _ in _listed(checkpoint.path)} - {MANIFEST}
+        present = {name for name, _ in _listed(checkpoint.path)}
         problems += [f"{name} is not in the manifest" for name in sorted(present - set(checkpoint.files))]
     for name in sorted(checkpoint.files)[part::parts]:
         entry, path = checkpoint.files[name], checkpoint.path / name
@@ -277,11 +278,16 @@ def verify(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> list[str]:
                 problems.append(f"{name} has {size} bytes, the manifest says {entry['size']}")
             elif sha256_of(path) != entry["sha256"]:
                 problems.append(f"{name} is damaged (SHA-256)")
-            elif name.endswith(".pt") and (unsafe := unsafe_classes(str(path))):
-                problems.append(f"{name} would run code when it is read ({', '.join(unsafe)})")
+            else:
+                problems += _code_in(name, path)
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror or error}")
     return problems
+
+
+def _code_in(name: str, path: Path) -> list[str]:
+    unsafe = unsafe_classes(str(path)) if name.endswith(".pt") else []
+    return [f"{name} would run code when it is read ({', '.join(unsafe)})"] if unsafe else []
 
 
 def adopt(path: str | Path) -> Checkpoint:
@@ -296,9 +302,7 @@ def adopt(path: str | Path) -> Checkpoint:
     if (path / MANIFEST).exists():
         raise CheckpointError(f"{str(path)!r} has a manifest already")
     found = [f"{name} is a link" for name, file in _listed(path) if file.is_symlink()]
-    for name, file in _listed(path):
-        if name.endswith(".pt") and (unsafe := unsafe_classes(str(file))):
-            found.append(f"{name} would run code when it is read ({', '.join(unsafe)})")
+    found += [text for name, file in _listed(path) for text in _code_in(name, file)]
     if found:
         raise CheckpointError(f"{str(path)!r} cannot be adopted: {'; '.join(found)}")
     _complete(path, {}, {"adopted": True})

@@ -161,7 +161,7 @@ class HiFTEngine(CheckpointingEngine):
             raise ValueError(
                 f"the checkpoint in {where!r} was made without HiFT; for its weights alone use load_module_only=True"
             )
-        position.pop("blocks", None)
+        self.check_cut(where, position.pop("blocks", None))  # an adopted checkpoint has no manifest of ours
         self._schedule.load_state_dict(position)
 
     def memory_ledger(self, peak: bool = False) -> Ledger:

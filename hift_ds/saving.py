@@ -1,6 +1,5 @@
 """How an engine saves and loads: DeepSpeed's files, committed and verified by ``checkpoint.py``."""
 
-import json
 import os
 from typing import Any
 
@@ -99,7 +98,7 @@ class SavingEngine(DeepSpeedEngine):
         return {
             "step": self.global_steps,
             "world_size": dist.get_world_size(),
-            "zero_stage": self.zero_optimization_stage(),
+            "zero_stage": int(self.zero_optimization_stage()),
             "dtype": str(self.get_data_types()[0]).removeprefix("torch."),
             "versions": {"deepspeed": deepspeed.__version__, "torch": torch.__version__},
             "config": self.config,
@@ -118,7 +117,7 @@ class SavingEngine(DeepSpeedEngine):
         """Take it out of the client state again."""
 
     def _check_same(self, found: checkpoint.Checkpoint) -> None:
-        now = json.loads(json.dumps(self.about()))
+        now = self.about()
         remedies = {"world_size": "ranks", "zero_stage": "zero_optimization.stage", "dtype": "dtype of the weights"}
         differing = [
             f"{name} is {now[key]}, the checkpoint's {found.about[key]}"
@@ -130,12 +129,15 @@ class SavingEngine(DeepSpeedEngine):
                 f"{str(found.path)!r} was made by another kind of run: {'; '.join(differing)}; resume as it was made, "
                 "or load its weights alone with load_module_only=True"
             )
-        saved, ours = found.about.get("blocks"), now.get("blocks")
-        if saved != ours and saved is not None and ours is not None:
+        self.check_cut(str(found.path), found.about.get("blocks"))
+
+    def check_cut(self, where: str, saved: list[list[Any]] | None) -> None:
+        """Raise ValueError where the blocks that a checkpoint holds, if it says so, are not this run's."""
+        ours = self.place().get("blocks")
+        if saved is not None and ours is not None and saved != ours:
             raise ValueError(
-                f"the checkpoint in {str(found.path)!r} holds the blocks {_shortened(saved)}, this run has "
-                f"{_shortened(ours)}; resume with the layers_per_block, max_block_numel, balance and freeze it was "
-                "saved with"
+                f"the checkpoint in {where!r} holds the blocks {_shortened(saved)}, this run has {_shortened(ours)}; "
+                "resume with the layers_per_block, max_block_numel, balance and freeze it was saved with"
             )
 
     def _generators_file(self) -> str:

@@ -21,6 +21,7 @@ from deepspeed.utils.logging import set_log_level_from_string
 from tqdm import tqdm
 
 import hift_ds
+from hift_ds.checkpoint_files import write_durably
 from launch import models, outputs
 from launch.credentials import redacted
 from launch.data import Data
@@ -64,7 +65,7 @@ class RunLog:
         if len(kept) != first_step:
             _warn(f"{path} has {len(kept)} of the {first_step} steps done; the summary can only count those")
         with outputs.writing(path):
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_durably(path, "".join(f"{line}\n" for line in kept))
             self.file = path.open("ab", buffering=0)  # each record is in the file, whatever comes next
         self.bar = tqdm(
             total=settings.training.max_steps,

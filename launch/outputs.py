@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 
 from hift_ds import checkpoint
 from hift_ds.checkpoint import Checkpoint, CheckpointError, Lock
+from hift_ds.checkpoint_files import write_durably
 from launch.data import Data
 from launch.errors import UserError
 from launch.settings import Settings
@@ -124,12 +124,11 @@ def claim(folder: Path) -> Lock:
         UserError: another run writes into it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return Lock(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            return Lock(folder)
     except CheckpointError as error:
         raise UserError(f"output.dir: {error}") from None
-    except OSError as error:
-        raise UserError(f"output.dir: {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def check_writable(folder: Path) -> None:
@@ -227,7 +226,5 @@ def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write whole or not at all: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.new")
     with writing(path):
-        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_durably(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

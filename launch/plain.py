@@ -125,7 +125,10 @@ class PlainEngine:
         checkpoint.save(folder, tag, write, about)
 
     def load_checkpoint(self, folder: str, tag: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
-        load_model(self.module, str(tag.path / "weights.safetensors"))
+        try:
+            load_model(self.module, str(tag.path / "weights.safetensors"))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{str(tag.path)!r} cannot be read: {error}") from error
         state = FileEngine().load(str(tag.path / "state.pt"), map_location="cpu")
         if state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
