@@ -26,7 +26,6 @@ from launch.data import window_batches
 from tests import tiny
 from tests.distributed import run_on_ranks
 from tests.test_methods import OPTIONS
-from tests.test_parity import fp16_is_missing
 from tests.test_train import arguments
 from tests.tiny import Case
 
@@ -178,8 +177,6 @@ def sample() -> set[tuple[Case, Fault]]:
     ids=str,
 )
 def test_what_is_not_finite_updates_nothing(case: Case, fault: Fault) -> None:
-    if case.dtype == "fp16" and fp16_is_missing():
-        pytest.skip("this processor has no fp16 (DeepSpeed's accelerator says so)")
     ranks = run_on_ranks(case.ranks, train, case, fault)
     for rank, (seen, clean) in enumerate(zip(ranks, without_faults(case), strict=True)):
         assert not any(clean["skipped"]) and not clean["said"]
@@ -324,8 +321,6 @@ def test_methods_without_deepspeed_skip(method: str, where: str, tmp_path: Path)
 
 
 def test_fp16_counts_when_its_loss_scale_cannot_fall(tmp_path: Path) -> None:
-    if fp16_is_missing():
-        pytest.skip("this processor has no fp16 (DeepSpeed's accelerator says so)")
     fp16 = {"enabled": True, "initial_scale_power": 3, "hysteresis": 1, "min_loss_scale": 1}
     settings = [f"deepspeed.fp16={json.dumps(fp16)}", "deepspeed.zero_optimization.stage=2"]
     bad = range(2, 13)

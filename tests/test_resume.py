@@ -11,7 +11,7 @@ import torch
 
 from tests import tiny
 from tests.distributed import run_on_ranks
-from tests.test_parity import FINER, STAGES, cases, check_update, fp16_is_missing
+from tests.test_parity import FINER, STAGES, cases, check_update
 from tests.tiny import Case, Outcome
 
 FIRST_CYCLE, LATER = 2, 9  # of 12 steps in two cycles: at 2 only two of six blocks have state
@@ -111,8 +111,6 @@ def test_stops_at_every_step(stage: int, ranks: int, dtype: str, offload: bool, 
     """Every block boundary of two cycles, and (two steps a block) every step between two of them."""
     if stage == 0 and (offload or dtype == "fp16"):
         pytest.skip("DeepSpeed has neither at stage 0")
-    if dtype == "fp16" and fp16_is_missing():
-        pytest.skip("this processor has no fp16 (DeepSpeed's accelerator says so)")
     case = Case(stage=stage, ranks=ranks, dtype=dtype, offload=offload, scheduler="torch", layers_per_block=2)
     case = replace(case, steps_per_block=2)
     check_stops(case, tmp_path, tuple(range(1, case.steps)))
