@@ -7,7 +7,8 @@ Writes into output.dir: runs.jsonl, one record a training, as soon as it is done
 the run of the learning rate that was best on the validation part; report.md, report.html and plots/. A rate is chosen
 with the first seed and kept for the others. Started again, it runs only what is missing.
 
-Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the settings need a change.
+Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the settings need a change, 75 stopped by
+SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,9 +38,10 @@ from evaluation.process_memory import return_freed_memory
 from evaluation.report import log_to_wandb, write_report
 from evaluation.tasks import TaskData, load_task
 from hift_ds.checkpoint_files import write_durably
-from launch import credentials, extensions, logs
+from launch import credentials, extensions, logs, outputs
 from launch.determinism import deterministic
 from launch.errors import NotApplicable, UserError
+from launch.preemption import STOPPED
 from launch.train import Parser, told, world_of_one
 
 ATTEMPTS = 3  # a cell in which the process died as often is not tried again
@@ -51,14 +54,19 @@ class Runs:
         self.path, self.rank = folder / "runs.jsonl", rank
         self.begun_path = folder / "begun.jsonl"
         self.done = {run["key"]: run for run in self._lines(self.path)}
-        self.begun = [line["key"] for line in self._lines(self.begun_path)]
+        begun = self._lines(self.begun_path)
+        self.begun = [line["key"] for line in begun if not line.get("stopped")]
+        self.stopped = [line["key"] for line in begun if line.get("stopped")]
 
     def begin(self, key: str) -> None:
         self._append(self.begun_path, {"key": key})
 
+    def stop(self, key: str) -> None:
+        self._append(self.begun_path, {"key": key, "stopped": True})
+
     def died(self, key: str) -> int:
         """How often the process ended in this training without a word."""
-        return self.begun.count(key)
+        return self.begun.count(key) - self.stopped.count(key)
 
     def add(self, key: str, run: dict[str, Any]) -> None:
         self.done[key] = run
@@ -94,6 +102,8 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     return_freed_memory()
     runs = Runs(comparison.folder, rank)
+    if runs.done:
+        logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")
     dist.barrier()  # all ranks have read what rank 0 is about to add to
     cells = Cells(comparison, machine())
     records: list[dict[str, Any]] = []
@@ -176,7 +186,11 @@ def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[st
     else:
         runs.begin(key)
         train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
-        run = _guarded(train, not_run)
+        try:
+            run = _guarded(train, not_run)
+        except KeyboardInterrupt:
+            runs.stop(key)
+            raise
     run |= {"learning_rate": one.rate or None}
     runs.add(key, run)
     return run
@@ -229,11 +243,12 @@ def run(arguments: argparse.Namespace) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     comparison = load_comparison(arguments.config, arguments.set, world)
     logs.quieten(comparison.logging, rank)
-    extensions.remove_stale_locks()
+    extensions.prepare(rank)
     if comparison.folder.exists() and not comparison.folder.is_dir():
         raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder, or a name that is free")
+    lock = None
     if rank == 0:
-        comparison.folder.mkdir(parents=True, exist_ok=True)
+        lock = outputs.claim(comparison.folder)
         (comparison.folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
     wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
     with deterministic(wanted):  # all rows: the accelerator is set up for it once
@@ -247,6 +262,8 @@ def run(arguments: argparse.Namespace) -> int:
         }
         print(f"{counts['ok']} cells ok, {counts['not_applicable']} not applicable, {counts['failed']} failed")
         print(f"report             {comparison.folder / 'report.md'}, {comparison.folder / 'report.html'}")
+    if lock is not None:
+        lock.release()
     return int(any(one["status"] == "failed" for one in records))
 
 
@@ -286,10 +303,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
     add("--retry-failed", action="store_true", help="run cells that failed before again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
         return told(error)
+    except KeyboardInterrupt:
+        logs.say(int(os.environ["RANK"]), "stopped; finished trainings are kept, and the same command goes on")
+        return STOPPED
 
 
 if __name__ == "__main__":

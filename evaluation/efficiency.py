@@ -271,7 +271,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
     options = parse(arguments)
-    extensions.remove_stale_locks()
+    extensions.prepare(int(os.environ.get("RANK", "0")))
     given = sys.argv[1:] if arguments is None else arguments
     origin = f"{datetime.date.today()}: python -m evaluation.efficiency {shlex.join(given)}"
     shape, size = options.model_shape, (options.batch, options.length)

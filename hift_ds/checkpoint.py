@@ -148,8 +148,10 @@ class Lock:
         CheckpointError: another process has it.
     """
 
+    NAME = ".lock"
+
     def __init__(self, folder: Path):
-        self._file = (folder / ".lock").open("a+")
+        self._file = (folder / self.NAME).open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

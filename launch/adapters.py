@@ -74,8 +74,10 @@ def lora(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
     config.task_type = TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM
     config.modules_to_save = head or None
     try:
-        # PEFT would train 16-bit models with LoRA in fp32.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, whose old names PEFT uses
+            # PEFT would train 16-bit models with LoRA in fp32.
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise NotApplicable("lora", model, str(error)) from None
 
@@ -229,7 +231,10 @@ def save_adapter(module: Any, folder: str | Path, weights: Mapping[str, Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: (weights or {}).get(name, p) for name, p in module.named_parameters() if p.requires_grad}
     save_file({name: p.detach().cpu().contiguous() for name, p in trained.items()}, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(json.dumps(module.adapter_record, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(
+        json.dumps(module.adapter_record | {"base_model": module.config.name_or_path or None}, indent=2) + "\n",
+        encoding="utf-8",
+    )
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
@@ -253,9 +258,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
     wrong = sorted(trained.keys() ^ weights.keys())
     wrong += [name for name in trained.keys() & weights.keys() if trained[name].shape != weights[name].shape]
     if wrong:
+        named = f" ({record['base_model']})" if record.get("base_model") else ""
         raise UserError(
             f"{folder}: the adapter is of another model than {type(model).__name__}: {wrong[0]} differs. Expected the "
-            "model that the run began with."
+            f"model that the run began with{named}."
         )
     with torch.no_grad():
         for name, parameter in trained.items():

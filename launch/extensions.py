@@ -1,4 +1,6 @@
-"""Lock files that killed processes left among torch's C++ extensions: the next build would wait there for ever.
+"""What may hold up a run's start for minutes among torch's C++ extensions, said: a first build, a killed one's lock.
+
+A lock file that a killed process left has to go: the next build would wait there for ever.
 
 torch makes `lock` beside an extension while it builds or loads it, and keeps the file open meanwhile
 (torch/utils/file_baton.py). DeepSpeed's own kernels are such extensions.
@@ -9,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +18,22 @@ from pathlib import Path
 import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
+from launch.logs import say, warn
+
 # Where these are, no other machine can hold a file, and this one's processes say who does.
 LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"})
 LONGEST_BUILD = 1800.0  # seconds after which a lock of an unknown holder counts as left behind
 PROCESSES = Path("/proc")
 
 
-def remove_stale_locks() -> None:
-    """Delete what nobody can be holding, with a word; name the files about which this cannot be known."""
+def prepare(rank: int) -> None:
+    """Delete locks that nobody can be holding, with a word; name those about which this cannot be known.
+
+    Where no extension was built yet, say that the first ones take a while.
+    """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if next(root.rglob("*.so"), None) is None:
+        say(rank, "note: DeepSpeed compiles its kernels at their first use on a machine, which can take minutes")
     locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]  # with the default folder, one level for Python and device
     if not locks:
         return
@@ -42,7 +50,7 @@ def _remove_if_stale(lock: Path) -> None:
             return
         age = time.time() - before.st_mtime
         if not _is_known(lock, before) and age < LONGEST_BUILD:
-            _warn(
+            warn(
                 f"{lock} is there, and it cannot be told who holds it. If no other process is building this extension, "
                 f"delete the file: until it is gone, everything that needs the extension waits"
             )
@@ -51,9 +59,9 @@ def _remove_if_stale(lock: Path) -> None:
     except FileNotFoundError:
         return  # released meanwhile
     except OSError as error:
-        _warn(f"{lock} was left behind by a killed process and cannot be deleted ({error.strerror}): delete it")
+        warn(f"{lock} was left behind by a killed process and cannot be deleted ({error.strerror}): delete it")
         return
-    _warn(f"deleted {lock}, left behind by a killed process {age:.0f} s ago: the extension could not have been loaded")
+    warn(f"deleted {lock}, left behind by a killed process {age:.0f} s ago: the extension could not have been loaded")
 
 
 def _is_held(lock: os.stat_result) -> bool:
@@ -82,7 +90,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # gives the lock back
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ class RunLog:
         lines = path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
         if len(kept) != first_step:
-            _warn(f"{path} has {len(kept)} of the {first_step} steps done; the summary can only count those")
+            warn(f"{path} has {len(kept)} of the {first_step} steps done; the summary can only count those")
         with outputs.writing(path):
             write_durably(path, "".join(f"{line}\n" for line in kept))
             self.file = path.open("ab", buffering=0)  # each record is in the file, whatever comes next
@@ -74,7 +74,7 @@ class RunLog:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
-        self.wandb = start_wandb(folder, settings, wandb_id, _warn)
+        self.wandb = start_wandb(folder, settings, wandb_id, warn)
 
     @property
     def wandb_id(self) -> str | None:
@@ -107,7 +107,7 @@ class RunLog:
             self.wandb.close(summary)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     print(f"warning: {redacted(text)}", file=sys.stderr, flush=True)
 
 

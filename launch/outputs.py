@@ -117,6 +117,16 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
     return exported and summary.get("steps", 0) >= settings.training.max_steps
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder into which another run is writing. On one rank; makes nothing.
+
+    Raises:
+        UserError: naming the process.
+    """
+    if (folder / Lock.NAME).exists():
+        claim(folder).release()
+
+
 def claim(folder: Path) -> Lock:
     """Make the folder, and keep other runs out of it until `release` or the end of this process. On one rank.
 

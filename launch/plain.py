@@ -162,7 +162,7 @@ class LomoEngine(PlainEngine):
     """
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._applied = math.isfinite(loss)
+        self._applied = math.isfinite(loss.item())
         if self._applied and self.clip:
             self.optimizer.grad_norm(loss)
             self._norm = float(torch.norm(self.optimizer.grad_norms, 2.0))

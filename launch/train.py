@@ -173,11 +173,13 @@ def run_settings(
     settings: Settings, resume: str | None, rank: int, world: int, stop: Preemption, watch: RankWatch
 ) -> None:
     logs.quieten(settings.logging, rank)
-    extensions.remove_stale_locks()
+    extensions.prepare(rank)
     if settings.zero_stage and not METHODS[settings.method.name].uses_deepspeed:
         shown = f"{settings.method.name} takes its steps without DeepSpeed; every rank holds all weights and all state"
         logs.say(rank, f"note: {shown}, and ZeRO stage {settings.zero_stage} is not used")
     folder = outputs.folder(settings)
+    if rank == 0:
+        outputs.check_free(folder)
     if outputs.check_start(folder, settings, resume):
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
@@ -208,6 +210,8 @@ def run_settings(
     first_step = load_checkpoint(engine, found) if found else 0
     if found:
         logs.say(rank, f"{folder}: the run continues after step {first_step} ({found.path})")
+        if (folder / "summary.json").exists():
+            logs.say(rank, "note: summary.json and model/ are those of the shorter run until this one ends")
     watch.progress()
     before = recorded["before"] if found else evaluate(engine, data, tokenizer, settings, watch.progress)
 
@@ -327,13 +331,16 @@ def save_checkpoint(engine: Any, settings: Settings, steps: int) -> None:
     training, folder = settings.training, outputs.folder(settings) / "checkpoints"
     try:
         engine.save_checkpoint(str(folder), tag=f"step{steps}", client_state={"step": steps})
-        if dist.get_rank() == 0:
-            checkpoint.prune(folder, training.keep_last, training.keep_every)
     except (CheckpointError, OSError) as error:
         raise UserError(
             f"the checkpoint after step {steps} could not be saved:\n{error}\nEarlier checkpoints are as they were; "
             "make room, then continue with --resume."
         ) from None
+    if dist.get_rank() == 0:
+        try:
+            checkpoint.prune(folder, training.keep_last, training.keep_every)
+        except (CheckpointError, OSError) as error:  # what cannot be deleted now is tried again after the next
+            logs.warn(f"an old checkpoint in {folder} could not be deleted: {error}")
 
 
 def load_checkpoint(engine: Any, found: Checkpoint) -> int:

@@ -508,7 +508,8 @@ def test_saved_and_loaded_is_the_same_bit_by_bit(method: str, name: str, tmp_pat
     assert torch.equal(logits(again.eval()), logits(module))
     assert trained_parameters(again) == trained_parameters(module)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
-    assert json.loads((tmp_path / "adapter.json").read_text())["method"] == method
+    record = json.loads((tmp_path / "adapter.json").read_text())
+    assert (record["method"], record["base_model"]) == (method, None)  # made from a config
 
 
 def test_whole_weights_may_be_given(tmp_path: Path) -> None:
@@ -521,8 +522,10 @@ def test_whole_weights_may_be_given(tmp_path: Path) -> None:
 def test_what_is_no_adapter_of_this_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no adapter. Expected adapter.json and adapter.safetensors"):
         load_adapter(base("gpt2"), tmp_path)
-    save_adapter(made("prefix", "llama"), tmp_path)
-    with pytest.raises(UserError, match="another model than GPT2LMHeadModel"):
+    module = made("prefix", "llama")
+    module.config.name_or_path = "SOMEBODY/llama"
+    save_adapter(module, tmp_path)
+    with pytest.raises(UserError, match=r"another model than GPT2LMHeadModel.*\(SOMEBODY/llama\)"):
         load_adapter(base("gpt2"), tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from evaluation.compare_settings import load_comparison
 from evaluation.results import read_results
 from launch.errors import UserError
 from launch.methods import METHODS, TRAINED
+from launch.outputs import claim
 from launch.settings import REPOSITORY
 from tests import ENVIRONMENT
 from tests.data_fixtures import write_jsonl
@@ -198,14 +200,17 @@ compare.main(sys.argv[1:])
 """
 
 
+def alone(code: str, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code, *argv]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=500, text=True)
+
+
 def test_a_killed_comparison_goes_on(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
     """In a cell, when two were done. In a fresh folder all comes out as in the comparison of all methods."""
     argv = arguments(data, tmp_path / "out", FEW, "tasks=[rte]")
-    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *argv], cwd=REPOSITORY, env=environment, capture_output=True, timeout=500
-    )
+    done = alone(KILLED, argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
     runs = tmp_path / "out" / "runs.jsonl"
     assert [one["label"] for one in lines(runs)] == ["zero-shot", "full"]
@@ -219,6 +224,40 @@ def test_a_killed_comparison_goes_on(whole: tuple[Path, dict[str, Any]], data: P
     assert list(ours) == [(label, "rte") for label in ("zero-shot", "full", "hift", "mezo")]
     for key, record in ours.items():
         assert lasting(record) == lasting(theirs[key])
+
+
+STOPPED = """
+import os, signal, sys
+from evaluation import cell, compare
+def train(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+cell.train = train
+sys.exit(compare.main(sys.argv[1:]))
+"""
+
+
+def test_a_stopped_comparison_says_so_and_is_no_death(data: Path, tmp_path: Path) -> None:
+    argv = arguments(data, tmp_path / "out", FEW, "tasks=[rte]")
+    done = alone(STOPPED, argv)
+    assert done.returncode == 75 and "stopped; finished trainings are kept" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
+    for _ in range(2):
+        assert alone(STOPPED, argv).returncode == 75
+    result = once(argv)  # after three stops in its first training
+    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["full", "hift", "mezo"]
+    assert "1 trainings are done; only what is missing is run" in result["printed"]
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused(copy: tuple[Path, list[str]]) -> None:
+    out, argv = copy
+    lock = claim(out)
+    try:
+        result = once(argv)
+    finally:
+        lock.release()
+    assert result["code"] == 2 and f"another run (process {os.getpid()} on" in result["printed"]
+    assert not (out / "results.jsonl").exists()
 
 
 @pytest.fixture

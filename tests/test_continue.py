@@ -1,15 +1,19 @@
 """A run that meets a damaged checkpoint, a full disk or a second writer: what it does, and what it says."""
 
 import os
+import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from hift_ds import checkpoint
-from tests.test_preemption import Job
+from launch import train
+from launch.settings import REPOSITORY, load_settings
+from tests.test_preemption import Job, alive
 from tests.test_train import records, run_tiny, summary
 
 SETTINGS = ("data.eval_examples=0", "training.max_steps=12", "training.save_every=4", "training.keep_last=null")
@@ -92,40 +96,59 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with Job(out, 1, "training.max_steps=100000", "data.eval_examples=0", "output.export=false") as job:
         job.wait_for_step(3)
         before = len(records(out))
-        for options in ({"resume": "auto"}, {}):
-            more = () if options else ("output.overwrite=true",)
-            refused = run_tiny(1, out, *SETTINGS, *more, **options)
+        for resume, more in (("auto", ()), (None, ("output.overwrite=true",)), (None, ())):
+            refused = run_tiny(1, out, *SETTINGS, *more, resume=resume)
             assert refused["code"] == 2 and f"process {job.process.pid} " in refused["printed"], refused["printed"]
         job.wait_for_step(before + 3)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system with room for about one and a half checkpoints of the tiny model."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def full_disks() -> list[tuple[str, int, int]]:
+    """Method, ZeRO stage and KiB of a file system with room for one to five checkpoints of the tiny model."""
+    rng = random.Random(5)
+    return [(("hift", "full")[i % 2], rng.choice((1, 2, 3)), rng.randrange(2500, 9000)) for i in range(20)]
 
 
-@pytest.mark.parametrize("method", ["hift", "full"])
-def test_a_full_disk_keeps_the_old_checkpoint(method: str, small_disk: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "stage", "size"),
+    [pytest.param(*one, marks=pytest.mark.slow if i > 1 else ()) for i, one in enumerate(full_disks())],
+)
+def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int, tmp_path: Path) -> None:
     """Both ranks end within a minute, through the launcher, and the run continues when there is room."""
-    out = small_disk / "run"
-    settings = (*SETTINGS, "output.export=false", f"method.name={method}", "training.save_every=1")
-    with Job(out, 2, *settings) as job:
-        assert job.code(300) == 2
+    out = tmp_path / "run"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(out)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        zero = f"deepspeed.zero_optimization.stage={stage}"
+        settings = (*SETTINGS, "output.export=false", f"method.name={method}", zero, "training.save_every=1")
+        with Job(out, 2, *settings) as job:
+            job.wait_for_step(1)
+            ranks = [job.rank(0), job.rank(1)]
+            assert job.code(300) == 2, job.text()
+            since = time.time() - (out / "metrics.jsonl").stat().st_mtime
+            assert not any(alive(rank) for rank in ranks)
+        assert since < 60, f"ended {since:.0f} s after the last step"
+        print(f"full after {len(records(out))} steps, ended {since:.1f} s after the last one")
         assert "could not be saved" in job.text() and "No space left" in job.text(), job.text()
-    found = checkpoint.find(out / "checkpoints")
-    assert found is not None and found.about["step"] >= 1
-    assert not list((out / "checkpoints").glob(".saving-*"))
-    last = len(records(out))
-    assert found.about["step"] == last - 1
-    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    resumed = run_tiny(2, out, *settings, resume="yes")
-    assert resumed["code"] == 0 and summary(out)["steps"] == 12, resumed["printed"]
+        found = checkpoint.find(out / "checkpoints")
+        assert found is not None and found.about["step"] == len(records(out)) - 1 >= 1
+        assert not list((out / "checkpoints").glob(".saving-*"))
+        subprocess.run(["mount", "-o", "remount,size=50m", str(out)], check=True)
+        resumed = run_tiny(2, out, *settings, resume="yes")
+        assert resumed["code"] == 0 and summary(out)["steps"] == 12, resumed["printed"]
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """The new one is there, and training goes on; on one rank, so that no other would wait for it."""
+    engine, settings = (
+        mock.Mock(),
+        load_settings(str(REPOSITORY / "configs" / "tiny.yaml"), ["output.dir=runs/none"], 1),
+    )
+    prune = mock.patch.object(checkpoint, "prune", side_effect=OSError("a device error"))
+    with mock.patch.object(train, "dist", get_rank=lambda: 0), prune:
+        train.save_checkpoint(engine, settings, 4)
+    engine.save_checkpoint.assert_called_once()
+    assert "could not be deleted: a device error" in capsys.readouterr().err

@@ -56,14 +56,22 @@ def test_a_killed_processs_lock_is_deleted_and_a_living_ones_is_not(
 ) -> None:
     lock = folder / "cpu_adam" / "lock"
     process = holder(lock)
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     assert lock.exists() and capsys.readouterr().err == ""
     process.send_signal(signal.SIGKILL)
     process.wait()
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     assert not lock.exists() and f"deleted {lock}" in capsys.readouterr().err
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     assert capsys.readouterr().err == ""
+
+
+def test_that_nothing_is_compiled_yet_is_said_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, built, said in ((1, False, ""), (0, False, "note: DeepSpeed compiles its kernels"), (0, True, "")):
+        if built:
+            (folder / "cpu_adam" / "cpu_adam.so").touch()
+        extensions.prepare(rank)
+        assert capsys.readouterr().out.startswith(said) and bool(said) != built or rank
 
 
 def test_the_default_folder_has_a_level_more(
@@ -74,7 +82,7 @@ def test_the_default_folder_has_a_level_more(
     lock = tmp_path / "py311_cpu" / "fused_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     assert not lock.exists() and str(lock) in capsys.readouterr().err
 
 
@@ -89,13 +97,13 @@ def test_an_unknown_holders_lock_stays_until_no_build_takes_so_long(
         monkeypatch.setattr(extensions, "PROCESSES", folder / "none")
     lock = folder / "cpu_adam" / "lock"
     lock.touch()
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     assert lock.exists()
     message = capsys.readouterr().err
     assert str(lock) in message and "delete the file" in message
     long_ago = time.time() - extensions.LONGEST_BUILD - 1
     os.utime(lock, (long_ago, long_ago))
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     assert not lock.exists()
 
 
@@ -106,7 +114,7 @@ def test_two_that_start_at_once_leave_each_others_lock(folder: Path, monkeypatch
     baton = FileBaton(str(lock))
 
     def start_and_build() -> None:
-        extensions.remove_stale_locks()
+        extensions.prepare(0)
         assert baton.try_acquire()
 
     other = threading.Thread(target=start_and_build)
@@ -118,7 +126,7 @@ def test_two_that_start_at_once_leave_each_others_lock(folder: Path, monkeypatch
         return True
 
     monkeypatch.setattr(extensions, "_is_known", decide)
-    extensions.remove_stale_locks()
+    extensions.prepare(0)
     other.join()
     assert lock.exists()
     baton.release()

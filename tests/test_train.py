@@ -361,6 +361,7 @@ def test_resumed_run_equals_the_straight_one(ranks: int, stage: int, tmp_path: P
     # Longer: the finished run goes on.
     longer = run_tiny(ranks, stopped, *settings, "training.max_steps=14", resume="yes")
     assert longer["code"] == 0 and summary(stopped)["steps"] == 14
+    assert "those of the shorter run until this one ends" in longer["printed"]
 
 
 def test_resume_auto_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
