@@ -2,7 +2,7 @@
 
 Source: Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333, Algorithm 1: the
 slope of the loss along one random direction, from two forward passes, times that direction. The direction is never
-kept: it is drawn again from its seed wherever it is needed, one piece of ``PIECE`` elements at a time.
+kept: it is drawn again from its seed wherever it is needed, one piece of ``piece_size`` elements at a time.
 
 Weights move in place, and rounding must not carry them away. Plain arithmetic, w + e - 2e + e, ends one unit in the
 last place off for every other weight, and over many steps that is a random walk: bf16 weights of standard deviation
@@ -34,12 +34,17 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from hift_ds.config import NOISE_PIECE as PIECE
+from hift_ds.config import NOISE_PIECE, NOISE_PIECE_CPU
 
 _REACH = 6.0  # standard deviations: a normal draw beyond it is not to be expected
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 
 Loss = Tensor | tuple[Tensor | float, Tensor | float]
+
+
+def piece_size(device: torch.device) -> int:
+    """Elements that are drawn from one seed; a device's kind has its own generator, so it may have its own size."""
+    return NOISE_PIECE_CPU if device.type == "cpu" else NOISE_PIECE
 
 
 class _Piece(NamedTuple):
@@ -66,8 +71,8 @@ class MeZO(torch.optim.Optimizer):
 
     With ``adam`` the estimate g z goes through Adam's bias-corrected moments instead (decoupled weight decay).
 
-    Memory above the weights: at most four fp32 pieces, 16 MiB, at any model size; none of it during the forward
-    passes. With ``adam`` two fp32 moments in addition, 8 bytes a trained parameter: four times as much as bf16 weights
+    Memory above the weights: at most four fp32 pieces, 16 MiB (on a CPU 2 MiB), at any model size; none of it during the
+    forward passes. With ``adam`` two fp32 moments in addition, 8 bytes a trained parameter: four times as much as bf16 weights
     take. LoRA or prefix parameters are trained by giving the PEFT model.
 
     Data parallel: every rank has the same weights, evaluates its own share of the batch, and tells the others four
@@ -192,9 +197,10 @@ class MeZO(torch.optim.Optimizer):
                     generators[parameter.device] = torch.Generator(parameter.device)
                 generator = generators[parameter.device]
                 tensors = [t.detach().view(-1) for t in (parameter, *self.state.get(parameter, {}).values())]
-                for number, start in enumerate(range(0, parameter.numel(), PIECE)):
+                size = piece_size(parameter.device)
+                for number, start in enumerate(range(0, parameter.numel(), size)):
                     generator.manual_seed(_hash(self.seed, self.steps + self.skipped, index, number))
-                    weights, *moments = (t[start : start + PIECE] for t in tensors)
+                    weights, *moments = (t[start : start + size] for t in tensors)
                     yield _Piece(weights, group, tuple(moments), generator)
                 index += 1
 
