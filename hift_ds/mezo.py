@@ -71,9 +71,9 @@ class MeZO(torch.optim.Optimizer):
 
     With ``adam`` the estimate g z goes through Adam's bias-corrected moments instead (decoupled weight decay).
 
-    Memory above the weights: at most four fp32 pieces, 16 MiB (on a CPU 2 MiB), at any model size; none of it during the
-    forward passes. With ``adam`` two fp32 moments in addition, 8 bytes a trained parameter: four times as much as bf16 weights
-    take. LoRA or prefix parameters are trained by giving the PEFT model.
+    Memory above the weights: at most four fp32 pieces, 16 MiB (on a CPU 2 MiB), at any model size; none of it during
+    the forward passes. With ``adam`` two fp32 moments in addition, 8 bytes a trained parameter: four times as much as
+    bf16 weights take. LoRA or prefix parameters are trained by giving the PEFT model.
 
     Data parallel: every rank has the same weights, evaluates its own share of the batch, and tells the others four
     numbers. They are added in the order of ranks, so that all ranks take the same step, bit for bit. The direction does
