@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -535,7 +536,9 @@ def with_lora(model: Any, rank: int, task: str) -> Any:
         raise ConfigError(["--method=lora: PEFT is not installed; install it with: pip install peft"]) from error
     kind = "CAUSAL_LM" if task == "causal-lm" else "SEQ_CLS"
     try:
-        return get_peft_model(model, LoraConfig(task_type=kind, r=rank))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, whose old names PEFT uses
+            return get_peft_model(model, LoraConfig(task_type=kind, r=rank))
     except ValueError as error:
         raise ConfigError([f"--method=lora: {textwrap.shorten(str(error), 300)}"]) from error
 
