@@ -24,6 +24,7 @@ class PlainHiFT:
         order: indices into ``blocks`` in the order of one cycle; by default from the first to the last.
         steps_per_block: consecutive steps that one block is trained.
         clip: largest L2 norm of the active block's gradient, 0 for no limit.
+        loss_scale: factor of the loss in backward passes, taken out of the gradients in fp32: a power of two, for fp16.
         norm: computes that norm; by default `global_norm`, in fp32. (DeepSpeed's ZeRO sums in fp64, slowly on a CPU.)
 
     16-bit weights get fp32 masters, block by block (the paper's Mixed^Hi). Their gradients are summed over the micro
@@ -41,12 +42,14 @@ class PlainHiFT:
         order: Sequence[int] | None = None,
         steps_per_block: int = 1,
         clip: float = 0.0,
+        loss_scale: float = 1.0,
         norm: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.order = list(order) if order is not None else list(range(len(blocks)))
         self.steps_per_block = steps_per_block
         self.clip = clip
+        self.loss_scale = loss_scale
         self.norm = norm or global_norm
         self.steps = 0  # optimizer steps so far, over all blocks
         self.grad_norm = 0.0  # of the latest step, before clipping
@@ -90,13 +93,15 @@ class PlainHiFT:
         mean_loss = 0.0
         for batch in micro_batches:
             loss = self.model(**batch).loss / len(micro_batches)
-            loss.backward()
+            (loss * self.loss_scale).backward()
             mean_loss += loss.item()
 
         for p, cut, master in zip(params, rows, masters, strict=True):
             p.requires_grad_(False)
             if master is not p and p.grad is not None:
                 master.grad, p.grad = (p.grad if cut is None else p.grad[cut]).float(), None
+        if self.loss_scale != 1:
+            torch._foreach_div_([m.grad for m in masters if m.grad is not None], self.loss_scale)
         self._clip([m.grad for m in masters if m.grad is not None])
         optimizer.step()
         optimizer.zero_grad()

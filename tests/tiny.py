@@ -345,6 +345,7 @@ def reference(case: Case, order: tuple[int, ...]) -> Outcome:
         order=order,
         steps_per_block=case.steps_per_block,
         clip=case.clip,
+        loss_scale=2.0**16 if case.dtype == "fp16" else 1.0,  # DeepSpeed's first
         norm=NORMS[case.stage],
     )
     active, lrs, norms = [], [], []
