@@ -84,7 +84,11 @@ class FileEngine:
         try:
             yield
         except Exception as error:
-            self._problem = self._problem or f"{path}: {error}"
+            # torch closes its archive after a failed write, and that fails in its own way.
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__context__
+            self._problem = self._problem or f"{path}: {reason or error}"
 
     def finish(self) -> Files:
         """What was written since ``create``.
