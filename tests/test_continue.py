@@ -103,7 +103,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def full_disks() -> list[tuple[str, int, int]]:
-    """Method, ZeRO stage and KiB of a file system with room for one to five checkpoints of the tiny model."""
+    """Method, ZeRO stage and KiB of a file system with room for none to five checkpoints of the tiny model."""
     rng = random.Random(5)
     return [(("hift", "full")[i % 2], rng.choice((1, 2, 3)), rng.randrange(2500, 9000)) for i in range(20)]
 
@@ -132,10 +132,10 @@ def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int
         print(f"full after {len(records(out))} steps, ended {since:.1f} s after the last one")
         assert "could not be saved" in job.text() and "No space left" in job.text(), job.text()
         found = checkpoint.find(out / "checkpoints")
-        assert found is not None and found.about["step"] == len(records(out)) - 1 >= 1
+        assert (found.about["step"] if found else 0) == len(records(out)) - 1
         assert not list((out / "checkpoints").glob(".saving-*"))
         subprocess.run(["mount", "-o", "remount,size=50m", str(out)], check=True)
-        resumed = run_tiny(2, out, *settings, resume="yes")
+        resumed = run_tiny(2, out, *settings, resume="yes" if found else "auto")
         assert resumed["code"] == 0 and summary(out)["steps"] == 12, resumed["printed"]
     finally:
         subprocess.run(["umount", "-l", str(out)], check=True)
