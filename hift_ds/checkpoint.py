@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from deepspeed import comm as dist
 from deepspeed.utils import logger
@@ -152,22 +152,33 @@ class Lock:
 
     def __init__(self, folder: Path):
         self._file = (folder / self.NAME).open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            other = self._file.read().strip()
-            self._file.close()
-            raise CheckpointError(
-                f"{str(folder)!r} is being written by another run{f' (process {other})' if other else ''}; wait for "
-                "its end, stop it, or use another folder"
-            ) from None
+        self._try(self._file, folder, fcntl.LOCK_EX)
         self._file.truncate(0)
         self._file.write(f"{os.getpid()} on {os.uname().nodename}")
         self._file.flush()
 
     def release(self) -> None:
         self._file.close()
+
+    @classmethod
+    def check(cls, folder: Path) -> None:
+        """Whether another process has it, with nothing made or changed; raises as above."""
+        if (folder / cls.NAME).exists():
+            with (folder / cls.NAME).open() as file:
+                cls._try(file, folder, fcntl.LOCK_SH)
+
+    @staticmethod
+    def _try(file: IO[str], folder: Path, kind: int) -> None:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            other = file.read().strip()
+            file.close()
+            raise CheckpointError(
+                f"{str(folder)!r} is being written by another run{f' (process {other})' if other else ''}; wait for "
+                "its end, stop it, or use another folder"
+            ) from None
 
 
 def _complete(staging: Path, files: Files, about: Mapping[str, Any]) -> None:

@@ -118,13 +118,15 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder into which another run is writing. On one rank; makes nothing.
+    """Refuse a folder into which another run is writing; makes and changes nothing.
 
     Raises:
         UserError: naming the process.
     """
-    if (folder / Lock.NAME).exists():
-        claim(folder).release()
+    try:
+        Lock.check(folder)
+    except CheckpointError as error:
+        raise UserError(f"output.dir: {error}") from None
 
 
 def claim(folder: Path) -> Lock:

@@ -28,7 +28,6 @@ MAY_IMPORT = {  # folder -> the project's folders that its files may import from
     "evaluation": {"hift_ds", "launch", "evaluation"},
 }
 KNOWS_DEEPSPEED = {"hift_ds/engine.py", "hift_ds/zero.py"}
-APART = {"harness"}  # extras that are not in `all`, and whose libraries constraints.txt does not pin
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 MAX_LINES = 600
 
@@ -247,7 +246,7 @@ def pins(python: str) -> dict[str, str]:
 def test_the_extra_all_is_all():
     extras = project()["optional-dependencies"]
     (everything,) = map(Requirement, extras["all"])
-    assert everything.name == project()["name"] and everything.extras == set(extras) - {"all", *APART}
+    assert everything.name == project()["name"] and everything.extras == set(extras) - {"all"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -256,7 +255,7 @@ def test_pins_are_within_the_declared_ranges(python):
     assert version in Requirement(f"python{project()['requires-python']}").specifier
     report(
         f"{need}: constraints.txt pins {pinned} for Python {python}"
-        for need in declared(*set(project()["optional-dependencies"]) - APART)
+        for need in declared(*project()["optional-dependencies"])
         for pinned in [pins(python).get(canonicalize_name(need.name), "0")]
         if not need.specifier.contains(pinned, prereleases=True)
     )
@@ -265,7 +264,7 @@ def test_pins_are_within_the_declared_ranges(python):
 def test_everything_that_gets_installed_is_pinned():
     """Follows what installed libraries need, for the running Python; torch's GPU packages are exempt."""
     pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
-    queue = [(need, frozenset(need.extras)) for need in declared(*set(project()["optional-dependencies"]) - APART)]
+    queue = [(need, frozenset(need.extras)) for need in declared(*project()["optional-dependencies"])]
     seen, problems = set(), []
     while queue:
         need, extras = queue.pop()
