@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,19 +55,16 @@ class Runs:
         self.path, self.rank = folder / "runs.jsonl", rank
         self.begun_path = folder / "begun.jsonl"
         self.done = {run["key"]: run for run in self._lines(self.path)}
-        begun = self._lines(self.begun_path)
-        self.begun = [line["key"] for line in begun if not line.get("stopped")]
-        self.stopped = [line["key"] for line in begun if line.get("stopped")]
+        # How often the process ended in a training without a word: begun, and not told to stop.
+        self.deaths: Counter[str] = Counter()
+        for line in self._lines(self.begun_path):
+            self.deaths[line["key"]] += -1 if line.get("stopped") else 1
 
     def begin(self, key: str) -> None:
         self._append(self.begun_path, {"key": key})
 
     def stop(self, key: str) -> None:
         self._append(self.begun_path, {"key": key, "stopped": True})
-
-    def died(self, key: str) -> int:
-        """How often the process ended in this training without a word."""
-        return self.begun.count(key) - self.stopped.count(key)
 
     def add(self, key: str, run: dict[str, Any]) -> None:
         self.done[key] = run
@@ -181,7 +179,7 @@ def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[st
 
     if (reason := cells.why_not(one.row, task)) is not None:
         run = not_run("not_applicable", reason)
-    elif runs.died(key) >= ATTEMPTS and not retry_failed:
+    elif runs.deaths[key] >= ATTEMPTS and not retry_failed:
         run = not_run("failed", f"the process ended {ATTEMPTS} times in this cell without a message (out of memory?)")
     else:
         runs.begin(key)
@@ -303,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
     add("--retry-failed", action="store_true", help="run cells that failed before again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
@@ -311,6 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logs.say(int(os.environ["RANK"]), "stopped; finished trainings are kept, and the same command goes on")
         return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,10 @@ class PlainHiFT:
             p.requires_grad_(False)
             if master is not p and p.grad is not None:
                 master.grad, p.grad = (p.grad if cut is None else p.grad[cut]).float(), None
+        grads = [m.grad for m in masters if m.grad is not None]
         if self.loss_scale != 1:
-            torch._foreach_div_([m.grad for m in masters if m.grad is not None], self.loss_scale)
-        self._clip([m.grad for m in masters if m.grad is not None])
+            torch._foreach_div_(grads, self.loss_scale)
+        self._clip(grads)
         optimizer.step()
         optimizer.zero_grad()
         for p, cut, master in zip(params, rows, masters, strict=True):

@@ -143,10 +143,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     """The new one is there, and training goes on; on one rank, so that no other would wait for it."""
-    engine, settings = (
-        mock.Mock(),
-        load_settings(str(REPOSITORY / "configs" / "tiny.yaml"), ["output.dir=runs/none"], 1),
-    )
+    engine = mock.Mock()
+    settings = load_settings(str(REPOSITORY / "configs" / "tiny.yaml"), ["output.dir=runs/none"], 1)
     prune = mock.patch.object(checkpoint, "prune", side_effect=OSError("a device error"))
     with mock.patch.object(train, "dist", get_rank=lambda: 0), prune:
         train.save_checkpoint(engine, settings, 4)
