@@ -14,12 +14,13 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hift_ds
 from evaluation.flops import step_flops, trained_names
 from evaluation.plain_loop import PlainHiFT
 from hift_ds.blocks import numel_of
+from hift_ds.presets import PRESETS, load_config
 from launch.data import trained_tokens
 from launch.errors import UserError
 from launch.methods import METHODS, TRAINED
@@ -28,18 +29,9 @@ from launch.train import loss_share, make_engine
 
 Batch = dict[str, torch.Tensor]
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "rope_theta": 100000.0,
-    },
+SHAPES: dict[str, dict[str, Any]] = {  # models with random weights: the planner's, but for encoders, and a tiny one
     "tiny": {
+        "model_type": "llama",
         "vocab_size": 256,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -47,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
+    **{name: shape for name, shape in PRESETS.items() if shape["model_type"] != "roberta"},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHOD_SECTIONS: dict[str, dict[str, Any]] = {  # the `method` section; "plain" is a loop without an engine
@@ -127,13 +120,13 @@ class Contestant:
             self.engine.destroy()
 
 
-def make_model(shape: str, dtype: str) -> LlamaForCausalLM:
-    """The same weights each time, in `dtype`, on the device."""
+def make_model(shape: str, dtype: str) -> PreTrainedModel:
+    """The same weights each time, made in `dtype` on the device; the buffers stay in fp32."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], use_cache=False)).train()
-    for p in model.parameters():
-        p.data = p.data.to(DTYPES[dtype])
-    return model.to(get_accelerator().current_device_name())
+    with torch.device(get_accelerator().current_device_name()):
+        model = AutoModelForCausalLM.from_config(load_config(SHAPES[shape]), dtype=DTYPES[dtype])
+    model.config.use_cache = False
+    return model.train()
 
 
 def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:

@@ -12,6 +12,7 @@ other method is made, timed in turns with it, and gone before the next. Ratios a
 """
 
 import argparse
+import contextlib
 import datetime
 import gc
 import json
@@ -20,7 +21,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -105,36 +106,61 @@ def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int,
     """
     names = list(dict.fromkeys(names if "full" in names else ["full", *names]))
     rows = {name: Row(name, setup.dtype, setup.stage) for name in names}
-    full = make_contestant("full", setup)
+    full = _timed(rows["full"], None, setup, cycles, steps, stock_every)
     try:
-        full.warm_up(setup)
-        _fill(rows["full"], full, setup, race({"full": full}, setup, steps, 1))
         for name in names:
             if name == "full":
                 continue
-            try:
-                other = make_contestant(name, setup)
-            except UserError as error:
-                rows[name].reason = str(error)
-                continue
-            try:
-                other.warm_up(setup)
-                units = steps if other.cycle == 1 else cycles
-                _fill(
-                    rows[name], other, setup, race({"full": full, name: other}, setup, units, other.cycle, stock_every)
-                )
-            finally:
+            if other := _timed(rows[name], full, setup, cycles, steps, stock_every):
                 other.destroy()
             del other
-            gc.collect()  # before the next is made
+            _free()  # before the next is made
     finally:
-        full.destroy()
+        if full is not None:
+            full.destroy()
+    del full
+    _free()  # for the processes that measure memory
     return list(rows.values())
 
 
+def _timed(
+    row: Row, full: Contestant | None, setup: Setup, cycles: int, steps: int, stock_every: int
+) -> Contestant | None:
+    """Fills the row, side by side with full fine-tuning where that fits; returns who was timed, or None and in the row
+    the reason."""
+    contestant = None
+    with _reason_in(row):
+        contestant = make_contestant(row.method, setup)
+        contestant.warm_up(setup)
+        runners = {row.method: contestant} if full is None else {"full": full, row.method: contestant}
+        units = steps if contestant.cycle == 1 else cycles
+        _fill(row, contestant, setup, race(runners, setup, units, contestant.cycle, stock_every))
+    if row.reason and contestant is not None:
+        contestant.destroy()
+        contestant = None
+    return contestant
+
+
+@contextlib.contextmanager
+def _reason_in(row: Row) -> Iterator[None]:
+    """A method that does not fit the model, or not into the device's memory, says so in its row; the others go on."""
+    try:
+        yield
+    except UserError as error:
+        row.reason = str(error)
+    except torch.OutOfMemoryError:
+        row.reason = peak_memory.NO_ROOM
+
+
+def _free() -> None:
+    gc.collect()
+    get_accelerator().empty_cache()
+
+
 def _fill(row: Row, contestant: Contestant, setup: Setup, seconds: dict[str, list[float]]) -> None:
-    row.seconds, row.full_seconds = seconds[row.method], seconds["full"]
-    row.ratios = Contest(row.dtype, row.stage, seconds).ratios("full", row.method)
+    row.seconds, row.full_seconds = seconds[row.method], seconds.get("full", [])
+    if row.full_seconds:
+        row.ratios = Contest(row.dtype, row.stage, seconds).ratios("full", row.method)
     row.tokens_per_second = setup.tokens / statistics.median(row.seconds)
     row.trained_parameters, row.flops = contestant.trained_parameters, contestant.flops
 
@@ -144,10 +170,9 @@ def add_memory(rows: Sequence[Row], setup: Setup) -> None:
     full: int | None = None
     for row in sorted(rows, key=lambda row: row.method != "full"):
         if row.reason is None:
-            try:
+            with _reason_in(row):
                 row.peak = peak_memory.measure(row.method, False, setup).above
-            except UserError as error:
-                row.reason = str(error)
+            if row.peak is None:
                 continue
             full = row.peak if row.method == "full" else full
             row.peak_ratio = row.peak / full if full else None
@@ -197,13 +222,15 @@ def methods_table(rows: Sequence[Row], memory: bool) -> str:
     for row in rows:
         line = [row.method, row.dtype, str(row.stage)]
         if row.seconds:
-            line += [spread(row.seconds, 3), f"{row.tokens_per_second:.0f}", spread(row.ratios, 2)]
+            line += [spread(row.seconds, 3), f"{row.tokens_per_second:.0f}"]
+            line += [spread(row.ratios, 2) if row.ratios else "n/a"]
             line += [f"{row.trained_parameters:,}", f"{row.flops:.3g}"]
         if row.peak is not None:
             line += [f"{row.peak / 2**20:.1f}", "n/a" if row.peak_ratio is None else f"{row.peak_ratio:.2f}"]
         lines.append(line + ["n/a"] * (len(head) - len(line)))
     notes = [NOTES[name] for name in NOTES if any(row.method == name and row.seconds for row in rows)]
-    notes += ["Memory: HiFT's masters and optimizer state are in files."] if memory else []
+    if memory and get_accelerator().device_name() == "cpu":
+        notes += ["Memory: HiFT's masters and optimizer state are in files."]
     notes += dict.fromkeys(f"{row.method}: n/a: {row.reason}" for row in rows if row.reason)
     return "\n".join([markdown(head, lines), "", *(f"- {note}" for note in notes)]).rstrip()
 

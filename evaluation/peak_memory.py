@@ -4,7 +4,8 @@
 
 All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every contestant trains in a
 process of its own. What counts on a CPU is anonymous memory, sampled from the kernel's own figures: pages of mapped
-files, which the kernel writes out and drops when it needs the room, do not.
+files, which the kernel writes out and drops when it needs the room, do not. On a GPU it is what the allocator had given
+out on the device, and HiFT's state is in host memory.
 """
 
 import contextlib
@@ -16,10 +17,15 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 
+import torch
+from deepspeed.accelerator import get_accelerator
+
 import hift_ds
 from evaluation.contestants import Setup, join_world, make_batch, make_contestant, make_model
 from evaluation.process_memory import peak_memory
 from launch.errors import UserError
+
+NO_ROOM = "the device's memory is too small for it"
 
 
 @dataclass
@@ -50,7 +56,8 @@ def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
     if checkpointing:
         hift_ds.checkpoint_activations(model)
     with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
-        contestant = make_contestant(method, setup, model, state_folder=folder)
+        on_cpu = get_accelerator().device_name() == "cpu"
+        contestant = make_contestant(method, setup, model, state_folder=folder if on_cpu else None)
         for index in range(max(3, contestant.cycle + 1)):
             contestant.step(make_batch(setup.shape, index, setup.batch, setup.length))
             contestant.between()
@@ -63,7 +70,8 @@ def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
     """`train` in a new process.
 
     Raises:
-        UserError: the process failed; what it had to say has gone to this one's standard error.
+        UserError: the device's memory was too small, or the process failed; what it had to say has gone to this one's
+            standard error.
     """
     arguments = [method, checkpointing, asdict(setup)]
     # A fixed threshold: freed tensors go back to the system at once, for every contestant.
@@ -73,7 +81,10 @@ def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
     if done.returncode:
         killed = " (killed; mostly for want of memory)" if done.returncode == -9 else ""
         raise UserError(f"the process that measured the peak memory of {method!r} ended with {done.returncode}{killed}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found is None:
+        raise UserError(NO_ROOM)
+    return Peak(**found)
 
 
 def compare(setup: Setup) -> list[Peak]:
@@ -96,4 +107,9 @@ def table(peaks: list[Peak]) -> str:
 
 if __name__ == "__main__":
     name, checkpoints, common = json.loads(sys.argv[1])
-    print(json.dumps(asdict(train(name, checkpoints, Setup(**common)))))
+    result: dict | None = None
+    try:
+        result = asdict(train(name, checkpoints, Setup(**common)))
+    except torch.OutOfMemoryError:
+        pass
+    print(json.dumps(result))

@@ -1,4 +1,7 @@
-"""Every process of the tests computes with one thread on DeepSpeed's CPU accelerator. Shared fixtures."""
+"""Every process of the tests computes with one thread on DeepSpeed's CPU accelerator. Shared fixtures.
+
+On a GPU, the tests of the engine run with `DS_ACCELERATOR=cuda`; what needs more ranks than there are devices skips.
+"""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks: real processes, kept alive between calls; importing DeepSpeed costs seconds."""
+"""Runs a function on N ranks: real processes, kept alive between calls; importing DeepSpeed costs seconds."""
 
 import atexit
 import gc
@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 TIMEOUT = 300.0  # seconds for one call, enough for DeepSpeed to compile its C++ optimizers once
 
@@ -94,7 +96,12 @@ _pools: dict[int, RankPool] = {}
 
 
 def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """`RankPool.run` on the session's pool of that size."""
+    """`RankPool.run` on the session's pool of that size. Skips the test where there are fewer devices."""
+    if os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        from deepspeed.accelerator import get_accelerator
+
+        if get_accelerator().device_count() < size:
+            pytest.skip(f"{size} ranks, and this machine has {get_accelerator().device_count()} devices")
     if size not in _pools:
         _pools[size] = RankPool(size)
         atexit.register(_pools[size].close)
@@ -113,7 +120,7 @@ def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:
         # tests may run at once.
         "MASTER_PORT": str(10_000 + os.getppid() % 50_000),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
     }
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -121,7 +128,9 @@ def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:
     torch.set_num_threads(1)
     # torch has fp16 on any CPU, slowly; DeepSpeed asks for a processor that has it, too.
     get_accelerator().is_fp16_supported = lambda: True
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
+    backend = get_accelerator().communication_backend_name()
+    backend = "gloo" if backend == "ccl" else backend
+    torch.distributed.init_process_group(backend, init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     while True:
         try:
             module, name, args, kwargs = pickle.loads(pipe.recv_bytes())

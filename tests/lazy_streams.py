@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hift_ds.aio
 import hift_ds.offload
 from hift_ds.offload import HostMemory, Lane
-from tests.device_memory import key, tensors
+from tests.device_memory import key, skip_on_a_device, tensors
 
 
 class _Place:
@@ -177,6 +177,7 @@ class LazyStreams(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        skip_on_a_device()
         self.streams: list[Stream] = []
         self.computation = Computation(self)
         self.lane: Stream | None = None

@@ -24,7 +24,7 @@ CHUNK = 5  # of 22 trained tokens a batch: 5 chunks, of 4 and 5 tokens
 class Alone:
     """A model that stands for an engine."""
 
-    device = torch.device("cpu")
+    device = torch.device(tiny.DEVICE)
 
     def __init__(self, module: Any):
         self.module = module
@@ -43,7 +43,7 @@ def gemma() -> Any:
     llama = Gemma2ForCausalLM(Gemma2Config(**sizes, **options, use_cache=False, attn_implementation="eager"))
     with torch.no_grad():
         llama.lm_head.weight.mul_(20)
-    return llama.train()
+    return llama.train().to(tiny.DEVICE)
 
 
 def adapted() -> Any:
@@ -231,7 +231,7 @@ def test_the_engine_trains_the_same(case: Case) -> None:
     uneven = case.ranks > 1
     whole = run_on_ranks(case.ranks, trained, case, 0, uneven)
     chunked = run_on_ranks(case.ranks, trained, case, CHUNK, uneven)
-    start = {name: p.detach() for name, p in tiny.model(case.dtype, case.tied).named_parameters()}
+    start = tiny.copies(dict(tiny.model(case.dtype, case.tied).named_parameters()))
     for (truth, expected), (ours, weights) in zip(whole, chunked, strict=True):
         tolerance = 1e-4 if case.dtype == "fp32" else 2e-3
         assert ours == pytest.approx(truth, rel=tolerance)

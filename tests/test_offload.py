@@ -20,6 +20,7 @@ import hift_ds.step
 from hift_ds.offload import HostMemory, Lane, Slot, Staging
 from hift_ds.step import BlockState, Piece
 from tests import tiny
+from tests.device_memory import skip_on_a_device
 from tests.distributed import run_on_ranks
 from tests.lazy_streams import Event, LazyStreams
 from tests.test_parity import STAGES
@@ -427,6 +428,7 @@ def test_what_is_set_between_steps_is_what_is_stepped(case: Case, tmp_path: Path
 
 @pytest.mark.parametrize("step", ("streamed", "block"))
 def test_lazy_streams_change_no_training(step: str) -> None:
+    skip_on_a_device()
     case = Case(stage=2, dtype="bf16")
     ways = [Way(step=step, lazy=lazy, prefetch=lazy, meddle=change_masters_and_moments) for lazy in (False, True)]
     assert run_on_ranks(1, different, case, *ways) == [[]]

@@ -19,7 +19,7 @@ STRATEGIES = ("bottom2up", "top2down", "random")
 
 def train(case: Case, stock: bool = False) -> tuple[Outcome, list[list[str]], int]:
     """In a rank: the whole run of a case; what it left, the blocks' parameter names, the completed cycles."""
-    start = {name: p.detach().clone() for name, p in tiny.model(case.dtype, case.tied).named_parameters()}
+    start = tiny.copies(dict(tiny.model(case.dtype, case.tied).named_parameters()))
     engine = tiny.initialize(case, stock)
     try:
         active, rates, norms = [], [], []

@@ -35,7 +35,7 @@ def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcom
         return trace, end
 
     engine = tiny.initialize(case)
-    start = {n: p.detach().clone() for n, p in tiny.model(case.dtype, case.tied).named_parameters()}
+    start = tiny.copies(dict(tiny.model(case.dtype, case.tied).named_parameters()))
     try:
         straight, (weights, states) = train(engine, 0, stops)
         outcome = Outcome(start, weights, [], [], [], tiny.masters(engine) if case.dtype != "fp32" else {})

@@ -1,6 +1,7 @@
 """The tiny Llama that the tests train: weights, batches, DeepSpeed config, blocks and plain reference, all seeded."""
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evaluation.plain_loop import NamedTensors, PlainHiFT
 from hift_ds.blocks import Block, partition_model
 
+DEVICE = os.environ.get("DS_ACCELERATOR", "cpu")  # of all models and batches
 LAYERS = 4  # hidden layers; with the embeddings and the head n = 6
 ACCUMULATION = 2
 MICRO_BATCH = 2
@@ -173,7 +175,7 @@ def model(dtype: str = "fp32", tied: bool = False, layers: int = LAYERS) -> Llam
     with torch.no_grad():
         for p in llama.parameters():
             p.data = (3 * p if p.dim() > 1 else p).to(DTYPES[dtype])  # 3: gradients far from zero in every layer
-    return llama.train()
+    return llama.train().to(DEVICE)
 
 
 def block_names(layers_per_block: int = 1, tied: bool = False, layers: int = LAYERS) -> list[list[str]]:
@@ -188,7 +190,7 @@ def block_names(layers_per_block: int = 1, tied: bool = False, layers: int = LAY
 def micro_batch(step: int, micro: int, rank: int = 0) -> dict[str, Tensor]:
     """Token ids and labels, each MICRO_BATCH x LENGTH, different for every step, micro step and rank."""
     generator = torch.Generator().manual_seed(step * 1000 + micro * 100 + rank)
-    ids = torch.randint(64, (MICRO_BATCH, LENGTH), generator=generator)
+    ids = torch.randint(64, (MICRO_BATCH, LENGTH), generator=generator).to(DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -285,7 +287,12 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
     named = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(named.values()), enabled=engine.zero_optimization_stage() == 3):
-        return {name: p.detach().clone() for name, p in named.items()}
+        return copies(named)
+
+
+def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors wherever they are, in host memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
@@ -294,7 +301,7 @@ def masters(engine: Any) -> dict[str, Tensor]:
 
     if engine.zero_optimization_stage() == 0:
         return {}
-    return {n: safe_get_full_fp32_param(p).reshape(-1).clone() for n, p in engine.module.named_parameters()}
+    return copies({n: safe_get_full_fp32_param(p).reshape(-1) for n, p in engine.module.named_parameters()})
 
 
 def scheduled_rates(case: Case) -> list[float] | None:
@@ -332,7 +339,7 @@ class Outcome:
 def reference(case: Case, order: tuple[int, ...]) -> Outcome:
     """The plain loop on the batches of all ranks of the case. The fields that it does not know must be default."""
     llama = model(case.dtype, case.tied)
-    start = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    start = copies(dict(llama.named_parameters()))
     rates = scheduled_rates(case)
     loop = PlainHiFT(
         llama,
@@ -354,11 +361,11 @@ def reference(case: Case, order: tuple[int, ...]) -> Outcome:
         lrs.append(loop.lr)
         loop.step([micro_batch(step, m, r) for m in range(ACCUMULATION) for r in range(case.ranks)])
         norms.append(loop.grad_norm)
-    end = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    end = copies(dict(llama.named_parameters()))
     masters: dict[str, Tensor] = {}
     for names, tensors in zip(case.blocks, loop.masters, strict=True):
-        for name, master in zip(names, tensors, strict=True):
-            masters[name] = torch.cat([masters[name], master.detach()] if name in masters else [master.detach()])
+        for name, master in copies(dict(zip(names, tensors, strict=True))).items():
+            masters[name] = torch.cat([masters[name], master] if name in masters else [master])
     return Outcome(start, end, active, lrs, norms, masters)
 
 
@@ -383,7 +390,7 @@ def largest_difference(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> flo
 def tensors(state: Any, path: str = "") -> dict[str, Tensor]:
     """Every tensor inside nested dicts and lists, copied, by where it stands."""
     if isinstance(state, Tensor):
-        return {path: state.detach().clone()}
+        return copies({path: state})
     if isinstance(state, dict):
         entries: Iterable[tuple[Any, Any]] = state.items()
     elif isinstance(state, (list, tuple)):
