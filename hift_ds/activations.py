@@ -87,9 +87,11 @@ class HostCheckpoints:
                 "first argument; use activation checkpointing without offload"
             )
         kept: list[_Checkpoint] = []
+        shape = args[0].shape  # the tensor itself would live as long as `pack`
 
         def pack(tensor: Tensor) -> Any:
-            if kept or isinstance(tensor, torch.nn.Parameter):
+            # torch before 2.13 saves an empty tensor of its own first.
+            if kept or tensor.shape != shape or isinstance(tensor, torch.nn.Parameter):
                 return tensor
             kept.append(_Checkpoint(tensor))
             return kept[0]

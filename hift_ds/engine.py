@@ -29,7 +29,7 @@ from hift_ds.blocks import numel_of, partition_model
 from hift_ds.checkpoint_files import FileEngine
 from hift_ds.lion import Lion
 from hift_ds.memory import Held, Ledger, count, device_total
-from hift_ds.optimizers import is_elementwise
+from hift_ds.optimizers import has_fused, is_elementwise
 from hift_ds.placement import place_state
 from hift_ds.saving import SavingEngine
 from hift_ds.schedule import BlockSchedule
@@ -280,21 +280,8 @@ class HiFTEngine(CheckpointingEngine):
         return params
 
     def _has_fused(self, builder: str) -> bool:
-        """Whether DeepSpeed has an optimizer kernel to use for this run: its host step's, or a fused one's.
-
-        The fused Adam of a CPU accelerator does not count: it keeps the powers of beta in one place for the whole
-        process, so a block's step would depend on which block was stepped before.
-        """
-        if self.zero_use_cpu_optimizer():
-            return True
-        if get_accelerator().device_name() == "cpu":
-            return False
-        try:
-            get_accelerator().create_op_builder(builder).load()
-        except Exception as error:  # no compiler, no toolkit, wrong version ...: DeepSpeed raises many kinds
-            logger.warning(f"{builder} cannot be used here ({error}); the optimizer's plain PyTorch step is used")
-            return False
-        return True
+        """Whether DeepSpeed has an optimizer kernel to use for this run: its host step's, or a fused one's."""
+        return self.zero_use_cpu_optimizer() or has_fused(builder)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
         if self.optimizer_name() == LION_OPTIMIZER and not self._has_fused("FusedLionBuilder"):

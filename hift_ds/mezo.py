@@ -2,7 +2,7 @@
 
 Source: Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333, Algorithm 1: the
 slope of the loss along one random direction, from two forward passes, times that direction. The direction is never
-kept: it is drawn again from its seed wherever it is needed, one piece of ``piece_size`` elements at a time.
+kept: it is drawn again from its seed wherever it is needed, one piece of ``noise_piece`` elements at a time.
 
 Weights move in place, and rounding must not carry them away. Plain arithmetic, w + e - 2e + e, ends one unit in the
 last place off for every other weight, and over many steps that is a random walk: bf16 weights of standard deviation
@@ -34,17 +34,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from hift_ds.config import NOISE_PIECE, NOISE_PIECE_CPU
+from hift_ds.config import noise_piece
 
 _REACH = 6.0  # standard deviations: a normal draw beyond it is not to be expected
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 
 Loss = Tensor | tuple[Tensor | float, Tensor | float]
-
-
-def piece_size(device: torch.device) -> int:
-    """Elements that are drawn from one seed; a device's kind has its own generator, so it may have its own size."""
-    return NOISE_PIECE_CPU if device.type == "cpu" else NOISE_PIECE
 
 
 class _Piece(NamedTuple):
@@ -71,7 +66,7 @@ class MeZO(torch.optim.Optimizer):
 
     With ``adam`` the estimate g z goes through Adam's bias-corrected moments instead (decoupled weight decay).
 
-    Memory above the weights: at most four fp32 pieces, 16 MiB (on a CPU 2 MiB), at any model size; none of it during
+    Memory above the weights: at most four fp32 pieces, 64 MiB (on a CPU 2 MiB), at any model size; none of it during
     the forward passes. With ``adam`` two fp32 moments in addition, 8 bytes a trained parameter: four times as much as
     bf16 weights take. LoRA or prefix parameters are trained by giving the PEFT model.
 
@@ -197,7 +192,7 @@ class MeZO(torch.optim.Optimizer):
                     generators[parameter.device] = torch.Generator(parameter.device)
                 generator = generators[parameter.device]
                 tensors = [t.detach().view(-1) for t in (parameter, *self.state.get(parameter, {}).values())]
-                size = piece_size(parameter.device)
+                size = noise_piece(parameter.device.type)
                 for number, start in enumerate(range(0, parameter.numel(), size)):
                     generator.manual_seed(_hash(self.seed, self.steps + self.skipped, index, number))
                     weights, *moments = (t[start : start + size] for t in tensors)

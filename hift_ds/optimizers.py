@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeed.utils import logger
 
 from hift_ds.lion import Lion
 from hift_ds.step import has_elements
@@ -25,6 +26,22 @@ _ELEMENTWISE = (
     ),
     *(FusedAdam, FusedLion, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion, Lion),
 )
+
+
+def has_fused(builder: str) -> bool:
+    """Whether DeepSpeed's fused optimizer of that builder works here; where not, torch's step takes its place.
+
+    The fused Adam of a CPU accelerator does not count: it keeps the powers of beta in one place for the whole process,
+    so a block's step would depend on which block was stepped before.
+    """
+    if get_accelerator().device_name() == "cpu":
+        return False
+    try:
+        get_accelerator().create_op_builder(builder).load()
+    except Exception as error:  # no compiler, no toolkit, wrong version ...: DeepSpeed raises many kinds
+        logger.warning(f"{builder} cannot be used here ({error}); the optimizer's plain PyTorch step is used")
+        return False
+    return True
 
 
 def restrict(

@@ -201,7 +201,7 @@ class Planner:
             raise ConfigError([f"--seq-len={request.seq_len}: the model has {limit} positions; use at most {limit}"])
         trained, shapes, step = built.units[unit].parameter_names, built.unit_shapes(unit), StepBase()
         if request.method == "mezo":
-            trained, step = (), ForwardStep(request.weight, max(_numels(built.shapes.values())))
+            trained, step = (), ForwardStep(request.weight, max(_numels(built.shapes.values())), request.accelerator)
         elif request.layout == "engine":
             step = make_step(self._setup(request, built), shapes, built.stepped_shapes(unit))
         chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk

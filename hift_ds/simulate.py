@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hift_ds.activations import HostCheckpoints
-from hift_ds.config import NOISE_PIECE
+from hift_ds.config import noise_piece
 from hift_ds.loss import Targets, classification_loss, default_chunk, summed_loss, why_not
 
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
@@ -302,10 +302,12 @@ class ForwardStep(StepBase):
     Args:
         weight: bytes of an element of the weights.
         largest: elements of the largest parameter.
+        device: its kind, on which the size of a piece depends.
     """
 
-    def __init__(self, weight: int, largest: int):
-        self.nbytes = 4 * (4 if weight < 4 else 3) * min(NOISE_PIECE, largest)  # 16-bit weights have an fp32 copy
+    def __init__(self, weight: int, largest: int, device: str):
+        copies = 4 if weight < 4 else 3  # 16-bit weights have an fp32 one
+        self.nbytes = 4 * copies * min(noise_piece(device), largest)
 
     def update(self) -> None:
         with self.memory.taken("buffers", self.nbytes):

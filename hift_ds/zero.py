@@ -90,7 +90,7 @@ class PlainBlockOptimizer:
     _global_grad_norm: Any = None
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer: Any = optimizer
+        self.optimizer: Any = with_initial_state(optimizer)
         self._stepped = [(weights, g) for g, group in enumerate(optimizer.param_groups) for weights in group["params"]]
 
     @property

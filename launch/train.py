@@ -37,6 +37,7 @@ import hift_ds
 from hift_ds import checkpoint
 from hift_ds import loss as losses
 from hift_ds.checkpoint import Checkpoint, CheckpointError
+from hift_ds.optimizers import has_fused
 from launch import credentials, extensions, logs, models, outputs
 from launch.adapters import ADAPTERS
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
@@ -248,7 +249,7 @@ def run_settings(
         stop.leaving = True
         if log is not None:
             log.close(None)
-        dist.barrier()  # the launcher ends all as soon as one has exited
+        stop.reason = reason_of_any(stop.reason)  # ranks also meet in it: the launcher ends all when one has exited
         raise
     if settings.output.export:
         if has_last:
@@ -308,8 +309,8 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
     config = copy.deepcopy(settings.deepspeed)
     has_scheduler = config.get("scheduler")
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
-    if get_accelerator().device_name() == "cpu" and config["optimizer"]["type"].lower() in ("adam", "adamw"):
-        if not offloaded:  # torch's step, as HiFT takes there: no kernel to compile, and methods compare like with like
+    if config["optimizer"]["type"].lower() in ("adam", "adamw") and not offloaded:
+        if not has_fused("FusedAdamBuilder"):  # torch's step, as HiFT takes then: methods compare like with like
             config["optimizer"]["params"].setdefault("torch_adam", True)
     try:
         engine, *_ = hift_ds.initialize(
@@ -362,6 +363,13 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
     return total.tolist()
 
 
+def reason_of_any(reason: str | None) -> str:
+    """What asked any of the ranks to stop: a rank that heard nothing itself knows it from the others."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return " and ".join(sorted({one for one in reasons if one is not None}))
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")  # said once, not by every rank
@@ -401,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(parse(argv), stop, watch)
             return 0
         except Stopped as stopped:
-            logs.say(rank, f"stopped by {stop.reason or 'a signal to another rank'} {stopped}")
+            logs.say(rank, f"stopped by {stop.reason} {stopped}")
             return STOPPED
         except UserError as error:
             mistake = error

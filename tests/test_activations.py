@@ -8,8 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import hift_ds
+import hift_ds.activations
 from hift_ds import offload
 from hift_ds.activations import HostCheckpoints, checkpoint_activations
 from tests import tiny
@@ -179,6 +181,32 @@ def test_host_memory_does_not_grow() -> None:
             loss.backward()
         del loss
         assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES
+
+
+class Saved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients
+
+
+def test_what_torch_saves_beside_hidden_states_is_not_taken_for_them() -> None:
+    """Before 2.13 it first saved an empty tensor; the checkpoints then stayed on the device without a word."""
+    model = tiny.model()
+    checkpoints = checkpoint_activations(model, offload=True)
+    assert checkpoints is not None
+
+    def as_it_was(layer: Any, *args: Any, **options: Any) -> Any:
+        Saved.apply(torch.empty(0, requires_grad=True))
+        return checkpoint(layer, *args, **options)
+
+    with mock.patch.object(hift_ds.activations, "checkpoint", as_it_was):
+        model(**tiny.micro_batch(0, 0)).loss.backward()
+    assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES
 
 
 def test_longer_batches_replace_buffers() -> None:

@@ -158,7 +158,7 @@ def to_deepspeed(job: Job) -> None:
 @pytest.mark.parametrize(
     ("send", "code", "said"),
     [
-        (to_rank_1, STOPPED, "a signal to another rank"),
+        (to_rank_1, STOPPED, "SIGTERM"),
         pytest.param(to_launch_py, 1, "SIGTERM", marks=pytest.mark.slow),  # launch.py knows no other code then
         pytest.param(to_the_group, -signal.SIGINT, "SIGINT", marks=pytest.mark.slow),
         (to_deepspeed, -signal.SIGTERM, "the end of its launcher"),
@@ -171,7 +171,7 @@ def test_two_ranks_save_the_same_step(send: Any, code: int, said: str, tmp_path:
         send(job)
         assert job.ends(processes, 60) < 30
         assert job.code() == code, job.text()
-        assert f"stopped by {said}" in job.text()
+        assert f"stopped by {said} after step" in job.text()
         assert_saved(job, unstopped(2))
 
 
