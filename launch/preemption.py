@@ -5,8 +5,9 @@ In training, and in the evaluation after it: the step or the batch of examples i
     sum over ranks that a step makes anyway), save the same step, meet, and exit with 75 (launch/train.py).
 During the export: with a checkpoint of the last step, at once, with 75; without one the export is finished, since it
     is then all that is left of the run.
-Signals within 5 s of the first count as one: a launcher and a scheduler often send several. A later one ends the
-    process at once with 128 plus its number, until the save is committed; from then on they are ignored.
+Signals within 5 s of the first count as one: a launcher and a scheduler often send several (on Ctrl-C a rank hears the
+    terminal's SIGINT and the SIGTERM of DeepSpeed's `launch.py`, in any order). A later one ends the process at once
+    with 128 plus its number, until the save is committed; from then on they are ignored.
 
 DeepSpeed's `launch.py` hands a signal to the ranks one after the other, gives each 30 s and then kills it, and ends all
 as soon as one has exited. On one node the outer `deepspeed` dies of SIGTERM without telling anybody, so a rank looks
@@ -47,13 +48,13 @@ class Preemption:
     collective. Here the interpreter writes each signal's number into a socket as it arrives, and a thread reads them.
 
     Attributes:
-        reason: what asked for the stop, e.g. "SIGTERM"; None: nothing did.
+        reasons: what asked for the stop, e.g. "SIGTERM"; empty: nothing did.
         nothing_to_lose: why this process may exit at once; None: it may not.
         leaving: what there is to save is saved; signals are ignored from here on.
     """
 
     def __init__(self, rank: int) -> None:
-        self.reason: str | None = None
+        self.reasons: list[str] = []
         self.nothing_to_lose: str | None = "nothing was trained yet"
         self.leaving = False
         self._rank, self._since = rank, 0.0
@@ -90,14 +91,15 @@ class Preemption:
                 for number in numbers:
                     if number in SIGNALS:
                         self._ask(signal.Signals(number).name, 128 + number)
-            elif self.reason is None and self._launcher_gone():
+            elif not self.reasons and self._launcher_gone():
                 self._ask("the end of its launcher", STOPPED)
 
     def _ask(self, reason: str, code: int) -> None:
         if self.leaving:
             return
-        if self.reason is None:
-            self._since, self.reason = time.monotonic(), reason
+        if not self.reasons:
+            self._since = time.monotonic()
+            self.reasons.append(reason)
             if self.nothing_to_lose is not None:
                 self._say(f"stopped by {reason}: {self.nothing_to_lose}")
                 os._exit(STOPPED)
@@ -105,6 +107,8 @@ class Preemption:
         elif time.monotonic() - self._since > SAME:
             self._say(f"{reason} again: exiting at once, without saving", everyone=True)
             os._exit(code)
+        elif reason not in self.reasons:
+            self.reasons.append(reason)
 
     def _say(self, text: str, everyone: bool = False) -> None:
         if self._rank == 0 or everyone:

@@ -234,7 +234,7 @@ def run_settings(
 
     def stop_asked(step: int) -> bool:
         watch.progress(step)
-        return stop.reason is not None
+        return bool(stop.reasons)
 
     def after_batch() -> None:
         if sum_over_ranks(engine.device, stop_asked(last))[0]:
@@ -249,7 +249,7 @@ def run_settings(
         stop.leaving = True
         if log is not None:
             log.close(None)
-        stop.reason = reason_of_any(stop.reason)  # ranks also meet in it: the launcher ends all when one has exited
+        stop.reasons = reasons_of_all(stop.reasons)  # where ranks also meet: the launcher ends all when one has exited
         raise
     if settings.output.export:
         if has_last:
@@ -363,11 +363,11 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
     return total.tolist()
 
 
-def reason_of_any(reason: str | None) -> str:
-    """What asked any of the ranks to stop: a rank that heard nothing itself knows it from the others."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return " and ".join(sorted({one for one in reasons if one is not None}))
+def reasons_of_all(reasons: list[str]) -> list[str]:
+    """What asked the ranks to stop: one that heard nothing itself knows it from the others."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, reasons)
+    return sorted({reason for own in gathered for reason in own})
 
 
 class Parser(argparse.ArgumentParser):
@@ -409,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(parse(argv), stop, watch)
             return 0
         except Stopped as stopped:
-            logs.say(rank, f"stopped by {stop.reason} {stopped}")
+            logs.say(rank, f"stopped by {' and '.join(stop.reasons)} {stopped}")
             return STOPPED
         except UserError as error:
             mistake = error

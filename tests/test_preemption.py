@@ -47,6 +47,8 @@ class Job:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Tests that a shell started in the background hand on that it is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def __enter__(self) -> "Job":
@@ -160,7 +162,7 @@ def to_deepspeed(job: Job) -> None:
     [
         (to_rank_1, STOPPED, "SIGTERM"),
         pytest.param(to_launch_py, 1, "SIGTERM", marks=pytest.mark.slow),  # launch.py knows no other code then
-        pytest.param(to_the_group, -signal.SIGINT, "SIGINT", marks=pytest.mark.slow),
+        pytest.param(to_the_group, -signal.SIGINT, "SIGINT( and SIGTERM)?", marks=pytest.mark.slow),
         (to_deepspeed, -signal.SIGTERM, "the end of its launcher"),
     ],
 )
@@ -171,7 +173,7 @@ def test_two_ranks_save_the_same_step(send: Any, code: int, said: str, tmp_path:
         send(job)
         assert job.ends(processes, 60) < 30
         assert job.code() == code, job.text()
-        assert f"stopped by {said} after step" in job.text()
+        assert re.search(f"stopped by {said} after step", job.text()), job.text()
         assert_saved(job, unstopped(2))
 
 
@@ -231,7 +233,7 @@ def test_signals_within_five_seconds_count_as_one() -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
             time.sleep(0.1)
-        assert stop.reason == "SIGTERM"
+        assert stop.reasons == ["SIGTERM", "SIGINT"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -247,7 +249,7 @@ def test_a_signal_to_a_forked_child_is_the_childs() -> None:
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
         time.sleep(0.1)
-        assert stop.reason is None
+        assert not stop.reasons
 
 
 # ---- ranks that die or hang ----------------------------------------------------------------------------------------

@@ -137,3 +137,20 @@ def test_start_up_builds_no_gradients_or_optimizer_state_of_the_whole_model(case
     full = (4 + 8) * total
     assert 2 * allowance < full, "the model is too small to tell a block from the whole"
     assert extra <= allowance, f"{extra / 2**10:.0f} KiB beside the weights, {largest=}, {total=}"
+
+
+def state_at_the_start(case: Case) -> list[set[str]]:
+    """In a rank: the names of each block's state before any step."""
+    engine = tiny.initialize(case)
+    try:
+        owners = engine.block_optimizers.owners
+        return [{name for state in owner.optimizer.state.values() for name in state} for owner in owners]
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("case", [Case(stage=stage, optimizer="Adagrad") for stage in STAGES], ids=str)
+def test_state_that_an_optimizer_makes_at_construction_is_there(case: Case) -> None:
+    """torch before 2.13 does not make Adagrad's sums in a step, where they are missing."""
+    (states,) = run_on_ranks(1, state_at_the_start, case)
+    assert states and all("sum" in names for names in states)
