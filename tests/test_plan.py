@@ -306,6 +306,7 @@ def test_fit_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_fits_needs_no_change() -> None:
     fit = plan_memory(SMALL, gpu_memory="1GiB", reserve="512MiB", seq_len=64).fit
     assert fit is not None and fit["fits"] and fit["change"] is None
+    assert plan_memory(SMALL, gpu_memory="40GiB", seq_len=64).fit["reserve"] == 3 * 2**30  # type: ignore[index]
     never = plan_memory(SMALL, gpu_memory="1MiB", reserve="0", seq_len=64)
     assert never.fit is not None and not never.fit["fits"] and never.fitting is None
 
@@ -411,7 +412,7 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             ["--model", "gpt2", "--balance", "--offload-device", "none"],
             ["is cut by rows, but its state stays in one place; raise --max-block-numel, or leave --balance out"],
         ),
-        (["--model", "llama-7b", "--gpu-memory", "1GiB", "--reserve", "2GiB"], ["expected less than --gpu-memory"]),
+        (["--model", "llama-7b", "--gpu-memory", "1GiB", "--reserve", "2GiB"], ["expected more than the 2.00 GiB"]),
         (["--model", "llama-7b", "--reserve", "2GiB"], ["no effect without --gpu-memory"]),
         (["--model", "llama-7b", "--offload-device", "none", "--offload-step", "block"], ["leave one of them out"]),
         (["--model", "llama-7b", "--nvme-path", "x"], ["only --offload-device nvme has files"]),
