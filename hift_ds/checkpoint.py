@@ -255,10 +255,10 @@ def find(folder: str | Path, tag: str | None = None) -> Checkpoint | None:
     if found is None:
         if not rejected:
             return None
-        raise CheckpointError(
-            "\n  - ".join([f"no checkpoint in {str(folder)!r} can be used:", *rejected])
-            + "\nOne that another program made needs a manifest first: python -m hift_ds.checkpoint adopt FOLDER/TAG"
-        )
+        message = "\n  - ".join([f"no checkpoint in {str(folder)!r} can be used:", *rejected])
+        if any(f"has no {MANIFEST}" in text for text in rejected):
+            message += "\nOne that another program made needs it first: python -m hift_ds.checkpoint adopt FOLDER/TAG"
+        raise CheckpointError(message)
     if _rank() == 0:
         for text in rejected:
             logger.warning(f"checkpoint rejected: {text}")
@@ -307,13 +307,17 @@ def adopt(path: str | Path) -> Checkpoint:
     """Write the manifest of a checkpoint that was made elsewhere, as its files are now. On one rank.
 
     Raises:
-        CheckpointError: it has one, or a file in it would run code when it is read.
+        CheckpointError: it has one, is none of DeepSpeed's, or a file in it would run code when it is read.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{str(path)!r} is no folder")
     if (path / MANIFEST).exists():
         raise CheckpointError(f"{str(path)!r} has a manifest already")
+    if not any(path.glob("*_states.pt")):
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint of DeepSpeed: it has no file like mp_rank_00_model_states.pt"
+        )
     found = [f"{name} is a link" for name, file in _listed(path) if file.is_symlink()]
     found += [text for name, file in _listed(path) for text in _code_in(name, file)]
     if found:
@@ -436,7 +440,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     known, rejected = _candidates(path)
     if not known and not rejected:
-        print(f"error: there is no checkpoint in {str(path)!r}", file=sys.stderr)
+        is_one = (path / MANIFEST).exists()
+        hint = f"; it is one itself: verify {str(path.parent)!r}, the folder that holds it" if is_one else ""
+        print(f"error: there is no checkpoint in {str(path)!r}{hint}", file=sys.stderr)
         return 2
     damaged = [text for _, text in rejected]
     for one in known:

@@ -266,18 +266,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = planner.plan(planner.request)
         if fit:
             plan = fit.answer(plan)
-        if config and fit and plan.fitting is None:
-            raise ConfigError(["--write-config: nothing that the planner knows fits, so there is no config to write"])
-        written = (plan.fitting or plan.request).deepspeed_config() if config else None
+        chosen = plan.fitting if fit else plan.request
         full = None if plan.request.method == "full" or (as_json and not picture) else _full(plan.request)
         if picture:
             plot(plan, full or plan, picture)
-        if config:
-            Path(config).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if config and chosen:
+            Path(config).write_text(json.dumps(chosen.deepspeed_config(), indent=2) + "\n", encoding="utf-8")
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
     print(json.dumps(plan.as_dict(), indent=2) if as_json else table(plan, full))
+    if config and not chosen:
+        print("error: --write-config: nothing that the planner knows fits, so nothing was written", file=sys.stderr)
+        return 2
     if config:
         print(_written(config, plan), file=sys.stderr)
     return 0
@@ -287,9 +288,12 @@ def _written(config: str, plan: Plan) -> str:
     """What a config that was written is for, and what of the plan it cannot hold."""
     request = plan.fitting or plan.request
     change = f" with {plan.fit['change']}" if plan.fit and plan.fit["change"] else ""
-    beside = [f"sequences of at most {request.seq_len} tokens"]
+    beside = [f"sequences of at most {request.seq_len} tokens", "a learning rate"]
     if request.recomputes:
         beside.append(f"model.gradient_checkpointing: {'cpu' if request.checkpoint_offload else 'true'}")
+    beside.append(f"training.micro_batch_size: {request.batch_size}")
+    if (steps := request.gradient_accumulation_steps) > 1:
+        beside.append(f"training.batch_size: {request.batch_size * request.ranks * steps}")
     return f"wrote {config}: the DeepSpeed config of the plan{change}. Not in it, and needed: {'; '.join(beside)}"
 
 

@@ -323,11 +323,12 @@ class Request:
         zero: dict[str, Any] = {"stage": self.stage}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "optimizer": {"type": kind, "params": {"lr": "auto", **params}},
             "zero_optimization": zero,
             "hift": {"enabled": False},
         }
+        if self.gradient_accumulation_steps > 1:
+            config["gradient_accumulation_steps"] = self.gradient_accumulation_steps
         if self.precision != "fp32":
             config["bf16"] = {"enabled": True}
         if self.offload_optimizer == "cpu":
@@ -427,17 +428,19 @@ def load_config(model: Any) -> Any:
     if isinstance(model, Mapping):
         return _from_mapping(dict(model), "--model")
     path, name = Path(model).expanduser(), str(model)
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         return _from_mapping(_read_json(path), f"--model={name}")
-    known = f"a preset ({', '.join(PRESETS)}), a folder with a config.json, a config.json, or a Hub id"
+    known = f"a preset ({', '.join(PRESETS)}), a folder with a config.json, a config.json, a GGUF file, or a Hub id"
     near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.75)
     if near and "/" not in name and not path.exists():
         raise ConfigError([f"--model={name!r} is unknown; did you mean {near[0]!r}? Expected {known} like owner/name"])
     from transformers import AutoConfig
 
     try:
+        if path.is_file():
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ConfigError([f"--model={name!r} cannot be read. Expected {known}. The reason: {reason}"]) from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,12 @@ PROCESSES = Path("/proc")
 def prepare(rank: int) -> None:
     """Delete locks that nobody can be holding, with a word; name those about which this cannot be known.
 
-    Where no extension was built yet, say that the first ones take a while.
+    A virtual environment gets a folder of its own for extensions, `torch_extensions` in it, where the environment
+    variable names none. Where none was built yet, say that the first ones take a while.
     """
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        # Two environments that share a folder compile each other's kernels over again at every start.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if next(root.rglob("*.so"), None) is None:
         say(rank, "note: DeepSpeed compiles its kernels at their first use on a machine, which can take minutes")

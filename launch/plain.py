@@ -64,7 +64,7 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulation).backward()
         self._backwards += 1
-        self._is_finite &= math.isfinite(loss)
+        self._is_finite &= math.isfinite(loss.detach())
 
     def step(self) -> None:
         if self._backwards % self.accumulation:

@@ -209,9 +209,11 @@ def test_a_foreign_checkpoint_is_adopted_by_name(two: Path, tmp_path: Path) -> N
     (two / "step2" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)has no manifest.json.*adopt"):
         checkpoint.find(two, "step2")
+    assert checkpoint.main(["adopt", str(two / "step2")]) == 2, "any folder would do"
+    (two / "step2" / "state.pt").rename(two / "step2" / "mp_rank_00_model_states.pt")
     assert checkpoint.main(["adopt", str(two / "step2")]) == 0
     assert checkpoint.find(two, "step2") is not None
-    torch.save(Evil(tmp_path / "it_ran"), two / "step1" / "state.pt")
+    torch.save(Evil(tmp_path / "it_ran"), two / "step1" / "mp_rank_00_model_states.pt")
     (two / "step1" / "manifest.json").unlink()
     assert checkpoint.main(["adopt", str(two / "step1")]) == 2
     assert not (tmp_path / "it_ran").exists()

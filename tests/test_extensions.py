@@ -80,12 +80,24 @@ def test_the_default_folder_has_a_level_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     monkeypatch.setattr(extensions, "get_default_build_root", lambda: str(tmp_path))
     lock = tmp_path / "py311_cpu" / "fused_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     extensions.prepare(0)
     assert not lock.exists() and str(lock) in capsys.readouterr().err
+
+
+def test_a_virtual_environment_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # for its end: what `prepare` sets is to be undone
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    extensions.prepare(0)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "elsewhere")
+    extensions.prepare(0)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "elsewhere"
 
 
 @pytest.mark.parametrize("what", ["file system", "processes"])

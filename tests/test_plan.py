@@ -386,6 +386,12 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert text in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
 
+    config = tmp_path / "ds.json"
+    small = ["--model", str(model), "--gpu-memory", "1MiB", "--reserve", "0", "--seq-len", "64"]
+    assert main([*small, "--write-config", str(config)]) == 2 and not config.exists()
+    shown = capsys.readouterr()
+    assert "nor does it with any change" in shown.out and "nothing was written" in shown.err
+
 
 @pytest.mark.parametrize(
     ("arguments", "messages"),
