@@ -1,5 +1,6 @@
 """The settings of a comparison: one YAML, checked whole before anything is loaded; the style of launch/settings.py.
 
+title, model_name: of the report
 model:        as in a run's YAML
 data:         {path, train_examples, dev_examples, test_examples, max_length}
 tasks:        [sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
@@ -8,7 +9,7 @@ seeds:        [0, 1, 2]
 budgets:      [{samples: 1024}, {seconds: 60}]      of training, for each cell
 learning_rates: [1e-5, 1e-4]                        the grid of methods without one of their own
 training, deepspeed, logging: as in a run's YAML
-evaluation:   {batch_size, shots}
+evaluation:   {batch_size, shots, bootstrap}
 output:       {dir}
 """
 

@@ -386,7 +386,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", required=True, metavar="FILE", help="the run's YAML, e.g. configs/tiny.yaml")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
     add("--resume", nargs="?", const="yes", choices=("yes", "auto"), help="continue from the newest checkpoint in "
-        "output.dir; without one it is an error, with `auto` a new start")  # fmt: skip
+        "output.dir; without one it is an error (also spelt `yes`), with `auto` a new start")  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher gives it; the environment has it too
     return parser.parse_args(argv)
 
