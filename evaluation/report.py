@@ -134,12 +134,14 @@ def _tuning(good: Sequence[Record]) -> str:
         tried.setdefault(record["label"], set()).update(_tried(record))
     grids: dict[str, list[str]] = {}
     for label, rates in tried.items():
-        if rates:
+        if len(rates) > 1:
             grids.setdefault(", ".join(map(_rate, sorted(rates))), []).append(label)
     if not grids:
         return "Learning rates were not tuned: the table of costs names those that were used."
     said = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
-    return f"Learning rates were chosen by the score on the validation split, never on the test split, from {said}."
+    given = [label for label, rates in tried.items() if len(rates) == 1]
+    text = f"Learning rates were chosen by the score on the validation split, never on the test split, from {said}."
+    return text + (f" One rate each was tried of: {'; '.join(given)}." if given else "")
 
 
 def _tried(record: Record) -> set[float]:

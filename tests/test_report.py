@@ -179,6 +179,14 @@ def test_costs() -> None:
     assert "1e-05, 3e-05, 0.0001 (full), or 1e-05, 0.0001 (hift)" in text
 
 
+def test_one_rate_is_no_choice() -> None:
+    only = [{"learning_rate": 1e-5, "score": 0.5}]
+    text, _ = words([cell("full"), cell("lora", tuning=only)])
+    assert "from 1e-05, 3e-05, 0.0001 (full). One rate each was tried of: lora." in text
+    text, _ = words([cell("full", tuning=only), cell("lora", tuning=only)])
+    assert "Learning rates were not tuned" in text and "were chosen by" not in text
+
+
 def test_one_seed_has_intervals_and_no_deviation() -> None:
     found = [cell("full"), cell("hift", accuracy=0.7)]
     text, _ = words(found)
