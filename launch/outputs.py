@@ -225,15 +225,22 @@ def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
             f"settings continue the same run. Start anew in another output.dir."
         ) from None
     now = json.loads(json.dumps(current))  # tuples as lists, as in the file
-    differing = [
-        f"  - {key}: the run has {recorded['identity'].get(key)!r}, these settings have {value!r}"
-        for key, value in now.items()
-        if recorded["identity"].get(key) != value
-    ]
+    before = recorded["identity"]
+    differing = [text for key, value in now.items() for text in _differences(key, before.get(key), value)]
     if differing:
         first = f"--resume: {str(folder)!r} was made with other settings. Use the same, or another output.dir:"
         raise UserError("\n".join([first, *differing]))
     return recorded
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """A line for each value, however deep it lies in mappings."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        was, is_now = ("nothing" if value is None else repr(value) for value in (before, now))
+        yield f"  - {name}: the run has {was}, these settings have {is_now}"
 
 
 def write_json(path: Path, content: Any) -> None:

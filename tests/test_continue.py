@@ -76,7 +76,7 @@ def test_another_kind_of_run_is_refused_by_name(tmp_path: Path) -> None:
     for ranks, setting, name in (
         (1, "training.seed=0", "number of ranks: the run has 2, these settings have 1"),
         (2, "deepspeed.zero_optimization.stage=3", "zero_optimization.stage: the run has 2, these settings have 3"),
-        (2, "deepspeed.hift.layers_per_block=2", "deepspeed.hift: the run has"),
+        (2, "deepspeed.hift.layers_per_block=2", "deepspeed.hift.layers_per_block: the run has nothing, these"),
     ):
         refused = run_tiny(ranks, out, *SETTINGS, setting, resume="yes")
         assert refused["code"] == 2 and name in refused["printed"], refused["printed"]

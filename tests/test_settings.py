@@ -428,7 +428,7 @@ def test_resume_with_other_settings(command: Any) -> None:
     (command.out / "run.json").write_text('{"identity": {"training.seed": 7}}')
     message = command(resume="auto")
     assert "training.seed: the run has 7, these settings have 0" in message
-    assert "training.batch_size: the run has None, these settings have 4" in message
+    assert "training.batch_size: the run has nothing, these settings have 4" in message
 
 
 @pytest.mark.parametrize(
