@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from evaluation.endpoint import Message, Reply
 from launch.errors import UserError
 from launch.models import load_config, load_model, load_tokenizer
-from launch.settings import ModelSettings
+from launch.settings import ModelSettings, model_problems
 
 
 class ChatModel:
@@ -31,6 +31,8 @@ class ChatModel:
 
     def __init__(self, name: str, *, revision: str | None = None, dtype: str = "bfloat16", seed: int = 0) -> None:
         settings = ModelSettings(name_or_path=name, revision=revision)
+        if problems := model_problems(settings):
+            raise UserError("\n".join(text.removeprefix("model.name_or_path: ") for text in problems))
         self._tokenizer: Any = load_tokenizer(settings)
         if not self._tokenizer.chat_template:
             raise UserError(f"{name!r}: its tokenizer has no chat template; MT-Bench needs a model that chats")

@@ -203,7 +203,7 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
             given = {}
         sections[key] = dict(given) if kind is dict else build(kind, given, key, problems)
 
-    problems += _model_problems(sections["model"])
+    problems += model_problems(sections["model"])
     if sections["training"].loss_chunk is not None and sections["model"].task != "causal-lm":
         problems.append(
             f"training.loss_chunk: got {sections['training'].loss_chunk}, but model.task is "
@@ -423,7 +423,8 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or Path(name).exists()
 
 
-def _model_problems(model: ModelSettings) -> list[str]:
+def model_problems(model: ModelSettings) -> list[str]:
+    """Every mistake that shows before anything is loaded: a line each, with key, value and remedy."""
     problems = []
     if (model.name_or_path is None) == (model.config is None):
         problems.append(

@@ -127,6 +127,13 @@ def chat(tiny: Path) -> Any:
 USER = [{"role": "user", "content": "Why?"}]
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    from evaluation.chat_model import ChatModel
+
+    with pytest.raises(UserError, match=f"^'{tmp_path}/none' does not exist. Expected a Hub id"):
+        ChatModel(str(tmp_path / "none"))
+
+
 def test_greedy_replies_are_the_models_own(tiny: Path, chat: Any) -> None:
     tokenizer, model = byte_tokenizer(), LlamaForCausalLM.from_pretrained(tiny)
     tokens = tokenizer("<|user|>Why?<eos><|assistant|>", add_special_tokens=False)["input_ids"]
