@@ -180,6 +180,7 @@ def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]
     scores = [Heading("Scores", 3), *_scores(section, notes), *notes.parts()]
     if not section.shown():
         return [*parts, *scores]
+    scores += _other_metrics(section)
     notes = _Notes()
     differences = [Heading("Differences to full fine-tuning", 3), *_differences(section, notes), *notes.parts()]
     parts += [*scores, *differences, *drawn.get("time", ()), *drawn.get("memory", ()), Heading("Training and cost", 3)]
@@ -238,6 +239,32 @@ def _scores(section: Section, notes: _Notes) -> list[Part]:
     what = "Mean ± standard deviation" if len(section.seeds) > 1 else "Score, with its interval over test examples"
     seeds = f"{len(section.seeds)} seeds" if len(section.seeds) > 1 else f"seed {section.seeds[0]}"
     return [Paragraph(f"{what}, in %; {seeds}."), Table(head, rows_with_mean), *_about_mean(section)]
+
+
+def _other_metrics(section: Section) -> list[Part]:
+    """What the records have beside the score, e.g. the loss on written answers."""
+    columns: dict[tuple[str, str], None] = {}
+    for task in section.tasks:
+        for record in (record for label in section.shown() for record in section.ok(label, task)):
+            names = (name for name, value in record["metrics"].items() if is_finite(value))
+            columns |= dict.fromkeys((task, name) for name in names if name != record["metric"])
+    if not columns:
+        return []
+    rows = []
+    for label in section.shown():
+        values = [[record["metrics"].get(name) for record in section.ok(label, task)] for task, name in columns]
+        rows.append([label, *map(_plain, values)])
+    said = "Mean ± standard deviation, as they are (a share is not times 100). An answer_loss is that of the right "
+    said += "answers' tokens, in nats: lower is better."
+    head = ["method", *(f"{task}, {name}" for task, name in columns)]
+    return [Heading("Other metrics", 3), Paragraph(said), Table(head, rows)]
+
+
+def _plain(values: Sequence[Any]) -> str:
+    known = [value for value in values if is_finite(value)]
+    if not known:
+        return NOTHING
+    return f"{statistics.fmean(known):.3f}" + (f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else "")
 
 
 def _score(section: Section, label: str, task: str, notes: _Notes) -> str:

@@ -34,7 +34,7 @@ _NUMBERS = (  # of cells that are ok; null where a method has none
     *("steps", "samples", "tokens", "seconds", "step_seconds", "tokens_per_second", "trained_parameters"),
     *("total_parameters", "peak_memory", "flops", "loss_first", "loss_last", "learning_rate"),
 )
-_PRESENT = ("metrics", "interval", "versions", "git", "data_sha256", "ranks", "date", "machine")
+_PRESENT = ("interval", "versions", "git", "data_sha256", "ranks", "date", "machine")
 
 
 def read_results(path: Path) -> list[Record]:
@@ -75,6 +75,7 @@ def _check(where: Place, record: Record) -> None:
     for name in _NUMBERS:
         need(where, record, name, (*_NUMBER, _NONE), "a number or null")
     need(where, record, "peak_memory_kind", (str, _NONE), "a text or null")
+    need(where, record, "metrics", dict, "an object of metrics and their values")
     for name in _PRESENT:
         if name not in record:
             raise UserError(f"{where}: {name!r}: it is not there; run the cell again")

@@ -179,6 +179,16 @@ def test_costs() -> None:
     assert "1e-05, 3e-05, 0.0001 (full), or 1e-05, 0.0001 (hift)" in text
 
 
+def test_other_metrics_have_a_table() -> None:
+    losses = [{"accuracy": 0.5, "answer_loss": loss} for loss in (1.25, 1.75)]
+    found = [cell("full", seed=seed, metrics=metrics) for seed, metrics in enumerate(losses)]
+    text, _ = words([*found, cell("lora")])
+    (others,) = tables(text, "Other metrics")
+    assert others["method"] == ["sst2, answer_loss"]
+    assert others["full"] == ["1.500 ± 0.354"] and others["lora"] == ["-"]
+    assert "Other metrics" not in words([cell("full")])[0]
+
+
 def test_one_rate_is_no_choice() -> None:
     only = [{"learning_rate": 1e-5, "score": 0.5}]
     text, _ = words([cell("full"), cell("lora", tuning=only)])
@@ -237,7 +247,7 @@ def test_older_pictures_go(tmp_path: Path) -> None:
 # --- what is read ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for key in cell() if key not in ("metrics",)])
+@pytest.mark.parametrize("key", list(cell()))
 def test_a_record_that_lacks_a_key_is_named(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = {name: value for name, value in cell("hift").items() if name != key}
     write_jsonl(tmp_path / "results.jsonl", [cell("full"), broken])
