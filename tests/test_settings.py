@@ -1,6 +1,5 @@
 """The training settings: every shipped config holds together, every mistake is named with its remedy, all at once."""
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -435,7 +434,7 @@ def test_resume_with_other_settings(command: Any) -> None:
     "arguments", [[], ["--config", TINY, "--sett", "a=b"], ["--conf", TINY], ["--resume", "later"]]
 )
 def test_command_line_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    environment = copy.copy(os.environ)
+    environment = dict(os.environ)
     try:
         os.environ["RANK"] = "0"
         assert train.main(arguments) == 2
