@@ -238,7 +238,7 @@ def find(folder: str | Path, tag: str | None = None) -> Checkpoint | None:
         CheckpointError: ``tag`` is missing or damaged, or there are checkpoints and none is whole.
     """
     folder = Path(folder)
-    known, unreadable = _gather(_candidates(folder) if _rank() == 0 else ([], []))[0]
+    known, unreadable = gather(_candidates(folder) if _rank() == 0 else ([], []))[0]
     if tag is not None:
         known = [one for one in known if one.tag == tag]
         unreadable = [(name, text) for name, text in unreadable if name == tag]
@@ -247,7 +247,7 @@ def find(folder: str | Path, tag: str | None = None) -> Checkpoint | None:
     rejected = [text for _, text in unreadable]
     found = None
     for one in known:
-        problems = [text for part in _gather(verify(one, _rank(), _world())) for text in part]
+        problems = [text for part in gather(verify(one, _rank(), _world())) for text in part]
         if not problems:
             found = one
             break
@@ -401,7 +401,7 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _gather(value: _T) -> list[_T]:
+def gather(value: _T) -> list[_T]:
     """Every rank's value."""
     if _world() == 1:
         return [value]
@@ -417,7 +417,7 @@ def _together(what: str, action: Callable[[], _T]) -> list[_T]:
         result = action()
     except Exception as error:
         problem = f"rank {_rank()} could not {what} the checkpoint: {error}"
-    outcomes = _gather((result, problem))
+    outcomes = gather((result, problem))
     if problems := [text for _, text in outcomes if text is not None]:
         raise CheckpointError("\n".join(problems))
     return [value for value, _ in outcomes]  # type: ignore[misc]

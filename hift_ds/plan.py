@@ -276,17 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
     print(json.dumps(plan.as_dict(), indent=2) if as_json else table(plan, full))
-    if config and not chosen:
+    if config and chosen is None:
         print("error: --write-config: nothing that the planner knows fits, so nothing was written", file=sys.stderr)
         return 2
-    if config:
-        print(_written(config, plan), file=sys.stderr)
+    if config and chosen:
+        print(_written(config, plan, chosen), file=sys.stderr)
     return 0
 
 
-def _written(config: str, plan: Plan) -> str:
+def _written(config: str, plan: Plan, request: Request) -> str:
     """What a config that was written is for, and what of the plan it cannot hold."""
-    request = plan.fitting or plan.request
     change = f" with {plan.fit['change']}" if plan.fit and plan.fit["change"] else ""
     beside = [f"sequences of at most {request.seq_len} tokens", "a learning rate"]
     if request.recomputes:

@@ -365,9 +365,7 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
 
 def reasons_of_all(reasons: list[str]) -> list[str]:
     """What asked the ranks to stop: one that heard nothing itself knows it from the others."""
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, reasons)
-    return sorted({reason for own in gathered for reason in own})
+    return sorted({reason for own in checkpoint.gather(reasons) for reason in own})
 
 
 class Parser(argparse.ArgumentParser):
