@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def anonymous() -> int:
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Peak]:
     """Whose `highest` is filled in when the block is left."""
+    gc.collect()  # what is garbage already would be freed in the middle, and hide as much of what is new
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.synchronize()
@@ -70,3 +72,4 @@ def return_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; setting them stops their growing by itself
             libc.mallopt(parameter, 262144)
+        libc.malloc_trim(0)  # what was freed before this call, too

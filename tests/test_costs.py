@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -74,7 +75,11 @@ def test_peak_memory_of_a_stretch_of_work() -> None:
     """What is alive for a while counts, what was before does not, and of a number of things the sum."""
     return_freed_memory()
     before = torch.ones(2**23)
+    garbage = [torch.ones(2**22)]
+    garbage.append(garbage)  # only the collector frees it
+    del garbage
     with peak_memory() as peak:
+        gc.collect()
         for _ in range(3):
             some = [torch.ones(2**22), torch.ones(2**22)]  # 16 MiB each
             time.sleep(0.2)  # the sampler must see it
