@@ -92,6 +92,12 @@ def _ordered(sections: Sequence[Section]) -> list[list[str]]:
 # --- header ---------------------------------------------------------------------------------------------
 
 
+def _fact(record: Record, name: str) -> str:
+    """The commit is a fact of its own: two commits with the same packages are one line of versions."""
+    value = record[name]
+    return as_text({key: one for key, one in value.items() if key != "git"} if isinstance(value, dict) else value)
+
+
 def _header(sections: Sequence[Section]) -> list[Part]:
     records = [record for section in sections for cell in section.cells.values() for record in cell.values()]
     good = [record for record in records if record["status"] == OK]
@@ -106,7 +112,7 @@ def _header(sections: Sequence[Section]) -> list[Part]:
         f"Cells: {len(records)}, of which {len(good)} have a score.",
     ]
     for name, what in (("machine", "Machine"), ("ranks", "Ranks"), ("versions", "Versions"), ("git", "Git")):
-        facts += [f"{what}: {text}." for text in [_list(as_text(record[name]) for record in good)] if text]
+        facts += [f"{what}: {text}." for text in [_list(_fact(record, name) for record in good)] if text]
     dates = sorted(as_text(record["date"]) for record in good)
     facts += [f"Date: {dates[0]}" + (f" to {dates[-1]}." if dates[-1] != dates[0] else ".")] if dates else []
     parts: list[Part] = [Items(facts), Heading("How to read this", 2)]

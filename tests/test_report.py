@@ -197,6 +197,12 @@ def test_one_rate_is_no_choice() -> None:
     assert "Learning rates were not tuned" in text and "were chosen by" not in text
 
 
+def test_the_commits_are_not_versions_of_packages() -> None:
+    found = [cell("full", seed=seed, versions={"torch": "2.13.0", "git": f"c{seed}"}) for seed in (0, 1)]
+    text, _ = words(found)
+    assert "- Versions: torch 2.13.0.\n" in text
+
+
 def test_one_seed_has_intervals_and_no_deviation() -> None:
     found = [cell("full"), cell("hift", accuracy=0.7)]
     text, _ = words(found)
