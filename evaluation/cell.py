@@ -25,7 +25,7 @@ from evaluation.flops import step_flops, trained_names
 from evaluation.process_memory import peak_memory
 from evaluation.resampling import bootstrap_scores, interval
 from evaluation.scoring import average_log_likelihoods, classify, predict
-from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, training_rows
+from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, few_shot, training_rows
 from hift_ds.blocks import numel_of
 from launch import logs, models
 from launch.adapters import trained_parameters
@@ -82,9 +82,10 @@ class Cells:
                 measured = _untrained()
                 model = self._model(task, dtype).to(get_accelerator().current_device_name())
         total = sum(numel_of(p) for p in model.parameters())
-        dev = self._predict(row, task, model, data, data.dev, seed) if tune and data.dev else None
-        values = self._predict(row, task, model, data, data.test, seed)
-        losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test)
+        shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
+        dev = self._predict(task, model, data.dev, shown) if tune and data.dev else None
+        values = self._predict(task, model, data.test, shown)
+        losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test, shown)
         if engine is not None:
             engine.destroy()
         del engine, model
@@ -184,19 +185,21 @@ class Cells:
         return models.load_model(self.comparison.model, config, dtype)
 
     def _predict(
-        self, row: Row, task: Task, model: Any, data: TaskData, examples: Sequence[TaskExample], seed: int
+        self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
     ) -> list[Any]:
         size = self.comparison.evaluation.batch_size
         if self.classifies:
             return classify(task, model, self.tokenizer, examples, batch_size=size).values
-        shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else ()
         return predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size).values
 
-    def _answer_losses(self, task: Task, model: Any, examples: Sequence[TaskExample]) -> list[float]:
+    def _answer_losses(
+        self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
+    ) -> list[float]:
         """Of tasks with written answers: for each example the mean loss of the reference answer's tokens."""
         if self.classifies or not task.max_new_tokens:
             return []
-        pairs = [(one.prompt, one.completion) for one in examples]
+        before = few_shot(shown)
+        pairs = [(before + one.prompt, one.completion) for one in examples]
         size, length = self.comparison.evaluation.batch_size, getattr(model.config, "max_position_embeddings", None)
         return [-value for value in average_log_likelihoods(model, self.tokenizer, pairs, size, length)[0]]
 
