@@ -71,7 +71,6 @@ class Cells:
         dtype = _dtype(row) if settings is None else settings.dtype
         if not self._made_anew:
             self._pretrained(dtype)  # before memory is measured, and random numbers are drawn
-        gc.collect()
         set_seed(seed)
         engine = None
         with peak_memory() as peak:
