@@ -37,6 +37,7 @@ from evaluation.compare_settings import Budget, Comparison, Row, TaskEntry, load
 from evaluation.efficiency import machine
 from evaluation.process_memory import return_freed_memory
 from evaluation.report import log_to_wandb, write_report
+from evaluation.results import RESULTS, SETTINGS
 from evaluation.tasks import TaskData, load_task
 from hift_ds.checkpoint_files import write_durably
 from launch import credentials, extensions, logs, outputs
@@ -129,7 +130,7 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
                         bar.update()
                         if rank == 0:
                             lines = "".join(json.dumps(one) + "\n" for one in records)
-                            write_durably(comparison.folder / "results.jsonl", lines)
+                            write_durably(comparison.folder / RESULTS, lines)
                             if bar.disable:
                                 print(_line(records[-1]), flush=True)
     return records
@@ -247,7 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     lock = None
     if rank == 0:
         lock = outputs.claim(comparison.folder)
-        (comparison.folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+        (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
     wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
     with deterministic(wanted):  # all rows: the accelerator is set up for it once
         records = compare(comparison, rank, arguments.retry_failed)

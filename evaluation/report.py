@@ -1,8 +1,9 @@
 """The report of a comparison of fine-tuning methods: tables and pictures, as Markdown and as one HTML file.
 
-    python -m evaluation.report OUT [--verdicts verdicts.jsonl] [--title TITLE]
+    python -m evaluation.report OUT [--add FOLDER...] [--verdicts verdicts.jsonl] [--title TITLE]
 
-OUT is a folder with results.jsonl; report.md, report.html and plots/ are written into it.
+OUT is a folder with results.jsonl; report.md, report.html and plots/ are written into it. --add puts the cells of other
+comparisons into OUT/results.jsonl first: seeds or tasks that ran on other machines or days.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from evaluation.document import Bold, Heading, Items, Paragraph, Part, Picture, 
 from evaluation.questions import PAIRWISE, SINGLE
 from evaluation.records import Record, read_records
 from evaluation.resampling import paired_difference
-from evaluation.results import FAILED, OK, Section, as_text, is_finite, mean_of, std_of
+from evaluation.results import FAILED, OK, RESULTS, Section, as_text, is_finite, mean_of, std_of
 from evaluation.verdicts import TOTAL, checked, summarize
 from launch.errors import UserError
 
 TITLE = "Comparison of fine-tuning methods"
-RESULTS = "results.jsonl"
 MEAN = "mean"
 NOTHING = "-"
 MIB, GIB = 2**20, 2**30
@@ -559,10 +559,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="python -m evaluation.report", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("out", type=Path, metavar="OUT", help=f"folder with {RESULTS}")
+    parser.add_argument("--add", nargs="+", type=Path, metavar="FOLDER", help=f"put its {RESULTS} into OUT's first")
     parser.add_argument("--verdicts", type=Path, metavar="FILE", help="MT-Bench's, of evaluation.mt_bench")
     parser.add_argument("--title", default=TITLE)
     try:
         options = parser.parse_args(argv)
+        if options.add:
+            results.add_cells(options.out, options.add)
         found = results.read_results(options.out / RESULTS)
         judged = read_verdicts(options.verdicts) if options.verdicts else None
         write_report(found, options.out, options.title, verdicts=judged)

@@ -18,8 +18,10 @@ import numpy as np
 from evaluation import records
 from evaluation.records import Place, Record
 from evaluation.resampling import Difference, paired_difference
+from hift_ds.checkpoint_files import write_durably
 from launch.errors import UserError, shown
 
+RESULTS, SETTINGS = "results.jsonl", "compare.json"  # of a comparison's folder
 OK, NOT_APPLICABLE, FAILED = "ok", "not_applicable", "failed"
 METHODS = (
     *("full", "hift", "lora", "prefix", "bitfit", "adapter", "prelayer", "s4", "mezo", "mezo-adam", "mezo-lora"),
@@ -37,16 +39,35 @@ _NUMBERS = (  # of cells that are ok; null where a method has none
 _PRESENT = ("interval", "versions", "git", "data_sha256", "ranks", "date", "machine")
 
 
-def read_results(path: Path) -> list[Record]:
-    """The records of a results.jsonl, checked.
+def read_results(*paths: Path) -> list[Record]:
+    """The records of a results.jsonl, or of several as if they were one, checked.
 
     Raises:
-        UserError: no such file, or a line is broken or lacks a key; names file, line and key.
+        UserError: no such file, a line is broken or lacks a key, or a cell is there twice; names file, line and key.
     """
-    lines = records.read_json_lines(path)
+    lines = [line for path in paths for line in records.read_json_lines(path)]
     for where, record in lines:
         _check(where, record)
     return _distinct(lines)
+
+
+def add_cells(out: Path, folders: Sequence[Path]) -> None:
+    """Put the results of other folders after those of `out`, which need not be there; all of them or none.
+
+    Raises:
+        UserError: as `read_results`; or `out` is a comparison's own folder, which is written anew by the next command.
+    """
+    own = out / RESULTS
+    if (out / SETTINGS).exists():
+        raise UserError(f"{out}: a comparison runs here and writes {RESULTS} anew; expected a folder of its own")
+    paths = [own] * own.exists() + [folder / RESULTS for folder in folders]
+    read_results(*paths)
+    lines = [record for path in paths for _, record in records.read_json_lines(path)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_durably(own, "".join(json.dumps(record) + "\n" for record in lines))
+    except OSError as error:
+        raise UserError(f"{own}: cannot be written: {error.strerror}") from None
 
 
 def checked(found: Sequence[Record]) -> list[Record]:

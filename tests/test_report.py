@@ -306,6 +306,33 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As if one comparison had run them; what cannot be joined changes no file."""
+    everything = [cell(label, seed=seed) for seed in (0, 1) for label in ("full", "hift")]
+    for seed in (0, 1, 2):
+        (tmp_path / str(seed)).mkdir()
+    for seed in (0, 1):
+        write_jsonl(tmp_path / str(seed) / "results.jsonl", [one for one in everything if one["seed"] == seed])
+    out = tmp_path / "both"
+    assert report.main([str(out), "--add", str(tmp_path / "0"), "--title", "Both"]) == 0
+    assert report.main([str(out), "--add", str(tmp_path / "1"), "--title", "Both"]) == 0
+    assert results.read_results(out / "results.jsonl") == everything
+    together, _ = write(everything, tmp_path / "together")
+    assert (out / "report.md").read_text("utf-8").partition("\n")[2] == together.partition("\n")[2]
+
+    before = (out / "results.jsonl").read_bytes()
+    capsys.readouterr()
+    assert report.main([str(out), "--add", str(tmp_path / "1")]) == 2  # again
+    assert "results.jsonl:1: the same cell as " in capsys.readouterr().err
+    assert report.main([str(out), "--add", str(tmp_path / "1"), str(tmp_path / "nowhere")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (out / "compare.json").write_text("{}\n", encoding="utf-8")
+    write_jsonl(tmp_path / "2" / "results.jsonl", [cell("full", seed=2)])
+    assert report.main([str(out), "--add", str(tmp_path / "2")]) == 2
+    assert "a comparison runs here" in capsys.readouterr().err
+    assert (out / "results.jsonl").read_bytes() == before
+
+
 # --- the files ------------------------------------------------------------------------------------------
 
 
