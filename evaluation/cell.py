@@ -27,6 +27,7 @@ from evaluation.resampling import bootstrap_scores, interval
 from evaluation.scoring import average_log_likelihoods, classify, predict
 from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, few_shot, training_rows
 from hift_ds.blocks import numel_of
+from hift_ds.checkpoint import gather
 from launch import logs, models
 from launch.adapters import trained_parameters
 from launch.data import Data
@@ -56,6 +57,8 @@ class Cells:
         self.tokenizer = models.load_tokenizer(comparison.model)
         self.versions = logs.versions()
         self.machine = machine
+        rank0 = dist.get_rank() == 0  # other machines' copies of a model may have other files beside the weights
+        self.model_identity = gather(models.identity(comparison.model) if rank0 else None)[0]
         self._loaded: dict[str, Any] = {}
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"

@@ -23,7 +23,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,11 @@ class Training:
     rate: float
     tune: bool  # its score on the validation part is wanted, too
 
-    def key(self, comparison: Comparison) -> str:
+    def key(self, cells: Cells) -> str:
         """A hash of all that decides the result: a run is known again only where all of it is the same."""
+        comparison = cells.comparison
         parts = {
-            "model": asdict(comparison.model),
+            "model": cells.model_identity,
             "method": self.row.method,
             "sections": self.row.sections,
             "shots": self.row.shots if self.row.method == "icl" else None,
@@ -170,7 +171,7 @@ class Training:
 
 def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[str, Any]:
     """One training: from runs.jsonl if it is there, else run and written."""
-    key, task = one.key(cells.comparison), one.entry.task
+    key, task = one.key(cells), one.entry.task
     known = runs.done.get(key)
     if known is not None and not (retry_failed and known["status"] == "failed"):
         return known | {"label": one.row.label, "budget": str(one.budget)}  # the same run may count for several rows

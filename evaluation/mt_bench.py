@@ -127,31 +127,20 @@ def _question_id(where: Place, record: Record) -> Hashable:
 # --- the command --------------------------------------------------------------------------------------
 
 
-def _weights_sha256(model: str) -> str | None:
-    """Of a local model's weights, so that answers of a model that was trained on since are not taken for its own."""
-    place = Path(model).expanduser()
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
-    if not files:
-        return None  # on the Hub, where --revision says which
-    from launch.sources import file_sha256  # takes seconds to import
-
-    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-
-
 def _run_answer(options: argparse.Namespace) -> int:
     bench = read_bench(options.data) if options.verdicts else None
     asked = _judge(options) if options.verdicts else None  # no key is said before anything is generated
     questions = bench.questions if bench else read_questions(options.data / "question.jsonl")
     model_id = options.model_id or Path(options.model).name
+    from evaluation.chat_model import ChatModel  # these take seconds to import
+    from launch.models import files_sha256
 
     def load() -> Chat:
-        from evaluation.chat_model import ChatModel  # takes seconds to import
-
         return ChatModel(options.model, revision=options.revision, dtype=options.dtype)
 
     source = {
         "model": options.model,
-        "weights_sha256": _weights_sha256(options.model),
+        "files_sha256": files_sha256(options.model),  # answers of a model that was trained on since are not its own
         "revision": options.revision,
         "dtype": options.dtype,
     }

@@ -16,10 +16,11 @@ from typing import Any
 
 from evaluation.catalog import TASKS, Task, TaskExample, content_hash, find_task
 from evaluation.parts import PARTS, divide, draw, merged, shares_of
+from hift_ds.checkpoint_files import sha256_of
 from launch.encoding import as_question, spaced
 from launch.errors import UserError
 from launch.formats import convert, flatten
-from launch.sources import FILE_KINDS, PUBLISHED, Row, file_sha256, find_files, read_file, read_hub
+from launch.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
 
 __all__ = [
     "PARTS", "TASKS", "Task", "TaskData", "TaskExample", "check_disjoint", "classification_rows", "few_shot",
@@ -192,7 +193,7 @@ def read_task(
     for part, paths in found.items():
         for one in paths:
             rows[part] += read_file(one, kind)
-    return rows, {str(one): file_sha256(one) for paths in found.values() for one in paths}
+    return rows, {str(one): sha256_of(one) for paths in found.values() for one in paths}
 
 
 def _examples(task: Task, rows: Sequence[Row]) -> list[TaskExample | None]:

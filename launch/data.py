@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hift_ds.checkpoint_files import sha256_of
 from launch import scores
 from launch.arithmetic import MAX_PROBLEMS, arithmetic_problems
 from launch.encoding import IGNORED, EvalExample, Example, choose_template, encode
@@ -30,7 +31,7 @@ from launch.formats import (
     flatten,
     possible_formats,
 )
-from launch.sources import FILE_KINDS, PUBLISHED, Row, file_sha256, find_files, read_file, read_hub
+from launch.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
 
 DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # how many built-in problems where the settings do not say
 
@@ -211,7 +212,7 @@ def _read(settings: DataSettings, seed: int) -> tuple[dict[str, list[Row]], dict
         for part, paths in settings.files().items():
             for path in paths:
                 splits[part] += read_file(path, name)
-                hashes[str(path)] = file_sha256(path)
+                hashes[str(path)] = sha256_of(path)
     else:
         splits = read_hub(settings.name, settings.subset, settings.revision, settings.split, settings.eval_split)
     if not splits["train"]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +22,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hift_ds
+from hift_ds.checkpoint_files import sha256_of
 from launch.errors import UserError, nearest
 from launch.tokenizer import byte_tokenizer
 
@@ -129,6 +132,26 @@ def load_config(
         if labels is not None:
             config.num_labels = labels
     return config
+
+
+def identity(settings: ModelSettings) -> dict[str, Any]:
+    """What decides the model: the settings, with the hash of the files in place of a local path."""
+    parts: dict[str, Any] = asdict(settings)
+    for key in ("name_or_path", "tokenizer"):
+        parts[key] = files_sha256(parts[key] or "") or parts[key]
+    return parts
+
+
+def files_sha256(source: str) -> str | None:
+    """Of a model's file or of the files in its folder, with their names; None for a model on the Hub.
+
+    By it a model that was trained on since is another one, and a folder that was moved is the same one.
+    """
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.is_file())
+    if not source or not files:
+        return None
+    return hashlib.sha256("".join(f"{one.name} {sha256_of(one)}\n" for one in files).encode()).hexdigest()
 
 
 def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:

@@ -7,7 +7,6 @@ Rows come out as they are written, each with its place for messages; launch/form
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -122,15 +121,6 @@ def read_file(path: Path, name: str) -> list[Row]:
     if name in ("csv", "tsv", "sst2"):
         return _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2")
     return _parse_json(path, lines)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:

@@ -16,6 +16,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.results import read_results
 from launch.methods import METHODS, TRAINED
@@ -311,6 +313,27 @@ def test_a_run_counts_for_every_row_and_budget_that_it_fits(copy: tuple[Path, li
     assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["full"]
     found = [(one["label"], one["budget"]) for one in read_results(out / "results.jsonl")]
     assert found == [(label, f"{n} samples") for n in (32, 8) for label in ("zero-shot", "full", "again")]
+
+
+def test_other_weights_in_the_same_folder_are_another_model(data: Path, tmp_path: Path) -> None:
+    """And the same weights in another folder are the same model."""
+    config = LlamaConfig(
+        vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    settings = ["model.config=null", "model.tokenizer=byte", "methods=[zero-shot]", "tasks=[rte]"]
+
+    def ran(folder: Path) -> int:
+        result = once(arguments(data, tmp_path / "out", f"model.name_or_path={folder}", *settings))
+        assert result["code"] == 0, result["printed"]
+        return len(result["ran"])
+
+    model.save_pretrained(tmp_path / "model")
+    assert (ran(tmp_path / "model"), ran(tmp_path / "model")) == (1, 0)
+    assert ran((tmp_path / "model").rename(tmp_path / "moved")) == 0
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "moved")
+    assert ran(tmp_path / "moved") == 1
 
 
 def test_wandb_offline(copy: tuple[Path, list[str]]) -> None:

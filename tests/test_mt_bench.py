@@ -235,7 +235,7 @@ def test_answers_of_other_weights_are_not_continued(tmp_path: Path, capsys: Any,
     assert answer(tmp_path, capsys, "--model", str(tmp_path / "m"))[0] == 0
     (tmp_path / "m" / "model.safetensors").write_bytes(b"2")
     code, out = answer(tmp_path, capsys, "--model", str(tmp_path / "m"))
-    assert code == 2 and "its answers were made with weights_sha256" in out
+    assert code == 2 and "its answers were made with files_sha256" in out
 
 
 # --- the command --------------------------------------------------------------------------------------
