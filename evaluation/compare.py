@@ -104,13 +104,13 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
     if runs.done:
         logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")
     dist.barrier()  # all ranks have read what rank 0 is about to add to
+    loaded = _load(comparison)
     cells = Cells(comparison, machine())
     records: list[dict[str, Any]] = []
     total = len(comparison.budgets) * len(comparison.tasks) * len(comparison.rows) * len(comparison.seeds)
     with tqdm(total=total, unit="cell", disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
         for budget in comparison.budgets:
-            for entry in comparison.tasks:
-                parts = {seed: _load(comparison, entry, seed) for seed in comparison.seeds}
+            for entry, parts in zip(comparison.tasks, loaded, strict=True):
                 for row in comparison.rows:
                     bar.set_postfix_str(f"{entry.task.name}, {row.label}")
                     rates = row.learning_rates
@@ -218,17 +218,24 @@ def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
 
 
-def _load(comparison: Comparison, entry: TaskEntry, seed: int) -> TaskData:
-    data = comparison.data
-    return load_task(
-        entry.task,
-        entry.path,
-        revision=entry.revision,
-        seed=seed,
-        train_examples=data.train_examples,
-        dev_examples=data.dev_examples,
-        test_examples=data.test_examples,
-    )
+def _load(comparison: Comparison) -> list[dict[int, TaskData]]:
+    """Each task's data by seed, before anything is trained; what is wrong with several tasks is said at once."""
+    data, problems = comparison.data, []
+    loaded: list[dict[int, TaskData]] = []
+    sizes = {f"{part}_examples": getattr(data, f"{part}_examples") for part in ("train", "dev", "test")}
+    for entry in comparison.tasks:
+        try:
+            loaded.append(
+                {
+                    seed: load_task(entry.task, entry.path, revision=entry.revision, seed=seed, **sizes)
+                    for seed in comparison.seeds
+                }
+            )
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return loaded
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 Three things differ from the published tool. The judged answers are fenced, so that they cannot instruct the judge. A
 verdict is only what stands in the published form in the last line of the judge's reply; anything else is asked again
-and in the end recorded as failed. Every verdict is on the drive before the next is begun, under a key, so that an
-interrupted run continues and nothing is judged twice.
+and in the end recorded as failed. Every verdict is on the drive as soon as it is there, under a key, so that an
+interrupted run continues and nothing is judged twice; so is what a reply without a verdict cost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from evaluation import records
 from evaluation.endpoint import Message, Reply, Unanswered
 from evaluation.questions import PAIRWISE, SINGLE, Answers, Bench, Prompt, Question
 from evaluation.records import Place, Record, RecordFile
+from evaluation.verdicts import SPENDING
 from launch.errors import UserError
 
 REASK_TEMPERATURE = 0.7  # the first time is greedy; the same again would give the same reply
@@ -196,7 +197,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class SpendingLimit:
-    """What a file's verdicts may cost, over all runs; None is no limit. Prices are for a million tokens."""
+    """What the replies for a file may cost, over all runs; None is no limit. Prices are for a million tokens."""
 
     tokens: int | None = None
     cost: float | None = None
@@ -225,8 +226,10 @@ class Outcome:
     stopped: str | None = None
 
 
-def verdict_key(where: Place, record: Record) -> tuple[Any, ...]:
-    """The key of a stored verdict. Raises UserError where the record is none."""
+def verdict_key(where: Place, record: Record) -> Hashable:
+    """The key of a stored verdict, a tuple, or of a record of spending. Raises UserError where it is neither."""
+    if SPENDING in record:
+        return str(records.field(where, record, SPENDING, str, "a text"))
     names = records.field(where, record, "models", list, "a list of names")
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: 'models': expected a list of names")
@@ -251,7 +254,8 @@ def run(
 
     A request that the judge does not answer leaves its task missing, for another run; a reply without a verdict is
     asked again, `asks` times in all, and is then stored as failed. What is under way when the spending limit is
-    reached is finished and stored, so the limit can be passed by at most `workers` requests.
+    reached is finished and stored, so the limit can be passed by at most `workers` requests. Before a question is asked
+    again, a record of what the reply cost is appended, so that a later run counts it, however this one ends.
 
     Raises:
         UserError: the file is of other answers or prompts, the endpoint refuses, or the file cannot be written.
@@ -309,7 +313,7 @@ class _Run:
             self.outcome.stopped = self.outcome.stopped or self._limit.reached(*self._spent)
 
     def judge_one(self, task: Task) -> None:
-        spent, reasons, text, verdict = [0, 0], [], "", None
+        spent, reasons, text, verdict = [0, 0], [], "", None  # spent on the last reply
         for number in range(self._asks):
             if self.outcome.stopped is not None:
                 break
@@ -317,20 +321,22 @@ class _Run:
                 temperature = REASK_TEMPERATURE if number else 0.0
                 reply = self._judge.ask(task.messages(), temperature, self._max_tokens)
             except Unanswered as error:
-                self._missed(task, str(error), spent)
+                self._missed(task, str(error))
                 return
             except UserError as error:
                 self.stop(str(error))
                 raise
-            self._count(reply, spent)
+            spent = self._count(reply)
             text = reply.text
             try:
                 verdict = _judged(task, reply)
                 break
             except NoVerdict as reason:
                 reasons.append(str(reason))
+            if len(reasons) < self._asks:
+                self._file.add(_spending(task, reasons[-1], spent))
         if verdict is None and len(reasons) < self._asks:
-            self._missed(task, self.outcome.stopped or "", spent)
+            self._missed(task, self.outcome.stopped or "")
             return
         result = verdict or {"status": "failed", "reason": "; ".join(reasons)}
         self._file.add(
@@ -356,7 +362,7 @@ class _Run:
             self.outcome.failed += verdict is None
             self._unanswered = 0
 
-    def _missed(self, task: Task, reason: str, spent: list[int]) -> None:
+    def _missed(self, task: Task, reason: str) -> None:
         with self._lock:
             self.outcome.missing[task.key] = reason
             if self.outcome.stopped is not None:
@@ -366,15 +372,15 @@ class _Run:
         if give_up:
             self.stop(f"{GIVE_UP_AFTER} questions in a row got no answer; the last: {reason}")
 
-    def _count(self, reply: Reply, spent: list[int]) -> None:
+    def _count(self, reply: Reply) -> list[int]:
         counts = (reply.prompt_tokens, reply.completion_tokens)
         with self._lock:
             if None in counts and (self._limit.tokens is not None or self._limit.cost is not None):
                 self.outcome.stopped = "the judge's replies do not say what they cost (`usage`): no limit can be kept"
-            for index, count in enumerate(counts):
-                spent[index] += count or 0
-                self._spent[index] += count or 0
+            spent = [count or 0 for count in counts]
+            self._spent = [total + count for total, count in zip(self._spent, spent, strict=True)]
         self.check_limit()
+        return spent
 
 
 def _judged(task: Task, reply: Reply) -> dict[str, Any]:
@@ -386,6 +392,21 @@ def _judged(task: Task, reply: Reply) -> dict[str, Any]:
         return {"status": "ok", "rating": rating(reply.text)}
     index = winner(reply.text)
     return {"status": "ok", "winner": None if index is None else task.models[index]}  # None: a tie
+
+
+def _spending(task: Task, reason: str, spent: Sequence[int]) -> Record:
+    """The record of a reply without a verdict whose question is asked again; its key is random, nobody looks it up."""
+    return {
+        SPENDING: secrets.token_hex(8),
+        "question_id": task.question.id,
+        "turn": task.turn,
+        "models": list(task.models),
+        "judge": task.judge,
+        "reason": reason,
+        "prompt_tokens": spent[0],
+        "completion_tokens": spent[1],
+        "tstamp": round(time.time(), 3),
+    }
 
 
 def _spent_on(record: Record, index: int) -> int:

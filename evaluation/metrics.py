@@ -20,7 +20,7 @@ from sklearn import metrics
 from launch.errors import UserError
 
 E2E = ("bleu", "nist", "rouge_l", "cider")
-E2E_MISSING = {"meteor": "needs WordNet's data, a download of its own"}
+E2E_MISSING = {"meteor": "needs Java, for pycocoevalcap's METEOR, and its figure is for whole sets, not for resamples"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -163,17 +163,16 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     """The metrics of E2E (Novikova et al. 2017) but those of `E2E_MISSING`; letter case does not count.
 
     As with the publisher's script, words are parted as in mteval-v13a. Its BLEU is ours; the others come close: NLTK's
-    NIST takes the best reference for each text, the script counts n-grams over all; rouge-score's ROUGE-L weighs
-    precision and recall alike, the script recall by 1.2 squared; CIDEr is the script's, but its words are parted in
-    Java.
+    NIST takes the best reference for each text, the script counts n-grams over all; ROUGE-L and CIDEr are the script's
+    own, but it parts their words in Java, where "isn't" is two words and a bracket is one.
 
     Args:
         references: for each prediction one text or more.
 
     Returns:
-        `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `rouge_l` (rouge-score): the mean of the
-        best F1 over the references. `cider` (pycocoevalcap): 0 to 10, over words without punctuation; 0 where all
-        references belong to one prediction.
+        `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `rouge_l` (pycocoevalcap): the mean
+        F of the best precision and the best recall over the references, recall weighed by 1.2 squared. `cider`
+        (pycocoevalcap): 0 to 10; 0 where all references belong to one prediction. Both without punctuation.
 
     Raises:
         UserError: a package is missing.
@@ -181,7 +180,7 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     try:
         from nltk.translate.nist_score import corpus_nist
         from pycocoevalcap.cider.cider import Cider
-        from rouge_score.rouge_scorer import RougeScorer
+        from pycocoevalcap.rouge.rouge import Rouge
         from sacrebleu.metrics import BLEU
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     except ImportError as error:
@@ -197,17 +196,11 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     truths = [[part(text.lower()).split() for text in accepted] for accepted in references]
     nist = corpus_nist(truths, ours, n=5) if max(map(len, ours)) >= 5 else 0.0
 
-    rouge = RougeScorer(["rougeL"])
-    best = [
-        max(rouge.score(text, prediction)["rougeL"].fmeasure for text in accepted)
-        for prediction, accepted in zip(predictions, references, strict=True)
-    ]
-
     def spoken(words: Sequence[str]) -> str:
         return " ".join(word for word in words if word.translate(_PUNCTUATION))
 
-    cider, _ = Cider().compute_score(
-        {i: [spoken(words) for words in accepted] for i, accepted in enumerate(truths)},
-        {i: [spoken(words)] for i, words in enumerate(ours)},
-    )
-    return {"bleu": bleu, "nist": float(nist), "rouge_l": sum(best) / len(best), "cider": float(cider)}
+    accepted = {i: [spoken(words) for words in some] for i, some in enumerate(truths)}
+    given = {i: [spoken(words)] for i, words in enumerate(ours)}
+    rouge, _ = Rouge().compute_score(accepted, given)
+    cider, _ = Cider().compute_score(accepted, given)
+    return {"bleu": bleu, "nist": float(nist), "rouge_l": float(rouge), "cider": float(cider)}

@@ -171,7 +171,10 @@ def _judge(options: argparse.Namespace) -> tuple[str, Callable[[], judge.Judge]]
 
             return ChatModel(options.judge_local, dtype=options.dtype)
 
-        return Path(options.judge_local).name, load
+        from launch.models import files_sha256  # takes seconds to import
+
+        name, digest = Path(options.judge_local).name, files_sha256(options.judge_local)
+        return (name if digest is None else f"{name}@{digest[:8]}"), load  # many folders are named "model"
     if options.judge_url is None or options.judge_model is None:
         raise UserError("no judge: give --judge-url and --judge-model, or --judge-local")
     url = checked_base_url(options.judge_url)
@@ -306,7 +309,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("--tries", type=count, default=6, help="requests for one reply on 429, 5xx, time-outs (default: 6)")
     add("--timeout", type=positive, default=120.0, help="seconds for one reply (default: 120)")
     add("--backoff", type=positive, default=1.0, help="seconds before the second try; doubles (default: 1)")
-    add("--token-limit", type=count, help="ask nothing more once the verdicts in the file have cost this many tokens")
+    add("--token-limit", type=count, help="ask nothing more once the replies for the file have cost this many tokens")
     add("--cost-limit", type=positive, help="the same in money")
     add("--prompt-price", type=price, default=0.0, help="money for a million tokens of prompts")
     add("--completion-price", type=price, default=0.0, help="money for a million tokens of replies")

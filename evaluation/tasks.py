@@ -241,7 +241,14 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
 
 def _sha256(examples: Sequence[TaskExample]) -> str:
     contents = [
-        [one.prompt, one.completion, one.candidates] if one.completion else [*one.content, one.target]
+        [
+            one.prompt,
+            one.completion,
+            one.candidates,
+            *([one.references] if set(one.references) - {one.completion} else []),
+        ]
+        if one.completion
+        else [*one.content, one.target]
         for one in examples
     ]
     return content_hash("\n".join(json.dumps(one) for one in contents))

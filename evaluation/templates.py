@@ -48,7 +48,7 @@ def labelled(columns: Sequence[str], label: str, n: int) -> Convert:
 
     def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
         texts = _texts(row, columns, where)
-        value = row.get(label)
+        value = _number(row.get(label))
         if value == -1:  # a test part, or the annotators did not agree (SNLI)
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n:
@@ -61,12 +61,21 @@ def labelled(columns: Sequence[str], label: str, n: int) -> Convert:
     return convert
 
 
+def _number(value: Any) -> Any:
+    """A CSV file's numbers are texts."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 def rated(columns: Sequence[str], label: str, highest: float) -> Convert:
     """What a regression reads: one text or two, and `target`, a number from 0 to `highest`, from the column `label`."""
 
     def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
         texts = _texts(row, columns, where)
-        value = row.get(label)
+        value = _number(row.get(label))
         if value == -1:  # a test part
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= highest:

@@ -13,10 +13,13 @@ from evaluation.records import Place, Record, field
 from launch.errors import UserError
 
 TOTAL = "total"
+SPENDING = "spending"  # the field of a record that is no verdict, only what a reply without one cost
 
 
 def checked(where: Place, record: Record) -> None:
     """Raises UserError where a stored verdict is not one that can be added up."""
+    if SPENDING in record:
+        return
     mode = field(where, record, "mode", str, f"{SINGLE!r} or {PAIRWISE!r}")
     number = len(record["models"])
     if mode not in (SINGLE, PAIRWISE) or number != {SINGLE: 1, PAIRWISE: 2}[mode]:
@@ -33,7 +36,7 @@ def checked(where: Place, record: Record) -> None:
 
 
 def summarize(verdicts: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
-    """The sums of a file of verdicts, for each judge and model, or each judge and pair of models.
+    """The sums of a file of verdicts, for each judge and model, or each judge and pair of models; spending is skipped.
 
     Returns:
         "single": objects of `judge`, `model` and `categories`, which has for each category and for "total" the `mean`
@@ -45,6 +48,8 @@ def summarize(verdicts: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
     single: dict[tuple[str, str], list[Record]] = {}
     pairs: dict[tuple[str, tuple[str, ...]], list[Record]] = {}
     for verdict in verdicts:
+        if SPENDING in verdict:
+            continue
         if verdict["mode"] == SINGLE:
             single.setdefault((verdict["judge"], verdict["models"][0]), []).append(verdict)
         else:

@@ -420,8 +420,11 @@ def test_data_of_another_kind_is_refused(file: str, content: str | None, expecte
     path.unlink()
     if content is not None:
         path.write_text(content)
-    result = once(arguments(tmp_path / "data", tmp_path / "out", FEW, "tasks=[sst2]"))
+    broken = tmp_path / "data" / "superglue" / "RTE" / "val.jsonl"
+    broken.write_text(broken.read_text() + '{"premise": "a", "hypothesis": "b", "label": "perhaps"}\n')
+    result = once(arguments(tmp_path / "data", tmp_path / "out", FEW, "tasks=[sst2, rte]"))
     assert result["code"] == 2 and expected in result["printed"] and "Traceback" not in result["printed"]
+    assert "perhaps" in result["printed"] and result["ran"] == []  # what is wrong with the other task, too
 
 
 # ---- ranks, models, budgets ------------------------------------------------------------------------------------------

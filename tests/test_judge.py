@@ -17,6 +17,7 @@ from evaluation.endpoint import Endpoint, Unanswered, seconds_to_wait
 from evaluation.judge import NoVerdict, SpendingLimit, rating, winner
 from evaluation.questions import PAIRWISE, SINGLE, read_answers, read_bench
 from evaluation.records import RecordFile, read_records
+from evaluation.report import read_verdicts
 from evaluation.verdicts import summarize, tables
 from launch.errors import UserError
 from tests.judge_stub import Request, Stub, Unit, says, serving, stored, write_answers, write_bench
@@ -167,7 +168,7 @@ def run_judge(
     to_do = judge.tasks(bench, [read_answers(folder / "m.jsonl")], SINGLE, "stub")
     client = Endpoint(stub.url, "stub-1", backoff=0.01, **{"timeout": 10.0, **(limits or {})})
     outcome = judge.run(to_do, client, folder / "verdicts.jsonl", **options)
-    return stored(folder / "verdicts.jsonl"), outcome
+    return [one for one in stored(folder / "verdicts.jsonl") if "spending" not in one], outcome
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -309,6 +310,31 @@ def test_spending_limits(tmp_path: Path) -> None:
         assert len(stub.requests) == 1 and "`usage`" in str(outcome.stopped)
 
 
+def test_restarts_count_what_replies_without_a_verdict_cost(tmp_path: Path) -> None:
+    """Two verdicts, then none: the third question is asked once more within the limit, in no later run again."""
+    with serving(lambda _: GOOD if len(stub.requests) < 3 else says("none")) as stub:
+        for _ in range(3):
+            verdicts, outcome = run_judge(tmp_path, stub, limit=SpendingLimit(tokens=250), workers=1)
+            assert (len(verdicts), len(stub.requests)) == (2, 3)
+            assert outcome.stopped == "300 tokens are spent, the limit is 250"
+    assert summary_of(tmp_path)["n"] == 2 and len(read_verdicts(tmp_path / "verdicts.jsonl")) == 3
+
+
+def test_restarts_count_what_was_spent_before_an_error(tmp_path: Path) -> None:
+    with serving(lambda request: says("none") if request.count % 2 else (400, {}, b"")) as stub:
+        for _ in range(9):  # a question costs 100 tokens in each run, and then the endpoint fails
+            _, outcome = run_judge(tmp_path, stub, questions=1, limit=SpendingLimit(tokens=500), workers=1)
+        assert sum(request.count % 2 for request in stub.requests) == 5
+    assert (outcome.stored, outcome.stopped) == (0, "500 tokens are spent, the limit is 500")
+
+
+def test_a_verdict_and_the_replies_before_it_are_counted_once(tmp_path: Path) -> None:
+    with serving(lambda request: says("none") if request.count == 1 else GOOD) as stub:
+        run_judge(tmp_path, stub, questions=1)
+        _, outcome = run_judge(tmp_path, stub, questions=2, limit=SpendingLimit(tokens=1), workers=1)
+    assert outcome.stopped == "400 tokens are spent, the limit is 1"
+
+
 # --- verdicts by key ----------------------------------------------------------------------------------
 
 
@@ -394,7 +420,9 @@ def test_pairs_in_both_orders_with_flips(tmp_path: Path) -> None:
         to_do = judge.tasks(read_bench(tmp_path / "bench"), [read_answers(file) for file in files], PAIRWISE, "stub")
         outcome = judge.run(to_do, Endpoint(stub.url, "m"), tmp_path / "verdicts.jsonl", asks=2)
     assert (outcome.stored, outcome.failed) == (24, 4)
-    verdicts = stored(tmp_path / "verdicts.jsonl")
+    assert summarize(stored(tmp_path / "verdicts.jsonl")) == summarize(
+        verdicts := [one for one in stored(tmp_path / "verdicts.jsonl") if "spending" not in one]
+    )
     assert sorted({tuple(verdict["models"]) for verdict in verdicts}) == [("a", "b"), ("b", "a")]
     summary = summarize(verdicts)
     (pair,) = summary["pairwise"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import random
+import shutil
 from types import ModuleType
 
 import pytest
@@ -78,7 +79,6 @@ def test_multirc_by_hand() -> None:
 
 
 def test_labels_against_torchmetrics() -> None:
-    optional("torchmetrics")
     import torch
     from torchmetrics.functional import classification, spearman_corrcoef
 
@@ -158,7 +158,8 @@ def test_drop(prediction: str, accepted: list[tuple[str, ...]], exact: int, f1: 
 
 
 def test_squad_and_record_against_torchmetrics() -> None:
-    squad = optional("torchmetrics.functional.text").squad
+    from torchmetrics.functional.text import squad
+
     ours, truths = texts(1), [[a, b] for a, b in zip(texts(2), texts(3), strict=True)]
     # Where no word is left of an answer, SQuAD's scripts disagree with each other (1.1 says 0, 2.0 says 1).
     rows = [(a, b) for a, b in zip(ours, truths, strict=True) if all(map(metrics.normalized, [a, *b]))]
@@ -185,3 +186,44 @@ def test_drop_against_lm_eval() -> None:
         assert score["f1"] == pytest.approx(max(pair[1] for pair in pairs)), (prediction, accepted)
         seen.add(score["f1"])
     assert len(seen) > 8
+
+
+# Generated texts -------------------------------------------------------------------------------------
+
+
+def test_rouge_l_by_hand() -> None:
+    """As the E2E tool has it: best precision and best recall, each of any reference, and recall by 1.2 squared."""
+    optional("pycocoevalcap.rouge.rouge")
+
+    def f(precision: float, recall: float) -> float:
+        return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
+
+    # All 5 words in order, of 6 that are wanted; punctuation and letter case do not count.
+    score = metrics.e2e(["The cat sat on mat."], [["the cat, sat on the mat"]])
+    assert score["rouge_l"] == pytest.approx(f(1, 5 / 6))
+    # The first reference has the best precision, 2 of 2 words, the second the best recall, 1 of 1.
+    assert metrics.e2e(["cheap food"], [["cheap food for all", "food"]])["rouge_l"] == pytest.approx(f(1, 1))
+    # Over texts it is the mean.
+    assert metrics.e2e(["a nice pub", "x", ""], [["a nice pub"], ["y"], ["z"]])["rouge_l"] == pytest.approx(1 / 3)
+
+
+def test_rouge_l_against_the_package() -> None:
+    """One text at a time, and words parted in Python; Java parts these alike."""
+    rouge = optional("pycocoevalcap.rouge.rouge").Rouge()
+    predictions = ["The Eagle is a cheap pub, near Café Adriatic.", "Try Cotto! It is family-friendly, 5 out of 5."]
+    references = [
+        ["The Eagle is a pub.", "Near Café Adriatic, The Eagle is cheap."],
+        ["Cotto: a family-friendly place, rated 5 out of 5.", "Cotto is rated 5 out of 5; families are welcome."],
+    ]
+    given = ["the eagle is a cheap pub near café adriatic", "try cotto it is family-friendly 5 out of 5"]
+    accepted = [
+        ["the eagle is a pub", "near café adriatic the eagle is cheap"],
+        ["cotto a family-friendly place rated 5 out of 5", "cotto is rated 5 out of 5 families are welcome"],
+    ]
+    found = [rouge.calc_score([one], some) for one, some in zip(given, accepted, strict=True)]
+    assert metrics.e2e(predictions, references)["rouge_l"] == pytest.approx(sum(found) / 2, abs=1e-12)
+    if shutil.which("java") is None:
+        pytest.skip("Java is not installed, so that the E2E tool's tokenizer cannot be compared")
+    tokenizer = importlib.import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
+    captions = {i: [{"caption": text} for text in (predictions[i], *references[i])] for i in range(2)}
+    assert tokenizer.tokenize(captions) == {i: [given[i], *accepted[i]] for i in range(2)}

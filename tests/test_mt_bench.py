@@ -21,6 +21,7 @@ from evaluation.endpoint import Endpoint, Reply, checked_base_url
 from evaluation.judge import tasks
 from evaluation.questions import PAIRWISE, SINGLE, Answers, read_answers, read_bench, read_prompts, read_questions
 from launch.errors import UserError
+from launch.models import files_sha256
 from launch.tokenizer import byte_tokenizer
 from tests.data_fixtures import CHATML, SHARED
 from tests.judge_stub import Request, completion, says, serving, stored, write_answers, write_bench
@@ -262,7 +263,7 @@ def test_a_tiny_model_answers_and_judges_by_the_command(tiny: Path, tmp_path: Pa
     assert "3 new answers, 3 in all" in out and "6 of 6 turns are cut off" in out
     assert "6 new verdicts (6 failed), 0 were there, 0 of 6 missing" in out  # a random judge gives no rating
     first = (tmp_path / "answers.jsonl").read_bytes()
-    assert {verdict["asked"] for verdict in stored(verdicts)} == {2}
+    assert [verdict.get("asked") for verdict in stored(verdicts)].count(2) == 6
     code, out = answer(tmp_path, capsys, "--model", str(tiny), *judged)
     assert "0 new answers, 3 in all" in out and "0 new verdicts (0 failed), 6 were there" in out
     assert (tmp_path / "answers.jsonl").read_bytes() == first
@@ -274,8 +275,22 @@ def test_a_tiny_model_answers_and_judges_by_the_command(tiny: Path, tmp_path: Pa
     ]
     assert same[0] == same[1]
     code, out = command(capsys, "show", "--verdicts", verdicts)
-    assert code == 0 and out.splitlines()[0] == "tiny: mean rating, 1 to 10, by tiny"
+    assert code == 0 and out.splitlines()[0] == f"tiny: mean rating, 1 to 10, by tiny@{files_sha256(str(tiny))[:8]}"
     assert out.splitlines()[-1].split() == ["total", "-", "-", "-", "0", "6"]
+
+
+def test_local_judges_of_one_name_are_two(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    write_bench(tmp_path / "bench", 1)
+    write_answers(tmp_path / "m.jsonl", "m", [81], "text")
+    monkeypatch.setattr("evaluation.chat_model.ChatModel", lambda *_, **__: Parrot())
+    options = ["judge", "--data", tmp_path / "bench", "--answers", tmp_path / "m.jsonl", "--asks", "1"]
+    for run, new in (("a", 2), ("b", 2), ("a", 0)):
+        model = tmp_path / run / "model"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "model.safetensors").write_text(run)
+        code, out = command(capsys, *options, "--verdicts", tmp_path / "v.jsonl", "--judge-local", model)
+        assert code == 0 and f"{new} new verdicts" in out
+    assert len({verdict["judge"] for verdict in stored(tmp_path / "v.jsonl")}) == 2
 
 
 def test_show_prints_means_by_category_and_turn(tmp_path: Path, capsys: Any) -> None:
