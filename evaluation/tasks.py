@@ -240,15 +240,8 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
 
 
 def _sha256(examples: Sequence[TaskExample]) -> str:
-    contents = [
-        [
-            one.prompt,
-            one.completion,
-            one.candidates,
-            *([one.references] if set(one.references) - {one.completion} else []),
-        ]
-        if one.completion
-        else [*one.content, one.target]
-        for one in examples
-    ]
+    contents = []
+    for one in examples:
+        content = [one.prompt, one.completion, one.candidates] if one.completion else [*one.content, one.target]
+        contents.append([*content, one.references] if set(one.references) - {one.completion} else content)
     return content_hash("\n".join(json.dumps(one) for one in contents))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -230,6 +231,26 @@ def test_demonstrations_and_training_rows(plain_tokenizer: Any, tmp_path: Path) 
 
 
 # Parts -----------------------------------------------------------------------------------------------
+
+
+def test_other_references_are_other_data(tmp_path: Path) -> None:
+    def hashes(*answers: str) -> list[str]:
+        row = {"title": "t", "context": "An old house.", "answers": {"text": ["old", *answers]}}
+        for part in ("train", "validation"):
+            write_jsonl(tmp_path / f"{part}.jsonl", [row | {"question": f"What is it, {part}?"}])
+        report = load_task(find_task("squad"), str(tmp_path), seed=0, dev_examples=0).report
+        return [report[part]["sha256"] for part in ("train", "test")]
+
+    assert hashes() == hashes() != hashes("very old")
+
+
+@pytest.mark.parametrize(("label", "right"), [("3", True), ("5", False), ("x", False), ("1.5", False)])
+def test_labels_of_a_csv_are_texts(label: str, right: bool, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.csv").write_text(f"text,label\nfine {part},{label}\n")
+    with contextlib.nullcontext() if right else pytest.raises(UserError, match="expected a number from 0 to 4"):
+        data = load_task(find_task("sst5"), str(tmp_path), seed=0, dev_examples=0)
+        assert [one.target for one in data.train] == [3]
 
 
 @needs_shared
