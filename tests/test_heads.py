@@ -119,10 +119,10 @@ def test_the_parts_of_a_task_for_heads(tmp_path: Path) -> None:
     ("name", "change", "message"),
     [
         ("cola", {"label": 2}, r"train.jsonl:1: label 2 in column 'label'; expected a number from 0 to 1"),
-        ("qqp", {"label": "0"}, r"train.jsonl:1: label '0' in column 'label'"),
+        ("qqp", {"label": "no"}, r"train.jsonl:1: label 'no' in column 'label'"),
         ("qnli", {"sentence": None}, r"train.jsonl:1: expected a text in column 'sentence'"),
         ("stsb", {"label": 5.2}, r"train.jsonl:1: score 5.2 in column 'label'; expected a number from 0 to 5"),
-        ("stsb", {"label": "3.2"}, r"train.jsonl:1: score '3.2'"),
+        ("stsb", {"label": "5.2"}, r"train.jsonl:1: score '5.2'"),
     ],
 )
 def test_wrong_rows_are_named(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
