@@ -53,7 +53,7 @@ def labelled(columns: Sequence[str], label: str, n: int) -> Convert:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n:
             raise UserError(
-                f"{where}: label {shown(value)} in column {label!r}; expected a number from 0 to {n - 1}. A "
+                f"{where}: label {shown(row.get(label))} in column {label!r}; expected a number from 0 to {n - 1}. A "
                 "publisher's test part may have no labels: name another split"
             )
         return {**texts, "target": value}
@@ -80,7 +80,7 @@ def rated(columns: Sequence[str], label: str, highest: float) -> Convert:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= highest:
             raise UserError(
-                f"{where}: score {shown(value)} in column {label!r}; expected a number from 0 to {highest:g}"
+                f"{where}: score {shown(row.get(label))} in column {label!r}; expected a number from 0 to {highest:g}"
             )
         return {**texts, "target": float(value)}
 
