@@ -56,12 +56,14 @@ class Task:
 
     `data` is its name in launch/, or its id on the Hub, whose columns files at a path must have, too (parquet, JSONL
     or CSV, a file for each split): see `columns`. `metrics` names the values of `metric`; the first is the headline.
+    What `metric` leaves out of them is missing here, for the reason in `metrics.MISSING`.
     """
 
     name: str
     data: str
     metric: Metric
     metrics: tuple[str, ...] = ("accuracy",)
+    headline: Metric | None = None  # the first of them alone, for resamples, where the others take long
     subset: str | None = None  # the Hub's configuration
     columns: str = ""  # of sets that launch/ does not know
     convert: templates.Convert | None = None  # for those: a row in launch's columns
@@ -75,7 +77,12 @@ class Task:
     prompted: bool = True  # whether there is a template
 
     def score(
-        self, predictions: Sequence[Any], examples: Sequence[TaskExample], *, classified: bool | None = None
+        self,
+        predictions: Sequence[Any],
+        examples: Sequence[TaskExample],
+        *,
+        classified: bool | None = None,
+        headline_only: bool = False,
     ) -> dict[str, float]:
         """The metrics of predictions.
 
@@ -83,6 +90,7 @@ class Task:
             predictions: indices of candidates, or texts where `max_new_tokens` is not 0; `classified`: ids of `labels`,
                 or numbers where it is a regression.
             classified: whether they come from a model with a head; None = where the task cannot be prompted.
+            headline_only: whether the first metric is enough.
         """
         if not examples or len(predictions) != len(examples):
             raise ValueError(f"{self.name}: {len(predictions)} predictions for {len(examples)} examples")
@@ -90,7 +98,8 @@ class Task:
             classified = not self.prompted
         if classified and not self.labels or not classified and not self.prompted:
             raise ValueError(f"{self.name}: {classified=}, but {self.labels=} and {self.prompted=}")
-        return self.metric(predictions, [one.target if classified else one.label for one in examples], examples)
+        metric = self.headline if headline_only and self.headline else self.metric
+        return metric(predictions, [one.target if classified else one.label for one in examples], examples)
 
 
 def _labels(metric: Callable[..., dict[str, float]]) -> Metric:
@@ -116,6 +125,10 @@ def _drop(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskE
 
 def _e2e(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
     return metrics.e2e(predictions, [one.references for one in examples])
+
+
+def _bleu(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.bleu(predictions, [one.references for one in examples])
 
 
 def _gsm8k(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
@@ -265,6 +278,7 @@ TASKS = {
             "tuetschek/e2e_nlg",
             _e2e,
             metrics.E2E,
+            headline=_bleu,
             columns="meaning_representation, human_reference; or mr, ref",
             convert=templates.e2e,
             test_split="test",

@@ -5,13 +5,14 @@ Every rank runs it alike; what it returns is the same on all ranks but for times
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
 import gc
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import set_seed
 
-import hift_ds
+from evaluation import metrics
 from evaluation.compare_settings import Budget, Comparison, Row
 from evaluation.flops import step_flops, trained_names
+from evaluation.planned_memory import planned_memory
 from evaluation.process_memory import peak_memory
 from evaluation.resampling import bootstrap_scores, interval
-from evaluation.scoring import average_log_likelihoods, classify, predict
+from evaluation.scoring import Predictions, average_log_likelihoods, classify, predict
 from evaluation.tasks import Task, TaskData, TaskExample, classification_rows, few_shot, training_rows
 from hift_ds.blocks import numel_of
 from hift_ds.checkpoint import gather
@@ -50,10 +52,13 @@ class Outcome:
 
 
 class Cells:
-    """Runs cells of a comparison; what they share is loaded once."""
+    """Runs cells of a comparison; what they share is loaded once.
 
-    def __init__(self, comparison: Comparison, machine: str):
-        self.comparison = comparison
+    `progress` is called after each step and each batch that is evaluated.
+    """
+
+    def __init__(self, comparison: Comparison, machine: str, progress: Callable[[], object]):
+        self.comparison, self.progress = comparison, progress
         self.tokenizer = models.load_tokenizer(comparison.model)
         self.versions = logs.versions()
         self.machine = machine
@@ -75,30 +80,39 @@ class Cells:
         if not self._made_anew:
             self._pretrained(dtype)  # before memory is measured, and random numbers are drawn
         set_seed(seed)
-        engine = None
-        with peak_memory() as peak:
+        engine, notes = None, list(data.report["notes"])
+        shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
+        if row.method == "icl" and len(shown) < row.shots:
+            notes.append(f"{row.label}: {len(shown)} demonstrations; there are no more training examples")
+        with contextlib.ExitStack() as measuring:
+            peak = measuring.enter_context(peak_memory())
             if settings is not None:
-                engine, measured = self._train(row, settings, task, data, budget)
+                engine, measured, encoded = self._train(row, settings, task, data, budget)
+                measuring.close()  # of what is trained that counts; where nothing is, answering
+                measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
+                if left_out := encoded["skipped_no_target"]:
+                    length = self.comparison.data.max_length
+                    notes.append(f"{left_out} training examples were left out: no trained token within {length}")
                 model = engine.module
             else:
-                measured = _untrained()
+                measured, encoded = _untrained(), {"truncated": 0}
                 model = self._model(task, dtype).to(get_accelerator().current_device_name())
+            dev = self._predict(task, model, data.dev, shown).values if tune and data.dev else None
+            tested = self._predict(task, model, data.test, shown)
+            losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test, shown)
         total = sum(numel_of(p) for p in model.parameters())
-        shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
-        dev = self._predict(task, model, data.dev, shown) if tune and data.dev else None
-        values = self._predict(task, model, data.test, shown)
-        losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test, shown)
         if engine is not None:
             engine.destroy()
         del engine, model
         gc.collect()
-        score = functools.partial(_score, task, classified=self.classifies)
+        score = functools.partial(task.score, classified=self.classifies)
         record = {
             **_identity(row, task, budget, seed, self.comparison.model_name),
             "status": "ok",
             "reason": None,
-            **self._scores(task, data.test, values),
+            **self._scores(task, data.test, tested.values),
             **measured,
+            "truncated": {"train": encoded["truncated"], "test": tested.truncated},
             "total_parameters": total,
             "peak_memory": peak.above,
             "peak_memory_kind": peak.kind,
@@ -110,6 +124,8 @@ class Cells:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": self.machine,
         }
+        missing = [name for name in task.metrics if name not in record["metrics"]]
+        record["notes"] = notes + [f"{name} is missing: {metrics.MISSING[name]}" for name in missing]
         dev_score = None
         if losses:
             record["metrics"]["answer_loss"] = statistics.fmean(losses[-len(data.test) :])
@@ -135,7 +151,8 @@ class Cells:
 
     def _train(
         self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """The engine, what was measured, and of the examples `encode`'s counts and `longest`, in tokens."""
         rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
         labels = list(task.labels) if self.classifies else None
         length = self.comparison.data.max_length
@@ -146,23 +163,21 @@ class Cells:
             raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
         model = self._model(task, settings.dtype)
         engine = make_engine(model, settings, schedule_ticks(settings, model.config))
-        recorder = _Recorder(engine, settings)
+        recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
         seconds = budget.seconds or math.inf
         with deterministic(settings.training.deterministic):
             train(engine, only_train, self.tokenizer.pad_token_id, settings, 0, recorder, seconds)  # type: ignore[arg-type]
-        longest = max(len(one.input_ids) for one in examples)
-        planned = self._planned(row, settings, task, longest)
-        return engine, {**recorder.measured(), "planned_memory": planned}
+        return engine, recorder.measured(), report | {"longest": max(len(one.input_ids) for one in examples)}
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
-        """Once for a row and a task; planned for its longest training example."""
-        key = (row.label, task.name)
-        if key not in self._plans:
+        """For sequences of one length, the longest training example's; once for a row, a task and a length."""
+        key = (row.label, task.name, length)
+        if key not in self._plans and dist.get_rank() == 0:
             labels = len(task.labels) if self.classifies else None
             config = models.load_config(self.comparison.model, self.tokenizer, labels)
-            self._plans[key] = planned_memory(settings, config, length) if dist.get_rank() == 0 else None
-        return self._plans[key]
+            self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
+        return self._plans.get(key)
 
     def _model(self, task: Task, dtype: str) -> Any:
         """A fresh model; one with new weights draws them from torch's generator."""
@@ -188,11 +203,14 @@ class Cells:
 
     def _predict(
         self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
-    ) -> list[Any]:
-        size = self.comparison.evaluation.batch_size
+    ) -> Predictions:
+        options: dict[str, Any] = {
+            "batch_size": self.comparison.evaluation.batch_size,
+            "after_batch": self.progress,
+        }
         if self.classifies:
-            return classify(task, model, self.tokenizer, examples, batch_size=size).values
-        return predict(task, model, self.tokenizer, examples, demonstrations=shown, batch_size=size).values
+            return classify(task, model, self.tokenizer, examples, **options)
+        return predict(task, model, self.tokenizer, examples, demonstrations=shown, **options)
 
     def _answer_losses(
         self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
@@ -203,12 +221,12 @@ class Cells:
         before = few_shot(shown)
         pairs = [(before + one.prompt, one.completion) for one in examples]
         size, length = self.comparison.evaluation.batch_size, getattr(model.config, "max_position_embeddings", None)
-        return [-value for value in average_log_likelihoods(model, self.tokenizer, pairs, size, length)[0]]
+        means, _ = average_log_likelihoods(model, self.tokenizer, pairs, size, length, self.progress)
+        return [-value for value in means]
 
     def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
-        score = functools.partial(_score, task, classified=self.classifies)
-        metrics = score(values, examples)
-        headline = task.metrics[0]
+        score = functools.partial(task.score, classified=self.classifies)
+        found, headline = score(values, examples), task.metrics[0]
         # Answers to one question are one thing to draw. In an order of their own: seeds that share their test examples
         # then share the resamples, too, and averages over seeds are as uncertain as the examples make them.
         units: dict[str, list[int]] = {}
@@ -218,14 +236,15 @@ class Cells:
 
         def of_units(drawn: Sequence[int]) -> float:
             indices = [index for unit in drawn for index in members[unit]]
-            return score([values[i] for i in indices], [examples[i] for i in indices])[headline]
+            some, about = [values[i] for i in indices], [examples[i] for i in indices]
+            return score(some, about, headline_only=True)[headline]
 
         replicates = bootstrap_scores(of_units, len(members), self.comparison.evaluation.bootstrap, seed=task.name)
         return {
             "metric": headline,
-            "score": metrics[headline],
+            "score": found[headline],
             "n": len(examples),
-            "metrics": metrics,
+            "metrics": found,
             "interval": list(interval(replicates)),
             "bootstrap": [round(value, 6) for value in replicates],
         }
@@ -234,8 +253,8 @@ class Cells:
 class _Recorder:
     """Takes the loop's records, in place of launch/logs.py's files."""
 
-    def __init__(self, engine: Any, settings: Settings):
-        self.engine, self.settings = engine, settings
+    def __init__(self, engine: Any, settings: Settings, progress: Callable[[], object]):
+        self.engine, self.settings, self.progress = engine, settings, progress
         self.records: list[dict[str, Any]] = []
         self.trained, self.at_once = _trained(engine, settings)
         self.flops = 0.0
@@ -246,6 +265,7 @@ class _Recorder:
         self.records.append({key: value for key, value in record.items() if key != "memory"})
         self.flops += self._flops(record)
         self._active = trained_names(self.engine.module)
+        self.progress()
 
     def _flops(self, record: dict[str, Any]) -> float:
         key = self._active  # as it was before the step
@@ -311,37 +331,3 @@ def _identity(row: Row, task: Task, budget: Budget, seed: int, model: str) -> di
         "seed": seed,
         "budget": str(budget),
     }
-
-
-def _score(task: Task, values: Sequence[Any], examples: Sequence[TaskExample], classified: bool) -> dict[str, float]:
-    return task.score(values, examples, classified=classified)
-
-
-def planned_memory(settings: Settings, config: Any, length: int) -> dict[str, int] | None:
-    """The planner's bytes on the device at the peak, by category; None for methods that it does not plan.
-
-    Args:
-        length: tokens of a sequence.
-    """
-    method = settings.method.name
-    if method not in ("hift", "full", "lora", "mezo"):
-        return None
-    wide = settings.dtype == "float32"
-    try:
-        plan = hift_ds.plan_memory(
-            config,
-            method=method,
-            precision="fp32" if wide else "mixed-hi" if method in ("hift", "mezo") else "mixed",
-            batch_size=settings.micro_batch_size,
-            seq_len=length,
-            layers_per_block=settings.deepspeed["hift"].get("layers_per_block", 1),
-            zero_stage=settings.zero_stage,
-            ranks=dist.get_world_size(),
-            activation_checkpointing=bool(settings.model.gradient_checkpointing),
-            loss_chunk=settings.training.loss_chunk,
-            accelerator="cpu" if get_accelerator().device_name() == "cpu" else "gpu",
-            task=settings.model.task,
-        )
-    except ValueError:
-        return None
-    return dict(plan.as_dict()["device"])

@@ -8,7 +8,7 @@ the run of the learning rate that was best on the validation part; report.md, re
 with the first seed and kept for the others. Started again, it runs only what is missing.
 
 Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the settings need a change, 75 stopped by
-SIGTERM or SIGINT.
+SIGTERM or SIGINT, 76 another rank is lost.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from launch import credentials, extensions, logs, outputs
 from launch.determinism import deterministic
 from launch.errors import NotApplicable, UserError
 from launch.preemption import STOPPED
+from launch.ranks import RANK_LOST, RankWatch
 from launch.train import Parser, told, world_of_one
 
 ATTEMPTS = 3  # a cell in which the process died as often is not tried again
@@ -96,16 +99,25 @@ class Runs:
                 os.fsync(file.fileno())
 
 
-def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[str, Any]]:
+def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
     """Run what is missing; all cells' records, in the order of the settings."""
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        verbose=False,
+        timeout=timedelta(seconds=comparison.rank_timeout + 60),  # so that `watch` speaks first
+    )
+    world, remedy = dist.get_world_size(), "The same command runs what is missing."
+    watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
     return_freed_memory()
     runs = Runs(comparison.folder, rank)
     if runs.done:
         logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")
     dist.barrier()  # all ranks have read what rank 0 is about to add to
     loaded = _load(comparison)
-    cells = Cells(comparison, machine())
+    for entry, parts in zip(comparison.tasks, loaded, strict=True):
+        for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
+            logs.say(rank, f"{entry.task.name}: {note}")
+    cells = Cells(comparison, machine(), watch.progress)
     records: list[dict[str, Any]] = []
     total = len(comparison.budgets) * len(comparison.tasks) * len(comparison.rows) * len(comparison.seeds)
     with tqdm(total=total, unit="cell", disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
@@ -117,7 +129,7 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool) -> list[dict[
                     for number, seed in enumerate(comparison.seeds):
                         tune = number == 0 and len(rates) > 1
                         trainings = [Training(row, entry, parts[seed], budget, seed, rate, tune) for rate in rates]
-                        tried = [_one(cells, runs, training, retry_failed) for training in trainings]
+                        tried = [_one(cells, runs, watch, training, retry_failed) for training in trainings]
                         best = _best(tried)
                         record = {key: value for key, value in best.items() if key not in ("key", "dev_score")}
                         if number == 0:
@@ -169,7 +181,7 @@ class Training:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[str, Any]:
+def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed: bool) -> dict[str, Any]:
     """One training: from runs.jsonl if it is there, else run and written."""
     key, task = one.key(cells), one.entry.task
     known = runs.done.get(key)
@@ -187,7 +199,7 @@ def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[st
         runs.begin(key)
         train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
         try:
-            run = _guarded(train, not_run)
+            run = _guarded(train, not_run, watch, key)
         except KeyboardInterrupt:
             runs.stop(key)
             raise
@@ -196,16 +208,28 @@ def _one(cells: Cells, runs: Runs, one: Training, retry_failed: bool) -> dict[st
     return run
 
 
-def _guarded(run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """The record of a run, whatever happens in it."""
+def _guarded(
+    run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]], watch: RankWatch, key: str
+) -> dict[str, Any]:
+    """The record of a run, whatever happens in it.
+
+    Raises:
+        Exception: of one rank alone: the others wait for it in a collective, and would pair it with the next cell's.
+    """
+    began = time.monotonic()
     try:
         outcome = run()
         return outcome.record | {"dev_score": outcome.dev_score}
-    except NotApplicable as error:
-        return not_run("not_applicable", str(error))
-    except UserError as error:
-        return not_run("failed", str(error))
     except Exception as error:
+        place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        place_hash = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
+        if not watch.fails_everywhere(f"{key} {place_hash}", time.monotonic() - began):
+            print("error: not all ranks fail alike; the same command tries this cell again", file=sys.stderr)
+            raise
+        if isinstance(error, NotApplicable):
+            return not_run("not_applicable", str(error))
+        if isinstance(error, UserError):
+            return not_run("failed", str(error))
         print(credentials.redacted(traceback.format_exc()), file=sys.stderr, flush=True)
         reason = credentials.redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return not_run("failed", reason[:500])
@@ -246,7 +270,7 @@ def _line(record: dict[str, Any]) -> str:
     return f"{head}: {score}, {record['steps']} steps, {record['seconds']:.1f} s"
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     comparison = load_comparison(arguments.config, arguments.set, world)
     logs.quieten(comparison.logging, rank)
@@ -259,7 +283,7 @@ def run(arguments: argparse.Namespace) -> int:
         (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
     wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
     with deterministic(wanted):  # all rows: the accelerator is set up for it once
-        records = compare(comparison, rank, arguments.retry_failed)
+        records = compare(comparison, rank, arguments.retry_failed, watch)
     if rank == 0:
         write_report(records, comparison.folder, comparison.title)
         if comparison.logging.wandb != "off":
@@ -312,9 +336,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
     try:
-        return run(parser.parse_args(argv))
-    except UserError as error:
-        return told(error)
+        with RankWatch() as watch:
+            try:
+                return run(parser.parse_args(argv), watch)
+            except UserError as error:
+                mistake = error
+            except Exception as error:
+                if not watch.blame(error):
+                    raise
+                return RANK_LOST
+        return told(mistake)
     except KeyboardInterrupt:
         logs.say(int(os.environ["RANK"]), "stopped; finished trainings are kept, and the same command goes on")
         return STOPPED
@@ -325,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     sys.excepthook = credentials.print_redacted
     code = main()
+    if code == RANK_LOST:
+        os._exit(code)  # a group that lacks a rank cannot be taken down in order
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

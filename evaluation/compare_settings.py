@@ -119,6 +119,13 @@ class Comparison:
     folder: Path
     base: dict[str, Any]  # the sections model and logging of each run
 
+    @property
+    def rank_timeout(self) -> float:
+        """Seconds without progress after which a rank counts as lost: of the most patient row."""
+        default = TrainingSettings.rank_timeout
+        rows = [row.sections["training"] for row in self.rows if row.trained]
+        return max((training.get("rank_timeout", default) for training in rows), default=default)
+
     def run_settings(self, row: Row, budget: Budget, seed: int, learning_rate: float, world_size: int) -> Settings:
         """Of one training; `load_comparison` has found that they hold together."""
         problems: list[str] = []

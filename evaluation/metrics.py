@@ -9,18 +9,21 @@ and DROP do it, has no package that is kept up and needs no download, so it is w
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import re
+import shutil
 import string
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
 
 from scipy import stats
 from sklearn import metrics
 
 from launch.errors import UserError
 
-E2E = ("bleu", "nist", "rouge_l", "cider")
-E2E_MISSING = {"meteor": "needs Java, for pycocoevalcap's METEOR, and its figure is for whole sets, not for resamples"}
+E2E = ("bleu", "nist", "meteor", "rouge_l", "cider")
+# Why, where one is not given.
+MISSING = {"meteor": "there is no `java` on the PATH, in which pycocoevalcap's METEOR runs"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -159,37 +162,49 @@ def _number(word: str) -> float | None:
 # Generated texts -------------------------------------------------------------------------------------
 
 
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`bleu`: sacrebleu's, without letter case, over whole sets, of texts with one reference or more each."""
+    with _e2e_packages():
+        from sacrebleu.metrics import BLEU
+
+    found = [_ngrams(text, tuple(some)) for text, some in zip(predictions, references, strict=True)]
+    correct, total, lengths = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*found, strict=True))
+    return {"bleu": BLEU.compute_bleu(correct, total, *lengths).score / 100}
+
+
+@functools.lru_cache(maxsize=2**14)  # resamples ask for the same texts again and again
+def _ngrams(prediction: str, references: tuple[str, ...]) -> tuple[list[int], list[int], tuple[int, int]]:
+    """Of a text: its n-grams that a reference has, all of them, and how long it and the nearest reference are."""
+    from sacrebleu.metrics import BLEU
+
+    found = BLEU(lowercase=True, force=True, effective_order=True).sentence_score(prediction, references)
+    return found.counts, found.totals, (found.sys_len, found.ref_len)
+
+
 def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The metrics of E2E (Novikova et al. 2017) but those of `E2E_MISSING`; letter case does not count.
+    """The metrics of E2E (Novikova et al. 2017); letter case does not count.
 
     As with the publisher's script, words are parted as in mteval-v13a. Its BLEU is ours; the others come close: NLTK's
-    NIST takes the best reference for each text, the script counts n-grams over all; ROUGE-L and CIDEr are the script's
-    own, but it parts their words in Java, where "isn't" is two words and a bracket is one.
+    NIST takes the best reference for each text, the script counts n-grams over all; METEOR, ROUGE-L and CIDEr are the
+    script's own, but it parts their words in Java, where "isn't" is two words and a bracket is one.
 
     Args:
         references: for each prediction one text or more.
 
     Returns:
-        `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `rouge_l` (pycocoevalcap): the mean
-        F of the best precision and the best recall over the references, recall weighed by 1.2 squared. `cider`
-        (pycocoevalcap): 0 to 10; 0 where all references belong to one prediction. Both without punctuation.
+        `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `meteor` (1.5, of pycocoevalcap), where
+        there is Java. `rouge_l` (pycocoevalcap): the mean F of the best precision and the best recall over the
+        references, recall weighed by 1.2 squared. `cider` (pycocoevalcap): 0 to 10; 0 where all references belong to
+        one prediction. The last three without punctuation.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing, or Java fails.
     """
-    try:
+    with _e2e_packages():
         from nltk.translate.nist_score import corpus_nist
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
-        from sacrebleu.metrics import BLEU
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    except ImportError as error:
-        raise UserError(f"E2E's metrics: {error}; install them: pip install 'hift_ds[e2e]'") from error
-
-    # sacrebleu wants the first references of all texts, then the second ones, and so on.
-    most = max(map(len, references))
-    columns: list[Any] = [[one[i] if i < len(one) else None for one in references] for i in range(most)]
-    bleu = BLEU(lowercase=True, force=True).corpus_score(list(predictions), columns).score / 100
 
     part = Tokenizer13a()
     ours = [part(text.lower()).split() for text in predictions]
@@ -203,4 +218,24 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     given = {i: [spoken(words)] for i, words in enumerate(ours)}
     rouge, _ = Rouge().compute_score(accepted, given)
     cider, _ = Cider().compute_score(accepted, given)
-    return {"bleu": bleu, "nist": float(nist), "rouge_l": float(rouge), "cider": float(cider)}
+    found = bleu(predictions, references) | {"nist": float(nist), "rouge_l": float(rouge), "cider": float(cider)}
+    return found | ({"meteor": _meteor(accepted, given)} if shutil.which("java") else {})
+
+
+def _meteor(accepted: dict[int, list[str]], given: dict[int, list[str]]) -> float:
+    with _e2e_packages():
+        from pycocoevalcap.meteor.meteor import Meteor
+
+    try:
+        score, _ = Meteor().compute_score(accepted, given)
+    except (OSError, ValueError) as error:  # what is no number is the end of a process that died
+        raise UserError(f"E2E's METEOR: Java gave no score ({error}); it needs 2 GiB of memory") from error
+    return float(score)
+
+
+@contextlib.contextmanager
+def _e2e_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"E2E's metrics: {error}; install them: pip install 'hift_ds[e2e]'") from error

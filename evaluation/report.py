@@ -131,7 +131,25 @@ def _header(sections: Sequence[Section]) -> list[Part]:
         "Bold is the best of a column, where its paired difference to the second best has an interval without 0. Where "
         "nothing is bold, the test examples do not tell the best two apart.",
     ]
-    return [*parts, Items([*reading, _tuning(good)])]
+    return [*parts, Items([*reading, _tuning(good)]), *_about_data(good)]
+
+
+def _about_data(good: Sequence[Record]) -> list[Part]:
+    """What became of the examples where it is not what was asked for."""
+    notes: dict[str, None] = {}
+    for record in good:
+        notes |= dict.fromkeys(f"{record['task']}: {note}" for note in record.get("notes") or ())
+    cut: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for record in good:
+        for part, count in (record.get("truncated") or {}).items():
+            key = (record["task"], record["label"], part)
+            cut[key] = max(cut.get(key, (0, 0)), (count, record["n"]))
+    for (task, label, part), (count, n) in cut.items():
+        if count and part == "test":
+            notes[f"{task}: {label}: up to {count} of {n} test prompts lost their beginning."] = None
+        elif count:
+            notes[f"{task}: {label}: up to {count} training examples lost their end."] = None
+    return [Heading("About the data", 2), Items(list(notes))] if notes else []
 
 
 def _tuning(good: Sequence[Record]) -> str:

@@ -8,7 +8,7 @@ Section 4 and table 13 of the paper, after MeZO (Malladi et al. 2023). Under ZeR
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ def predict(
     max_length: int | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> Predictions:
     """What `task.score` takes. Candidates of the same likelihood: the first.
 
@@ -55,6 +56,7 @@ def predict(
             config names, if it does.
         num_beams: of written answers; 1 = greedy. The paper's table 4 has 10 for E2E.
         length_penalty: the power of its length by which a beam's log-likelihood is divided; 0.9 there.
+        after_batch: called after each batch.
     """
     if not task.prompted:
         raise UserError(f"{task.name} has no template for prompts; use a model with a classification head")
@@ -62,9 +64,10 @@ def predict(
     before = few_shot(demonstrations)
     if task.max_new_tokens:
         beams = {"num_beams": num_beams, **({"length_penalty": length_penalty} if num_beams > 1 else {})}
-        return _write(task, model, tokenizer, [before + one.prompt for one in examples], batch_size, limit, beams)
+        prompts = [before + one.prompt for one in examples]
+        return _write(task, model, tokenizer, prompts, batch_size, limit, beams, after_batch)
     pairs = [(before + one.prompt, candidate) for one in examples for candidate in one.candidates]
-    likelihoods, truncated = average_log_likelihoods(model, tokenizer, pairs, batch_size, limit)
+    likelihoods, truncated = average_log_likelihoods(model, tokenizer, pairs, batch_size, limit, after_batch)
     values: list[int] = []
     start, cut = 0, 0
     for one in examples:
@@ -83,6 +86,7 @@ def classify(
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> Predictions:
     """What `task.score(..., classified=True)` takes, from a model with a head for `task.labels`.
 
@@ -90,6 +94,7 @@ def classify(
         batch_size: texts at a time; it changes no prediction beyond rounding.
         max_length: tokens of a text or pair; longer ones are cut on the right, as in training. None = the less of what
             the tokenizer and the model's config name, if they do.
+        after_batch: called after each batch.
 
     Raises:
         UserError: the task has no classes, the head has not as many, or a text has no tokens.
@@ -126,6 +131,7 @@ def classify(
             chosen = logits.squeeze(-1) if task.regression else logits.argmax(dim=-1)
             for i, value in zip(batch, chosen.tolist(), strict=True):
                 values[i] = value
+            after_batch()
     return Predictions(values, counts["truncated"])
 
 
@@ -135,6 +141,7 @@ def average_log_likelihoods(
     pairs: Sequence[tuple[str, str]],
     batch_size: int,
     max_length: int | None = None,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> tuple[list[float], list[bool]]:
     """For each pair of prompt and candidate, the mean log-probability (nats) of the candidate's tokens, in fp32.
 
@@ -167,6 +174,7 @@ def average_log_likelihoods(
                     begin = len(cases[i][0]) - 1 - first
                     chances = logits[row, begin : begin + len(targets)].float().log_softmax(-1)
                     means[i] = chances.gather(-1, targets[:, None]).mean().item()
+            after_batch()
     return means, truncated
 
 
@@ -191,6 +199,7 @@ def _write(
     batch_size: int,
     max_length: int | None,
     beams: dict[str, Any],
+    after_batch: Callable[[], object],
 ) -> Predictions:
     """Answers up to the task's stop text, without the whitespace around them."""
     limit = max_length and max_length - task.max_new_tokens
@@ -217,6 +226,7 @@ def _write(
             new = tokens[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 values[i] = (text.partition(task.stop)[0] if task.stop else text).strip()
+            after_batch()
     return Predictions(values, sum(cut for _, cut in fitted))
 
 

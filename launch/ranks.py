@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 RANK_LOST = 76  # exit code
+PATIENCE = 60.0  # seconds that a rank which failed waits for others to fail alike
 MOST = 16  # ranks that a message lists
 
 
@@ -69,14 +70,23 @@ class RankWatch:
             self._file.close()
             self._file = None
 
-    def start(self, folder: Path, rank: int, world: int, limit: float, keep: bool) -> None:
+    def start(
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        limit: float,
+        keep: bool,
+        remedy: str = "Continue from the newest checkpoint with --resume.",
+    ) -> None:
         """Open the log in `folder`, and watch.
 
         Args:
             limit: seconds without progress after which the rank gives up, with more than one rank.
             keep: append to an earlier log.
+            remedy: what to do when a rank is lost.
         """
-        self.folder, self.rank, self.world, self.limit = folder, rank, world, limit
+        self.folder, self.rank, self.world, self.limit, self.remedy = folder, rank, world, limit, remedy
         self.beat = min(10.0, limit / 4)  # seconds between two signs of life
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self._log(rank).open("ab" if keep else "wb", buffering=0)
@@ -92,6 +102,25 @@ class RankWatch:
         self._heard = self._clock
         if step is not None and self._file is not None:
             self._line(f"step {step}")
+
+    def fails_everywhere(self, what: str, seconds: float) -> bool:
+        """Whether all ranks fail in `what`, a text that says where and when.
+
+        Then their collectives still pair, and they can go on with something else. A collective could not find it out:
+        a rank that is well waits in one of its own.
+
+        Args:
+            seconds: that this rank took to fail; another is given as many, and `PATIENCE`.
+        """
+        if self.world == 1:
+            return True
+        self._line(f"fails: {what}")
+        deadline = time.monotonic() + seconds + PATIENCE
+        while not all(f" fails: {what}\n" in self._text(rank) for rank in range(self.world)):
+            if time.monotonic() > deadline or self._suspects():
+                return False
+            time.sleep(0.1)
+        return True
 
     def blame(self, error: BaseException) -> bool:
         """Log an unexpected error; whether another rank is the cause, which is then said."""
@@ -142,7 +171,7 @@ class RankWatch:
             lines = [f"no rank has gone on for {self.limit:g} s, and all are alive:"]
             lines += [f"  {state}" for state in self._states().values()]
         lines[MOST:] = [f"... and {len(lines) - MOST} more"] if len(lines) > MOST else []
-        lines.append("The run cannot go on. Continue from the newest checkpoint with --resume.")
+        lines.append(f"The run cannot go on. {self.remedy}")
         if self._silence() > 0.9 * self.limit:
             setting = f"training.rank_timeout ({self.limit:g} s)"
             lines.append(f"If a step, loading or the export takes longer than {setting}, raise that.")
@@ -162,10 +191,9 @@ class RankWatch:
     def _state(self, rank: int) -> State:
         log = self._log(rank)
         try:
-            text, age = log.read_text(encoding="utf-8", errors="replace"), time.time() - log.stat().st_mtime
+            text, age = self._text(rank), time.time() - log.stat().st_mtime
         except OSError:
             return State(log, f"rank {rank}", None, None, None, self._clock, "has not started")
-        text = text[max(0, text.rfind(" start: rank ")) :]  # without earlier starts
         process = re.search(r"pid (\d+) on (\S+)", text)
         name = f"rank {rank} ({process[0]})" if process else f"rank {rank}"
         steps, gave_up = re.findall(r" step (\d+)$", text, re.MULTILINE), re.search(r"gave up after \S+ s (.*)", text)
@@ -175,6 +203,11 @@ class RankWatch:
         if state.problem is None and age > 3 * self.beat + 2.0:
             state.problem = "is silent"
         return state
+
+    def _text(self, rank: int) -> str:
+        """A rank's log since its last start."""
+        text = self._log(rank).read_text(encoding="utf-8", errors="replace")
+        return text[max(0, text.rfind(" start: rank ")) :]
 
     def _line(self, text: str) -> None:
         assert self._file is not None

@@ -5,6 +5,7 @@ On a GPU, the tests of the engine run with `DS_ACCELERATOR=cuda`; what needs mor
 
 import os
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -29,3 +30,9 @@ def chat_tokenizer() -> Any:
     from tests.data_fixtures import CHATML_WITHOUT_MARKERS, bpe
 
     return bpe(CHATML_WITHOUT_MARKERS)
+
+
+@pytest.fixture
+def no_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no Java; METEOR takes seconds to start."""
+    monkeypatch.setattr("evaluation.metrics.shutil", mock.Mock(which=lambda name: None))

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -198,6 +199,12 @@ def until(runs, key):
 compare.Runs.begin = until
 compare.main(sys.argv[1:])
 """
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def alone(code: str, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -483,6 +490,88 @@ def test_demonstrations_are_before_written_answers_too(tmp_path: Path) -> None:
     assert result["code"] == 0, result["printed"]
     losses = {one["metrics"]["answer_loss"] for one in cells_of(tmp_path / "out").values()}
     assert len(losses) == 3
+
+
+def heavy(argv: Sequence[str], numel: int) -> dict[str, Any]:
+    """The same, where predicting takes so many fp32 numbers."""
+    from evaluation import cell
+
+    predict = cell.Cells._predict
+
+    def spy(*arguments: Any) -> Any:
+        torch.ones(numel).sum()
+        return predict(*arguments)
+
+    with mock.patch.object(cell.Cells, "_predict", spy):
+        return compare(argv)
+
+
+def test_memory_of_what_trains_nothing_is_that_of_answering(data: Path, tmp_path: Path) -> None:
+    numel = 2**26
+    result = once(arguments(data, tmp_path, FEW, "tasks=[sst2]"), function=heavy, numel=numel)
+    assert result["code"] == 0, result["printed"]
+    peaks = {label: one["peak_memory"] for (label, _), one in cells_of(tmp_path).items()}
+    assert peaks["zero-shot"] >= 4 * numel > max(peaks[label] for label in ("full", "hift", "mezo"))
+
+
+def test_what_became_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
+    """On the terminal, in records and reports: parts that are smaller than asked for, and what was cut."""
+    settings = ["methods=[full, {name: icl, shots: 50}]", "tasks=[sst2]", "data.train_examples=100"]
+    result = once(arguments(data, tmp_path, *settings, "data.max_length=64"))
+    assert result["code"] == 0, result["printed"]
+    assert (
+        "sst2: the training split has 40 different examples for 108 wanted; train gets at most 32 of 100"
+        in result["printed"]
+    )
+    found = cells_of(tmp_path)
+    full, icl = found["full", "sst2"], found["icl", "sst2"]
+    assert "the training split has 40" in full["notes"][0] and len(full["notes"]) == 1
+    assert icl["notes"][1] == "icl: 32 demonstrations; there are no more training examples"
+    assert full["truncated"] == {"train": 0, "test": 0} and icl["truncated"] == {"train": 0, "test": 8}
+    report = (tmp_path / "report.md").read_text()
+    assert "- sst2: the training split has 40 different" in report and "- sst2: icl: 32 demonstrations" in report
+    assert "- sst2: icl: up to 8 of 8 test prompts lost their beginning." in report
+
+
+ALONE = """
+import os, sys
+from evaluation import cell, compare
+from launch import ranks
+ranks.PATIENCE = 2
+train = cell.train
+def one_fails(*arguments):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("the other rank waits in its first collective")
+    return train(*arguments)
+cell.train = one_fails
+sys.exit(compare.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_fails_alone_ends_the_comparison(data: Path, tmp_path: Path) -> None:
+    """Through the real launcher; nothing waits for a time-out, and the cell is tried again."""
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    argv = arguments(data, tmp_path / "out", "methods=[zero-shot, full]", "tasks=[sst2]")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", free_port(), str(script), *argv]
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=400, text=True)
+    assert done.returncode not in (0, 2), done.stdout
+    assert "not all ranks fail alike; the same command tries this cell again" in done.stderr, done.stderr
+    assert "the other rank waits in its first collective" in done.stderr
+    assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
+    begun = lines(tmp_path / "out" / "begun.jsonl")
+    assert len(begun) == 2 and not any(one.get("stopped") for one in begun)
+
+
+def test_ranks_that_fail_alike_go_on(data: Path, tmp_path: Path) -> None:
+    settings = ["methods=[{name: lora, learning_rates: [1e-3]}, full]", "tasks=[sst2]"]
+    result = once(arguments(data, tmp_path, *settings), ranks=2, broken="lora")
+    assert result["code"] == 1
+    found = cells_of(tmp_path)
+    assert found["lora", "sst2"]["reason"] == "RuntimeError: out of memory" and found["full", "sst2"]["status"] == "ok"
 
 
 def test_a_budget_of_seconds(data: Path, tmp_path: Path) -> None:

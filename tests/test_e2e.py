@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,11 @@ def test_length_penalty_prefers_long_beams() -> None:
 # Metrics ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_meteor")
 def test_metrics_by_hand() -> None:
     # All 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours; 5 words instead of 6.
     score = metrics.e2e(["The cat sat on mat"], [["the cat sat on the mat"]])
-    assert tuple(score) == metrics.E2E == find_task("e2e").metrics
+    assert {*score, "meteor"} == {*metrics.E2E} and metrics.E2E == find_task("e2e").metrics
     assert score["bleu"] == pytest.approx(math.exp(1 - 6 / 5) * (3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     assert score["rouge_l"] == pytest.approx(2.44 * (5 / 6) / (5 / 6 + 1.44))
     # Five words once each: each says log2(5), what follows it nothing more.
@@ -173,7 +175,6 @@ def test_metrics_by_hand() -> None:
     # The best reference counts; each text may have another number of them.
     score = metrics.e2e(["a nice pub", "x"], [["cheap food", "a nice pub"], ["y"]])
     assert score["rouge_l"] == pytest.approx(0.5) and score["nist"] == 0.0
-    assert "meteor" in metrics.E2E_MISSING and not set(metrics.E2E_MISSING) & set(metrics.E2E)
 
 
 def outputs(n: int = 40) -> tuple[list[str], list[list[str]]]:
@@ -189,6 +190,7 @@ def outputs(n: int = 40) -> tuple[list[str], list[list[str]]]:
     return [text() for _ in range(n)], [[text() for _ in range(draw.randint(1, 5))] for _ in range(n)]
 
 
+@pytest.mark.usefixtures("no_meteor")
 def test_metrics_against_the_packages() -> None:
     """Called in other ways: sacrebleu's BLEU with an upper bound of references, sentences and their mean, and so on."""
     sacrebleu = pytest.importorskip("sacrebleu")
@@ -220,6 +222,24 @@ def test_metrics_against_the_packages() -> None:
     assert score["cider"] == pytest.approx(cider.compute_score()[0], abs=1e-12)
     examples = [TaskExample("", "p", some[0], references=tuple(some)) for some in references]
     assert find_task("e2e").score(predictions, examples) == score
+    assert find_task("e2e").score(predictions, examples, headline_only=True) == {"bleu": score["bleu"]}
+
+
+def test_meteor() -> None:
+    """A text of its reference's words is nearly one chunk of matches; the figure is the package's own for one text."""
+    if shutil.which("java") is None:
+        pytest.skip("there is no Java on the PATH")
+    package = pytest.importorskip("pycocoevalcap.meteor.meteor")
+    texts, references = ["The eagle is cheap", "a pub"], [["the eagle is cheap"], ["a bar", "by the river"]]
+    score = metrics.e2e(texts, references)["meteor"]
+    given = {0: [texts[0].lower()], 1: [texts[1]]}
+    whole, (first, second) = package.Meteor().compute_score(dict(enumerate(references)), given)
+    assert score == pytest.approx(whole, abs=1e-12) and first == pytest.approx(1) and 0 < second < score < 1
+
+
+@pytest.mark.usefixtures("no_meteor")
+def test_without_java_meteor_is_missing() -> None:
+    assert {*metrics.E2E} - {*metrics.e2e(["a pub"], [["a pub"]])} == {*metrics.MISSING}
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,7 @@ def test_drop_against_lm_eval() -> None:
 # Generated texts -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_meteor")
 def test_rouge_l_by_hand() -> None:
     """As the E2E tool has it: best precision and best recall, each of any reference, and recall by 1.2 squared."""
     optional("pycocoevalcap.rouge.rouge")
@@ -207,6 +208,7 @@ def test_rouge_l_by_hand() -> None:
     assert metrics.e2e(["a nice pub", "x", ""], [["a nice pub"], ["y"], ["z"]])["rouge_l"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.usefixtures("no_meteor")
 def test_rouge_l_against_the_package() -> None:
     """One text at a time, and words parted in Python; Java parts these alike."""
     rouge = optional("pycocoevalcap.rouge.rouge").Rouge()
