@@ -38,9 +38,10 @@ from evaluation.cell import Cells, Outcome
 from evaluation.compare_settings import Budget, Comparison, Row, TaskEntry, load_comparison
 from evaluation.efficiency import machine
 from evaluation.process_memory import return_freed_memory
-from evaluation.report import log_to_wandb, write_report
+from evaluation.report import write_report
 from evaluation.results import RESULTS, SETTINGS
 from evaluation.tasks import TaskData, load_task
+from evaluation.wandb_report import log_report
 from hift_ds.checkpoint_files import write_durably
 from launch import credentials, extensions, logs, outputs
 from launch.determinism import deterministic
@@ -287,7 +288,16 @@ def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
     if rank == 0:
         write_report(records, comparison.folder, comparison.title)
         if comparison.logging.wandb != "off":
-            _to_wandb(comparison, records)
+            logging = comparison.logging
+            log_report(
+                records,
+                comparison.folder,
+                comparison.title,
+                mode=logging.wandb,
+                project=logging.wandb_project,
+                name=logging.wandb_name,
+                config=comparison.as_dict(),
+            )
         counts = {
             status: sum(one["status"] == status for one in records) for status in ("ok", "not_applicable", "failed")
         }
@@ -296,28 +306,6 @@ def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
     if lock is not None:
         lock.release()
     return int(any(one["status"] == "failed" for one in records))
-
-
-def _to_wandb(comparison: Comparison, records: list[dict[str, Any]]) -> None:
-    """Tables and images as one W&B run in the comparison's group; a failing service is said and does not matter."""
-    try:
-        import wandb
-
-        logging = comparison.logging
-        wandb_run = wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_name or comparison.title,
-            group=comparison.title,
-            dir=str(comparison.folder),
-            mode="online" if logging.wandb == "online" else "offline",
-            config=comparison.as_dict(),
-            settings=wandb.Settings(silent=not logging.verbose, init_timeout=20),
-        )
-        log_to_wandb(records, comparison.folder, wandb_run)
-        wandb_run.finish()
-    except Exception as error:
-        shown = credentials.redacted(" ".join(str(error).split()))
-        print(f"warning: Weights & Biases failed: {shown}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,16 @@
 """The report of a comparison of fine-tuning methods: tables and pictures, as Markdown and as one HTML file.
 
-    python -m evaluation.report OUT [--add FOLDER...] [--verdicts verdicts.jsonl] [--title TITLE]
+    python -m evaluation.report OUT [--add FOLDER...] [--verdicts verdicts.jsonl] [--title TITLE] [--wandb offline]
 
 OUT is a folder with results.jsonl; report.md, report.html and plots/ are written into it. --add puts the cells of other
-comparisons into OUT/results.jsonl first: seeds or tasks that ran on other machines or days.
+comparisons into OUT/results.jsonl first: seeds or tasks that ran on other machines or days. The title is by default
+the comparison's own; it is also the group of runs at Weights & Biases.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +22,11 @@ from evaluation.document import Bold, Heading, Items, Paragraph, Part, Picture, 
 from evaluation.questions import PAIRWISE, SINGLE
 from evaluation.records import Record, read_records
 from evaluation.resampling import paired_difference
-from evaluation.results import FAILED, OK, RESULTS, Section, as_text, is_finite, mean_of, std_of
+from evaluation.results import FAILED, OK, RESULTS, SETTINGS, Section, as_text, is_finite, mean_of, std_of
 from evaluation.verdicts import TOTAL, checked, summarize
+from evaluation.wandb_report import log_report
 from launch.errors import UserError
+from launch.settings import LoggingSettings
 
 TITLE = "Comparison of fine-tuning methods"
 MEAN = "mean"
@@ -366,7 +370,8 @@ _COSTS = (
 
 def _costs(section: Section) -> list[Part]:
     said = "Means over seeds; of learning rates, all that were chosen. FLOPs are the model's in training"
-    said += ", as a stand-in for energy; memory is that of the seed with the most."
+    said += ", as a stand-in for energy; memory is that of the seed with the most: of training, or of answering where "
+    said += "nothing is trained."
     parts: list[Part] = [Paragraph(said)]
     kinds = _list(
         f"{record['peak_memory_kind']}"
@@ -505,54 +510,6 @@ def _paper(sections: Sequence[Section]) -> list[Part]:
     return parts
 
 
-# --- Weights & Biases -----------------------------------------------------------------------------------
-
-
-def wandb_tables(records: list[Record]) -> dict[str, Any]:
-    """A `wandb.Table` for each model and budget: a row for each method and task, with numbers as numbers."""
-    import wandb
-
-    columns: list[str | int] = [
-        "method",
-        "task",
-        "metric",
-        "seeds",
-        "mean_percent",
-        "std_percent",
-        "difference_to_full_percent",
-    ]
-    columns += ["difference_low", "difference_high", "seconds", "peak_memory_gib", "status"]
-    tables = {}
-    for section in results.arrange(results.checked(records)):
-        table = wandb.Table(columns=columns)
-        for label in section.rows:
-            for task in section.tasks:
-                good, every = section.ok(label, task), section.at(label, task)
-                if not every:
-                    continue
-                found = paired_difference(good, section.ok(section.full, task)) if section.full else None
-                gaps = (found.mean, found.low, found.high) if found else (None, None, None)
-                numbers = [mean_of(good, "score"), std_of(good), *gaps]
-                memory = mean_of(good, "peak_memory")
-                table.add_data(
-                    label, task, section.metric(task), len(good),
-                    *(None if number is None else 100 * number for number in numbers),
-                    mean_of(good, "seconds"), None if memory is None else memory / GIB,
-                    OK if good else every[-1]["status"],
-                )  # fmt: skip
-        tables[f"{section.model}, {section.budget}"] = table
-    return tables
-
-
-def log_to_wandb(records: list[Record], folder: Path, run: Any) -> None:
-    """The tables and the pictures of a report that `write_report` wrote to `folder`, into a run of W&B's."""
-    import wandb
-
-    pictures = sorted((folder / "plots").glob("*.png"))
-    logged: dict[str, Any] = {f"report/{name}": table for name, table in wandb_tables(records).items()}
-    run.log(logged | {f"plots/{path.stem}": wandb.Image(str(path)) for path in pictures})
-
-
 # --- command --------------------------------------------------------------------------------------------
 
 
@@ -572,6 +529,13 @@ def read_verdicts(path: Path) -> list[Record]:
     return list(read_records(path, key_of).values())
 
 
+def _title(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["title"])
+    except (OSError, ValueError, KeyError):  # joined results have no settings
+        return TITLE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; the exit code: 0, or 2 for a mistake of the user's."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -579,14 +543,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help=f"folder with {RESULTS}")
     parser.add_argument("--add", nargs="+", type=Path, metavar="FOLDER", help=f"put its {RESULTS} into OUT's first")
     parser.add_argument("--verdicts", type=Path, metavar="FILE", help="MT-Bench's, of evaluation.mt_bench")
-    parser.add_argument("--title", default=TITLE)
+    parser.add_argument("--title", help=f"default: the comparison's, else {TITLE!r}")
+    parser.add_argument("--wandb", choices=("offline", "online"), help="log tables and pictures as a run, too")
+    parser.add_argument("--wandb-project", default=LoggingSettings.wandb_project, metavar="NAME")
     try:
         options = parser.parse_args(argv)
         if options.add:
             results.add_cells(options.out, options.add)
         found = results.read_results(options.out / RESULTS)
         judged = read_verdicts(options.verdicts) if options.verdicts else None
-        write_report(found, options.out, options.title, verdicts=judged)
+        title = options.title or _title(options.out)
+        write_report(found, options.out, title, verdicts=judged)
+        if options.wandb:
+            place = {"mode": options.wandb, "project": options.wandb_project}
+            log_report(found, options.out, title, verdicts=judged or (), **place)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

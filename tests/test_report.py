@@ -531,12 +531,31 @@ def test_paper_values() -> None:
 # --- Weights & Biases -----------------------------------------------------------------------------------
 
 
-def test_wandb_gets_the_table_and_the_pictures_offline(tmp_path: Path) -> None:
+def test_wandb_gets_tables_radar_and_pictures_offline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the group of the comparison's title, with numbers as numbers."""
     wandb = pytest.importorskip("wandb")
+    runs, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: runs.append(init(**options)) or runs[-1])
     found = [cell("full", seed=seed) for seed in (0, 1)] + [cell("hift"), missing("lora")]
-    write(found, tmp_path)
-    (table,) = report.wandb_tables(found).values()
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.data]
+    write_jsonl(tmp_path / "results.jsonl", found)
+    (tmp_path / "compare.json").write_text(json.dumps({"title": "HiFT and others"}))
+    verdict = {"judge": "gpt-4", "mode": "single", "models": ["hift"], "question_id": 81, "prompt_sha256": "a"}
+    verdict |= {"turn": 1, "status": "ok", "rating": 7}
+    verdicts = [verdict | {"category": name} for name in ("writing", "math", "coding")]
+    judged = write_jsonl(tmp_path / "verdicts.jsonl", [v | {"question_id": i} for i, v in enumerate(verdicts)])
+    command = [str(tmp_path), "--verdicts", str(judged), "--wandb", "offline", "--wandb-project", "mine"]
+    assert report.main(command) == 0 and "warning" not in capsys.readouterr().err
+    (run,) = runs
+    assert (run.group, run.project, run.name) == ("HiFT and others", "mine", "HiFT and others")
+    files = list((tmp_path / "wandb").glob("offline-run-*/files/media/**/*.*"))
+    pictures = {path.name.partition("_")[0] for path in files if path.suffix == ".png"}
+    assert pictures == {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert "mt-bench-1" in pictures and len(pictures) == 5
+    contents = [json.loads(path.read_text("utf-8")) for path in files if path.name.endswith(".table.json")]
+    tables = {content["columns"][0]: content for content in contents}
+    rows = [dict(zip(tables["method"]["columns"], row, strict=True)) for row in tables["method"]["data"]]
     assert [(row["method"], row["status"], row["seeds"]) for row in rows] == [
         ("full", "ok", 2),
         ("hift", "ok", 1),
@@ -544,16 +563,10 @@ def test_wandb_gets_the_table_and_the_pictures_offline(tmp_path: Path) -> None:
     ]
     assert rows[0]["mean_percent"] == pytest.approx(50 * (found[0]["score"] + found[1]["score"]))
     assert rows[1]["difference_to_full_percent"] == pytest.approx(100 * (found[2]["score"] - found[0]["score"]))
-    assert rows[2]["mean_percent"] is None
-    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(silent=True))
-    try:
-        report.log_to_wandb(found, tmp_path, run)
-        logged = {**run.summary}
-    finally:
-        run.finish()
-    files = list((tmp_path / "wandb").glob("offline-run-*/files/media/**/*.*"))
-    assert len([one for one in files if one.suffix == ".png"]) == len(list((tmp_path / "plots").glob("*.png"))) == 4
-    assert len([one for one in files if one.name.endswith(".table.json")]) == 1
-    assert any(name.startswith("report/") for name in logged)
-    content = json.loads(next(one for one in files if one.name.endswith(".table.json")).read_text("utf-8"))
-    assert content["columns"][0] == "method" and len(content["data"]) == 3
+    assert rows[2]["mean_percent"] is None and rows[2]["reason"] == found[3]["reason"]
+    ours = found[2]
+    assert rows[1]["planned_memory_gib"] == pytest.approx(ours["planned_memory"]["total"] / 2**30)
+    assert rows[1]["learning_rates"] == f"{ours['learning_rate']:.3g}"
+    for column, name in (("steps", "steps"), ("step_seconds", "step_seconds"), ("model_flops", "flops")):
+        assert rows[1][column] == pytest.approx(ours[name])
+    assert len(tables["judge"]["data"]) == 4 and tables["judge"]["data"][-1][2:4] == ["total", 7]
