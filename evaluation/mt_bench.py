@@ -5,7 +5,8 @@
         --judge-url https://api.openai.com/v1 --judge-model gpt-4 --token-limit 1000000
     python -m evaluation.mt_bench show --verdicts verdicts.jsonl
 
-MT_BENCH is the folder of the published files. The judge is an OpenAI-compatible endpoint, whose key is in an
+MT_BENCH is the folder of the published files, FastChat's fastchat/llm_judge/data, or a Space or dataset on the Hub that
+has them (spaces/lmsys/mt-bench has the questions alone). The judge is an OpenAI-compatible endpoint, whose key is in an
 environment variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left.
 """
 
@@ -32,6 +33,7 @@ from evaluation.questions import (
     TEMPERATURES,
     Bench,
     Question,
+    find_folder,
     read_answers,
     read_bench,
     read_questions,
@@ -128,9 +130,10 @@ def _question_id(where: Place, record: Record) -> Hashable:
 
 
 def _run_answer(options: argparse.Namespace) -> int:
-    bench = read_bench(options.data) if options.verdicts else None
+    folder = find_folder(options.data)
+    bench = read_bench(folder) if options.verdicts else None
     asked = _judge(options) if options.verdicts else None  # no key is said before anything is generated
-    questions = bench.questions if bench else read_questions(options.data / "question.jsonl")
+    questions = bench.questions if bench else read_questions(folder / "question.jsonl")
     model_id = options.model_id or Path(options.model).name
     from evaluation.chat_model import ChatModel  # these take seconds to import
     from launch.models import files_sha256
@@ -157,7 +160,8 @@ def _run_answer(options: argparse.Namespace) -> int:
 
 
 def _run_judge(options: argparse.Namespace) -> int:
-    return _judge_files(options, read_bench(options.data), options.answers, options.mode, *_judge(options))
+    bench = read_bench(find_folder(options.data))
+    return _judge_files(options, bench, options.answers, options.mode, *_judge(options))
 
 
 def _judge(options: argparse.Namespace) -> tuple[str, Callable[[], judge.Judge]]:
@@ -173,8 +177,10 @@ def _judge(options: argparse.Namespace) -> tuple[str, Callable[[], judge.Judge]]
 
         from launch.models import files_sha256  # takes seconds to import
 
-        name, digest = Path(options.judge_local).name, files_sha256(options.judge_local)
-        return (name if digest is None else f"{name}@{digest[:8]}"), load  # many folders are named "model"
+        digest = files_sha256(options.judge_local)
+        if digest is None:  # on the Hub
+            return options.judge_local, load
+        return f"{Path(options.judge_local).name}@{digest[:8]}", load  # many folders are named "model"
     if options.judge_url is None or options.judge_model is None:
         raise UserError("no judge: give --judge-url and --judge-model, or --judge-local")
     url = checked_base_url(options.judge_url)
@@ -258,6 +264,9 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+_DATA = "folder of the published files (question.jsonl ...), or spaces/OWNER/NAME or datasets/OWNER/NAME on the Hub"
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="python -m evaluation.mt_bench", description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -266,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     to_answer = commands.add_parser("answer", help="a model's answers; with --verdicts also judged", allow_abbrev=False)
     to_answer.set_defaults(run=_run_answer)
     add = to_answer.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the published files")
+    add("--data", required=True, metavar="DATA", help=_DATA)
     add("--model", required=True, help="a Hugging Face folder or Hub id, with a chat template")
     add("--revision", help="of a model on the Hub")
     add("--model-id", help="its name in answers and verdicts; default: the last part of --model")
@@ -279,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     to_judge = commands.add_parser("judge", help="verdicts on answers", allow_abbrev=False)
     to_judge.set_defaults(run=_run_judge)
     add = to_judge.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the published files")
+    add("--data", required=True, metavar="DATA", help=_DATA)
     add("--answers", type=Path, required=True, nargs="+", metavar="FILE", help="one file for each model")
     add("--mode", choices=(SINGLE, PAIRWISE), default=SINGLE, help="pairwise: two models, in both orders")
     add("--verdicts", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")

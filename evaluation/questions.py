@@ -3,10 +3,14 @@
 Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (2023), and the files published with it:
 `question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`. Answers are in the references' format, so
 published answers can be judged, too.
+
+All three are in FastChat's fastchat/llm_judge/data. The publisher's Space on the Hub, lmsys/mt-bench, has the questions
+alone; copies of the whole are there under other names.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,17 +76,60 @@ class Bench:
     prompts: dict[tuple[str, int, bool], Prompt]
 
 
+def find_folder(data: str) -> Path:
+    """The folder with `question.jsonl`: `data`, or `mt_bench` in it as in FastChat's data; a Hub repository is fetched.
+
+    Args:
+        data: a folder; or spaces/OWNER/NAME or datasets/OWNER/NAME, with @REVISION if wanted, of a Space or dataset.
+
+    Raises:
+        UserError: there is none, or the Hub cannot be reached.
+    """
+    place = Path(data).expanduser()
+    if not place.is_dir():
+        place = _fetched(data)
+    for inner in ("", "mt_bench", "data/mt_bench"):
+        if (place / inner / "question.jsonl").is_file():
+            return place / inner
+    raise UserError(f"--data {data}: no question.jsonl in {place}, nor in mt_bench or data/mt_bench in it")
+
+
+def _fetched(data: str) -> Path:
+    repository = re.fullmatch(r"(space|dataset)s/([^/@]+/[^/@]+)(?:@(.+))?", data)
+    if repository is None:
+        raise UserError(
+            f"--data {data}: no such folder (looked in {Path.cwd()}); expected the folder of MT-Bench's files, or "
+            "spaces/OWNER/NAME or datasets/OWNER/NAME on the Hub"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    kind, name, revision = repository.groups()
+    try:
+        wanted = ["*question.jsonl", "*judge_prompts.jsonl", "*reference_answer/gpt-4.jsonl"]
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--data {data}: cannot be fetched from the Hub: {reason}; give a folder instead") from error
+
+
 def read_bench(folder: Path) -> Bench:
-    """The published files in a folder.
+    """The published files in a folder, the judge's prompts there or in the one above, as published.
 
     Raises:
         UserError: a file is absent or a line wrong; names file and line.
     """
-    return Bench(
-        read_questions(folder / "question.jsonl"),
-        read_answers(folder / "reference_answer" / "gpt-4.jsonl").turns,
-        read_prompts(folder / "judge_prompts.jsonl"),
-    )
+    prompts = folder / "judge_prompts.jsonl"
+    if not prompts.is_file() and (folder.parent / prompts.name).is_file():
+        prompts = folder.parent / prompts.name
+    references = folder / "reference_answer" / "gpt-4.jsonl"
+    lacking = [str(path) for path in (prompts, references) if not path.is_file()]
+    if lacking:
+        raise UserError(
+            f"the judge's files are not there: {', '.join(lacking)}; the Space lmsys/mt-bench has the questions alone, "
+            "all three are in FastChat's fastchat/llm_judge/data"
+        )
+    return Bench(read_questions(folder / "question.jsonl"), read_answers(references).turns, read_prompts(prompts))
 
 
 def read_questions(path: Path) -> list[Question]:

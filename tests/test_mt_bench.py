@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evaluation import mt_bench
 from evaluation.endpoint import Endpoint, Reply, checked_base_url
 from evaluation.judge import tasks
-from evaluation.questions import PAIRWISE, SINGLE, Answers, read_answers, read_bench, read_prompts, read_questions
+from evaluation.questions import (
+    PAIRWISE,
+    SINGLE,
+    Answers,
+    find_folder,
+    read_answers,
+    read_bench,
+    read_prompts,
+    read_questions,
+)
 from launch.errors import UserError
 from launch.models import files_sha256
 from launch.tokenizer import byte_tokenizer
@@ -96,6 +106,46 @@ def test_a_missing_file_or_prompt_is_named(tmp_path: Path) -> None:
     (tmp_path / "bench" / "question.jsonl").unlink()
     with pytest.raises(UserError, match="question.jsonl: cannot be read: No such file"):
         read_questions(tmp_path / "bench" / "question.jsonl")
+
+
+def test_where_the_files_may_be(tmp_path: Path) -> None:
+    """A folder of all three; FastChat's data, with the judge's prompts above; neither."""
+    bench = write_bench(tmp_path / "all", 4)
+    assert find_folder(str(bench)) == bench
+    data = tmp_path / "data"
+    shutil.copytree(bench, data / "mt_bench")
+    (data / "mt_bench" / "judge_prompts.jsonl").rename(data / "judge_prompts.jsonl")
+    for given in (data, tmp_path, data / "mt_bench"):
+        folder = find_folder(str(given))
+        assert folder == data / "mt_bench" and read_bench(folder) == read_bench(bench)
+    (data / "judge_prompts.jsonl").unlink()
+    shutil.rmtree(data / "mt_bench" / "reference_answer")
+    with pytest.raises(
+        UserError, match="judge_prompts.jsonl, .*gpt-4.jsonl; the Space lmsys/mt-bench has the questions"
+    ):
+        read_bench(data / "mt_bench")
+    with pytest.raises(UserError, match="no question.jsonl in"):
+        find_folder(str(bench / "reference_answer"))
+    with pytest.raises(UserError, match="--data nowhere: no such folder .*spaces/OWNER/NAME"):
+        find_folder("nowhere")
+
+
+def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the local cache, as the Hub's library fills it; what is not there cannot be fetched, and that is said."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "spaces--someone--mt-bench"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    inner = cached / "snapshots" / commit / "data" / "mt_bench"
+    bench = write_bench(tmp_path / "all", 4)
+    shutil.copytree(bench, inner)
+    for data in ("spaces/someone/mt-bench", "spaces/someone/mt-bench@main", f"spaces/someone/mt-bench@{commit}"):
+        assert find_folder(data) == inner and read_bench(find_folder(data)) == read_bench(bench)
+    for data in ("datasets/someone/mt-bench", "spaces/nobody/mt-bench", "spaces/someone/mt-bench@other"):
+        with pytest.raises(UserError, match=f"--data {data}: cannot be fetched from the Hub"):
+            find_folder(data)
 
 
 # --- answers ------------------------------------------------------------------------------------------
