@@ -76,6 +76,10 @@ class Task:
     regression: bool = False  # the head gives a number; its one label is the number's name
     prompted: bool = True  # whether there is a template
 
+    @property
+    def has_classes(self) -> bool:
+        return bool(self.labels) and not self.regression
+
     def score(
         self,
         predictions: Sequence[Any],

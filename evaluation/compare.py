@@ -247,7 +247,7 @@ def _load(comparison: Comparison) -> list[dict[int, TaskData]]:
     """Each task's data by seed, before anything is trained; what is wrong with several tasks is said at once."""
     data, problems = comparison.data, []
     loaded: list[dict[int, TaskData]] = []
-    sizes = {f"{part}_examples": getattr(data, f"{part}_examples") for part in ("train", "dev", "test")}
+    sizes = {name: getattr(data, name) for name in ("train_examples", "dev_examples", "test_examples", "k_shot")}
     for entry in comparison.tasks:
         try:
             loaded.append(

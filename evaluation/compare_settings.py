@@ -2,7 +2,7 @@
 
 title, model_name: of the report
 model:        as in a run's YAML
-data:         {path, train_examples, dev_examples, test_examples, max_length}
+data:         {path, train_examples, dev_examples, test_examples, k_shot, max_length}
 tasks:        [sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
 methods:      [full, {name: hift, label: "HiFT, m = 4", deepspeed: {hift: {layers_per_block: 4}}}]
 seeds:        [0, 1, 2]
@@ -53,6 +53,7 @@ class DataSettings:
     train_examples: int = setting(1000, at_least=1)
     dev_examples: int = setting(500, at_least=0)
     test_examples: int = setting(1000, at_least=1)
+    k_shot: int | None = setting(None, at_least=1)  # examples of each class to train on and for dev, instead of theirs
     max_length: int = setting(512, at_least=2)  # tokens of an example; training ones are cut on the right
 
 
@@ -301,6 +302,11 @@ def _problems_together(comparison: Comparison) -> list[str]:
         found.append(f"learning_rates: every method must choose among equally many; these have {sizes}")
     if max(grids, default=1) > 1 and comparison.data.dev_examples == 0:
         found.append("data.dev_examples: 0, but a learning rate is chosen on them; set it, or give one learning rate")
+    without = [one.task.name for one in comparison.tasks if not one.task.has_classes]
+    if comparison.data.k_shot is not None and without:
+        found.append(
+            f"data.k_shot: {comparison.data.k_shot}, but {', '.join(without)} has no classes; remove one of them"
+        )
     for row in comparison.rows if any(one.seconds for one in comparison.budgets) else ():
         training, scheduler = row.sections["training"], row.sections["deepspeed"].get("scheduler")
         wrong = {"training.lr_schedule": training.get("lr_schedule", "constant"), "deepspeed.scheduler": scheduler}

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluation.tasks import TaskExample
@@ -47,6 +47,22 @@ def divide(
                 members += merged(passage) if grouped else passage
             drawn[part] = draw(members, shares[part], f"{part} {seed}")
     drawn["train"] = draw([one for key in order for one in passages[key]], shares["train"], f"train {seed}")
+    return drawn
+
+
+def of_each_class(examples: Sequence[TaskExample], k: int, seed: int) -> dict[str, list[TaskExample]]:
+    """k training and k validation examples of each class, without a passage in common (Gao et al. 2021, as in MeZO)."""
+    order = list(examples)
+    random.Random(f"{k} of each class {seed}").shuffle(order)
+    drawn: dict[str, list[TaskExample]] = {"train": [], "dev": []}
+    counts: collections.Counter[tuple[str, Any]] = collections.Counter()
+    parts: dict[str, str] = {}  # of passages
+    for one in order:
+        for part, members in drawn.items():
+            if counts[part, one.target] < k and parts.setdefault(one.passage, part) == part:
+                members.append(one)
+                counts[part, one.target] += 1
+                break
     return drawn
 
 

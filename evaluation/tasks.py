@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evaluation.catalog import TASKS, Task, TaskExample, content_hash, find_task
-from evaluation.parts import PARTS, divide, draw, merged, shares_of
+from evaluation.parts import PARTS, divide, draw, merged, of_each_class, shares_of
 from hift_ds.checkpoint_files import sha256_of
 from launch.encoding import as_question, spaced
 from launch.errors import UserError
@@ -58,6 +59,7 @@ def load_task(
     train_examples: int = 1000,
     dev_examples: int = 500,
     test_examples: int = 1000,
+    k_shot: int | None = None,
     test_split: str | None = None,
     revision: str | None = None,
 ) -> TaskData:
@@ -70,6 +72,8 @@ def load_task(
     Args:
         path: the publisher's folder (gsm8k, sst2, SuperGLUE's), for other tasks a folder with files of the splits in
             `task.columns`; None = from the Hub.
+        k_shot: examples of each class to train on, and as many for `dev` unless `dev_examples` is 0, instead of the
+            two numbers.
         test_split: the split to test on; None = the task's own, if it is there.
         revision: git revision on the Hub.
     """
@@ -78,6 +82,8 @@ def load_task(
         least = 0 if part == "dev" else 1
         if n < least:
             raise UserError(f"{task.name}: {part}_examples is {n}; expected at least {least}")
+    if k_shot is not None and (k_shot < 1 or not task.has_classes):
+        raise UserError(f"{task.name}: k_shot is {k_shot}; expected at least 1, of a task with classes, or null")
     rows, files = read_task(task, path, test_split, revision)
     if not rows["train"]:
         raise UserError(f"{task.name}: {path or task.data!r} has no training rows; give another path")
@@ -95,6 +101,8 @@ def load_task(
     distinct = list(dict(zip(reversed(kinds), reversed(unseen), strict=True)).values())[::-1]  # the first of each
 
     parts = ("train", "dev") if tested else PARTS
+    if k_shot is not None:
+        wanted |= dict.fromkeys(("train", "dev"), k_shot * len(task.labels))
     shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
     if any(shares[part] < wanted[part] for part in parts):
         notes.append(
@@ -103,7 +111,16 @@ def load_task(
         )
     if not tested:
         notes.append("nothing labelled is held out: the test part is cut from the training split by the seed")
-    drawn = divide(distinct, shares, seed, task.grouped)
+    if k_shot is None:
+        drawn = divide(distinct, shares, seed, task.grouped)
+    else:
+        held = {} if tested else divide(distinct, {"test": shares["test"], "train": len(distinct)}, seed)
+        drawn = held | of_each_class(held.get("train", distinct), k_shot, seed)
+        drawn["dev"] = drawn["dev"] if dev_examples else []
+        for part in ("train", "dev") if dev_examples else ("train",):
+            counts = Counter(one.target for one in drawn[part])
+            few = [f"{name} {counts[i]}" for i, name in enumerate(task.labels) if counts[i] < k_shot]
+            notes += [f"{part}: fewer than {k_shot} examples of {', '.join(few)}"] if few else []
     if tested:
         drawn["test"] = draw(tested, test_examples, f"test {seed}")
         if len(drawn["test"]) < min(test_examples, len(tested)):

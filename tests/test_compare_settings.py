@@ -95,6 +95,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["methods=[{name: full, training: {bach_size: 3}}]"],
         "full: training.bach_size: unknown key",
     ),
+    "k-shot": (["tasks=[gsm8k, rte]", "data.k_shot=16"], "data.k_shot: 16, but gsm8k has no classes"),
     "shots": (["methods=[{name: icl, shots: two}]"], "methods: icl: shots: got 'two'"),
     "no shots": (["methods=[{name: icl, shots: 0}]"], "methods: icl: shots: got 0"),
     "shots of all": (["methods=[icl]", "evaluation.shots=many"], "evaluation.shots: got 'many'"),

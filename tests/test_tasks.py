@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,40 @@ def test_parts_of_a_short_split(tmp_path: Path) -> None:
         load("rte", rte(tmp_path, [1], []))
     with pytest.raises(UserError, match="test_examples is 0; expected at least 1"):
         load("rte", tmp_path, test_examples=0)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_few_examples_of_each_class(held_out: bool, tmp_path: Path) -> None:
+    """As many of each for both parts, by the seed; with and without a split of their own to test on."""
+    labels = {"entailment": range(60), "not_entailment": range(100, 120)}
+    rows = [{**RTE, "premise": f"A {i}.", "label": label} for label, some in labels.items() for i in some]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    if held_out:
+        write_jsonl(tmp_path / "val.jsonl", [{**RTE, "premise": f"B {i}."} for i in range(9)])
+    data = load("rte", tmp_path, k_shot=4, test_examples=9)
+    assert [Counter(one.target for one in part) for part in (data.train, data.dev)] == [{0: 4, 1: 4}] * 2
+    assert len(data.test) == 9 and data.report["notes"][:-1] == [] and not data.report["duplicates"]
+    assert len({one.fingerprint for one in everything(data)}) == 25
+    again, other = load("rte", tmp_path, k_shot=4, test_examples=9), load("rte", tmp_path, seed=1, k_shot=4)
+    assert again.report == data.report and other.report["train"] != data.report["train"]
+    assert load("rte", tmp_path, k_shot=4, dev_examples=0).dev == []
+    few = load("rte", tmp_path, k_shot=12, test_examples=1)
+    assert f"dev: fewer than 12 examples of not_entailment {8 if held_out else 7}" in few.report["notes"]
+
+
+def test_few_examples_have_no_passage_in_common(tmp_path: Path) -> None:
+    passages = [{"passage": f"P {i}.", "question": f"q {j}?", "label": j % 2} for i in range(8) for j in range(6)]
+    write_jsonl(tmp_path / "train.jsonl", [{**row, "label": bool(row["label"])} for row in passages])
+    data = load("boolq", tmp_path, k_shot=5, test_examples=12)
+    parts = [{one.passage for one in part} for part in (data.train, data.dev, data.test)]
+    assert all(parts) and sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_a_task_without_classes_has_no_few_examples_of_each(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="squad: k_shot is 4; expected at least 1, of a task with classes, or null"):
+        load("squad", tmp_path, k_shot=4)
+    with pytest.raises(UserError, match="rte: k_shot is 0"):
+        load("rte", tmp_path, k_shot=0)
 
 
 # Bad input -------------------------------------------------------------------------------------------
