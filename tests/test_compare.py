@@ -30,6 +30,7 @@ from tests.distributed import run_on_ranks
 
 TINY = str(REPOSITORY / "configs" / "compare_tiny.yaml")
 WALL = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory")
+MEZO = ("mezo", "mezo-adam", "mezo-lora", "mezo-prefix")
 FEW = "methods=[zero-shot, full, hift, {name: mezo, learning_rates: [1e-6]}]"
 
 
@@ -439,14 +440,14 @@ def test_data_of_another_kind_is_refused(file: str, content: str | None, expecte
 
 def test_two_ranks_score_as_one(data: Path, tmp_path: Path) -> None:
     """The same micro-batches; ZeRO sums their gradients in another order, so losses agree up to rounding."""
-    settings = ["methods=[full, hift, {name: mezo, learning_rates: [1e-6]}]", "tasks=[sst2]"]
-    settings.append("training.micro_batch_size=4")
+    rows = [*("full", "hift", "lora"), *(f"{{name: {name}, learning_rates: [1e-6]}}" for name in MEZO)]
+    settings = [f"methods=[{', '.join(rows)}]", "tasks=[sst2]", "training.micro_batch_size=4"]
     found = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         result = once(arguments(data, out, *settings), ranks=ranks)
         assert result["code"] == 0, result["printed"]
-        assert len(lines(out / "runs.jsonl")) == len(lines(out / "results.jsonl")) == 3
+        assert len(lines(out / "runs.jsonl")) == len(lines(out / "results.jsonl")) == len(rows)
         found.append(read_results(out / "results.jsonl"))
     for one, two in zip(*found, strict=True):
         assert (one["ranks"], two["ranks"]) == (1, 2)
