@@ -16,6 +16,8 @@ from launch import scores
 from launch.errors import UserError, nearest
 from launch.formats import LABEL_TASKS
 
+GLUE = "nyu-mll/glue"
+
 
 @dataclass(frozen=True)
 class TaskExample:
@@ -54,9 +56,10 @@ Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[TaskExample]], dict[st
 class Task:
     """What a task is made of.
 
-    `data` is its name in launch/, or its id on the Hub, whose columns files at a path must have, too (parquet, JSONL
-    or CSV, a file for each split): see `columns`. `metrics` names the values of `metric`; the first is the headline.
-    What `metric` leaves out of them is missing here, for the reason in `metrics.MISSING`.
+    `data` is its name in launch/, or its id on the Hub, whose columns files at a path have, too (parquet, JSONL or CSV,
+    a file for each split): see `columns`; or they are the publisher's own (evaluation/publishers.py).
+    `metrics` names the values of `metric`; the first is the headline. What `metric` leaves out of them is missing here,
+    for the reason in `metrics.MISSING`.
     """
 
     name: str
@@ -185,7 +188,7 @@ def _glue(
     """A classification of GLUE for which the paper has no template."""
     return Task(
         name,
-        "nyu-mll/glue",
+        GLUE,
         _labels(metric),
         metrics,
         subset=name,
@@ -229,7 +232,7 @@ TASKS = {
         ),
         _filled_in(
             "mnli",
-            "nyu-mll/glue",
+            GLUE,
             "{0} ? [MASK] , {1}",
             ("premise", "hypothesis"),
             "label",
@@ -294,6 +297,7 @@ TASKS = {
         _published("gsm8k", "gsm8k", _gsm8k, ("exact_match",), max_new_tokens=320),
         _glue("cola", ("sentence",), metrics.matthews, ("matthews",), ("unacceptable", "acceptable")),
         _glue("mrpc", _PAIR, metrics.accuracy_and_f1, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
+        _glue("wnli", _PAIR, metrics.accuracy, ("accuracy",), ("not_entailment", "entailment")),
         _glue("qnli", ("question", "sentence"), metrics.accuracy, ("accuracy",), ("entailment", "not_entailment")),
         _glue(
             "qqp",
@@ -304,7 +308,7 @@ TASKS = {
         ),
         Task(
             "stsb",
-            "nyu-mll/glue",
+            GLUE,
             _labels(metrics.correlations),
             ("spearman", "pearson"),
             subset="stsb",

@@ -202,7 +202,8 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
         try:
             run = _guarded(train, not_run, watch, key)
         except KeyboardInterrupt:
-            runs.stop(key)
+            if not watch.any_fails(key):  # else it is the launcher that ends this rank, since that one has exited
+                runs.stop(key)
             raise
     run |= {"learning_rate": one.rate or None}
     runs.add(key, run)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.tasks import Task, find_task
+from evaluation.catalog import GLUE, Task, find_task
 from launch import models
 from launch.errors import UserError, nearest
 from launch.methods import METHODS, TRAINED
@@ -228,10 +228,11 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
 
 
 def _folder_of(task: Task, path: str | None) -> str | None:
-    """Where a task is in the folder of all data: superglue/TASK's is found in superglue, others have their own."""
+    """Where a task is in the folder of all data: superglue/TASK's is found in superglue, GLUE's may be in glue."""
     if path is None:
         return None
-    return str(Path(path) / (task.data.split("/")[0] if task.data in PUBLISHED else task.name))
+    own = Path(path) / (task.data.split("/")[0] if task.data in PUBLISHED else task.name)
+    return str(own if own.exists() or not (Path(path) / "glue").exists() or task.data != GLUE else Path(path) / "glue")
 
 
 def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from evaluation.catalog import TASKS, Task, TaskExample, content_hash, find_task
 from evaluation.parts import PARTS, divide, draw, merged, of_each_class, shares_of
+from evaluation.publishers import find_published
 from hift_ds.checkpoint_files import sha256_of
 from launch.encoding import as_question, spaced
 from launch.errors import UserError
@@ -70,8 +71,8 @@ def load_task(
     common, and no example of the whole test split is in the others.
 
     Args:
-        path: the publisher's folder (gsm8k, sst2, SuperGLUE's), for other tasks a folder with files of the splits in
-            `task.columns`; None = from the Hub.
+        path: the publisher's folder; for tasks that launch/ does not know also one with files of the splits in
+            `task.columns`. None = from the Hub.
         k_shot: examples of each class to train on, and as many for `dev` unless `dev_examples` is 0, instead of the
             two numbers.
         test_split: the split to test on; None = the task's own, if it is there.
@@ -193,6 +194,11 @@ def read_task(
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{task.name}: {path!r} does not exist (looked in {Path.cwd()})")
+    published = find_published(task, place, test_split)
+    if published is not None:
+        read, parts = published
+        found_rows = {part: read(file) for part, file in parts.items()}
+        return {"eval": [], **found_rows}, {str(file): sha256_of(file) for file in parts.values()}
     kind, train, own = task.data, "train", task.test_split
     if kind not in PUBLISHED:
         files = {one.name for one in ([place] if place.is_file() else place.iterdir())}

@@ -122,6 +122,10 @@ class RankWatch:
             time.sleep(0.1)
         return True
 
+    def any_fails(self, what: str) -> bool:
+        """Whether a rank has said that it fails in something that begins so."""
+        return any(f" fails: {what}" in self._text(rank) for rank in range(self.world))
+
     def blame(self, error: BaseException) -> bool:
         """Log an unexpected error; whether another rank is the cause, which is then said."""
         if self._file is None:

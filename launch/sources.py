@@ -117,10 +117,17 @@ def read_file(path: Path, name: str) -> list[Row]:
         return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
     # As lines: the json and csv readers of `datasets` guess types. They turn texts that look like dates
     # or numbers into dates and numbers, "null" into nothing, a mixed column's "false" into a truth value.
-    lines = _load_file("text", path, encoding="utf-8-sig", keep_linebreaks=True)["text"]
+    lines = read_lines(path)
     if name in ("csv", "tsv", "sst2"):
         return _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2")
     return _parse_json(path, lines)
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+    """The lines of a text, with their ends."""
+    if path.stat().st_size == 0:
+        return []
+    return list(_load_file("text", path, encoding=encoding, keep_linebreaks=True)["text"])
 
 
 def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:

@@ -4,6 +4,7 @@ On a GPU, the tests of the engine run with `DS_ACCELERATOR=cuda`; what needs mor
 """
 
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,14 @@ def chat_tokenizer() -> Any:
     from tests.data_fixtures import CHATML_WITHOUT_MARKERS, bpe
 
     return bpe(CHATML_WITHOUT_MARKERS)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Publishers' folders with a few written rows, for comparisons."""
+    from tests.comparisons import write_data
+
+    return write_data(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -106,6 +107,13 @@ def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, **kwargs: 
         _pools[size] = RankPool(size)
         atexit.register(_pools[size].close)
     return _pools[size].run(function, *args, **kwargs)
+
+
+def free_port() -> str:
+    """One that nobody listens on, for a launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:

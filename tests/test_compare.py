@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,128 +16,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evaluation.results import read_results
 from launch.methods import METHODS, TRAINED
 from launch.outputs import claim
-from launch.settings import REPOSITORY
-from tests import ENVIRONMENT
+from tests.comparisons import (
+    FEW,
+    alone,
+    arguments,
+    cells_of,
+    fabricated,
+    heavy,
+    lasting,
+    lines,
+    once,
+    write_data,
+)
 from tests.data_fixtures import write_jsonl
-from tests.distributed import run_on_ranks
-
-TINY = str(REPOSITORY / "configs" / "compare_tiny.yaml")
-WALL = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory")
-MEZO = ("mezo", "mezo-adam", "mezo-lora", "mezo-prefix")
-FEW = "methods=[zero-shot, full, hift, {name: mezo, learning_rates: [1e-6]}]"
-
-
-# ---- data and arguments ----------------------------------------------------------------------------------------------
-
-
-def write_data(folder: Path) -> Path:
-    """sst2 and SuperGLUE's RTE as they are published, with 40 rows to train on and 16 held out."""
-    (folder / "sst2").mkdir(parents=True)
-    (folder / "superglue" / "RTE").mkdir(parents=True)
-    for tsv, jsonl, start, stop in (("train", "train", 0, 40), ("dev", "val", 40, 56)):
-        rows = [f"{'a fine' if i % 2 else 'a dull'} film no. {i}\t{i % 2}" for i in range(start, stop)]
-        (folder / "sst2" / f"{tsv}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-        pairs = [
-            {
-                "premise": f"Ann has {i} cats.",
-                "hypothesis": f"Ann has {'cats' if i % 2 else 'dogs'}.",
-                "label": "entailment" if i % 2 else "not_entailment",
-                "idx": i,
-            }
-            for i in range(start, stop)
-        ]
-        write_jsonl(folder / "superglue" / "RTE" / f"{jsonl}.jsonl", pairs)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("published"))
-
-
-def arguments(data: Path, out: Path, *overrides: str) -> list[str]:
-    given = [f"data.path={data}", f"output.dir={out}", "evaluation.bootstrap=50", *overrides]
-    return ["--config", TINY, *(part for one in given for part in ("--set", one))]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def cells_of(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What read_results makes of the results, by label and task."""
-    return {(one["label"], one["task"]): one for one in read_results(out / "results.jsonl")}
-
-
-def lasting(record: dict[str, Any]) -> dict[str, Any]:
-    """All but what the clock and the allocator decide."""
-    kept = {key: value for key, value in record.items() if key not in WALL}
-    if record["status"] == "ok":
-        kept["curve"] = [[step, *rest] for step, _, *rest in record["curve"]]
-    return kept
-
-
-# ---- what runs on the ranks ----------------------------------------------------------------------------------------
-
-
-def compare(argv: Sequence[str], broken: str | None = None) -> dict[str, Any]:
-    """Run the command line on this rank; its exit code, what it printed, what it ran, and test examples in training.
-
-    Args:
-        broken: a method whose engine cannot be made.
-    """
-    from evaluation import cell
-    from evaluation import compare as command
-
-    run, make_engine = cell.Cells.run, cell.make_engine
-    ran: list[Any] = []
-    leaked: set[str] = set()
-
-    def spy(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
-        ran.append((row.label, task.name, *rest))
-        tested = {one.fingerprint for one in data.test}
-        leaked.update(tested & {one.fingerprint for one in (*data.train, *data.dev)})
-        return run(cells, row, task, data, budget, *rest)
-
-    def engine_of(model: Any, settings: Any, ticks: int) -> Any:
-        if settings.method.name == broken:
-            raise RuntimeError("out of\nmemory")
-        return make_engine(model, settings, ticks)
-
-    return _recorded(command, argv, ran, spy, engine_of) | {"leaked": leaked}
-
-
-def fabricated(argv: Sequence[str], template: dict[str, Any], dev: dict[float, float]) -> dict[str, Any]:
-    """The same with made-up runs: a rate's score on the test part is 1 less its score `dev`."""
-    from evaluation import cell
-    from evaluation import compare as command
-
-    ran: list[Any] = []
-
-    def stub(cells: Any, row: Any, task: Any, data: Any, budget: Any, seed: int, rate: float, tune: bool) -> Any:
-        ran.append((row.label, task.name, seed, rate, tune))
-        own = {"label": row.label, "method": row.method, "task": task.name, "seed": seed, "budget": str(budget)}
-        return cell.Outcome(template | own | {"score": 1 - dev[rate]}, dev[rate] if tune else None)
-
-    return _recorded(command, argv, ran, stub, cell.make_engine)
-
-
-def _recorded(command: Any, argv: Sequence[str], ran: list[Any], run: Any, engine_of: Any) -> dict[str, Any]:
-    from evaluation import cell
-
-    printed = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(cell.Cells, "run", run))
-        stack.enter_context(mock.patch.object(cell, "make_engine", engine_of))
-        stack.enter_context(contextlib.redirect_stdout(printed))
-        stack.enter_context(contextlib.redirect_stderr(printed))
-        code = command.main(list(argv))
-    return {"code": code, "printed": printed.getvalue(), "ran": ran}
-
-
-def once(argv: Sequence[str], ranks: int = 1, function: Any = compare, **named: Any) -> dict[str, Any]:
-    return run_on_ranks(ranks, function, argv, **named)[0]
-
 
 # ---- all methods -----------------------------------------------------------------------------------------------------
 
@@ -200,19 +84,6 @@ def until(runs, key):
 compare.Runs.begin = until
 compare.main(sys.argv[1:])
 """
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def alone(code: str, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", code, *argv]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=500, text=True)
 
 
 def test_a_killed_comparison_goes_on(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
@@ -438,25 +309,6 @@ def test_data_of_another_kind_is_refused(file: str, content: str | None, expecte
 # ---- ranks, models, budgets ------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_score_as_one(data: Path, tmp_path: Path) -> None:
-    """The same micro-batches; ZeRO sums their gradients in another order, so losses agree up to rounding."""
-    rows = [*("full", "hift", "lora"), *(f"{{name: {name}, learning_rates: [1e-6]}}" for name in MEZO)]
-    settings = [f"methods=[{', '.join(rows)}]", "tasks=[sst2]", "training.micro_batch_size=4"]
-    found = []
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        result = once(arguments(data, out, *settings), ranks=ranks)
-        assert result["code"] == 0, result["printed"]
-        assert len(lines(out / "runs.jsonl")) == len(lines(out / "results.jsonl")) == len(rows)
-        found.append(read_results(out / "results.jsonl"))
-    for one, two in zip(*found, strict=True):
-        assert (one["ranks"], two["ranks"]) == (1, 2)
-        assert [one[key] for key in ("score", "metrics", "bootstrap", "steps", "tokens", "flops")] == [
-            two[key] for key in ("score", "metrics", "bootstrap", "steps", "tokens", "flops")
-        ]
-        assert one["loss_last"] == pytest.approx(two["loss_last"], rel=1e-5)
-
-
 BERT = {
     "model_type": "bert",
     "hidden_size": 32,
@@ -493,20 +345,6 @@ def test_demonstrations_are_before_written_answers_too(tmp_path: Path) -> None:
     assert len(losses) == 3
 
 
-def heavy(argv: Sequence[str], numel: int) -> dict[str, Any]:
-    """The same, where predicting takes so many fp32 numbers."""
-    from evaluation import cell
-
-    predict = cell.Cells._predict
-
-    def spy(*arguments: Any) -> Any:
-        torch.ones(numel).sum()
-        return predict(*arguments)
-
-    with mock.patch.object(cell.Cells, "_predict", spy):
-        return compare(argv)
-
-
 def test_memory_of_what_trains_nothing_is_that_of_answering(data: Path, tmp_path: Path) -> None:
     numel = 2**26
     result = once(arguments(data, tmp_path, FEW, "tasks=[sst2]"), function=heavy, numel=numel)
@@ -532,47 +370,6 @@ def test_what_became_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert "- sst2: the training split has 40 different" in report and "- sst2: icl: 32 demonstrations" in report
     assert "- sst2: icl: up to 8 of 8 test prompts lost their beginning." in report
-
-
-ALONE = """
-import os, sys
-from evaluation import cell, compare
-from launch import ranks
-ranks.PATIENCE = 2
-train = cell.train
-def one_fails(*arguments):
-    if os.environ["RANK"] == "1":
-        raise RuntimeError("the other rank waits in its first collective")
-    return train(*arguments)
-cell.train = one_fails
-sys.exit(compare.main(sys.argv[1:]))
-"""
-
-
-def test_a_rank_that_fails_alone_ends_the_comparison(data: Path, tmp_path: Path) -> None:
-    """Through the real launcher; nothing waits for a time-out, and the cell is tried again."""
-    script = tmp_path / "alone.py"
-    script.write_text(ALONE)
-    argv = arguments(data, tmp_path / "out", "methods=[zero-shot, full]", "tasks=[sst2]")
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", free_port(), str(script), *argv]
-    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=400, text=True)
-    assert done.returncode not in (0, 2), done.stdout
-    assert "not all ranks fail alike; the same command tries this cell again" in done.stderr, done.stderr
-    assert "the other rank waits in its first collective" in done.stderr
-    assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
-    begun = lines(tmp_path / "out" / "begun.jsonl")
-    assert len(begun) == 2 and not any(one.get("stopped") for one in begun)
-
-
-def test_ranks_that_fail_alike_go_on(data: Path, tmp_path: Path) -> None:
-    settings = ["methods=[{name: lora, learning_rates: [1e-3]}, full]", "tasks=[sst2]"]
-    result = once(arguments(data, tmp_path, *settings), ranks=2, broken="lora")
-    assert result["code"] == 1
-    found = cells_of(tmp_path)
-    assert found["lora", "sst2"]["reason"] == "RuntimeError: out of memory" and found["full", "sst2"]["status"] == "ok"
 
 
 def test_a_budget_of_seconds(data: Path, tmp_path: Path) -> None:

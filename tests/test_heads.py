@@ -34,13 +34,14 @@ HUB: dict[str, tuple[dict[str, Any], str, str | None, int | float]] = {
     "mrpc": ({"sentence1": "A b", "sentence2": "B a", "label": 1, "idx": 0}, "A b", "B a", 1),
     "qnli": ({"question": "Who?", "sentence": "It rains.", "label": 1, "idx": 0}, "Who?", "It rains.", 1),
     "qqp": ({"question1": "Why?", "question2": "Why not?", "label": 0, "idx": 0}, "Why?", "Why not?", 0),
+    "wnli": ({"sentence1": "A b", "sentence2": "B a", "label": 1, "idx": 0}, "A b", "B a", 1),
     "stsb": ({"sentence1": "A b", "sentence2": "B a", "label": 3.8, "idx": 0}, "A b", "B a", 3.8),
     "sst5": ({"text": "a fine film ", "label": 3}, "a fine film", None, 3),
     "snli": ({"premise": "It rains", "hypothesis": "It is wet.", "label": 0}, "It rains", "It is wet.", 0),
     "mnli": ({"premise": "It rains", "hypothesis": "It is dry.", "label": 2}, "It rains", "It is dry.", 2),
     "trec": ({"text": "Who ran ?", "coarse_label": 3}, "Who ran ?", None, 3),
 }
-ONLY_HEADS = ("cola", "mrpc", "qnli", "qqp", "stsb")
+ONLY_HEADS = ("cola", "mrpc", "wnli", "qnli", "qqp", "stsb")
 CLASSIFIED = [name for name, task in TASKS.items() if task.labels]
 
 

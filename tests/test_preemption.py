@@ -4,7 +4,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from launch.preemption import STOPPED, Preemption
 from launch.ranks import RANK_LOST
 from launch.settings import REPOSITORY
 from tests import ENVIRONMENT
+from tests.distributed import free_port
 from tests.test_train import arguments, records, run_tiny, summary
 
 ENDLESS = ("training.max_steps=100000", "data.eval_examples=0", "output.export=false")
@@ -32,11 +32,9 @@ class Job:
         argv = ["launch/train.py", *arguments(out, *overrides, resume=resume)]
         self.port = ""
         if ranks > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.port = port = str(probe.getsockname()[1])
+            self.port = free_port()
             script = str(Path(sys.executable).with_name("deepspeed"))
-            argv = [script, "--num_gpus", str(ranks), "--master_port", port, *argv]
+            argv = [script, "--num_gpus", str(ranks), "--master_port", self.port, *argv]
         unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         environment = {key: value for key, value in ENVIRONMENT.items() if key not in unset}
         with self.printed.open("w") as file:
