@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from evaluation.endpoint import Message, Reply
+from launch.adapters import load_adapter
 from launch.errors import UserError
 from launch.models import load_config, load_model, load_tokenizer
 from launch.settings import ModelSettings, model_problems
@@ -24,12 +25,21 @@ class ChatModel:
     Args:
         dtype: "float32", "bfloat16" or "float16".
         seed: of sampled replies; each call of `ask` may have one of its own.
+        adapter: the folder of one that a training run has left beside the model.
 
     Raises:
-        UserError: the model cannot be loaded, or its tokenizer has no chat template.
+        UserError: the model or the adapter cannot be loaded, or the tokenizer has no chat template.
     """
 
-    def __init__(self, name: str, *, revision: str | None = None, dtype: str = "bfloat16", seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        adapter: str | None = None,
+    ) -> None:
         settings = ModelSettings(name_or_path=name, revision=revision)
         if problems := model_problems(settings):
             raise UserError("\n".join(text.removeprefix("model.name_or_path: ") for text in problems))
@@ -38,7 +48,9 @@ class ChatModel:
             raise UserError(f"{name!r}: its tokenizer has no chat template; MT-Bench needs a model that chats")
         config = load_config(settings, self._tokenizer, None)
         accelerator = get_accelerator()
-        self._model: Any = load_model(settings, config, dtype).to(accelerator.current_device_name()).eval()
+        model = load_model(settings, config, dtype)
+        whole: Any = model if adapter is None else load_adapter(model, adapter)
+        self._model: Any = whole.to(accelerator.current_device_name(), model.dtype).eval()
         self._positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._seed = seed
         self._lock = threading.Lock()

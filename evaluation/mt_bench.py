@@ -134,18 +134,20 @@ def _run_answer(options: argparse.Namespace) -> int:
     bench = read_bench(folder) if options.verdicts else None
     asked = _judge(options) if options.verdicts else None  # no key is said before anything is generated
     questions = bench.questions if bench else read_questions(folder / "question.jsonl")
-    model_id = options.model_id or Path(options.model).name
+    model_id = options.model_id or Path(options.adapter or options.model).name
     from evaluation.chat_model import ChatModel  # these take seconds to import
     from launch.models import files_sha256
 
     def load() -> Chat:
-        return ChatModel(options.model, revision=options.revision, dtype=options.dtype)
+        return ChatModel(options.model, revision=options.revision, dtype=options.dtype, adapter=options.adapter)
 
+    adapter = {"adapter": options.adapter, "adapter_sha256": files_sha256(options.adapter)} if options.adapter else {}
     source = {
         "model": options.model,
         "files_sha256": files_sha256(options.model),  # answers of a model that was trained on since are not its own
         "revision": options.revision,
         "dtype": options.dtype,
+        **adapter,
     }
     settings = {"max_tokens": options.max_new_tokens, "seed": options.seed}
     new = answer(questions, load, options.answers, model_id=model_id, source=source, **settings)
@@ -278,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, metavar="DATA", help=_DATA)
     add("--model", required=True, help="a Hugging Face folder or Hub id, with a chat template")
     add("--revision", help="of a model on the Hub")
-    add("--model-id", help="its name in answers and verdicts; default: the last part of --model")
+    add("--adapter", metavar="DIR", help="OUT/model of a run whose method cannot be merged (prefix, adapter ...) into "
+        "--model, from which it began")  # fmt: skip
+    add("--model-id", help="its name in answers and verdicts; default: the last part of --adapter or --model")
     add("--answers", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
     add("--max-new-tokens", type=_number(int, at_least=1), default=1024, help="for a turn (default: 1024)")
     add("--seed", type=int, default=0, help="of what is sampled (default: 0)")

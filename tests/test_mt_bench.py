@@ -30,6 +30,7 @@ from evaluation.questions import (
     read_prompts,
     read_questions,
 )
+from launch.adapters import ADAPTERS, AdapterSettings, save_adapter
 from launch.errors import UserError
 from launch.models import files_sha256
 from launch.tokenizer import byte_tokenizer
@@ -195,6 +196,37 @@ def test_greedy_replies_are_the_models_own(tiny: Path, chat: Any) -> None:
     reply = chat.ask(USER, 0.0, 12)
     assert reply.text == tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
     assert (reply.ended, reply.prompt_tokens, reply.completion_tokens) == ("length", start, 12)
+
+
+@pytest.mark.parametrize("method", ["prefix", "adapter"])
+def test_an_adapter_beside_the_model(method: str, tiny: Path, chat: Any, tmp_path: Path, capsys: Any) -> None:
+    """Replies are those of the module that was trained; answers name the adapter, and another one's are not its own."""
+    from evaluation.chat_model import ChatModel
+
+    torch.manual_seed(1)
+    module: Any = ADAPTERS[method](LlamaForCausalLM.from_pretrained(tiny), AdapterSettings())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    save_adapter(module, tmp_path / "model")
+    tokens = torch.tensor([byte_tokenizer()("<|user|>Why?<eos><|assistant|>", add_special_tokens=False)["input_ids"]])
+    start = tokens.shape[1]
+    with torch.no_grad():
+        for _ in range(8):
+            new = module.eval()(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, new], 1)
+    reply = ChatModel(str(tiny), dtype="float32", adapter=str(tmp_path / "model")).ask(USER, 0.0, 8)
+    expected = byte_tokenizer().decode(tokens[0, start:], skip_special_tokens=True).strip()
+    assert reply.text == expected != chat.ask(USER, 0.0, 8).text
+    command = ["--model", str(tiny), "--adapter", str(tmp_path / "model"), "--dtype", "float32"]
+    code, out = answer(tmp_path, capsys, *command)
+    assert code == 0, out
+    (record, *_) = stored(tmp_path / "answers.jsonl")
+    assert record["adapter"] == str(tmp_path / "model") and len(record["adapter_sha256"]) == 64
+    save_adapter(module.train(), tmp_path / "model", {name: p + 1 for name, p in module.named_parameters()})
+    code, out = answer(tmp_path, capsys, *command)
+    assert code == 2 and "its answers were made with adapter_sha256" in out
 
 
 def test_sampling_takes_the_temperature_and_the_seed_only(chat: Any) -> None:
