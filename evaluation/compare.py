@@ -37,7 +37,6 @@ from tqdm import tqdm
 from evaluation.cell import Cells, Outcome
 from evaluation.compare_settings import Budget, Comparison, Row, TaskEntry, load_comparison
 from evaluation.efficiency import machine
-from evaluation.process_memory import return_freed_memory
 from evaluation.report import write_report
 from evaluation.results import RESULTS, SETTINGS
 from evaluation.tasks import TaskData, load_task
@@ -109,7 +108,6 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWa
     )
     world, remedy = dist.get_world_size(), "The same command runs what is missing."
     watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
-    return_freed_memory()
     runs = Runs(comparison.folder, rank)
     if runs.done:
         logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")

@@ -39,6 +39,7 @@ def anonymous() -> int:
 def peak_memory() -> Iterator[Peak]:
     """Whose `highest` is filled in when the block is left."""
     gc.collect()  # what is garbage already would be freed in the middle, and hide as much of what is new
+    _return_freed_memory()  # and so would be what was freed and is resident still
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.synchronize()
@@ -66,7 +67,7 @@ def peak_memory() -> Iterator[Peak]:
         peak.highest = max(peak.highest, anonymous())
 
 
-def return_freed_memory() -> None:
+def _return_freed_memory() -> None:
     """Let glibc give freed tensors back to the system at once, so that what is resident is what is used."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

@@ -14,9 +14,9 @@ import torch
 
 from launch.determinism import deterministic
 from launch.errors import UserError
+from tests.comparisons import TINY as COMPARE_TINY
+from tests.comparisons import write_data
 from tests.distributed import run_on_ranks
-from tests.test_compare import TINY as COMPARE_TINY
-from tests.test_compare import write_data
 from tests.test_train import arguments, records
 
 SETTINGS = ("training.deterministic=true", "training.max_steps=6", "data.eval_examples=0")
