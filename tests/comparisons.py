@@ -147,6 +147,12 @@ def heavy(argv: Sequence[str], numel: int) -> dict[str, Any]:
         return compare(argv)
 
 
+def without_java(argv: Sequence[str]) -> dict[str, Any]:
+    """The same, where METEOR cannot be had."""
+    with mock.patch("evaluation.metrics.shutil", mock.Mock(which=lambda name: None)):
+        return compare(argv)
+
+
 def environment_alone() -> dict[str, str]:
     """Of a process that no launcher has started."""
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.results import read_results
+from evaluation.tasks import TASKS
 from launch.methods import METHODS, TRAINED
 from launch.outputs import claim
 from tests.comparisons import (
@@ -26,9 +27,11 @@ from tests.comparisons import (
     lasting,
     lines,
     once,
+    without_java,
     write_data,
 )
-from tests.data_fixtures import write_jsonl
+from tests.data_fixtures import SHARED, needs_shared, write_jsonl
+from tests.test_publishers import CASES, HELD_OUT, put
 
 # ---- all methods -----------------------------------------------------------------------------------------------------
 
@@ -329,6 +332,37 @@ def test_a_model_with_a_classification_head(data: Path, tmp_path: Path) -> None:
         assert one["status"] == ("not_applicable" if label in ("zero-shot", "icl") else "ok"), one["reason"]
     assert "knows nothing before" in found["icl", "rte"]["reason"]
     assert found["linear-probing", "sst2"]["trained_parameters"] == 2 * 32 + 2
+
+
+@needs_shared
+def test_every_task_with_a_prompt_is_trained_and_scored(tmp_path: Path) -> None:
+    """In one comparison, from publishers' files; without Java E2E's METEOR is missing, and that is said."""
+    written = {case: content for case, content in CASES.items() if TASKS[content[0]].prompted and " of " not in case}
+    for name, file, content, _ in written.values():
+        put(tmp_path / name, file, content)
+    for name, held_out in HELD_OUT.items():
+        put(tmp_path / name, *held_out)
+    rows = [
+        f'"name[Place {i}], food[Thai]","Place {i} is Thai, and {word}."' for i in range(4) for word in ("good", "bad")
+    ]
+    put(tmp_path, "e2e/trainset.csv", "\n".join(["mr,ref", *rows]) + "\n")
+    paths = {name: tmp_path / name for name in ("e2e", *(case[0] for case in written.values()))}
+    for name, task in TASKS.items():
+        if task.prompted and name not in paths:
+            paths[name] = SHARED / task.data.partition("/")[0]
+    tasks = [{"name": name, "path": str(path)} for name, path in paths.items()]
+    assert {*paths} == {name for name, task in TASKS.items() if task.prompted}
+    settings = [f"tasks={json.dumps(tasks)}", "methods=[full]", "budgets=[{samples: 8}]", "data.dev_examples=0"]
+    settings += ["data.train_examples=8", "data.test_examples=8", "data.max_length=8192"]
+    settings += ["model.config.max_position_embeddings=8192", "model.config.num_hidden_layers=1"]
+    result = once(arguments(tmp_path, tmp_path / "out", *settings), function=without_java)
+    assert result["code"] == 0, result["printed"]
+    found = cells_of(tmp_path / "out")
+    assert len(found) == len(paths) and all(one["steps"] == 1 for one in found.values())
+    for (_, name), one in found.items():
+        assert one["metric"] == TASKS[name].metrics[0] and {*TASKS[name].metrics} - {*one["metrics"]} <= {"meteor"}
+        assert ("answer_loss" in one["metrics"]) is bool(TASKS[name].max_new_tokens)
+    assert [note for note in found["full", "e2e"]["notes"] if note.startswith("meteor is missing: there is no `java`")]
 
 
 def test_demonstrations_are_before_written_answers_too(tmp_path: Path) -> None:

@@ -156,6 +156,14 @@ CASES: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
+# Held out of those whose rows have one passage, since parts of one split have none in common.
+CHANGED = {"Where?": "And where?", "How many?": "How many cats?"}
+HELD_OUT = {
+    "squad": ("dev-v1.1.json", CASES["squad"][2].replace("Where?", "And where?")),
+    "drop": ("drop_dataset_dev.json", CASES["drop"][2].replace("How many?", "How many cats?")),
+}
+
+
 def put(folder: Path, name: str, content: str) -> Path:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(content, encoding="utf-8")
@@ -180,16 +188,10 @@ def test_the_same_examples_as_in_the_hub_s_columns(case: str, tmp_path: Path) ->
     theirs = tmp_path / "columns"
     theirs.mkdir()
     write_jsonl(theirs / "train.jsonl", rows)
-    one_passage = name in ("squad", "drop")  # whose parts have none in common, so that something must be held out
-    for folder in (ours, theirs) if one_passage else ():
-        held_out = {"squad": "dev-v1.1.json", "drop": "drop_dataset_dev.json"}[name]
-        other = content.replace("Where?", "And where?").replace("How many?", "How many cats?")
-        if folder == ours:
-            put(folder, held_out, other)
-        else:
-            changed = {"Where?": "And where?", "How many?": "How many cats?"}
-            some = [{**row, "question": changed.get(row["question"], row["question"])} for row in rows]
-            write_jsonl(folder / "validation.jsonl", some)
+    if name in HELD_OUT:
+        put(ours, *HELD_OUT[name])
+        some = [{**row, "question": CHANGED.get(row["question"], row["question"])} for row in rows]
+        write_jsonl(theirs / "validation.jsonl", some)
     published, columns = load(name, ours), load(name, theirs)
     assert contents(published) == contents(columns) and len(contents(columns)) >= 2
     for key in ("unlabeled", "read", "test_from"):
