@@ -26,7 +26,6 @@ from evaluation.results import FAILED, OK, RESULTS, SETTINGS, Section, as_text, 
 from evaluation.verdicts import TOTAL, checked, summarize
 from evaluation.wandb_report import log_report
 from launch.errors import UserError
-from launch.settings import LoggingSettings
 
 TITLE = "Comparison of fine-tuning methods"
 MEAN = "mean"
@@ -545,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verdicts", type=Path, metavar="FILE", help="MT-Bench's, of evaluation.mt_bench")
     parser.add_argument("--title", help=f"default: the comparison's, else {TITLE!r}")
     parser.add_argument("--wandb", choices=("offline", "online"), help="log tables and pictures as a run, too")
-    parser.add_argument("--wandb-project", default=LoggingSettings.wandb_project, metavar="NAME")
+    parser.add_argument("--wandb-project", metavar="NAME", help="default: that of runs")
     try:
         options = parser.parse_args(argv)
         if options.add:
@@ -555,8 +554,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = options.title or _title(options.out)
         write_report(found, options.out, title, verdicts=judged)
         if options.wandb:
-            place = {"mode": options.wandb, "project": options.wandb_project}
-            log_report(found, options.out, title, verdicts=judged or (), **place)
+            from launch.settings import LoggingSettings  # takes seconds to import
+
+            project = options.wandb_project or LoggingSettings.wandb_project
+            log_report(found, options.out, title, mode=options.wandb, project=project, verdicts=judged or ())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
