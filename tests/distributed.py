@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-TIMEOUT = 300.0  # seconds for one call, enough for DeepSpeed to compile its C++ optimizers once
+TIMEOUT = 550.0  # seconds for one call, enough for DeepSpeed to compile its C++ optimizers once beside other work
 
 
 class RankError(RuntimeError):
@@ -133,6 +133,9 @@ def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    from launch import extensions
+
+    extensions.prepare(rank=1)  # a pool that was ended while it compiled has left a lock; without words
     torch.set_num_threads(1)
     # torch has fp16 on any CPU, slowly; DeepSpeed asks for a processor that has it, too.
     get_accelerator().is_fp16_supported = lambda: True
