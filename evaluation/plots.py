@@ -258,7 +258,7 @@ def ablations(section: Section, styles: Mapping[str, Style]) -> Figure | None:
     sized = [label for label in ours if re.search(r"\bm ?= ?\d", label)]
     others = [label for label in ours if label not in sized]
     base = others[:1]
-    panels = {"update strategy": others, "layers a block, m": base + sized if sized else []}
+    panels = {"order of blocks, other settings": others, "layers a block, m": base + sized if sized else []}
     panels = {title: labels for title, labels in panels.items() if len(labels) > 1}
     if not panels:
         return None
