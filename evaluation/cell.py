@@ -92,7 +92,7 @@ class Cells:
                 measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
                 if left_out := encoded["skipped_no_target"]:
                     length = self.comparison.data.max_length
-                    notes.append(f"{left_out} training examples were left out: no trained token within {length}")
+                    notes.append(f"{left_out} training examples have no trained token within data.max_length {length}")
                 model = engine.module
             else:
                 measured, encoded = _untrained(), {"truncated": 0}
