@@ -22,7 +22,6 @@ _NLI = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # "-": the 
 _TREC = {name: i for i, name in enumerate(("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"))}
 _TREE = re.compile(r"\(([0-4]) .*\)")
 _WORD = re.compile(r"\([0-4] ([^()]+)\)")
-_ESCAPED = {"-LRB-": "(", "-RRB-": ")", r"\/": "/", r"\*": "*"}  # in trees
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,18 @@ def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Rea
         test_split: the split to hold out; None = the task's own, else validation, else test.
 
     Raises:
-        UserError: `test_split` is not there.
+        UserError: `test_split` is not there, or the files to test on are there without those to train on.
     """
     for files in PUBLISHERS.get(task.name, ()) if place.is_dir() else ():
-        for folder in (place / files.folder, place):
+        inside = (one for one in sorted(place.iterdir()) if one.is_dir() and one.name.lower() == files.folder.lower())
+        for folder in (*inside, place):
             found = {split: folder / name for split, name in files.splits.items() if (folder / name).is_file()}
             if "train" not in found:
+                if found and not any(folder.glob("train*")):  # else these may be files in the Hub's columns
+                    there = ", ".join(one.name for one in found.values())
+                    raise UserError(
+                        f"{task.name}: {str(folder)!r} has {there}, but not {files.splits['train']}; put it there, too"
+                    )
                 continue
             wanted = (task.test_split, *VALIDATION, "test") if test_split is None else (test_split,)
             held_out = next((found[split] for split in wanted if split in found), None)
@@ -85,7 +90,9 @@ def _table(columns: Mapping[str, str], labels: Mapping[str, int] | None = None, 
             elif values != [""]:
                 rows.append((where, dict.fromkeys(columns, "") | {"label": -1}))
         if lines and not any(row["label"] != -1 for _, row in rows):
-            raise UserError(f"{path}: no line has {len(names)} values between tabs ({', '.join(names)})")
+            raise UserError(
+                f"{path}: no line has {len(names)} values between tabs ({', '.join(names)}); give the publisher's file"
+            )
         return rows
 
     return read
@@ -94,7 +101,7 @@ def _table(columns: Mapping[str, str], labels: Mapping[str, int] | None = None, 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str], labels: Mapping[str, int], where: str) -> dict[str, Any]:
     lacking = [name for name in columns.values() if name not in row]
     if lacking:
-        raise UserError(f"{where}: no column {', '.join(lacking)}; it has {', '.join(row)}")
+        raise UserError(f"{where}: no column {', '.join(lacking)}; it has {', '.join(row)}; give the publisher's file")
     renamed = {ours: row[theirs] for ours, theirs in columns.items()}
     label = renamed["label"]
     return renamed | {"label": labels.get(label, label) if isinstance(label, str) else label}
@@ -150,10 +157,8 @@ def _trees(path: Path) -> list[Row]:
             tree, words = _TREE.fullmatch(line.strip()), _WORD.findall(line)
             if tree is None or not words:
                 raise UserError(f"{path}:{number}: expected a tree as (3 (2 The) (2 Rock)), got {shown(line.strip())}")
-            text = " ".join(words)
-            for escaped, character in _ESCAPED.items():
-                text = text.replace(escaped, character)
-            rows.append((f"{path}:{number}", {"text": text, "label": int(tree[1])}))
+            # As in the Hub's copy, SetFit/sst5: lower case, and -lrb-, -rrb-, \/ and \* stay as they are.
+            rows.append((f"{path}:{number}", {"text": " ".join(words).lower(), "label": int(tree[1])}))
     return rows
 
 
@@ -182,7 +187,10 @@ _STRINGS = {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Qualit
 _QUESTIONS = {"question1": "question1", "question2": "question2", "label": "is_duplicate"}
 
 PUBLISHERS: dict[str, tuple[Files, ...]] = {
-    "squad": (Files({"train": "train-v1.1.json", "validation": "dev-v1.1.json"}, _squad),),
+    "squad": (
+        Files({"train": "train-v1.1.json", "validation": "dev-v1.1.json"}, _squad),
+        Files({"train": "train-v2.0.json", "validation": "dev-v2.0.json"}, _squad),  # which refuses them
+    ),
     "drop": (Files({"train": "drop_dataset_train.json", "validation": "drop_dataset_dev.json"}, _drop),),
     "snli": (
         Files(

@@ -100,13 +100,18 @@ CASES: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
         "sst5",
         "trees/train.txt",
         "(3 (2 The) (2 (2 -LRB-) (2 Rock)))\n(0 (1 7\\/10) (1 's))\n",
-        [{"text": "The ( Rock", "label": 3}, {"text": "7/10 's", "label": 0}],
+        [{"text": "the -lrb- rock", "label": 3}, {"text": r"7\/10 's", "label": 0}],
     ),
     "trec": (
         "trec",
         "train_5500.label",
-        "DESC:manner How did it end ?\nNUM:count How many `` cats '' ?\n",
-        [{"text": "How did it end ?", "coarse_label": 2}, {"text": "How many `` cats '' ?", "coarse_label": 5}],
+        "DESC:manner How did it end ?\nNUM:count How many `` cats '' ?\nABBR:exp What is UN ?\n"
+        "ENTY:food What is a pie ?\nHUM:ind Who ran ?\nLOC:city Where is it ?\n",
+        [
+            {"text": text, "coarse_label": label}
+            for text, label in (("How did it end ?", 2), ("How many `` cats '' ?", 5), ("What is UN ?", 0),
+                                ("What is a pie ?", 1), ("Who ran ?", 3), ("Where is it ?", 4))
+        ],
     ),
     "cola": (
         "cola",
@@ -201,7 +206,7 @@ def test_the_same_examples_as_in_the_hub_s_columns(case: str, tmp_path: Path) ->
 
 
 def test_every_publisher_is_tried() -> None:
-    tried = {(name, file.rpartition("/")[2]) for name, file, *_ in CASES.values()}
+    tried = {(name, file.rpartition("/")[2]) for name, file, *_ in CASES.values()} | {("squad", "train-v2.0.json")}
     assert tried == {(name, files.splits["train"]) for name, some in PUBLISHERS.items() for files in some}
 
 
@@ -228,6 +233,26 @@ def test_glue_s_folder_is_found(tmp_path: Path) -> None:
     assert _folder_of(find_task("squad"), str(tmp_path)) == str(tmp_path / "squad")
     (tmp_path / "cola").mkdir()
     assert _folder_of(find_task("cola"), str(tmp_path)) == str(tmp_path / "cola")
+
+
+def test_glue_s_folders_in_small_letters(tmp_path: Path) -> None:
+    put(tmp_path, "sts-b/train.tsv", CASES["stsb"][2])
+    assert load("stsb", tmp_path).report["files"].keys() == {str(tmp_path / "sts-b" / "train.tsv")}
+
+
+def test_files_to_test_on_alone(tmp_path: Path) -> None:
+    """Those to train on are asked for, unless there are some in the Hub's columns."""
+    with pytest.raises(UserError, match="squad: '.*' has dev-v1.1.json, but not train-v1.1.json; put it there"):
+        load("squad", put(tmp_path / "squad", *HELD_OUT["squad"]))
+    put(tmp_path / "mrpc", "dev.tsv", MRPC)
+    write_jsonl(tmp_path / "mrpc" / "train.jsonl", MRPC_HUB)
+    assert load("mrpc", tmp_path / "mrpc").report["files"].keys() == {str(tmp_path / "mrpc" / "train.jsonl")}
+
+
+def test_squad_2_is_refused(tmp_path: Path) -> None:
+    content = CASES["squad"][2].replace('"id": "a2"', '"is_impossible": true, "id": "a2"')
+    with pytest.raises(UserError, match="train-v2.0.json question a2: has no answer, .*the files of SQuAD 1.1"):
+        load("squad", put(tmp_path, "train-v2.0.json", content))
 
 
 @pytest.mark.parametrize(
