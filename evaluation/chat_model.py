@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from evaluation.endpoint import Message, Reply
+from launch.adapters import SETTINGS as ADAPTER_FILE
 from launch.adapters import load_adapter
 from launch.errors import UserError
 from launch.models import load_config, load_model, load_tokenizer
@@ -41,6 +43,11 @@ class ChatModel:
         adapter: str | None = None,
     ) -> None:
         settings = ModelSettings(name_or_path=name, revision=revision)
+        if (Path(name).expanduser() / ADAPTER_FILE).is_file():
+            raise UserError(
+                f"{name!r} holds an adapter, not a model; give it as --adapter, and as --model the model that its run "
+                f"began with ({ADAPTER_FILE} names it)"
+            )
         if problems := model_problems(settings):
             raise UserError("\n".join(text.removeprefix("model.name_or_path: ") for text in problems))
         self._tokenizer: Any = load_tokenizer(settings)

@@ -1,6 +1,6 @@
 """Compare fine-tuning methods: methods x tasks x seeds x learning rates, in one process or under the launcher.
 
-    python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]...
+    python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]... [--only ROW...]
     deepspeed --num_gpus N --module evaluation.compare --config ...
 
 Writes into output.dir: runs.jsonl, one record a training, as soon as it is done; results.jsonl, one record a cell:
@@ -59,6 +59,7 @@ class Runs:
         self.path, self.rank = folder / "runs.jsonl", rank
         self.begun_path = folder / "begun.jsonl"
         self.done = {run["key"]: run for run in self._lines(self.path)}
+        self.asked: set[str] = set()  # keys of this command's trainings
         # How often the process ended in a training without a word: begun, and not told to stop.
         self.deaths: Counter[str] = Counter()
         for line in self._lines(self.begun_path):
@@ -144,6 +145,9 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWa
                             write_durably(comparison.folder / RESULTS, lines)
                             if bar.disable:
                                 print(_line(records[-1]), flush=True)
+    if others := len(runs.done.keys() - runs.asked):
+        kept = f"{runs.path} keeps {others} further trainings, of other settings or rows"
+        logs.say(rank, f"note: {kept}; {RESULTS} and the report are without them")
     return records
 
 
@@ -183,6 +187,7 @@ class Training:
 def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed: bool) -> dict[str, Any]:
     """One training: from runs.jsonl if it is there, else run and written."""
     key, task = one.key(cells), one.entry.task
+    runs.asked.add(key)
     known = runs.done.get(key)
     if known is not None and not (retry_failed and known["status"] == "failed"):
         return known | {"label": one.row.label, "budget": str(one.budget)}  # the same run may count for several rows
@@ -272,7 +277,7 @@ def _line(record: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    comparison = load_comparison(arguments.config, arguments.set, world)
+    comparison = load_comparison(arguments.config, arguments.set, world, arguments.only)
     logs.quieten(comparison.logging, rank)
     extensions.prepare(rank)
     if comparison.folder.exists() and not comparison.folder.is_dir():
@@ -319,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the comparison's YAML, e.g. configs/compare_tiny.yaml")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    add("--only", nargs="+", default=[], metavar="ROW", help="only rows of these labels or methods")
     add("--retry-failed", action="store_true", help="run cells that failed before again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
@@ -334,7 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return RANK_LOST
         return told(mistake)
     except KeyboardInterrupt:
-        logs.say(int(os.environ["RANK"]), "stopped; finished trainings are kept, and the same command goes on")
+        logs.say(
+            int(os.environ["RANK"]),
+            "stopped; finished trainings are kept, and the same command goes on. A report of what "
+            "there is: python -m evaluation.report OUT",
+        )
         return STOPPED
     finally:
         signal.signal(signal.SIGTERM, earlier)

@@ -16,14 +16,14 @@ output:       {dir}
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.catalog import GLUE, Task, find_task
 from launch import models
-from launch.errors import UserError, nearest
+from launch.errors import UserError, looked_in, nearest
 from launch.methods import METHODS, TRAINED
 from launch.settings import (
     LoggingSettings,
@@ -35,6 +35,7 @@ from launch.settings import (
     problem_list,
     read_yaml,
     setting,
+    source,
 )
 from launch.sources import PUBLISHED
 
@@ -158,8 +159,13 @@ class Comparison:
         }
 
 
-def load_comparison(path: str, overrides: Iterable[str] = (), world_size: int = 1) -> Comparison:
+def load_comparison(
+    path: str, overrides: Sequence[str] = (), world_size: int = 1, only: Sequence[str] = ()
+) -> Comparison:
     """Read the YAML at `path` with its `--set` overrides and check everything.
+
+    Args:
+        only: labels or methods of the rows that are wanted; none means all.
 
     Raises:
         UserError: with every problem found, one a line.
@@ -185,7 +191,7 @@ def load_comparison(path: str, overrides: Iterable[str] = (), world_size: int = 
         model_name=str(raw.get("model_name") or models.describe(model)),
         data=data,
         tasks=_tasks(raw, data, problems),
-        rows=_rows(raw, problems),
+        rows=_only(_rows(raw, problems), only, problems),
         seeds=seeds,
         budgets=_budgets(raw, problems),
         evaluation=build(EvaluationSettings, raw.get("evaluation") or {}, "evaluation", problems),
@@ -197,7 +203,7 @@ def load_comparison(path: str, overrides: Iterable[str] = (), world_size: int = 
     if not problems:
         problems += _run_problems(comparison, world_size)
     if problems:
-        raise UserError(problem_list(path, list(dict.fromkeys(problems))))
+        raise UserError(problem_list(source(path, overrides), list(dict.fromkeys(problems))))
     return comparison
 
 
@@ -217,7 +223,12 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
             continue
         path = entry.get("path") or _folder_of(task, data.path)
         if path is not None and not Path(path).expanduser().exists():
-            problems.append(f"tasks: {task.name}: its folder {path!r} does not exist (looked in {Path.cwd()})")
+            glue = (
+                f"; {Path(path).parent / 'glue'} does not, either"
+                if task.data == GLUE and not entry.get("path")
+                else ""
+            )
+            problems.append(f"tasks: {task.name}: its folder {path!r} does not exist{looked_in(path)}{glue}")
         revision = entry.get("revision")
         if path is not None and revision is not None:
             problems.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
@@ -277,6 +288,15 @@ def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
         if labels.count(label) > 1:
             problems.append(f"methods: the label {label!r} is used twice; give each row a `label` of its own")
     return found
+
+
+def _only(rows: list[Row], wanted: Sequence[str], problems: list[str]) -> list[Row]:
+    known = [name for row in rows for name in (row.label, row.method)]
+    for name in wanted:
+        if name not in known:
+            expected = f"expected {'; '.join(dict.fromkeys(known))}{nearest(name, known)}"
+            problems.append(f"--only: {name!r} is neither the label of a row nor the method of one; {expected}")
+    return [row for row in rows if not wanted or row.label in wanted or row.method in wanted]
 
 
 def _budgets(raw: Mapping[str, Any], problems: list[str]) -> list[Budget]:

@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 
 from evaluation.catalog import TASKS, find_task
 from evaluation.tasks import read_task
-from launch.errors import UserError, nearest
+from launch.errors import UserError, looked_in, nearest
 from launch.formats import LABEL_TASKS, convert, flatten
 from launch.sources import Row
 
@@ -88,7 +88,7 @@ def run(
     if isinstance(model, str | Path):
         folder = Path(model).expanduser()
         if not (folder / "config.json").is_file():
-            raise UserError(f"--model: {str(model)!r} is no folder with a config.json (looked in {Path.cwd()})")
+            raise UserError(f"--model: {str(model)!r} is no folder with a config.json{looked_in(model)}")
         device = get_accelerator().current_device_name()
         model = HFLM(pretrained=str(folder), device=device, dtype="auto", batch_size=batch_size)
     with tempfile.TemporaryDirectory() as place:
@@ -163,7 +163,7 @@ def _definition(path: Path) -> dict[str, Any]:
 def _folder(name: str, data: Path) -> Path:
     """The task's folder, whatever the case of its letters."""
     if not data.is_dir():
-        raise UserError(f"--data: {str(data)!r} is no folder (looked in {Path.cwd()})")
+        raise UserError(f"--data: {str(data)!r} is no folder{looked_in(data)}")
     for above in (data, data / "superglue"):
         if above.is_dir():
             for one in sorted(above.iterdir()):

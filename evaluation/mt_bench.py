@@ -41,6 +41,7 @@ from evaluation.questions import (
 from evaluation.records import Place, Record, RecordFile, field, read_records
 from launch.errors import UserError
 
+EMPTY, FULL = "context", "the conversation filled the model's positions"
 MISSING = 3  # the exit code where verdicts are missing; 2 is a mistake of the user's
 
 
@@ -95,8 +96,15 @@ def answer(
         if not waiting:
             return 0
         model = load()
-        for question in tqdm(waiting, desc="answers", disable=None):
-            file.add(_answered(question, model, made_by))
+        bar = tqdm(waiting, desc="answers", disable=None)
+        for number, question in enumerate(bar, 1):
+            record = _answered(question, model, made_by)
+            file.add(record)
+            if bar.disable:
+                print(f"question {question.id} is answered, {number} of {len(waiting)}", flush=True)
+            for turn, ended in enumerate(record["ended"], 1):
+                if ended == EMPTY:
+                    bar.write(f"warning: question {question.id}, turn {turn}: {FULL}", file=sys.stderr)
     return len(waiting)
 
 
@@ -153,7 +161,7 @@ def _run_answer(options: argparse.Namespace) -> int:
     new = answer(questions, load, options.answers, model_id=model_id, source=source, **settings)
     print(f"{options.answers}: {new} new answers, {len(questions)} in all")
     ended = [end for record in read_records(options.answers, _question_id).values() for end in record.get("ended", [])]
-    for word, meaning in (("length", "cut off"), ("context", "empty: the conversation filled the model's positions")):
+    for word, meaning in (("length", "cut off"), (EMPTY, f"empty: {FULL}")):
         if word in ended:
             print(f"{ended.count(word)} of {len(ended)} turns are {meaning}")
     if bench is None or asked is None:

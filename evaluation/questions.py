@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.records import Place, Record, field, read_json_lines
-from launch.errors import UserError, nearest
+from launch.errors import UserError, looked_in, nearest
 
 TEMPERATURES = {  # the published ones
     "writing": 0.7,
@@ -98,7 +98,7 @@ def _fetched(data: str) -> Path:
     repository = re.fullmatch(r"(space|dataset)s/([^/@]+/[^/@]+)(?:@(.+))?", data)
     if repository is None:
         raise UserError(
-            f"--data {data}: no such folder (looked in {Path.cwd()}); expected the folder of MT-Bench's files, or "
+            f"--data {data}: no such folder{looked_in(data)}; expected the folder of MT-Bench's files, or "
             "spaces/OWNER/NAME or datasets/OWNER/NAME on the Hub"
         )
     from huggingface_hub import snapshot_download

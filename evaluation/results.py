@@ -61,8 +61,7 @@ def add_cells(out: Path, folders: Sequence[Path]) -> None:
     if (out / SETTINGS).exists():
         raise UserError(f"{out}: a comparison runs here and writes {RESULTS} anew; expected a folder of its own")
     paths = [own] * own.exists() + [folder / RESULTS for folder in folders]
-    read_results(*paths)
-    lines = [record for path in paths for _, record in records.read_json_lines(path)]
+    lines = read_results(*paths)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_durably(own, "".join(json.dumps(record) + "\n" for record in lines))
@@ -129,7 +128,7 @@ def _is_trial(value: Any) -> bool:
 
 
 def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
-    """One record a cell: one that was run again after it failed counts by its last line.
+    """One record a cell: one that was run again after it failed counts by its last line, equal lines once.
 
     A score that is no number makes a cell a failed one.
     """
@@ -138,6 +137,8 @@ def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
         key = tuple(record[name] for name in ("model", "budget", "label", "task", "seed"))
         earlier = cells.get(key)
         if earlier and earlier[1]["status"] == OK:
+            if record == earlier[1]:
+                continue  # joined twice
             raise UserError(f"{where}: the same cell as {earlier[0]}, which is ok; remove one of the two lines")
         cells[key] = (where, record)
     metrics: dict[tuple[Any, ...], tuple[Place, str]] = {}

@@ -20,7 +20,7 @@ from evaluation.parts import PARTS, divide, draw, merged, of_each_class, shares_
 from evaluation.publishers import find_published
 from hift_ds.checkpoint_files import sha256_of
 from launch.encoding import as_question, spaced
-from launch.errors import UserError
+from launch.errors import UserError, looked_in
 from launch.formats import convert, flatten
 from launch.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
 
@@ -193,7 +193,7 @@ def read_task(
         return read_hub(task.data, task.subset, revision, "train", test_split or task.test_split), {}
     place = Path(path).expanduser()
     if not place.exists():
-        raise UserError(f"{task.name}: {path!r} does not exist (looked in {Path.cwd()})")
+        raise UserError(f"{task.name}: {path!r} does not exist{looked_in(path)}")
     published = find_published(task, place, test_split)
     if published is not None:
         read, parts = published

@@ -105,11 +105,11 @@ def squad(row: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def drop(row: dict[str, Any], where: str) -> dict[str, Any]:
+def drop(row: dict[str, Any], where: str) -> dict[str, Any] | None:
     """Table 13's DROP; the columns are passage, question and answers_spans {spans: [...]}, each span an answer.
 
     Where the row has the publisher's own `answer` and `validated_answers` (each {number, date: {day, month, year},
-    spans}), answers of several spans stay together.
+    spans}), answers of several spans stay together, and a question without any answer is one that nobody labelled.
     """
     passage, question = (text_of(row, column, where).strip() for column in ("passage", "question"))
     if row.get("answer") is not None:
@@ -120,6 +120,8 @@ def drop(row: dict[str, Any], where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}: expected answers of number, date and spans; got {shown(given)} ({error!r})"
             ) from error
+        if not references:
+            return None
         _answers([" ".join(spans) for spans in references], "answer", row["answer"], where)
     else:
         answers = row.get("answers_spans")

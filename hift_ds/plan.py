@@ -263,6 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         planner, fit = _prepare(Request(**options), memory, reserve, _file_problems(config, picture))
         if config:
             planner.request.deepspeed_config()  # what cannot be written is said before the plan is made
+        print(
+            f"planning {planner.request.name}: steps are simulated, which can take minutes", file=sys.stderr, flush=True
+        )
         plan = planner.plan(planner.request)
         if fit:
             plan = fit.answer(plan)

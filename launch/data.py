@@ -20,7 +20,7 @@ from hift_ds.checkpoint_files import sha256_of
 from launch import scores
 from launch.arithmetic import MAX_PROBLEMS, arithmetic_problems
 from launch.encoding import IGNORED, EvalExample, Example, choose_template, encode
-from launch.errors import UserError, nearest
+from launch.errors import UserError, looked_in, nearest
 from launch.formats import (
     CHOICE_TASKS,
     COLUMNS,
@@ -125,7 +125,7 @@ class DataSettings:
         if local or published:
             for key, path in (("path", self.path), ("eval_path", self.eval_path)):
                 if path is not None and not Path(path).expanduser().exists():
-                    found.append(f"data.{key}: {path!r} does not exist (looked in {Path.cwd()})")
+                    found.append(f"data.{key}: {path!r} does not exist{looked_in(path)}")
         if not found and self.path is not None:
             try:
                 self.files()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +16,11 @@ def nearest(value: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown `value`: the known one it resembles, if any."""
     near = difflib.get_close_matches(value, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def looked_in(path: str | Path) -> str:
+    """The end of a message about a path that does not exist: where it was looked for, if it is a relative one."""
+    return "" if Path(path).expanduser().is_absolute() else f" (looked in {Path.cwd()})"
 
 
 def shown(value: Any) -> str:

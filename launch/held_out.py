@@ -1,4 +1,4 @@
-"""The score on held-out examples: greedy answers or predicted classes, shared out over the ranks."""
+"""Held-out examples, shared out over the ranks: the score of greedy answers or of predicted classes, else the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
-from launch.data import Data, collate, collate_prompts
+from hift_ds import loss as losses
+from launch.data import Data, collate, collate_prompts, trained_tokens
 from launch.encoding import EvalExample
 from launch.scores import Score
 from launch.settings import Settings
@@ -29,10 +30,11 @@ def evaluate(
         after_batch: called on every rank after each batch, equally often.
 
     Returns:
-        None where the data has no score, else `metric`, `score` (0 to 1), the counts `correct`, `unanswered` and `n`,
-        and `sample`: the first held-out example's `prompt`, `answer` and `expected`.
+        None where nothing is held out. Where the data has a score: `metric`, `score` (0 to 1), the counts `correct`,
+        `unanswered` and `n`, and `sample`: the first held-out example's `prompt`, `answer` and `expected`. Else `loss`,
+        the mean over all trained tokens in nats, and `n`.
     """
-    if data.score is None or not data.eval:
+    if not data.eval:
         return None
     rank, world = dist.get_rank(), dist.get_world_size()
     size = settings.training.eval_batch_size or settings.micro_batch_size
@@ -40,17 +42,37 @@ def evaluate(
     # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples goes on with
     # one that is then not counted.
     n_batches = -(-len(data.eval[::world]) // size)
-    predict = _generate if settings.model.task == "causal-lm" else _classify
+    batches = [mine[index * size : (index + 1) * size] for index in range(n_batches)]
     engine.eval()
-    predictions: list[Any] = []
-    for index in range(n_batches):
-        batch = mine[index * size : (index + 1) * size] or [data.eval[0]]
-        predictions += predict(engine, batch, tokenizer, settings)
+    results: list[Any] = []  # predictions, or of each batch the loss and the tokens
+    for batch in batches:
+        if data.score is None:
+            loss, tokens = _loss(engine, batch or [data.eval[0]], tokenizer, settings)
+            results.append((loss, tokens) if batch else (0.0, 0))
+        else:
+            predict = _generate if settings.model.task == "causal-lm" else _classify
+            results += predict(engine, batch or [data.eval[0]], tokenizer, settings)
         after_batch()
     engine.train()
-    score = _sum_over_ranks(data.score(predictions[: len(mine)], mine), engine.device)
+    if data.score is None:
+        sums = torch.tensor(results, dtype=torch.float64, device=engine.device).sum(0)
+        dist.all_reduce(sums)
+        loss, tokens = sums.tolist()
+        return {"loss": loss / tokens, "n": len(data.eval)}
+    score = _sum_over_ranks(data.score(results[: len(mine)], mine), engine.device)
     return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
-            "unanswered": score.unanswered, "sample": _sample(data, predictions[0])}  # fmt: skip
+            "unanswered": score.unanswered, "sample": _sample(data, results[0])}  # fmt: skip
+
+
+def _loss(
+    engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> tuple[float, int]:
+    """The summed loss of a batch's trained tokens, in nats, and their number."""
+    inputs = collate(batch, tokenizer.pad_token_id)
+    tokens = trained_tokens(inputs)
+    on_device = {key: value.to(engine.device) for key, value in inputs.items()}
+    targets = losses.find_targets(on_device.pop("labels"))
+    return losses.summed_loss(engine, engine.module, on_device, targets, settings.training.loss_chunk).item(), tokens
 
 
 def _generate(

@@ -174,7 +174,10 @@ def summarize(
         "data": recorded["data"],
     }
     for when, evaluation in (("before", recorded["before"]), ("after", after)):
-        if evaluation is not None:
+        if evaluation is not None and "loss" in evaluation:
+            summary[f"held_out_loss_{when}"] = evaluation["loss"]
+            summary["held_out_n"] = evaluation["n"]
+        elif evaluation is not None:
             summary[f"score_{when}"] = evaluation["score"]
             summary[f"score_{when}_correct"] = evaluation["correct"]
             summary[f"score_{when}_unanswered"] = evaluation["unanswered"]
@@ -248,6 +251,9 @@ def report(summary: dict[str, Any]) -> str:
                 f"{s['score_metric'].replace('_', ' ') + ' ' + when:<18} {100 * s[f'score_{when}']:.1f} % "
                 f"({s[f'score_{when}_correct']} of {s['score_n']} held-out examples)"
             )
+        if f"held_out_loss_{when}" in s:
+            loss, n = s[f"held_out_loss_{when}"], s["held_out_n"]
+            lines.append(f"{'held-out ' + when:<18} loss {_number(loss)} ({n} examples)")
     lines += [
         f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
         f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",

@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ SECTIONS = {
 }
 
 
-def load_settings(path: str, overrides: Iterable[str] = (), world_size: int = 1) -> Settings:
+def load_settings(path: str, overrides: Sequence[str] = (), world_size: int = 1) -> Settings:
     """Read the YAML at `path`, apply `KEY=VALUE` overrides and check everything.
 
     Args:
@@ -165,11 +165,11 @@ def load_settings(path: str, overrides: Iterable[str] = (), world_size: int = 1)
     raw, problems = read_yaml(path, overrides, tuple(SECTIONS))
     settings = check_settings(raw, world_size, problems)
     if settings is None:
-        raise UserError(problem_list(path, problems))
+        raise UserError(problem_list(source(path, overrides), problems))
     return settings
 
 
-def read_yaml(path: str, overrides: Iterable[str], sections: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def read_yaml(path: str, overrides: Sequence[str], sections: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The YAML at `path` with the `--set` overrides, a deepspeed file's content in its place, and what is wrong so far.
 
     Raises:
@@ -182,7 +182,7 @@ def read_yaml(path: str, overrides: Iterable[str], sections: Iterable[str]) -> t
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = _read_deepspeed_file(raw["deepspeed"], problems)
     if secrets := credentials.problems(raw):  # alone: what else is wrong may be said with the value
-        raise UserError(problem_list(path, secrets))
+        raise UserError(problem_list(source(path, overrides), secrets))
     return raw, problems
 
 
@@ -217,6 +217,11 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
         problems.append("output.dir: not set. Expected a folder for this run's files, e.g. output.dir=runs/first.")
     sections["deepspeed"] = _complete_deepspeed(sections, raw, world_size, problems)
     return None if problems else Settings(**sections)
+
+
+def source(path: str, overrides: Sequence[str]) -> str:
+    """Where settings come from, for the head of a list of problems."""
+    return f"{path} with --set" if overrides else path
 
 
 def problem_list(where: str, problems: list[str]) -> str:

@@ -187,6 +187,16 @@ def test_a_broken_line_is_named(copy: tuple[Path, list[str]]) -> None:
     assert "Traceback" not in result["printed"]
 
 
+def test_some_rows_alone_and_what_is_kept_of_the_others(copy: tuple[Path, list[str]]) -> None:
+    out, argv = copy
+    kept = len(lines(out / "runs.jsonl"))
+    result = once([*argv, "--only", "hift", "full"])
+    assert result["code"] == 0 and result["ran"] == []
+    assert [label for label, _ in cells_of(out)] == ["full", "hift"]
+    assert f"keeps {kept - 2} further trainings, of other settings or rows" in result["printed"]
+    assert len(lines(out / "runs.jsonl")) == kept
+
+
 def test_a_run_counts_for_every_row_and_budget_that_it_fits(copy: tuple[Path, list[str]]) -> None:
     """Another label is no other run; and where nothing is trained, neither is another budget."""
     out, argv = copy

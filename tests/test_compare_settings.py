@@ -124,3 +124,13 @@ def test_shipped_settings_hold_together(path: Path, data: Path) -> None:
             for rate in row.learning_rates:
                 settings = comparison.run_settings(row, budget, comparison.seeds[-1], rate, 1)
                 assert settings.training.learning_rate == rate and settings.method.name == row.method
+
+
+def test_only_some_rows_with_all_that_is_theirs(data: Path) -> None:
+    given = [f"data.path={data}"]
+    every = load_comparison(TINY, given).rows
+    some = load_comparison(TINY, given, only=["lora", "hift, random", "adapter"]).rows
+    assert [row.label for row in some] == ["hift, random", "lora", "adapter", "adapter (Lin)"]
+    assert all(row in every for row in some)
+    with pytest.raises(UserError, match=r"--only: 'lorra' is neither the label .* did you mean 'lora'\?"):
+        load_comparison(TINY, given, only=["lorra", "full"])

@@ -220,6 +220,8 @@ def test_an_adapter_beside_the_model(method: str, tiny: Path, chat: Any, tmp_pat
     expected = byte_tokenizer().decode(tokens[0, start:], skip_special_tokens=True).strip()
     assert reply.text == expected != chat.ask(USER, 0.0, 8).text
     command = ["--model", str(tiny), "--adapter", str(tmp_path / "model"), "--dtype", "float32"]
+    code, out = answer(tmp_path, capsys, "--model", str(tmp_path / "model"))
+    assert code == 2 and "holds an adapter, not a model; give it as --adapter" in out
     code, out = answer(tmp_path, capsys, *command)
     assert code == 0, out
     (record, *_) = stored(tmp_path / "answers.jsonl")
@@ -342,7 +344,7 @@ def test_a_tiny_model_answers_and_judges_by_the_command(tiny: Path, tmp_path: Pa
     judged = ["--verdicts", verdicts, "--judge-local", tiny, "--judge-max-tokens", "8", "--asks", "2"]
     code, out = answer(tmp_path, capsys, "--model", str(tiny), *judged)
     assert code == 0, out
-    assert "3 new answers, 3 in all" in out and "6 of 6 turns are cut off" in out
+    assert "is answered, 3 of 3" in out and "3 new answers, 3 in all" in out and "6 of 6 turns are cut off" in out
     assert "6 new verdicts (6 failed), 0 were there, 0 of 6 missing" in out  # a random judge gives no rating
     first = (tmp_path / "answers.jsonl").read_bytes()
     assert [verdict.get("asked") for verdict in stored(verdicts)].count(2) == 6

@@ -322,7 +322,11 @@ def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.Capture
 
     before = (out / "results.jsonl").read_bytes()
     capsys.readouterr()
-    assert report.main([str(out), "--add", str(tmp_path / "1")]) == 2  # again
+    assert report.main([str(out), "--add", str(tmp_path / "1"), "--title", "Both"]) == 0  # again: they are there
+    assert (out / "results.jsonl").read_bytes() == before
+    write_jsonl(tmp_path / "2" / "results.jsonl", [cell("full", seed=1) | {"score": 0.25}])
+    capsys.readouterr()
+    assert report.main([str(out), "--add", str(tmp_path / "2")]) == 2
     assert "results.jsonl:1: the same cell as " in capsys.readouterr().err
     assert report.main([str(out), "--add", str(tmp_path / "1"), str(tmp_path / "nowhere")]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -188,8 +188,10 @@ def test_answers_of_drop_in_the_publishers_columns(tmp_path: Path) -> None:
     date = {"day": "3", "month": "May", "year": ""}
     row["validated_answers"] = [{**nothing, "number": "7"}, {**nothing, "date": date}, nothing]
     write_jsonl(tmp_path / "train.jsonl", [{**row, "question": str(i)} for i in range(3)])
-    write_jsonl(tmp_path / "validation.jsonl", [row])
+    unanswered = {**row, "question": "?", "answer": nothing, "validated_answers": []}
+    write_jsonl(tmp_path / "validation.jsonl", [unanswered, row])
     data = load("drop", tmp_path)
+    assert len(data.test) == 1 and data.report["unlabeled"] == 1
     assert data.test[0].references == (("Tom", "Eli"), ("7",), ("3 May",)) and data.test[0].completion == "Tom, Eli"
     assert find_task("drop").score(["7.0"], data.test) == {"f1": 1.0, "exact_match": 1.0}
     assert find_task("drop").score(["Tom"], data.test) == {"f1": 0.5, "exact_match": 0.0}

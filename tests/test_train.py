@@ -226,6 +226,36 @@ def test_sequence_classification(tmp_path: Path) -> None:
     assert final["sample_after"]["answer"] == final["sample_after"]["expected"]
 
 
+def test_held_out_loss_of_own_data(tmp_path: Path) -> None:
+    """Prompts and completions have no score: what is told is the held-out loss, as the exported model has it."""
+    from transformers import AutoModelForCausalLM
+
+    from launch import models
+    from launch.data import collate, load_data
+    from launch.settings import load_settings
+
+    for name, count in (("train", 16), ("held_out", 9)):
+        lines = [json.dumps({"prompt": f"{name} {i} is", "completion": "one more" * (i % 4 + 1)}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "run"
+    own = ["data.name=jsonl", f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'held_out.jsonl'}"]
+    own += ["data.train_examples=null", "data.eval_examples=null", "training.eval_batch_size=2"]
+    result = run_tiny(2, out, *own, "deepspeed=configs/deepspeed/zero3.json", "training.loss_chunk=5")
+    assert result["code"] == 0, result["printed"]
+    final = summary(out)
+    assert final["held_out_n"] == 9 and "score_after" not in final
+    assert f"held-out after     loss {final['held_out_loss_after']:.4f} (9 examples)" in result["printed"]
+
+    settings = load_settings(TINY, [*own, f"output.dir={out}"])
+    tokenizer = models.load_tokenizer(settings.model)
+    data = load_data(settings.data, tokenizer, task="causal-lm", seed=0)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        expected = model(**collate(data.eval, tokenizer.pad_token_id)).loss.item()
+    assert final["held_out_loss_after"] == pytest.approx(expected, rel=1e-5)  # sums in another order
+    assert final["held_out_loss_after"] < final["held_out_loss_before"] - 0.1
+
+
 # ---- the loss ----------------------------------------------------------------------------------------------------
 
 
