@@ -25,13 +25,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from evaluation.cell import Cells, Outcome
@@ -46,7 +43,7 @@ from launch import credentials, extensions, logs, outputs
 from launch.determinism import deterministic
 from launch.errors import NotApplicable, UserError
 from launch.preemption import STOPPED
-from launch.ranks import RANK_LOST, RankWatch
+from launch.ranks import RANK_LOST, RankWatch, join
 from launch.train import Parser, told, world_of_one
 
 ATTEMPTS = 3  # a cell in which the process died as often is not tried again
@@ -102,11 +99,7 @@ class Runs:
 
 def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
     """Run what is missing; all cells' records, in the order of the settings."""
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        verbose=False,
-        timeout=timedelta(seconds=comparison.rank_timeout + 60),  # so that `watch` speaks first
-    )
+    join(comparison.rank_timeout)
     world, remedy = dist.get_world_size(), "The same command runs what is missing."
     watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
     runs = Runs(comparison.folder, rank)

@@ -80,9 +80,11 @@ def draw_section(number: int, section: Section, styles: Mapping[str, Style], fol
     for task in section.tasks:
         loss = "Training loss" + (", the mean over seeds" if several else "")
         save("loss", loss_curves(section, task, styles), loss, task)
-        save(
-            "parts", memory_bars(section, task), "Memory by the plan, and as measured, of the seed with the most", task
+        parts = (
+            "Memory by the plan, and as measured, of the seed with the most; buffers are DeepSpeed's, at ZeRO 1 to 3 "
+            "buckets of 5e8 elements unless its config says otherwise, with HiFT at most as large as a block"
         )
+        save("parts", memory_bars(section, task), parts, task)
     save("ablation", ablations(section, styles), f"HiFT's strategies and numbers of layers a block{over}")
     return drawn
 

@@ -20,11 +20,17 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import psutil
+from deepspeed.accelerator import get_accelerator
+from torch.distributed import DistNetworkError
+
+from launch.errors import UserError
 
 RANK_LOST = 76  # exit code
 PATIENCE = 60.0  # seconds that a rank which failed waits for others to fail alike
@@ -48,6 +54,28 @@ class State:
         if self.problem is not None:
             return f"{self.name} {self.problem}; last sign of life {self.age:.0f} s ago, {since}: {self.log}"
         return f"{self.name} is {since}{self.where and f', {self.where}' or ''}: {self.log}"
+
+
+def join(rank_timeout: float) -> None:
+    """Make the group of all ranks; its collectives give up a minute after `RankWatch`, which says more.
+
+    Raises:
+        UserError: the launcher's port is in use.
+    """
+    try:
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            verbose=False,
+            timeout=timedelta(seconds=rank_timeout + 60),
+        )
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise UserError(
+            f"port {port} of this machine is in use, perhaps by another run; give this one a port of its own: "
+            f"deepspeed --master_port {port + 1} ..."
+        ) from None
 
 
 class RankWatch:

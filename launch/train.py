@@ -19,14 +19,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 # So that the script runs from a checkout: Python puts launch/ on the path, the packages are one level above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -48,7 +46,7 @@ from launch.held_out import evaluate
 from launch.methods import METHODS, schedule_factor
 from launch.plain import make_plain_engine
 from launch.preemption import STOPPED, Preemption, Stopped
-from launch.ranks import RANK_LOST, RankWatch
+from launch.ranks import RANK_LOST, RankWatch, join
 from launch.settings import Settings, load_settings
 from launch.skipped import SkippedSteps
 
@@ -193,11 +191,7 @@ def run_settings(
     identity = outputs.identity(settings, world, data)
     recorded = outputs.check_same_run(folder, identity) if resume and outputs.has_checkpoint(folder) else {}
 
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        verbose=False,
-        timeout=timedelta(seconds=settings.training.rank_timeout + 60),  # so that `watch` speaks first
-    )
+    join(settings.training.rank_timeout)
     found = outputs.find_checkpoint(folder) if recorded else None
     if resume and found is None:
         logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")

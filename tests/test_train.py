@@ -31,11 +31,11 @@ def arguments(out: Path, *overrides: str, resume: str | None = None) -> list[str
     return ["--config", TINY, *(part for pair in pairs for part in ("--set", pair)), *flags]
 
 
-def launch(ranks: int, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def launch(ranks: int, argv: Sequence[str], port: int | None = None) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = port or probe.getsockname()[1]
     script = str(Path(sys.executable).with_name("deepspeed"))
     command = [sys.executable, script, "--num_gpus", str(ranks), "--master_port", str(port), "launch/train.py", *argv]
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -156,6 +156,17 @@ def test_through_the_launcher(ranks: int, stage: int, tmp_path: Path) -> None:
     for text in ("updates            2 x embeddings ... head", "answer before training", "answer after training"):
         assert text in done.stdout
     assert done.stdout.count("step 12/12") == 1  # rank 0 alone speaks
+
+
+def test_a_port_that_is_in_use_is_said(tmp_path: Path) -> None:
+    """As with two launchers on one machine; the default port is the same for both."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        done = launch(2, arguments(tmp_path / "run"), port := other.getsockname()[1])
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and printed.count(f"error: port {port} of this machine is in use") == 1, printed
+    assert "--master_port" in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
 def test_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
