@@ -113,6 +113,7 @@ class Cells:
             **self._scores(task, data.test, tested.values),
             **measured,
             "truncated": {"train": encoded["truncated"], "test": tested.truncated},
+            "test_cut": "end" if self.classifies else "beginning",
             "total_parameters": total,
             "peak_memory": peak.above,
             "peak_memory_kind": peak.kind,
@@ -176,7 +177,11 @@ class Cells:
         if key not in self._plans and dist.get_rank() == 0:
             labels = len(task.labels) if self.classifies else None
             config = models.load_config(self.comparison.model, self.tokenizer, labels)
-            self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
+            try:
+                self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
+            except Exception as error:  # a training that is done is not lost for it
+                logs.warn(f"{task.name}, {row.label}: memory could not be planned: {error}")
+                self._plans[key] = None
         return self._plans.get(key)
 
     def _model(self, task: Task, dtype: str) -> Any:

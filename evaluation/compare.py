@@ -57,13 +57,17 @@ class Runs:
         self.begun_path = folder / "begun.jsonl"
         self.done = {run["key"]: run for run in self._lines(self.path)}
         self.asked: set[str] = set()  # keys of this command's trainings
+        self.tries: Counter[str] = Counter()  # by this command
         # How often the process ended in a training without a word: begun, and not told to stop.
         self.deaths: Counter[str] = Counter()
         for line in self._lines(self.begun_path):
             self.deaths[line["key"]] += -1 if line.get("stopped") else 1
 
-    def begin(self, key: str) -> None:
+    def begin(self, key: str) -> str:
+        """The name of this try, for `RankWatch`."""
+        self.tries[key] += 1
         self._append(self.begun_path, {"key": key})
+        return f"{key} {self.tries[key]}"
 
     def stop(self, key: str) -> None:
         self._append(self.begun_path, {"key": key, "stopped": True})
@@ -106,7 +110,7 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWa
     if runs.done:
         logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")
     dist.barrier()  # all ranks have read what rank 0 is about to add to
-    loaded = _load(comparison)
+    loaded = _load(comparison, watch.progress)
     for entry, parts in zip(comparison.tasks, loaded, strict=True):
         for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
             logs.say(rank, f"{entry.task.name}: {note}")
@@ -159,10 +163,11 @@ class Training:
     def key(self, cells: Cells) -> str:
         """A hash of all that decides the result: a run is known again only where all of it is the same."""
         comparison = cells.comparison
+        training = {key: value for key, value in self.row.sections["training"].items() if key != "rank_timeout"}
         parts = {
             "model": cells.model_identity,
             "method": self.row.method,
-            "sections": self.row.sections,
+            "sections": self.row.sections | {"training": training},
             "shots": self.row.shots if self.row.method == "icl" else None,
             "task": self.entry.task.name,
             "data": {part: self.data.report[part]["sha256"] for part in ("train", "dev", "test")},
@@ -193,13 +198,15 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
     elif runs.deaths[key] >= ATTEMPTS and not retry_failed:
         run = not_run("failed", f"the process ended {ATTEMPTS} times in this cell without a message (out of memory?)")
     else:
-        runs.begin(key)
+        name = runs.begin(key)
         train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
         try:
-            run = _guarded(train, not_run, watch, key)
+            run = _guarded(train, not_run, watch, name)
         except KeyboardInterrupt:
-            if not watch.any_fails(key):  # else it is the launcher that ends this rank, since that one has exited
+            # Else it is the launcher that ends this rank, since another one has exited.
+            if not watch.any_fails(f"{name} ") and not watch.any_lost():
                 runs.stop(key)
+            watch.stop()
             raise
     run |= {"learning_rate": one.rate or None}
     runs.add(key, run)
@@ -207,7 +214,7 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
 
 
 def _guarded(
-    run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]], watch: RankWatch, key: str
+    run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]], watch: RankWatch, name: str
 ) -> dict[str, Any]:
     """The record of a run, whatever happens in it.
 
@@ -221,7 +228,7 @@ def _guarded(
     except Exception as error:
         place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         place_hash = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
-        if not watch.fails_everywhere(f"{key} {place_hash}", time.monotonic() - began):
+        if not watch.fails_everywhere(f"{name} {place_hash}", time.monotonic() - began, error):
             print("error: not all ranks fail alike; the same command tries this cell again", file=sys.stderr)
             raise
         if isinstance(error, NotApplicable):
@@ -240,19 +247,18 @@ def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
 
 
-def _load(comparison: Comparison) -> list[dict[int, TaskData]]:
+def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[int, TaskData]]:
     """Each task's data by seed, before anything is trained; what is wrong with several tasks is said at once."""
     data, problems = comparison.data, []
     loaded: list[dict[int, TaskData]] = []
     sizes = {name: getattr(data, name) for name in ("train_examples", "dev_examples", "test_examples", "k_shot")}
     for entry in comparison.tasks:
+        by_seed = {}
         try:
-            loaded.append(
-                {
-                    seed: load_task(entry.task, entry.path, revision=entry.revision, seed=seed, **sizes)
-                    for seed in comparison.seeds
-                }
-            )
+            for seed in comparison.seeds:
+                by_seed[seed] = load_task(entry.task, entry.path, revision=entry.revision, seed=seed, **sizes)
+                progress()
+            loaded.append(by_seed)
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -242,8 +242,9 @@ def _folder_of(task: Task, path: str | None) -> str | None:
     """Where a task is in the folder of all data: superglue/TASK's is found in superglue, GLUE's may be in glue."""
     if path is None:
         return None
-    own = Path(path) / (task.data.split("/")[0] if task.data in PUBLISHED else task.name)
-    return str(own if own.exists() or not (Path(path) / "glue").exists() or task.data != GLUE else Path(path) / "glue")
+    folder = Path(path).expanduser()
+    own = folder / (task.data.split("/")[0] if task.data in PUBLISHED else task.name)
+    return str(own if own.exists() or not (folder / "glue").exists() or task.data != GLUE else folder / "glue")
 
 
 def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:

@@ -23,7 +23,7 @@ from launch.errors import UserError
 
 E2E = ("bleu", "nist", "meteor", "rouge_l", "cider")
 # Why, where one is not given.
-MISSING = {"meteor": "there is no `java` on the PATH, in which pycocoevalcap's METEOR runs"}
+MISSING = {"meteor": "there is no `java` on the PATH, in which pycocoevalcap's METEOR runs, or not with its 2 GiB"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -169,7 +169,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 
     found = [_ngrams(text, tuple(some)) for text, some in zip(predictions, references, strict=True)]
     correct, total, lengths = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*found, strict=True))
-    return {"bleu": BLEU.compute_bleu(correct, total, *lengths).score / 100}
+    written, nearest = lengths
+    return {"bleu": BLEU.compute_bleu(correct, total, written, nearest, smooth_method="exp").score / 100}
 
 
 @functools.lru_cache(maxsize=2**14)  # resamples ask for the same texts again and again
@@ -193,12 +194,12 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
 
     Returns:
         `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `meteor` (1.5, of pycocoevalcap), where
-        there is Java. `rouge_l` (pycocoevalcap): the mean F of the best precision and the best recall over the
-        references, recall weighed by 1.2 squared. `cider` (pycocoevalcap): 0 to 10; 0 where all references belong to
-        one prediction. The last three without punctuation.
+        Java runs. `rouge_l` (pycocoevalcap): the mean F of the best precision and the best recall over the references,
+        recall weighed by 1.2 squared. `cider` (pycocoevalcap): 0 to 10; 0 where all references belong to one
+        prediction. The last three without punctuation.
 
     Raises:
-        UserError: a package is missing, or Java fails.
+        UserError: a package is missing.
     """
     with _e2e_packages():
         from nltk.translate.nist_score import corpus_nist
@@ -219,18 +220,25 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     rouge, _ = Rouge().compute_score(accepted, given)
     cider, _ = Cider().compute_score(accepted, given)
     found = bleu(predictions, references) | {"nist": float(nist), "rouge_l": float(rouge), "cider": float(cider)}
-    return found | ({"meteor": _meteor(accepted, given)} if shutil.which("java") else {})
+    meteor = _meteor(accepted, given) if shutil.which("java") else None
+    return found if meteor is None else found | {"meteor": meteor}
 
 
-def _meteor(accepted: dict[int, list[str]], given: dict[int, list[str]]) -> float:
+def _meteor(accepted: dict[int, list[str]], given: dict[int, list[str]]) -> float | None:
+    """None where Java fails."""
     with _e2e_packages():
         from pycocoevalcap.meteor.meteor import Meteor
 
+    meteor = Meteor()
     try:
-        score, _ = Meteor().compute_score(accepted, given)
-    except (OSError, ValueError) as error:  # what is no number is the end of a process that died
-        raise UserError(f"E2E's METEOR: Java gave no score ({error}); it needs 2 GiB of memory") from error
-    return float(score)
+        return float(meteor.compute_score(accepted, given)[0])
+    except (OSError, ValueError):  # the process has died: what is read is no number
+        with contextlib.suppress(OSError):
+            meteor.meteor_p.stdin.close()
+        return None
+    finally:
+        if meteor.lock.locked():  # after a failure, and its end would wait for it
+            meteor.lock.release()
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Rea
     Raises:
         UserError: `test_split` is not there, or the files to test on are there without those to train on.
     """
+    lacking: UserError | None = None
     for files in PUBLISHERS.get(task.name, ()) if place.is_dir() else ():
         inside = (one for one in sorted(place.iterdir()) if one.is_dir() and one.name.lower() == files.folder.lower())
         for folder in (*inside, place):
@@ -50,9 +51,8 @@ def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Rea
             if "train" not in found:
                 if found and not any(folder.glob("train*")):  # else these may be files in the Hub's columns
                     there = ", ".join(one.name for one in found.values())
-                    raise UserError(
-                        f"{task.name}: {str(folder)!r} has {there}, but not {files.splits['train']}; put it there, too"
-                    )
+                    expected = f"but not {files.splits['train']}; put it there, too"
+                    lacking = lacking or UserError(f"{task.name}: {str(folder)!r} has {there}, {expected}")
                 continue
             wanted = (task.test_split, *VALIDATION, "test") if test_split is None else (test_split,)
             held_out = next((found[split] for split in wanted if split in found), None)
@@ -61,6 +61,8 @@ def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Rea
                 expected = f"expected {name}" if name else f"these files have {', '.join(files.splits)}"
                 raise UserError(f"{task.name}: no split {test_split!r} in {str(folder)!r}; {expected}")
             return files.read, {"train": found["train"]} | ({"eval": held_out} if held_out else {})
+    if lacking is not None:
+        raise lacking
     return None
 
 

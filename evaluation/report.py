@@ -142,14 +142,14 @@ def _about_data(good: Sequence[Record]) -> list[Part]:
     notes: dict[str, None] = {}
     for record in good:
         notes |= dict.fromkeys(f"{record['task']}: {note}" for note in record.get("notes") or ())
-    cut: dict[tuple[str, str, str], tuple[int, int]] = {}
+    cut: dict[tuple[str, str, str, str], tuple[int, int]] = {}
     for record in good:
         for part, count in (record.get("truncated") or {}).items():
-            key = (record["task"], record["label"], part)
+            key = (record["task"], record["label"], part, record.get("test_cut") or "beginning")
             cut[key] = max(cut.get(key, (0, 0)), (count, record["n"]))
-    for (task, label, part), (count, n) in cut.items():
+    for (task, label, part, side), (count, n) in cut.items():
         if count and part == "test":
-            notes[f"{task}: {label}: up to {count} of {n} test prompts lost their beginning."] = None
+            notes[f"{task}: {label}: up to {count} of {n} test examples lost their {side}."] = None
         elif count:
             notes[f"{task}: {label}: up to {count} training examples lost their end."] = None
     return [Heading("About the data", 2), Items(list(notes))] if notes else []
@@ -531,7 +531,7 @@ def read_verdicts(path: Path) -> list[Record]:
 def _title(folder: Path) -> str:
     try:
         return str(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["title"])
-    except (OSError, ValueError, KeyError):  # joined results have no settings
+    except (OSError, ValueError, KeyError, TypeError):  # joined results have no settings
         return TITLE
 
 

@@ -101,9 +101,12 @@ def load_task(
     kinds = [(one.fingerprint, one.completion if task.grouped else "") for one in unseen]
     distinct = list(dict(zip(reversed(kinds), reversed(unseen), strict=True)).values())[::-1]  # the first of each
 
+    if unlabeled:
+        notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer; they are left out")
     parts = ("train", "dev") if tested else PARTS
     if k_shot is not None:
-        wanted |= dict.fromkeys(("train", "dev"), k_shot * len(task.labels))
+        n = k_shot * len(task.labels)
+        wanted |= {"train": n, "dev": n if dev_examples else 0}
     shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
     if any(shares[part] < wanted[part] for part in parts):
         notes.append(

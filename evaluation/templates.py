@@ -113,16 +113,18 @@ def drop(row: dict[str, Any], where: str) -> dict[str, Any] | None:
     """
     passage, question = (text_of(row, column, where).strip() for column in ("passage", "question"))
     if row.get("answer") is not None:
-        given = [row["answer"], *(row.get("validated_answers") or ())]
+        given = [row["answer"], row.get("validated_answers") or []]
         try:
-            references = tuple(dict.fromkeys(spans for spans in map(_drop_answer, given) if any(spans)))
+            found = map(_drop_answer, [given[0], *given[1]])
+            references = tuple(dict.fromkeys(spans for spans in found if any(spans)))
+            texts = [" ".join(spans) for spans in references]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where}: expected answers of number, date and spans; got {shown(given)} ({error!r})"
             ) from error
         if not references:
             return None
-        _answers([" ".join(spans) for spans in references], "answer", row["answer"], where)
+        _answers(texts, "answer", row["answer"], where)
     else:
         answers = row.get("answers_spans")
         spans = answers.get("spans") if isinstance(answers, dict) else None

@@ -47,7 +47,7 @@ def log_report(
     try:
         import wandb
 
-        run = wandb.init(
+        with wandb.init(
             project=project,
             name=name or title,
             group=title,
@@ -55,11 +55,10 @@ def log_report(
             mode="online" if mode == "online" else "offline",
             config=dict(config or {}),
             settings=wandb.Settings(silent=True, init_timeout=20),
-        )
-        pictures = sorted((folder / "plots").glob("*.png"))
-        logged = {f"report/{key}": table for key, table in tables(records, verdicts).items()}
-        run.log(logged | {f"plots/{path.stem}": wandb.Image(str(path)) for path in pictures})
-        run.finish()
+        ) as run:
+            pictures = sorted((folder / "plots").glob("*.png"))
+            logged = {f"report/{key}": table for key, table in tables(records, verdicts).items()}
+            run.log(logged | {f"plots/{path.stem}": wandb.Image(str(path)) for path in pictures})
     except Exception as error:
         shown = credentials.redacted(" ".join(str(error).split()))
         print(f"warning: Weights & Biases failed: {shown}", file=sys.stderr)

@@ -30,6 +30,7 @@ import psutil
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import DistNetworkError
 
+from launch.credentials import redacted
 from launch.errors import UserError
 
 RANK_LOST = 76  # exit code
@@ -131,8 +132,8 @@ class RankWatch:
         if step is not None and self._file is not None:
             self._line(f"step {step}")
 
-    def fails_everywhere(self, what: str, seconds: float) -> bool:
-        """Whether all ranks fail in `what`, a text that says where and when.
+    def fails_everywhere(self, what: str, seconds: float, error: BaseException) -> bool:
+        """Whether all ranks fail in `what`, a text that says where and when; the error is in this rank's log.
 
         Then their collectives still pair, and they can go on with something else. A collective could not find it out:
         a rank that is well waits in one of its own.
@@ -142,8 +143,10 @@ class RankWatch:
         """
         if self.world == 1:
             return True
+        self.progress()
+        self._line(redacted("".join(traceback.format_exception(error))))
         self._line(f"fails: {what}")
-        deadline = time.monotonic() + seconds + PATIENCE
+        deadline = time.monotonic() + min(seconds + PATIENCE, self.limit / 2)
         while not all(f" fails: {what}\n" in self._text(rank) for rank in range(self.world)):
             if time.monotonic() > deadline or self._suspects():
                 return False
@@ -154,11 +157,19 @@ class RankWatch:
         """Whether a rank has said that it fails in something that begins so."""
         return any(f" fails: {what}" in self._text(rank) for rank in range(self.world))
 
+    def stop(self) -> None:
+        """To be called before this rank ends because it was told to: for the others it is not lost."""
+        self._line("stopped")
+
+    def any_lost(self) -> bool:
+        """Whether another rank has died without having been told to stop."""
+        return self.world > 1 and any(" stopped\n" not in self._text(rank) for rank in self._suspects())
+
     def blame(self, error: BaseException) -> bool:
         """Log an unexpected error; whether another rank is the cause, which is then said."""
         if self._file is None:
             return False
-        self._line("".join(traceback.format_exception(error)))
+        self._line(redacted("".join(traceback.format_exception(error))))
         if self.world == 1:
             return False
         if self._silence() > 0.9 * self.limit:

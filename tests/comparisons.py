@@ -153,6 +153,12 @@ def without_java(argv: Sequence[str]) -> dict[str, Any]:
         return compare(argv)
 
 
+def without_a_plan(argv: Sequence[str]) -> dict[str, Any]:
+    """The same, where the planner breaks."""
+    with mock.patch("evaluation.cell.planned_memory", side_effect=RuntimeError("no such kernel")):
+        return compare(argv)
+
+
 def environment_alone() -> dict[str, str]:
     """Of a process that no launcher has started."""
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

@@ -27,6 +27,7 @@ from tests.comparisons import (
     lasting,
     lines,
     once,
+    without_a_plan,
     without_java,
     write_data,
 )
@@ -193,6 +194,7 @@ def test_some_rows_alone_and_what_is_kept_of_the_others(copy: tuple[Path, list[s
     result = once([*argv, "--only", "hift", "full"])
     assert result["code"] == 0 and result["ran"] == []
     assert [label for label, _ in cells_of(out)] == ["full", "hift"]
+    assert once([*argv, "--only", "full", "--set", "training.rank_timeout=3600"])["ran"] == []  # decides no result
     assert f"keeps {kept - 2} further trainings, of other settings or rows" in result["printed"]
     assert len(lines(out / "runs.jsonl")) == kept
 
@@ -397,6 +399,13 @@ def test_memory_of_what_trains_nothing_is_that_of_answering(data: Path, tmp_path
     assert peaks["zero-shot"] >= 4 * numel > max(peaks[label] for label in ("full", "hift", "mezo"))
 
 
+def test_a_plan_that_fails_costs_no_training(data: Path, tmp_path: Path) -> None:
+    result = once(arguments(data, tmp_path, "methods=[full]", "tasks=[sst2]"), function=without_a_plan)
+    assert result["code"] == 0, result["printed"]
+    assert "warning: sst2, full: memory could not be planned: no such kernel" in result["printed"]
+    assert cells_of(tmp_path)["full", "sst2"]["planned_memory"] is None
+
+
 def test_what_became_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
     """On the terminal, in records and reports: parts that are smaller than asked for, and what was cut."""
     settings = ["methods=[full, {name: icl, shots: 50}]", "tasks=[sst2]", "data.train_examples=100"]
@@ -413,7 +422,7 @@ def test_what_became_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
     assert full["truncated"] == {"train": 0, "test": 0} and icl["truncated"] == {"train": 0, "test": 8}
     report = (tmp_path / "report.md").read_text()
     assert "- sst2: the training split has 40 different" in report and "- sst2: icl: 32 demonstrations" in report
-    assert "- sst2: icl: up to 8 of 8 test prompts lost their beginning." in report
+    assert "- sst2: icl: up to 8 of 8 test examples lost their beginning." in report
 
 
 def test_a_budget_of_seconds(data: Path, tmp_path: Path) -> None:

@@ -34,32 +34,36 @@ def test_two_ranks_score_as_one(data: Path, tmp_path: Path) -> None:
 
 
 ALONE = """
-import os, sys
+import os, signal, sys, time
 from evaluation import cell, compare
-from launch import ranks
-ranks.PATIENCE = 2
 train = cell.train
 def one_fails(*arguments):
-    if os.environ["RANK"] == "1":
-        raise RuntimeError("the other rank waits in its first collective")
+    WAY
     return train(*arguments)
 cell.train = one_fails
 sys.exit(compare.main(sys.argv[1:]))
 """
+SECOND = 'if os.environ["RANK"] == "1":'
+RAISES = f'{SECOND} raise RuntimeError("the other rank waits in its first collective")'
+# The launcher ends the other rank then, which is in no collective and has heard of nothing.
+DIES = f"{SECOND} os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(300)"
 
 
-def test_a_rank_that_fails_alone_ends_the_comparison(data: Path, tmp_path: Path) -> None:
-    """Through the real launcher; nothing waits for a time-out, and the cell is tried again."""
+@pytest.mark.parametrize("way", [RAISES, DIES], ids=["raises", "dies"])
+def test_a_rank_that_fails_alone_ends_the_comparison(way: str, data: Path, tmp_path: Path) -> None:
+    """Through the real launcher: nothing waits for a time-out, the cause is said, and the cell is tried again."""
     script = tmp_path / "alone.py"
-    script.write_text(ALONE)
-    argv = arguments(data, tmp_path / "out", "methods=[zero-shot, full]", "tasks=[sst2]")
+    script.write_text(ALONE.replace("WAY", way))
+    argv = arguments(data, tmp_path / "out", "methods=[zero-shot, full]", "tasks=[sst2]", "training.rank_timeout=60")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", free_port(), str(script), *argv]
     environment = environment_alone()
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=400, text=True)
     assert done.returncode not in (0, 2), done.stdout
-    assert "not all ranks fail alike; the same command tries this cell again" in done.stderr, done.stderr
-    assert "the other rank waits in its first collective" in done.stderr
+    if way == RAISES:
+        assert "not all ranks fail alike; the same command tries this cell again" in done.stderr, done.stderr
+        assert "the other rank waits in its first collective" in done.stderr
+        assert "the other rank waits in its first collective" in (tmp_path / "out" / "logs" / "rank1.log").read_text()
     assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
     begun = lines(tmp_path / "out" / "begun.jsonl")
     assert len(begun) == 2 and not any(one.get("stopped") for one in begun)

@@ -126,6 +126,13 @@ def test_shipped_settings_hold_together(path: Path, data: Path) -> None:
                 assert settings.training.learning_rate == rate and settings.method.name == row.method
 
 
+def test_a_home_folder_is_found(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(data.parent))
+    (data / "glue").mkdir()
+    given = [f"data.path=~/{data.name}", "tasks=[cola, sst2]"]
+    assert [one.path for one in load_comparison(TINY, given).tasks] == [str(data / "glue"), str(data / "sst2")]
+
+
 def test_only_some_rows_with_all_that_is_theirs(data: Path) -> None:
     given = [f"data.path={data}"]
     every = load_comparison(TINY, given).rows

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -203,6 +205,9 @@ def test_metrics_against_the_packages() -> None:
     bleu = sacrebleu.corpus_bleu([one.lower() for one in predictions], [[text.lower() for text in column]
                                                                        for column in columns])  # fmt: skip
     assert score["bleu"] == pytest.approx(bleu.score / 100, abs=1e-12) and 0.1 < score["bleu"] < 0.9
+    few, wanted = ["The cat is here now", "a dog"], [["the cat was here today"], ["a dog"]]  # no four words alike
+    bleu = sacrebleu.corpus_bleu([one.lower() for one in few], [[one for (one,) in wanted]])
+    assert metrics.bleu(few, wanted)["bleu"] == pytest.approx(bleu.score / 100, abs=1e-12) and bleu.score > 0
     part = sacrebleu.BLEU(lowercase=True).tokenizer
     words = [part(one.lower()).split() for one in predictions]
     truths = [[part(one.lower()).split() for one in some] for some in references]
@@ -240,6 +245,16 @@ def test_meteor() -> None:
 @pytest.mark.usefixtures("no_meteor")
 def test_without_java_meteor_is_missing() -> None:
     assert {*metrics.E2E} - {*metrics.e2e(["a pub"], [["a pub"]])} == {*metrics.MISSING}
+
+
+def test_java_that_fails_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the package keeps locked then does not stop the process at its end."""
+    pytest.importorskip("pycocoevalcap.meteor.meteor")
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert {*metrics.E2E} - {*metrics.e2e(["a pub"], [["a pub"]])} == {"meteor"}
+    gc.collect()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

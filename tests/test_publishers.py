@@ -244,6 +244,9 @@ def test_files_to_test_on_alone(tmp_path: Path) -> None:
     """Those to train on are asked for, unless there are some in the Hub's columns."""
     with pytest.raises(UserError, match="squad: '.*' has dev-v1.1.json, but not train-v1.1.json; put it there"):
         load("squad", put(tmp_path / "squad", *HELD_OUT["squad"]))
+    put(tmp_path / "both", "dev.tsv", MRPC)
+    put(tmp_path / "both", "msr_paraphrase_train.txt", MRPC)
+    assert load("mrpc", tmp_path / "both").report["test_from"] == "training split"
     put(tmp_path / "mrpc", "dev.tsv", MRPC)
     write_jsonl(tmp_path / "mrpc" / "train.jsonl", MRPC_HUB)
     assert load("mrpc", tmp_path / "mrpc").report["files"].keys() == {str(tmp_path / "mrpc" / "train.jsonl")}

@@ -306,6 +306,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_which_end_of_an_example_was_lost(tmp_path: Path) -> None:
+    """A prompt loses its beginning; a model with a head reads from there and does not see the end."""
+    for side in ("end", "beginning"):
+        text, _ = write([cell("full") | {"truncated": {"train": 0, "test": 3}, "test_cut": side}], tmp_path)
+        assert f"full: up to 3 of {cell('full')['n']} test examples lost their {side}." in text
+
+
 def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As if one comparison had run them; what cannot be joined changes no file."""
     everything = [cell(label, seed=seed) for seed in (0, 1) for label in ("full", "hift")]
@@ -330,7 +337,8 @@ def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.Capture
     assert "results.jsonl:1: the same cell as " in capsys.readouterr().err
     assert report.main([str(out), "--add", str(tmp_path / "1"), str(tmp_path / "nowhere")]) == 2
     assert "cannot be read" in capsys.readouterr().err
-    (out / "compare.json").write_text("{}\n", encoding="utf-8")
+    (out / "compare.json").write_text("[]\n", encoding="utf-8")
+    assert report.main([str(out)]) == 0 and (out / "report.md").read_text("utf-8").startswith(f"# {report.TITLE}")
     write_jsonl(tmp_path / "2" / "results.jsonl", [cell("full", seed=2)])
     assert report.main([str(out), "--add", str(tmp_path / "2")]) == 2
     assert "a comparison runs here" in capsys.readouterr().err

@@ -182,8 +182,11 @@ def test_prompts_of_files_in_the_columns_of_the_hub(name: str, kind: str, tmp_pa
     assert [len(data.train), len(data.dev)] == [2, 1]
 
 
+ANSWER: dict[str, Any] = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": []}
+
+
 def test_answers_of_drop_in_the_publishers_columns(tmp_path: Path) -> None:
-    nothing = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": []}
+    nothing = ANSWER
     row = {"passage": "p", "question": "q", "answer": {**nothing, "spans": ["Tom", "Eli"]}}
     date = {"day": "3", "month": "May", "year": ""}
     row["validated_answers"] = [{**nothing, "number": "7"}, {**nothing, "date": date}, nothing]
@@ -191,7 +194,7 @@ def test_answers_of_drop_in_the_publishers_columns(tmp_path: Path) -> None:
     unanswered = {**row, "question": "?", "answer": nothing, "validated_answers": []}
     write_jsonl(tmp_path / "validation.jsonl", [unanswered, row])
     data = load("drop", tmp_path)
-    assert len(data.test) == 1 and data.report["unlabeled"] == 1
+    assert len(data.test) == 1 and "1 of 5 rows have no label or answer; they are left out" in data.report["notes"]
     assert data.test[0].references == (("Tom", "Eli"), ("7",), ("3 May",)) and data.test[0].completion == "Tom, Eli"
     assert find_task("drop").score(["7.0"], data.test) == {"f1": 1.0, "exact_match": 1.0}
     assert find_task("drop").score(["Tom"], data.test) == {"f1": 0.5, "exact_match": 0.0}
@@ -343,11 +346,13 @@ def test_few_examples_of_each_class(held_out: bool, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "val.jsonl", [{**RTE, "premise": f"B {i}."} for i in range(9)])
     data = load("rte", tmp_path, k_shot=4, test_examples=9)
     assert [Counter(one.target for one in part) for part in (data.train, data.dev)] == [{0: 4, 1: 4}] * 2
-    assert len(data.test) == 9 and data.report["notes"][:-1] == [] and not data.report["duplicates"]
+    assert len(data.test) == 9 and len(data.report["notes"]) == (not held_out) and not data.report["duplicates"]
     assert len({one.fingerprint for one in everything(data)}) == 25
     again, other = load("rte", tmp_path, k_shot=4, test_examples=9), load("rte", tmp_path, seed=1, k_shot=4)
     assert again.report == data.report and other.report["train"] != data.report["train"]
-    assert load("rte", tmp_path, k_shot=4, dev_examples=0).dev == []
+    without = load("rte", tmp_path, k_shot=4, dev_examples=0, test_examples=72)
+    assert without.dev == [] and len(without.test) == (9 if held_out else 72)
+    assert not any("dev" in note for note in without.report["notes"])
     few = load("rte", tmp_path, k_shot=12, test_examples=1)
     assert f"dev: fewer than 12 examples of not_entailment {8 if held_out else 7}" in few.report["notes"]
 
@@ -391,6 +396,12 @@ def test_an_unknown_task_names_the_nearest() -> None:
         ("squad", {"answers": {"text": []}}, r"train.jsonl:2: expected answers: \{text.*with at least one text"),
         ("squad", {"title": 3}, r"train.jsonl:2: expected a text in column 'title', but it is 3"),
         ("drop", {"answers_spans": ["4"]}, r"train.jsonl:2: expected answers_spans"),
+        (
+            "drop",
+            {"answer": {**ANSWER, "spans": ["a", 3]}},
+            r"train.jsonl:2: expected answers of number, date and spans",
+        ),
+        ("drop", {"answer": ANSWER, "validated_answers": 5}, r"train.jsonl:2: expected answers of number, date and"),
         ("drop", {"answer": {"number": ""}}, r"train.jsonl:2: expected answers of number, date and spans"),
         ("record", {"entities": []}, r"train.jsonl:2: expected the passage's entities"),
     ],
