@@ -207,7 +207,13 @@ class Planner:
         chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
         if chunk and (problem := built.simulator.why_no_chunks()):
             raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use 0"])
-        return built.simulator.run(trained, request.batch_size, request.seq_len, self.holds(request, unit), step, chunk)
+        held = self.holds(request, unit)
+        try:
+            return built.simulator.run(trained, request.batch_size, request.seq_len, held, step, chunk)
+        except (RuntimeError, NotImplementedError) as error:  # an operation that fake tensors do not have (so)
+            reason = " ".join(str(error).split())[:300]
+            where = f"--model={request.name}: its step cannot be simulated with --precision={request.precision}"
+            raise ConfigError([f"{where} ({reason}); try another precision"]) from error
 
     def holds(self, request: Request, unit: int) -> dict[str, int]:
         """What is on the device all the time of a step on one unit, by category."""

@@ -444,6 +444,21 @@ def test_mistakes_are_named(arguments: list[str], messages: list[str], capsys: p
         assert message in captured.err
 
 
+def test_an_operation_that_cannot_be_simulated_is_said() -> None:
+    """Fake tensors multiply the experts' matrices of a mixture in bf16 alone."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 64) | {"num_hidden_layers": 2, "vocab_size": 256}
+    model = {
+        "model_type": "mixtral",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        **sizes,
+    }
+    with pytest.raises(ConfigError, match="cannot be simulated with --precision=fp32 .*try another precision"):
+        plan_memory(model, precision="fp32", seq_len=64)
+    assert plan_memory(model, precision="mixed-hi", seq_len=64).device["parameters"] > 0
+
+
 def test_unknown_arguments_of_the_function_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
         plan_memory("llama-7b", batchsize=4)
