@@ -102,7 +102,9 @@ def watched(case: Case) -> Seen:
         start = memory.peak["total"] - loaded
         for weights in llama.parameters():
             memory.declare([getattr(weights, "ds_tensor", weights), weights], label="weights")
-        rest, steps, gradients = memory.live["state"], [], []
+        named = {name: weights.numel() for name, weights in wide(case.dtype).named_parameters()}
+        whole = [sum(named[name] for name in block.parameter_names) for block in engine.blocks]
+        rest, steps, gradients = settled(memory, "state", sum(kept_on_device(case, whole)) + SMALL), [], []
         for step in range(case.steps):
             memory.reset()
             for micro in range(tiny.ACCUMULATION):
@@ -118,22 +120,25 @@ def watched(case: Case) -> Seen:
         staging = engine.block_optimizers.staging
         slots = [slot.area.nbytes for slot in staging.slots if slot.area is not None] if staging else []
         numel = [block.numel for block in engine.blocks]
-        named = {name: weights.numel() for name, weights in wide(case.dtype).named_parameters()}
         widest = [max(named[name] for name in block.parameter_names) for block in engine.blocks]
-        whole = [sum(named[name] for name in block.parameter_names) for block in engine.blocks]
         return Seen(numel, whole, widest, start, rest, steps, gradients, sum(slots), memory.copies)
 
 
 def left_by_backward(memory: DeviceMemory, engine: Any) -> int:
-    """Bytes; what gloo's own thread has reduced is given up to a second to be let go of."""
+    """Bytes."""
     block = engine.blocks[engine.active_block]
     weights = [engine.module.get_parameter(name) for name in block.parameter_names]
     gradients = sum(getattr(w, "ds_numel", w.numel()) * w.element_size() for w in weights)
+    return settled(memory, "activations", gradients + SMALL)
+
+
+def settled(memory: DeviceMemory, label: str, most: int) -> int:
+    """Bytes under a label; what gloo's own thread still holds is given up to a second to be let go of."""
     for _ in range(100):
-        if memory.live["activations"] <= gradients + SMALL:
+        if memory.live[label] <= most:
             break
         time.sleep(0.01)
-    return memory.live["activations"]
+    return memory.live[label]
 
 
 def watch_host_step(memory: DeviceMemory, stack: contextlib.ExitStack) -> None:
@@ -201,9 +206,9 @@ def sizes(case: Case) -> tuple[int, int, int, int]:
     return (weight, 8, 0, 8) if own_masters else (weight, 12, 4, 8)
 
 
-def kept_on_device(case: Case, seen: Seen) -> tuple[int, int]:
+def kept_on_device(case: Case, whole: list[int]) -> tuple[int, int]:
     """Bytes on the device all the time: the slots; at stage 3 one block's gradient partition and one bucket."""
-    return 2 * 65536 if case.step == "streamed" else 0, 2 * sizes(case)[0] * max(seen.whole) if case.stage == 3 else 0
+    return 2 * 65536 if case.step == "streamed" else 0, 2 * sizes(case)[0] * max(whole) if case.stage == 3 else 0
 
 
 ON_DEVICE = [
@@ -222,7 +227,7 @@ ON_DEVICE_AT_STAGE_3 = Case(stage=3, ranks=2, dtype="bf16", step="streamed")
 def test_the_device_holds_no_more_than_the_active_block(case: Case) -> None:
     seen = seen_in(case)
     weight, state, gradient, temporary = sizes(case)
-    slots, buffers = kept_on_device(case, seen)
+    slots, buffers = kept_on_device(case, seen.whole)
     kept = slots + buffers
     assert seen.slots == slots
     assert seen.rest <= kept + SMALL
@@ -280,7 +285,7 @@ def test_forward_gathers_nothing_for_layers_that_backward_does_not_pass() -> Non
 def test_start_up_holds_no_more_than_one_block(case: Case) -> None:
     seen = seen_in(case)
     weight, state, gradient, _ = sizes(case)
-    slots, buffers = kept_on_device(case, seen)
+    slots, buffers = kept_on_device(case, seen.whole)
     # While a block is set up, its weights are copied from the layers' memory into one flat piece, by way of the host,
     # which here is the same memory; it has master, gradient and state, and its own buffers before it shares others'.
     bound = slots + 2 * buffers + (2 * weight + state + gradient) * max(seen.whole)
