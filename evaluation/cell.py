@@ -93,6 +93,9 @@ class Cells:
                 if left_out := encoded["skipped_no_target"]:
                     length = self.comparison.data.max_length
                     notes.append(f"{left_out} training examples have no trained token within data.max_length {length}")
+                cycle = len(getattr(engine, "blocks", ())) * settings.deepspeed["hift"].get("steps_per_block", 1)
+                if measured["steps"] < cycle:
+                    notes.append(f"{row.label}: a cycle takes {cycle} steps, so some blocks were not trained")
                 model = engine.module
             else:
                 measured, encoded = _untrained(), {"truncated": 0}

@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the comparison's YAML, e.g. configs/compare_tiny.yaml")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
-    add("--only", nargs="+", default=[], metavar="ROW", help="only rows of these labels or methods")
+    add("--only", nargs="+", default=[], metavar="ROW", help="only rows of these labels, or methods")
     add("--retry-failed", action="store_true", help="run cells that failed before again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt

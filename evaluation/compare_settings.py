@@ -165,7 +165,7 @@ def load_comparison(
     """Read the YAML at `path` with its `--set` overrides and check everything.
 
     Args:
-        only: labels or methods of the rows that are wanted; none means all.
+        only: the rows that are wanted, by label, or by method where that is no label; none means all.
 
     Raises:
         UserError: with every problem found, one a line.
@@ -292,12 +292,14 @@ def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
 
 
 def _only(rows: list[Row], wanted: Sequence[str], problems: list[str]) -> list[Row]:
-    known = [name for row in rows for name in (row.label, row.method)]
+    labels = [row.label for row in rows]
+    known = [*labels, *(row.method for row in rows)]
     for name in wanted:
         if name not in known:
             expected = f"expected {'; '.join(dict.fromkeys(known))}{nearest(name, known)}"
             problems.append(f"--only: {name!r} is neither the label of a row nor the method of one; {expected}")
-    return [row for row in rows if not wanted or row.label in wanted or row.method in wanted]
+    methods = set(wanted) - set(labels)
+    return [row for row in rows if not wanted or row.label in wanted or row.method in methods]
 
 
 def _budgets(raw: Mapping[str, Any], problems: list[str]) -> list[Budget]:

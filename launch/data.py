@@ -238,6 +238,7 @@ def _subset(settings: DataSettings, part: str, rows: list[Row], seed: int, notes
     if n > len(rows):
         notes.append(f"{part}: data.{part}_examples is {n}, but there are only {len(rows)}; all are used")
         return rows
+    notes.append(f"{part}: {n} of {len(rows)} rows are drawn by the seed (data.{part}_examples)")
     return [rows[i] for i in sorted(random.Random(f"{part} {seed}").sample(range(len(rows)), n))]
 
 

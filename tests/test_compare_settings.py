@@ -137,7 +137,9 @@ def test_only_some_rows_with_all_that_is_theirs(data: Path) -> None:
     given = [f"data.path={data}"]
     every = load_comparison(TINY, given).rows
     some = load_comparison(TINY, given, only=["lora", "hift, random", "adapter"]).rows
-    assert [row.label for row in some] == ["hift, random", "lora", "adapter", "adapter (Lin)"]
+    assert [row.label for row in some] == ["hift, random", "lora", "adapter"]
+    methods = "methods=[full, {name: hift, label: a}, {name: hift, label: b}]"
+    assert [row.label for row in load_comparison(TINY, [*given, methods], only=["hift"]).rows] == ["a", "b"]
     assert all(row in every for row in some)
     with pytest.raises(UserError, match=r"--only: 'lorra' is neither the label .* did you mean 'lora'\?"):
         load_comparison(TINY, given, only=["lorra", "full"])
