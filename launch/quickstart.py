@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,10 @@ def main() -> int:
         job = ["--config", "configs/tiny.yaml", "--set", "training.max_steps=240"]
     # A second quickstart replaces the first one's files.
     job += ["--set", "output.dir=runs/quickstart", "--set", "output.overwrite=true", *sys.argv[1:]]
-    launcher = ["deepspeed", "--num_gpus", "1", "launch/train.py", *job]
+    with socket.socket() as probe:  # so that another run on this machine is not in the way
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["deepspeed", "--num_gpus", "1", "--master_port", port, "launch/train.py", *job]
     print(f"quickstart: {shlex.join(launcher)}", flush=True)
     script = Path(sys.executable).with_name("deepspeed")  # of this environment, also where it is not on PATH
     return subprocess.run([sys.executable, str(script), *launcher[1:]], cwd=REPOSITORY).returncode
