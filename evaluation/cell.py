@@ -38,7 +38,7 @@ from launch.encoding import encode
 from launch.errors import UserError
 from launch.methods import METHODS
 from launch.settings import Settings
-from launch.train import make_engine, schedule_ticks, train
+from launch.train import cycle_steps, make_engine, schedule_ticks, train
 
 POINTS = 200  # of a stored loss curve
 
@@ -93,8 +93,7 @@ class Cells:
                 if left_out := encoded["skipped_no_target"]:
                     length = self.comparison.data.max_length
                     notes.append(f"{left_out} training examples have no trained token within data.max_length {length}")
-                cycle = len(getattr(engine, "blocks", ())) * settings.deepspeed["hift"].get("steps_per_block", 1)
-                if measured["steps"] < cycle:
+                if measured["steps"] < (cycle := cycle_steps(engine, settings)):
                     notes.append(f"{row.label}: a cycle takes {cycle} steps, so some blocks were not trained")
                 model = engine.module
             else:

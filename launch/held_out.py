@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
-from hift_ds import loss as losses
+from launch.batch_loss import summed_loss
 from launch.data import Data, collate, collate_prompts, trained_tokens
 from launch.encoding import EvalExample
 from launch.scores import Score
@@ -42,37 +42,33 @@ def evaluate(
     # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples goes on with
     # one that is then not counted.
     n_batches = -(-len(data.eval[::world]) // size)
-    batches = [mine[index * size : (index + 1) * size] for index in range(n_batches)]
+    predict = _generate if settings.model.task == "causal-lm" else _classify
+    measure = _loss if data.score is None else predict
     engine.eval()
-    results: list[Any] = []  # predictions, or of each batch the loss and the tokens
-    for batch in batches:
-        if data.score is None:
-            loss, tokens = _loss(engine, batch or [data.eval[0]], tokenizer, settings)
-            results.append((loss, tokens) if batch else (0.0, 0))
-        else:
-            predict = _generate if settings.model.task == "causal-lm" else _classify
-            results += predict(engine, batch or [data.eval[0]], tokenizer, settings)
+    results: list[Any] = []
+    for index in range(n_batches):
+        batch = mine[index * size : (index + 1) * size]
+        found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
+        results += found if batch else []
         after_batch()
     engine.train()
     if data.score is None:
-        sums = torch.tensor(results, dtype=torch.float64, device=engine.device).sum(0)
+        sums = torch.tensor([(0.0, 0), *results], dtype=torch.float64, device=engine.device).sum(0)
         dist.all_reduce(sums)
         loss, tokens = sums.tolist()
         return {"loss": loss / tokens, "n": len(data.eval)}
-    score = _sum_over_ranks(data.score(results[: len(mine)], mine), engine.device)
+    score = _sum_over_ranks(data.score(results, mine), engine.device)
     return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
             "unanswered": score.unanswered, "sample": _sample(data, results[0])}  # fmt: skip
 
 
 def _loss(
     engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> tuple[float, int]:
-    """The summed loss of a batch's trained tokens, in nats, and their number."""
+) -> list[tuple[float, int]]:
+    """Of the batch as a whole: the summed loss of its trained tokens, in nats, and their number."""
     inputs = collate(batch, tokenizer.pad_token_id)
-    tokens = trained_tokens(inputs)
-    on_device = {key: value.to(engine.device) for key, value in inputs.items()}
-    targets = losses.find_targets(on_device.pop("labels"))
-    return losses.summed_loss(engine, engine.module, on_device, targets, settings.training.loss_chunk).item(), tokens
+    loss = summed_loss(engine, inputs, settings.model.task, settings.training.loss_chunk)
+    return [(loss.item(), trained_tokens(inputs))]
 
 
 def _generate(

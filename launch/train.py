@@ -38,6 +38,7 @@ from hift_ds.checkpoint import Checkpoint, CheckpointError
 from hift_ds.optimizers import has_fused
 from launch import credentials, extensions, logs, models, outputs
 from launch.adapters import ADAPTERS
+from launch.batch_loss import summed_loss
 from launch.data import Data, collate, load_data, trained_tokens, window_batches
 from launch.determinism import deterministic
 from launch.errors import UserError
@@ -129,19 +130,6 @@ def loss_share(engine: Any, batch: dict[str, torch.Tensor], settings: Settings, 
     return summed_loss(engine, batch, settings.model.task, settings.training.loss_chunk) / targets
 
 
-def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str, chunk: int | None = None) -> torch.Tensor:
-    """Sum of the cross-entropies of a micro-batch's trained tokens (classification: of its examples), in fp32.
-
-    A sum, so that whoever knows the number of targets in the whole window can make the mean over all of them: then
-    the same global batch has the same loss however it is cut into micro-batches and ranks.
-    """
-    inputs = {key: value.to(engine.device) for key, value in batch.items()}
-    labels = inputs.pop("labels")
-    if task == "sequence-classification":
-        return losses.classification_loss(engine, inputs, labels)
-    return losses.summed_loss(engine, engine.module, inputs, losses.find_targets(labels), chunk)
-
-
 def engine_record(engine: Any) -> dict[str, Any]:
     """What the engine knows about the step it just took."""
     norm = engine.get_global_grad_norm()
@@ -217,7 +205,7 @@ def run_settings(
         log = logs.RunLog(folder, settings, first_step, recorded.get("wandb_id"))
         recorded = {"identity": identity, "before": before, "wandb_id": log.wandb_id, "data": data.report}
         outputs.write_json(folder / "run.json", recorded | {"settings": settings.as_dict()})
-    a_cycle = len(getattr(engine, "blocks", ())) * settings.deepspeed.get("hift", {}).get("steps_per_block", 1)
+    a_cycle = cycle_steps(engine, settings)
     if settings.training.max_steps < a_cycle:
         shown = (
             f"training.max_steps is {settings.training.max_steps}, and a cycle over all blocks takes {a_cycle} steps"
@@ -345,6 +333,11 @@ def load_checkpoint(engine: Any, found: Checkpoint) -> int:
     except ValueError as error:
         raise UserError(f"--resume: {error}") from error
     return state["step"]
+
+
+def cycle_steps(engine: Any, settings: Settings) -> int:
+    """Steps that a turn of all blocks takes; 0 where there are none."""
+    return len(getattr(engine, "blocks", ())) * settings.deepspeed["hift"].get("steps_per_block", 1)
 
 
 def block_names(engine: Any) -> list[str]:

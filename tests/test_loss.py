@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hift_ds import loss as losses
 from hift_ds.simulate import LiveMemory
-from launch.train import summed_loss
+from launch.batch_loss import summed_loss
 from tests import tiny
 from tests.distributed import run_on_ranks
 from tests.tiny import Case

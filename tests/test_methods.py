@@ -284,8 +284,8 @@ class _Model:
 def by_hand(argv: Sequence[str], package: str) -> dict[str, str]:
     """The same steps without launch/'s engines and loop: the package as its authors show it; the weights' hashes."""
     from launch import models
+    from launch.batch_loss import summed_loss
     from launch.data import collate, load_data, trained_tokens, window_batches
-    from launch.train import summed_loss
 
     settings = loaded(argv)
     tokenizer = models.load_tokenizer(settings.model)

@@ -50,7 +50,7 @@ def run_engine(request: Request) -> dict[str, Any]:
     """In a rank: device peak of each step of the first cycle, bytes off the device after it, and the staging areas."""
     import hift_ds
     from hift_ds.activations import host_buffers
-    from launch.train import summed_loss
+    from launch.batch_loss import summed_loss
 
     config = request.deepspeed_config()
     config["optimizer"]["params"] |= {"lr": 1e-4, "weight_decay": 0.01}

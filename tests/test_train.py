@@ -19,7 +19,7 @@ import torch
 
 from launch.settings import REPOSITORY
 from tests import ENVIRONMENT
-from tests.distributed import run_on_ranks
+from tests.distributed import free_port, run_on_ranks
 
 TINY = str(REPOSITORY / "configs" / "tiny.yaml")
 STAGES = (0, 1, 2, 3)
@@ -33,11 +33,17 @@ def arguments(out: Path, *overrides: str, resume: str | None = None) -> list[str
 
 def launch(ranks: int, argv: Sequence[str], port: int | None = None) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = port or probe.getsockname()[1]
     script = str(Path(sys.executable).with_name("deepspeed"))
-    command = [sys.executable, script, "--num_gpus", str(ranks), "--master_port", str(port), "launch/train.py", *argv]
+    command = [
+        sys.executable,
+        script,
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(port or free_port()),
+        "launch/train.py",
+        *argv,
+    ]
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -293,7 +299,7 @@ def test_same_global_batch_has_the_same_loss(method: str, tmp_path: Path) -> Non
 
 def mean_loss_and_gradient(empty_first: bool) -> list[Any]:
     """The window's loss and gradients by `launch.train`, where one of two micro-batches may have no trained token."""
-    from launch.train import summed_loss
+    from launch.batch_loss import summed_loss
 
     class Engine:
         device = torch.device("cpu")
