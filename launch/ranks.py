@@ -144,7 +144,7 @@ class RankWatch:
         if self.world == 1:
             return True
         self.progress()
-        self._line(redacted("".join(traceback.format_exception(error))))
+        self._error(error)
         self._line(f"fails: {what}")
         deadline = time.monotonic() + min(seconds + PATIENCE, self.limit / 2)
         while not all(f" fails: {what}\n" in self._text(rank) for rank in range(self.world)):
@@ -169,7 +169,7 @@ class RankWatch:
         """Log an unexpected error; whether another rank is the cause, which is then said."""
         if self._file is None:
             return False
-        self._line(redacted("".join(traceback.format_exception(error))))
+        self._error(error)
         if self.world == 1:
             return False
         if self._silence() > 0.9 * self.limit:
@@ -251,6 +251,9 @@ class RankWatch:
         """A rank's log since its last start."""
         text = self._log(rank).read_text(encoding="utf-8", errors="replace")
         return text[max(0, text.rfind(" start: rank ")) :]
+
+    def _error(self, error: BaseException) -> None:
+        self._line(redacted("".join(traceback.format_exception(error))))
 
     def _line(self, text: str) -> None:
         assert self._file is not None
