@@ -21,11 +21,11 @@ import datasets
 import yaml
 from deepspeed.accelerator import get_accelerator
 
-from evaluation.catalog import TASKS, find_task
-from evaluation.tasks import read_task
-from launch.errors import UserError, looked_in, nearest
-from launch.formats import LABEL_TASKS, convert, flatten
-from launch.sources import Row
+from hift_ds.evaluation.tasks.catalog import TASKS, find_task
+from hift_ds.evaluation.tasks.loading import read_task
+from hift_ds.launch.data.formats import LABEL_TASKS, convert, flatten
+from hift_ds.launch.data.sources import Row
+from hift_ds.launch.errors import UserError, looked_in, nearest
 
 # Our name -> the harness's YAML, and the columns it reads. Its ReCoRD needs a module that transformers 5 has not.
 HARNESS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launch.errors import UserError, shown
+from hift_ds.launch.errors import UserError, shown
 
 Record = dict[str, Any]
 Place = str  # FILE:LINE, for messages

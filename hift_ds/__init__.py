@@ -3,15 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.activations import checkpoint_activations
-from hift_ds.blocks import Block, partition_model
+from hift_ds.blocks.partition import Block, partition_model
+from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.config import ConfigError, HiFTConfig
-from hift_ds.schedule import BlockSchedule
+from hift_ds.model.activations import checkpoint_activations
 
 if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine, initialize
-    from hift_ds.mezo import MeZO
-    from hift_ds.plan import plan_memory
+    from hift_ds.optim.mezo import MeZO
+    from hift_ds.planner.command import plan_memory
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
 # Loaded when they are asked for: a plan needs no DeepSpeed, and a run needs no planner.
 _LATER = {
     "HiFTEngine": "hift_ds.engine",
-    "MeZO": "hift_ds.mezo",
+    "MeZO": "hift_ds.optim.mezo",
     "initialize": "hift_ds.engine",
-    "plan_memory": "hift_ds.plan",
+    "plan_memory": "hift_ds.planner.command",
 }
 
 

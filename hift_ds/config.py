@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hift_ds.schedule import STRATEGIES
+from hift_ds.blocks.schedule import STRATEGIES
 
 SECTION = "hift"
 # Bytes; below this a slice would hold fewer elements than it wastes.

@@ -23,17 +23,17 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 
 from hift_ds import config as hift_config
-from hift_ds.activations import host_buffers
-from hift_ds.block_optimizers import BlockOptimizers
-from hift_ds.blocks import numel_of, partition_model
-from hift_ds.checkpoint_files import FileEngine
-from hift_ds.lion import Lion
-from hift_ds.memory import Held, Ledger, count, device_total
-from hift_ds.optimizers import has_fused, is_elementwise
-from hift_ds.placement import place_state
-from hift_ds.saving import SavingEngine
-from hift_ds.schedule import BlockSchedule
-from hift_ds.zero import (
+from hift_ds.blocks.partition import numel_of, partition_model
+from hift_ds.blocks.schedule import BlockSchedule
+from hift_ds.checkpoint.engine import SavingEngine
+from hift_ds.checkpoint.files import FileEngine
+from hift_ds.model.activations import host_buffers
+from hift_ds.optim.lion import Lion
+from hift_ds.optim.properties import has_fused, is_elementwise
+from hift_ds.state.ledger import Held, Ledger, count, device_total
+from hift_ds.state.placement import place_state
+from hift_ds.zero.block_optimizers import BlockOptimizers
+from hift_ds.zero.optimizers import (
     PlainBlockOptimizer,
     UnfusedBlockOptimizer,
     Zero3BlockOptimizer,

@@ -1,11 +1,11 @@
-"""Fine-tune a model with HiFT, or with another method (launch/methods.py).
+"""Fine-tune a model with HiFT, or with another method (launch/methods/table.py).
 
     deepspeed [--num_gpus N] launch/train.py --config configs/NAME.yaml [--set KEY=VALUE]... [--resume [auto]]
     python launch/train.py ...                     the same in one process
 
-Reads one YAML (launch/settings.py), writes one folder (launch/outputs.py). Exit codes: 0 done, 2 the settings, the
+Reads one YAML (launch/config), writes one folder (launch/runtime/outputs.py). Exit codes: 0 done, 2 the settings, the
 data or the folder need a change (said in one message, nothing was overwritten), 75 stopped by a signal, the last step
-saved (launch/preemption.py: continue with --resume), 76 a rank died or hung (launch/ranks.py).
+saved (launch/runtime/preemption.py: continue with --resume), 76 a rank died or hung (launch/runtime/ranks.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# So that the script runs from a checkout: Python puts launch/ on the path, the packages are one level above.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# `deepspeed launch/train.py` puts launch/ on the path; the package hift_ds is one level above.
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from deepspeed import comm as dist
@@ -32,24 +33,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
 
 import hift_ds
-from hift_ds import checkpoint
-from hift_ds import loss as losses
-from hift_ds.checkpoint import Checkpoint, CheckpointError
-from hift_ds.optimizers import has_fused
-from launch import credentials, extensions, logs, models, outputs
-from launch.adapters import ADAPTERS
-from launch.batch_loss import summed_loss
-from launch.data import Data, collate, load_data, trained_tokens, window_batches
-from launch.determinism import deterministic
-from launch.errors import UserError
-from launch.export import export_model
-from launch.held_out import evaluate
-from launch.methods import METHODS, schedule_factor
-from launch.plain import make_plain_engine
-from launch.preemption import STOPPED, Preemption, Stopped
-from launch.ranks import RANK_LOST, RankWatch, join
-from launch.settings import Settings, load_settings
-from launch.skipped import SkippedSteps
+from hift_ds.checkpoint import store
+from hift_ds.checkpoint.store import Checkpoint, CheckpointError
+from hift_ds.launch.callbacks.held_out import evaluate
+from hift_ds.launch.callbacks.skipped import SkippedSteps
+from hift_ds.launch.config import credentials
+from hift_ds.launch.config.settings import Settings, load_settings
+from hift_ds.launch.data.loading import Data, collate, load_data, trained_tokens, window_batches
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.methods.adapters import ADAPTERS
+from hift_ds.launch.methods.plain import make_plain_engine
+from hift_ds.launch.methods.table import METHODS, schedule_factor
+from hift_ds.launch.model import loading
+from hift_ds.launch.model.batch_loss import summed_loss
+from hift_ds.launch.model.export import export_model
+from hift_ds.launch.runtime import extensions, logs, outputs
+from hift_ds.launch.runtime.determinism import deterministic
+from hift_ds.launch.runtime.preemption import STOPPED, Preemption, Stopped
+from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch, join
+from hift_ds.model import loss as losses
+from hift_ds.optim.properties import has_fused
 
 
 def train(
@@ -171,10 +174,10 @@ def run_settings(
         logs.say(rank, f"{folder}: this run has done its {settings.training.max_steps} steps; nothing to do.")
         return
     outputs.check_writable(folder)
-    tokenizer = models.load_tokenizer(settings.model)
+    tokenizer = loading.load_tokenizer(settings.model)
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=settings.training.seed)
-    config = models.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
-    models.check_length(config, *data.longest(settings.training.max_new_tokens))
+    config = loading.load_config(settings.model, tokenizer, len(data.report["labels"] or ()) or None)
+    loading.check_length(config, *data.longest(settings.training.max_new_tokens))
     ticks = schedule_ticks(settings, config)
     identity = outputs.identity(settings, world, data)
     recorded = outputs.check_same_run(folder, identity) if resume and outputs.has_checkpoint(folder) else {}
@@ -185,7 +188,7 @@ def run_settings(
         logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
     logs.say(rank, logs.data_report(data))
     set_seed(settings.training.seed)
-    engine = make_engine(models.load_model(settings.model, config, settings.dtype), settings, ticks)
+    engine = make_engine(loading.load_model(settings.model, config, settings.dtype), settings, ticks)
     if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
         raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
     lock = outputs.claim(folder) if rank == 0 else None
@@ -262,7 +265,7 @@ def schedule_ticks(settings: Settings, config: Any) -> int:
     if not method.block_wise:
         return method.schedule_ticks(settings.training.max_steps, 1, 1)
     hift = hift_ds.HiFTConfig.from_dict(settings.deepspeed["hift"])
-    skeleton = models.skeleton(settings.model, config)
+    skeleton = loading.skeleton(settings.model, config)
     try:
         blocks = hift_ds.partition_model(
             skeleton, hift.layers_per_block, hift.freeze, hift.max_block_numel, hift.balance
@@ -321,7 +324,7 @@ def save_checkpoint(engine: Any, settings: Settings, steps: int) -> None:
         ) from None
     if dist.get_rank() == 0:
         try:
-            checkpoint.prune(folder, training.keep_last, training.keep_every)
+            store.prune(folder, training.keep_last, training.keep_every)
         except (CheckpointError, OSError) as error:  # what cannot be deleted now is tried again after the next
             logs.warn(f"an old checkpoint in {folder} could not be deleted: {error}")
 
@@ -352,7 +355,7 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
 
 def reasons_of_all(reasons: list[str]) -> list[str]:
     """What asked the ranks to stop: one that heard nothing itself knows it from the others."""
-    return sorted({reason for own in checkpoint.gather(reasons) for reason in own})
+    return sorted({reason for own in store.gather(reasons) for reason in own})
 
 
 class Parser(argparse.ArgumentParser):
@@ -417,7 +420,8 @@ def told(error: UserError) -> int:
     return 2
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The process of ``hift-train`` and ``launch/train.py``: `main`, then its exit."""
     sys.excepthook = credentials.print_redacted
     code = main()
     if code == RANK_LOST:
@@ -425,3 +429,7 @@ if __name__ == "__main__":
     if dist.is_initialized() and code in (0, STOPPED):
         dist.destroy_process_group()
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def plain_tokenizer() -> Any:
     """A small byte-level BPE without a chat template."""
-    from tests.data_fixtures import bpe
+    from tests.support.data_fixtures import bpe
 
     return bpe()
 
@@ -28,7 +28,7 @@ def plain_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> Any:
     """The same with the chat template ChatML, without the markers of what is trained."""
-    from tests.data_fixtures import CHATML_WITHOUT_MARKERS, bpe
+    from tests.support.data_fixtures import CHATML_WITHOUT_MARKERS, bpe
 
     return bpe(CHATML_WITHOUT_MARKERS)
 
@@ -36,7 +36,7 @@ def chat_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Publishers' folders with a few written rows, for comparisons."""
-    from tests.comparisons import write_data
+    from tests.support.comparisons import write_data
 
     return write_data(tmp_path_factory.mktemp("published"))
 
@@ -44,4 +44,4 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there is no Java; METEOR takes seconds to start."""
-    monkeypatch.setattr("evaluation.metrics.shutil", mock.Mock(which=lambda name: None))
+    monkeypatch.setattr("hift_ds.evaluation.tasks.metrics.shutil", mock.Mock(which=lambda name: None))

@@ -1,0 +1,1 @@
+"""Comparisons of training methods: settings, cells and the command."""

@@ -1,0 +1,341 @@
+"""One cell of a comparison: a method trained on a task by one seed and one learning rate, evaluated and measured.
+
+Every rank runs it alike; what it returns is the same on all ranks but for times and memory, of which rank 0's count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import functools
+import gc
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from transformers import set_seed
+
+from hift_ds.blocks.partition import numel_of
+from hift_ds.checkpoint.store import gather
+from hift_ds.evaluation.compare.planned_memory import planned_memory
+from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
+from hift_ds.evaluation.cost.flops import step_flops, trained_names
+from hift_ds.evaluation.cost.process_memory import peak_memory
+from hift_ds.evaluation.report.resampling import bootstrap_scores, interval
+from hift_ds.evaluation.tasks import metrics
+from hift_ds.evaluation.tasks.loading import Task, TaskData, TaskExample, classification_rows, few_shot, training_rows
+from hift_ds.evaluation.tasks.scoring import Predictions, average_log_likelihoods, classify, predict
+from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.encoding import encode
+from hift_ds.launch.data.loading import Data
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.methods.adapters import trained_parameters
+from hift_ds.launch.methods.table import METHODS
+from hift_ds.launch.model import loading
+from hift_ds.launch.runtime import logs
+from hift_ds.launch.runtime.determinism import deterministic
+from hift_ds.launch.train import cycle_steps, make_engine, schedule_ticks, train
+
+POINTS = 200  # of a stored loss curve
+
+
+@dataclass
+class Outcome:
+    """What a cell gave: its record for the results, and the score on the validation part that rates are chosen by."""
+
+    record: dict[str, Any]
+    dev_score: float | None = None  # higher is better
+
+
+class Cells:
+    """Runs cells of a comparison; what they share is loaded once.
+
+    `progress` is called after each step and each batch that is evaluated.
+    """
+
+    def __init__(self, comparison: Comparison, machine: str, progress: Callable[[], object]):
+        self.comparison, self.progress = comparison, progress
+        self.tokenizer = loading.load_tokenizer(comparison.model)
+        self.versions = logs.versions()
+        self.machine = machine
+        rank0 = dist.get_rank() == 0  # other machines' copies of a model may have other files beside the weights
+        self.model_identity = gather(loading.identity(comparison.model) if rank0 else None)[0]
+        self._loaded: dict[str, Any] = {}
+        self._plans: dict[Any, dict[str, int] | None] = {}
+        self.classifies = comparison.model.task == "sequence-classification"
+
+    def run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
+        """Train and evaluate; with `tune` on the validation part too.
+
+        Raises:
+            NotApplicable: the method does not fit the model or the task.
+        """
+        world = dist.get_world_size()
+        settings = self.comparison.run_settings(row, budget, seed, rate, world) if row.trained else None
+        dtype = _dtype(row) if settings is None else settings.dtype
+        if not self._made_anew:
+            self._pretrained(dtype)  # before memory is measured, and random numbers are drawn
+        set_seed(seed)
+        engine, notes = None, list(data.report["notes"])
+        shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
+        if row.method == "icl" and len(shown) < row.shots:
+            notes.append(f"{row.label}: {len(shown)} demonstrations; there are no more training examples")
+        with contextlib.ExitStack() as measuring:
+            peak = measuring.enter_context(peak_memory())
+            if settings is not None:
+                engine, measured, encoded = self._train(row, settings, task, data, budget)
+                measuring.close()  # of what is trained that counts; where nothing is, answering
+                measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
+                if left_out := encoded["skipped_no_target"]:
+                    length = self.comparison.data.max_length
+                    notes.append(f"{left_out} training examples have no trained token within data.max_length {length}")
+                if measured["steps"] < (cycle := cycle_steps(engine, settings)):
+                    notes.append(f"{row.label}: a cycle takes {cycle} steps, so some blocks were not trained")
+                model = engine.module
+            else:
+                measured, encoded = _untrained(), {"truncated": 0}
+                model = self._model(task, dtype).to(get_accelerator().current_device_name())
+            dev = self._predict(task, model, data.dev, shown).values if tune and data.dev else None
+            tested = self._predict(task, model, data.test, shown)
+            losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test, shown)
+        total = sum(numel_of(p) for p in model.parameters())
+        if engine is not None:
+            engine.destroy()
+        del engine, model
+        gc.collect()
+        score = functools.partial(task.score, classified=self.classifies)
+        record = {
+            **_identity(row, task, budget, seed, self.comparison.model_name),
+            "status": "ok",
+            "reason": None,
+            **self._scores(task, data.test, tested.values),
+            **measured,
+            "truncated": {"train": encoded["truncated"], "test": tested.truncated},
+            "test_cut": "end" if self.classifies else "beginning",
+            "total_parameters": total,
+            "peak_memory": peak.above,
+            "peak_memory_kind": peak.kind,
+            "learning_rate": rate or None,
+            "versions": self.versions,
+            "git": self.versions["git"],
+            "data_sha256": {part: data.report[part]["sha256"] for part in ("train", "dev", "test")},
+            "ranks": world,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "machine": self.machine,
+        }
+        missing = [name for name in task.metrics if name not in record["metrics"]]
+        record["notes"] = notes + [f"{name} is missing: {metrics.MISSING[name]}" for name in missing]
+        dev_score = None
+        if losses:
+            record["metrics"]["answer_loss"] = statistics.fmean(losses[-len(data.test) :])
+        if dev is not None:
+            # Greedy answers of a small model are nearly all wrong; how likely the right ones are tells rates apart.
+            dev_score = -statistics.fmean(losses[: len(data.dev)]) if losses else score(dev, data.dev)[task.metrics[0]]
+        return Outcome(record, dev_score)
+
+    def not_run(self, row: Row, task: Task, budget: Budget, seed: int, status: str, reason: str) -> dict[str, Any]:
+        """The record of a cell that has no result."""
+        identity = _identity(row, task, budget, seed, self.comparison.model_name)
+        return {**identity, "status": status, "reason": reason, "versions": self.versions, "machine": self.machine}
+
+    def why_not(self, row: Row, task: Task) -> str | None:
+        """Why a method has no result on a task with any model of this kind; None where it may have one."""
+        if self.classifies and not task.labels:
+            return f"{task.name} has no classes, and the model has a classification head"
+        if not self.classifies and not task.prompted:
+            return f"the paper has no prompt for {task.name}; it is for models with a classification head"
+        if self.classifies and not row.trained:
+            return "a new classification head knows nothing before it is trained"
+        return None
+
+    def _train(
+        self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """The engine, what was measured, and of the examples `encode`'s counts and `longest`, in tokens."""
+        rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
+        labels = list(task.labels) if self.classifies else None
+        length = self.comparison.data.max_length
+        examples, report = encode(
+            rows, self.tokenizer, labels=labels, template=False, question=False, max_length=length
+        )
+        if not examples:
+            raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
+        model = self._model(task, settings.dtype)
+        engine = make_engine(model, settings, schedule_ticks(settings, model.config))
+        recorder = _Recorder(engine, settings, self.progress)
+        only_train = Data(list(examples), [], report, None)
+        seconds = budget.seconds or math.inf
+        with deterministic(settings.training.deterministic):
+            train(engine, only_train, self.tokenizer.pad_token_id, settings, 0, recorder, seconds)  # type: ignore[arg-type]
+        return engine, recorder.measured(), report | {"longest": max(len(one.input_ids) for one in examples)}
+
+    def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
+        """For sequences of one length, the longest training example's; once for a row, a task and a length."""
+        key = (row.label, task.name, length)
+        if key not in self._plans and dist.get_rank() == 0:
+            labels = len(task.labels) if self.classifies else None
+            config = loading.load_config(self.comparison.model, self.tokenizer, labels)
+            try:
+                self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
+            except Exception as error:  # a training that is done is not lost for it
+                logs.warn(f"{task.name}, {row.label}: memory could not be planned: {error}")
+                self._plans[key] = None
+        return self._plans.get(key)
+
+    def _model(self, task: Task, dtype: str) -> Any:
+        """A fresh model; one with new weights draws them from torch's generator."""
+        if self._made_anew:
+            return self._load(task, dtype)
+        return copy.deepcopy(self._pretrained(dtype))
+
+    @property
+    def _made_anew(self) -> bool:
+        """Whether a model has new weights, which are drawn for each run."""
+        return self.classifies or self.comparison.model.config is not None
+
+    def _pretrained(self, dtype: str) -> Any:
+        """Kept as it is loaded; runs train copies of it."""
+        if dtype not in self._loaded:
+            self._loaded[dtype] = self._load(None, dtype)
+        return self._loaded[dtype]
+
+    def _load(self, task: Task | None, dtype: str) -> Any:
+        labels = len(task.labels) if task is not None and self.classifies else None
+        config = loading.load_config(self.comparison.model, self.tokenizer, labels)
+        return loading.load_model(self.comparison.model, config, dtype)
+
+    def _predict(
+        self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
+    ) -> Predictions:
+        options: dict[str, Any] = {
+            "batch_size": self.comparison.evaluation.batch_size,
+            "after_batch": self.progress,
+        }
+        if self.classifies:
+            return classify(task, model, self.tokenizer, examples, **options)
+        return predict(task, model, self.tokenizer, examples, demonstrations=shown, **options)
+
+    def _answer_losses(
+        self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
+    ) -> list[float]:
+        """Of tasks with written answers: for each example the mean loss of the reference answer's tokens."""
+        if self.classifies or not task.max_new_tokens:
+            return []
+        before = few_shot(shown)
+        pairs = [(before + one.prompt, one.completion) for one in examples]
+        size, length = self.comparison.evaluation.batch_size, getattr(model.config, "max_position_embeddings", None)
+        means, _ = average_log_likelihoods(model, self.tokenizer, pairs, size, length, self.progress)
+        return [-value for value in means]
+
+    def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
+        score = functools.partial(task.score, classified=self.classifies)
+        found, headline = score(values, examples), task.metrics[0]
+        # Answers to one question are one thing to draw. In an order of their own: seeds that share their test examples
+        # then share the resamples, too, and averages over seeds are as uncertain as the examples make them.
+        units: dict[str, list[int]] = {}
+        for index, one in enumerate(examples):
+            units.setdefault(one.question or f"{one.fingerprint} {one.where}", []).append(index)
+        members = [units[key] for key in sorted(units)]
+
+        def of_units(drawn: Sequence[int]) -> float:
+            indices = [index for unit in drawn for index in members[unit]]
+            some, about = [values[i] for i in indices], [examples[i] for i in indices]
+            return score(some, about, headline_only=True)[headline]
+
+        replicates = bootstrap_scores(of_units, len(members), self.comparison.evaluation.bootstrap, seed=task.name)
+        return {
+            "metric": headline,
+            "score": found[headline],
+            "n": len(examples),
+            "metrics": found,
+            "interval": list(interval(replicates)),
+            "bootstrap": [round(value, 6) for value in replicates],
+        }
+
+
+class _Recorder:
+    """Takes the loop's records, in place of launch/runtime/logs.py's files."""
+
+    def __init__(self, engine: Any, settings: Settings, progress: Callable[[], object]):
+        self.engine, self.settings, self.progress = engine, settings, progress
+        self.records: list[dict[str, Any]] = []
+        self.trained, self.at_once = _trained(engine, settings)
+        self.flops = 0.0
+        self._known: dict[Any, tuple[float, float]] = {}
+        self._active = trained_names(engine.module)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.records.append({key: value for key, value in record.items() if key != "memory"})
+        self.flops += self._flops(record)
+        self._active = trained_names(self.engine.module)
+        self.progress()
+
+    def _flops(self, record: dict[str, Any]) -> float:
+        key = self._active  # as it was before the step
+        if key not in self._known:  # FLOPs a token, and in the head a predicted token
+            count = functools.partial(step_flops, self.engine, self.settings, key)
+            self._known[key] = (count(1, 0), count(0, 1))
+        return self._known[key][0] * record["tokens"] + self._known[key][1] * record["trained_tokens"]
+
+    def measured(self) -> dict[str, Any]:
+        records = self.records
+        losses = [record["loss"] for record in records if record["loss"] is not None]  # None: it was not finite
+        seconds, tokens, curve = 0.0, 0, []
+        every = max(1, len(records) // POINTS)
+        for record in records:
+            seconds, tokens = seconds + record["seconds"], tokens + record["tokens"]
+            if record["step"] % every == 0 or record is records[-1]:
+                curve.append([record["step"], round(seconds, 3), tokens, record["loss"]])
+        return {
+            "steps": len(records),
+            "samples": len(records) * self.settings.training.batch_size,
+            "tokens": tokens,
+            "seconds": seconds,
+            "step_seconds": statistics.median(record["seconds"] for record in records),
+            "tokens_per_second": tokens / seconds,
+            "trained_parameters": self.trained,
+            "trained_at_once": self.at_once,
+            "flops": self.flops,
+            "loss_first": records[0]["loss"],
+            "loss_last": statistics.fmean(losses[-10:]) if losses else None,
+            "curve": curve,
+        }
+
+
+def _trained(engine: Any, settings: Settings) -> tuple[int, int]:
+    """Weights that the method trains, and the most of them in one step."""
+    now = trained_parameters(engine.module)
+    if hasattr(engine, "blocks"):
+        names = {name for block in engine.blocks for name in block.parameter_names}
+        every = sum(numel_of(p) for name, p in engine.module.named_parameters() if name in names)
+        return every, max(block.numel for block in engine.blocks)
+    if METHODS[settings.method.name].adapter is None:
+        return sum(numel_of(p) for p in engine.module.parameters()), now
+    return now, now
+
+
+def _untrained() -> dict[str, Any]:
+    nothing = dict.fromkeys(("steps", "samples", "tokens", "trained_parameters", "trained_at_once"), 0)
+    return {**nothing, "seconds": 0.0, "step_seconds": None, "tokens_per_second": None, "flops": 0.0,
+            "loss_first": None, "loss_last": None, "curve": [], "planned_memory": None}  # fmt: skip
+
+
+def _dtype(row: Row) -> str:
+    """Of the weights of a row that trains nothing."""
+    return "bfloat16" if row.sections["deepspeed"].get("bf16", {}).get("enabled") else "float32"
+
+
+def _identity(row: Row, task: Task, budget: Budget, seed: int, model: str) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "method": row.method,
+        "model": model,
+        "task": task.name,
+        "seed": seed,
+        "budget": str(budget),
+    }

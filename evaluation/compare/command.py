@@ -1,0 +1,361 @@
+"""Compare fine-tuning methods: methods x tasks x seeds x learning rates, in one process or under the launcher.
+
+    python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]... [--only ROW...]
+    deepspeed --num_gpus N --module hift_ds.evaluation.compare.command --config ...
+
+Writes into output.dir: runs.jsonl, one record a training, as soon as it is done; results.jsonl, one record a cell:
+the run of the learning rate that was best on the validation part; report.md, report.html and plots/. A rate is chosen
+with the first seed and kept for the others. Started again, it runs only what is missing.
+
+Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the settings need a change, 75 stopped by
+SIGTERM or SIGINT, 76 another rank is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from tqdm import tqdm
+
+from hift_ds.checkpoint.files import write_durably
+from hift_ds.evaluation.compare.cell import Cells, Outcome
+from hift_ds.evaluation.compare.settings import Budget, Comparison, Row, TaskEntry, load_comparison
+from hift_ds.evaluation.cost.efficiency import machine
+from hift_ds.evaluation.report.command import write_report
+from hift_ds.evaluation.report.results import RESULTS, SETTINGS
+from hift_ds.evaluation.report.wandb_report import log_report
+from hift_ds.evaluation.tasks.loading import TaskData, load_task
+from hift_ds.launch.config import credentials
+from hift_ds.launch.errors import NotApplicable, UserError
+from hift_ds.launch.runtime import extensions, logs, outputs
+from hift_ds.launch.runtime.determinism import deterministic
+from hift_ds.launch.runtime.preemption import STOPPED
+from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch, join
+from hift_ds.launch.train import Parser, told, world_of_one
+
+ATTEMPTS = 3  # a cell in which the process died as often is not tried again
+
+
+class Runs:
+    """The trainings that are done, by key; a line of runs.jsonl each, written by rank 0."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.path, self.rank = folder / "runs.jsonl", rank
+        self.begun_path = folder / "begun.jsonl"
+        self.done = {run["key"]: run for run in self._lines(self.path)}
+        self.asked: set[str] = set()  # keys of this command's trainings
+        self.tries: Counter[str] = Counter()  # by this command
+        # How often the process ended in a training without a word: begun, and not told to stop.
+        self.deaths: Counter[str] = Counter()
+        for line in self._lines(self.begun_path):
+            self.deaths[line["key"]] += -1 if line.get("stopped") else 1
+
+    def begin(self, key: str) -> str:
+        """The name of this try, for `RankWatch`."""
+        self.tries[key] += 1
+        self._append(self.begun_path, {"key": key})
+        return f"{key} {self.tries[key]}"
+
+    def stop(self, key: str) -> None:
+        self._append(self.begun_path, {"key": key, "stopped": True})
+
+    def add(self, key: str, run: dict[str, Any]) -> None:
+        self.done[key] = run
+        self._append(self.path, {"key": key, **run})
+
+    def _lines(self, path: Path) -> list[dict[str, Any]]:
+        """The whole lines of a file; the last may have been cut by a kill, and is then removed."""
+        if not path.exists():
+            return []
+        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
+        if cut and self.rank == 0:
+            write_durably(path, whole + "\n" if whole else "")  # at once: other ranks are reading it
+        found = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}:{number}: broken JSON ({error}); delete the line, and its run is done again"
+                ) from None
+        return found
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
+    """Run what is missing; all cells' records, in the order of the settings."""
+    join(comparison.rank_timeout)
+    world, remedy = dist.get_world_size(), "The same command runs what is missing."
+    watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
+    runs = Runs(comparison.folder, rank)
+    if runs.done:
+        logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")
+    dist.barrier()  # all ranks have read what rank 0 is about to add to
+    loaded = _load(comparison, watch.progress)
+    for entry, parts in zip(comparison.tasks, loaded, strict=True):
+        for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
+            logs.say(rank, f"{entry.task.name}: {note}")
+    cells = Cells(comparison, machine(), watch.progress)
+    records: list[dict[str, Any]] = []
+    total = len(comparison.budgets) * len(comparison.tasks) * len(comparison.rows) * len(comparison.seeds)
+    with tqdm(total=total, unit="cell", disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
+        for budget in comparison.budgets:
+            for entry, parts in zip(comparison.tasks, loaded, strict=True):
+                for row in comparison.rows:
+                    bar.set_postfix_str(f"{entry.task.name}, {row.label}")
+                    rates = row.learning_rates
+                    for number, seed in enumerate(comparison.seeds):
+                        tune = number == 0 and len(rates) > 1
+                        trainings = [Training(row, entry, parts[seed], budget, seed, rate, tune) for rate in rates]
+                        tried = [_one(cells, runs, watch, training, retry_failed) for training in trainings]
+                        best = _best(tried)
+                        record = {key: value for key, value in best.items() if key not in ("key", "dev_score")}
+                        if number == 0:
+                            tuning = [
+                                {"learning_rate": one.get("learning_rate"), "score": one.get("dev_score")}
+                                for one in tried
+                            ]
+                            rates = (best.get("learning_rate") or rates[0],) if best["status"] == "ok" else rates[:1]
+                        records.append(record | {"tuning": tuning})
+                        bar.update()
+                        if rank == 0:
+                            lines = "".join(json.dumps(one) + "\n" for one in records)
+                            write_durably(comparison.folder / RESULTS, lines)
+                            if bar.disable:
+                                print(_line(records[-1]), flush=True)
+    if others := len(runs.done.keys() - runs.asked):
+        kept = f"{runs.path} keeps {others} further trainings, of other settings or rows"
+        logs.say(rank, f"note: {kept}; {RESULTS} and the report are without them")
+    return records
+
+
+@dataclass(frozen=True)
+class Training:
+    """One entry of runs.jsonl: what decides a run, and its result."""
+
+    row: Row
+    entry: TaskEntry
+    data: TaskData
+    budget: Budget
+    seed: int
+    rate: float
+    tune: bool  # its score on the validation part is wanted, too
+
+    def key(self, cells: Cells) -> str:
+        """A hash of all that decides the result: a run is known again only where all of it is the same."""
+        comparison = cells.comparison
+        training = {key: value for key, value in self.row.sections["training"].items() if key != "rank_timeout"}
+        parts = {
+            "model": cells.model_identity,
+            "method": self.row.method,
+            "sections": self.row.sections | {"training": training},
+            "shots": self.row.shots if self.row.method == "icl" else None,
+            "task": self.entry.task.name,
+            "data": {part: self.data.report[part]["sha256"] for part in ("train", "dev", "test")},
+            "max_length": comparison.data.max_length,
+            "budget": str(self.budget) if self.row.trained else None,
+            "seed": self.seed,
+            "learning_rate": self.rate,
+            "tune": self.tune,
+            "bootstrap": comparison.evaluation.bootstrap,
+            "ranks": dist.get_world_size(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed: bool) -> dict[str, Any]:
+    """One training: from runs.jsonl if it is there, else run and written."""
+    key, task = one.key(cells), one.entry.task
+    runs.asked.add(key)
+    known = runs.done.get(key)
+    if known is not None and not (retry_failed and known["status"] == "failed"):
+        return known | {"label": one.row.label, "budget": str(one.budget)}  # the same run may count for several rows
+
+    def not_run(status: str, reason: str) -> dict[str, Any]:
+        return cells.not_run(one.row, task, one.budget, one.seed, status, reason)
+
+    if (reason := cells.why_not(one.row, task)) is not None:
+        run = not_run("not_applicable", reason)
+    elif runs.deaths[key] >= ATTEMPTS and not retry_failed:
+        run = not_run("failed", f"the process ended {ATTEMPTS} times in this cell without a message (out of memory?)")
+    else:
+        name = runs.begin(key)
+        train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
+        try:
+            run = _guarded(train, not_run, watch, name)
+        except KeyboardInterrupt:
+            # Else it is the launcher that ends this rank, since another one has exited.
+            if not watch.any_fails(f"{name} ") and not watch.any_lost():
+                runs.stop(key)
+            watch.stop()
+            raise
+    run |= {"learning_rate": one.rate or None}
+    runs.add(key, run)
+    return run
+
+
+def _guarded(
+    run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]], watch: RankWatch, name: str
+) -> dict[str, Any]:
+    """The record of a run, whatever happens in it.
+
+    Raises:
+        Exception: of one rank alone: the others wait for it in a collective, and would pair it with the next cell's.
+    """
+    began = time.monotonic()
+    try:
+        outcome = run()
+        return outcome.record | {"dev_score": outcome.dev_score}
+    except Exception as error:
+        place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        place_hash = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
+        if not watch.fails_everywhere(f"{name} {place_hash}", time.monotonic() - began, error):
+            print("error: not all ranks fail alike; the same command tries this cell again", file=sys.stderr)
+            raise
+        if isinstance(error, NotApplicable):
+            return not_run("not_applicable", str(error))
+        if isinstance(error, UserError):
+            return not_run("failed", str(error))
+        print(credentials.redacted(traceback.format_exc()), file=sys.stderr, flush=True)
+        reason = credentials.redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return not_run("failed", reason[:500])
+
+
+def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the best validation score; of several the first. Without an ok one, the first."""
+    ok = [run for run in tried if run["status"] == "ok"]
+    scored = [run for run in ok if run.get("dev_score") is not None and run["dev_score"] == run["dev_score"]]
+    return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
+
+
+def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[int, TaskData]]:
+    """Each task's data by seed, before anything is trained; what is wrong with several tasks is said at once."""
+    data, problems = comparison.data, []
+    loaded: list[dict[int, TaskData]] = []
+    sizes = {name: getattr(data, name) for name in ("train_examples", "dev_examples", "test_examples", "k_shot")}
+    for entry in comparison.tasks:
+        by_seed = {}
+        try:
+            for seed in comparison.seeds:
+                by_seed[seed] = load_task(entry.task, entry.path, revision=entry.revision, seed=seed, **sizes)
+                progress()
+            loaded.append(by_seed)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return loaded
+
+
+def _line(record: dict[str, Any]) -> str:
+    head = f"{record['budget']}, {record['task']}, {record['label']}, seed {record['seed']}"
+    if record["status"] != "ok":
+        return f"{head}: {record['status']} ({record['reason']})"
+    score = f"{record['metric']} {100 * record['score']:.1f} %"
+    return f"{head}: {score}, {record['steps']} steps, {record['seconds']:.1f} s"
+
+
+def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    comparison = load_comparison(arguments.config, arguments.set, world, arguments.only)
+    logs.quieten(comparison.logging, rank)
+    extensions.prepare(rank)
+    if comparison.folder.exists() and not comparison.folder.is_dir():
+        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder, or a name that is free")
+    lock = None
+    if rank == 0:
+        lock = outputs.claim(comparison.folder)
+        (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+    wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
+    with deterministic(wanted):  # all rows: the accelerator is set up for it once
+        records = compare(comparison, rank, arguments.retry_failed, watch)
+    if rank == 0:
+        write_report(records, comparison.folder, comparison.title)
+        if comparison.logging.wandb != "off":
+            logging = comparison.logging
+            log_report(
+                records,
+                comparison.folder,
+                comparison.title,
+                mode=logging.wandb,
+                project=logging.wandb_project,
+                name=logging.wandb_name,
+                config=comparison.as_dict(),
+            )
+        counts = {
+            status: sum(one["status"] == status for one in records) for status in ("ok", "not_applicable", "failed")
+        }
+        print(f"{counts['ok']} cells ok, {counts['not_applicable']} not applicable, {counts['failed']} failed")
+        print(f"report             {comparison.folder / 'report.md'}, {comparison.folder / 'report.html'}")
+    if lock is not None:
+        lock.release()
+    return int(any(one["status"] == "failed" for one in records))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code."""
+    world_of_one()
+    parser = Parser(
+        prog="python -m evaluation.compare",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="the comparison's YAML, e.g. configs/compare_tiny.yaml")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    add("--only", nargs="+", default=[], metavar="ROW", help="only rows of these labels, or methods")
+    add("--retry-failed", action="store_true", help="run cells that failed before again")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
+    try:
+        with RankWatch() as watch:
+            try:
+                return run(parser.parse_args(argv), watch)
+            except UserError as error:
+                mistake = error
+            except Exception as error:
+                if not watch.blame(error):
+                    raise
+                return RANK_LOST
+        return told(mistake)
+    except KeyboardInterrupt:
+        logs.say(
+            int(os.environ["RANK"]),
+            "stopped; finished trainings are kept, and the same command goes on. A report of what "
+            "there is: python -m evaluation.report OUT",
+        )
+        return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def command() -> None:
+    """The process of ``python -m evaluation.compare``: `main`, then its exit."""
+    sys.excepthook = credentials.print_redacted
+    code = main()
+    if code == RANK_LOST:
+        os._exit(code)  # a group that lacks a rank cannot be taken down in order
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -1,0 +1,69 @@
+"""What the planner expects of a training's memory, beside what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+import hift_ds
+from hift_ds.launch.config.settings import Settings
+
+METHODS = ("hift", "full", "lora", "mezo")  # that the planner knows
+OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "adafactor": "adafactor", "adagrad": "adagrad", "lion": "lion"}
+
+
+def planned_memory(settings: Settings, config: Any, length: int, ranks: int) -> dict[str, int] | None:
+    """The planner's bytes on the device of a rank at the peak, by category; None for what it does not plan.
+
+    Args:
+        config: the model's, of transformers.
+        length: tokens of each sequence.
+    """
+    method, hift = settings.method.name, hift_ds.HiFTConfig.from_dict(settings.deepspeed["hift"])
+    optimizer = "adamw" if method == "mezo" else _optimizer(settings)
+    if method not in METHODS or optimizer is None or method == "hift" and hift.freeze:
+        return None
+    options: dict[str, Any] = {}
+    if method == "hift":
+        options = {name: getattr(hift, name) for name in ("layers_per_block", "max_block_numel", "balance")}
+        options |= {f"offload_{name}": getattr(hift.offload, name) for name in ("device", "step")}
+        options["buffer_size"] = hift.offload.buffer_size
+    elif method == "lora":
+        options["lora_rank"] = settings.method.lora_rank
+    if method != "mezo":
+        options["zero_stage"] = settings.zero_stage
+        offloaded = settings.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        options["offload_optimizer"] = offloaded.get("device", "none")
+    precision = "mixed-hi" if method in ("hift", "mezo") else "mixed"
+    checkpointing, attention = settings.model.gradient_checkpointing, settings.model.attention
+    try:
+        plan = hift_ds.plan_memory(
+            config,
+            method=method,
+            precision="fp32" if settings.dtype == "float32" else precision,
+            optimizer=optimizer,
+            batch_size=settings.micro_batch_size,
+            seq_len=length,
+            ranks=ranks,
+            activation_checkpointing=bool(checkpointing),
+            checkpoint_offload=checkpointing == "cpu",
+            gradient_accumulation_steps=settings.accumulation,
+            loss_chunk=settings.training.loss_chunk,
+            accelerator="cpu" if get_accelerator().device_name() == "cpu" else "gpu",
+            attention="eager" if attention == "eager" else None,  # all others keep no scores
+            task=settings.model.task,
+            **options,
+        )
+    except hift_ds.ConfigError:
+        return None
+    return dict(plan.as_dict()["device"])
+
+
+def _optimizer(settings: Settings) -> str | None:
+    """The planner's name; None where it has none."""
+    section = settings.deepspeed["optimizer"]
+    kind = section["type"].lower()
+    if kind == "sgd":
+        return "sgdm" if section.get("params", {}).get("momentum") else "sgd"
+    return OPTIMIZERS.get(kind)

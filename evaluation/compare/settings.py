@@ -1,0 +1,407 @@
+"""The settings of a comparison: one YAML, checked whole before anything is loaded, in the style of launch/config.
+
+title, model_name: of the report
+model:        as in a run's YAML
+data:         {path, train_examples, dev_examples, test_examples, k_shot, max_length}
+tasks:        [sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
+methods:      [full, {name: hift, label: "HiFT, m = 4", deepspeed: {hift: {layers_per_block: 4}}}]
+seeds:        [0, 1, 2]
+budgets:      [{samples: 1024}, {seconds: 60}]      of training, for each cell
+learning_rates: [1e-5, 1e-4]                        the grid of methods without one of their own
+training, deepspeed, logging: as in a run's YAML
+evaluation:   {batch_size, shots, bootstrap}
+output:       {dir}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hift_ds.evaluation.tasks.catalog import GLUE, Task, find_task
+from hift_ds.launch.config.settings import (
+    LoggingSettings,
+    ModelSettings,
+    Settings,
+    TrainingSettings,
+    build,
+    check_settings,
+    problem_list,
+    read_yaml,
+    setting,
+    source,
+)
+from hift_ds.launch.data.sources import PUBLISHED
+from hift_ds.launch.errors import UserError, looked_in, nearest
+from hift_ds.launch.methods.table import METHODS, TRAINED
+from hift_ds.launch.model import loading
+
+UNLIMITED = 10**9  # steps, where a budget is in seconds
+ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
+SECTIONS = (
+    "title", "model", "model_name", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training",
+    "deepspeed", "evaluation", "output", "logging",
+)  # fmt: skip
+DECIDED = ("max_steps", "seed", "learning_rate", "save_every")  # training keys that the comparison sets itself
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    path: str | None = None  # a folder with the publishers' folders in it; null = from the Hub
+    train_examples: int = setting(1000, at_least=1)
+    dev_examples: int = setting(500, at_least=0)
+    test_examples: int = setting(1000, at_least=1)
+    k_shot: int | None = setting(None, at_least=1)  # examples of each class to train on and for dev, instead of theirs
+    max_length: int = setting(512, at_least=2)  # tokens of an example; training ones are cut on the right
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    batch_size: int = setting(16, at_least=1)  # sequences at a time
+    shots: int = setting(8, at_least=1)  # demonstrations of in-context learning
+    bootstrap: int = setting(500, at_least=50)  # resamples of the test examples
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    dir: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    task: Task
+    path: str | None
+    revision: str | None = None  # on the Hub
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each training may cost: samples, or seconds of training (then the learning rate must be constant)."""
+
+    samples: int | None = None
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples" if self.samples else f"{self.seconds:g} s"
+
+    def steps(self, batch_size: int) -> int:
+        return math.ceil(self.samples / batch_size) if self.samples else UNLIMITED
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with its options, as one row of the tables."""
+
+    label: str
+    method: str
+    learning_rates: tuple[float, ...]  # (0.0,) where nothing is trained
+    shots: int
+    sections: dict[str, dict]  # method, training and deepspeed, as in a run's YAML
+
+    @property
+    def trained(self) -> bool:
+        return self.method in TRAINED
+
+
+@dataclass(frozen=True)
+class Comparison:
+    title: str
+    model: ModelSettings
+    model_name: str
+    data: DataSettings
+    tasks: list[TaskEntry]
+    rows: list[Row]
+    seeds: list[int]
+    budgets: list[Budget]
+    evaluation: EvaluationSettings
+    logging: LoggingSettings
+    folder: Path
+    base: dict[str, Any]  # the sections model and logging of each run
+
+    @property
+    def rank_timeout(self) -> float:
+        """Seconds without progress after which a rank counts as lost: of the most patient row."""
+        default = TrainingSettings.rank_timeout
+        rows = [row.sections["training"] for row in self.rows if row.trained]
+        return max((training.get("rank_timeout", default) for training in rows), default=default)
+
+    def run_settings(self, row: Row, budget: Budget, seed: int, learning_rate: float, world_size: int) -> Settings:
+        """Of one training; `load_comparison` has found that they hold together."""
+        problems: list[str] = []
+        found = check_settings(self._raw(row, budget, seed, learning_rate), world_size, problems)
+        if found is None:
+            raise UserError(problem_list(row.label, problems))
+        return found
+
+    def _raw(self, row: Row, budget: Budget, seed: int, learning_rate: float) -> dict[str, Any]:
+        training = dict(row.sections["training"])
+        size = training.get("batch_size", TrainingSettings.batch_size)
+        steps = budget.steps(size) if isinstance(size, int) and size > 0 else 1  # else it is a problem of its own
+        training |= {"max_steps": steps, "seed": seed}
+        training["learning_rate"] = learning_rate
+        sections = row.sections | {"training": training, "method": row.sections["method"] | {"name": row.method}}
+        return self.base | sections | {"output": {"dir": str(self.folder)}}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "model": asdict(self.model),
+            "model_name": self.model_name,
+            "data": asdict(self.data),
+            "tasks": [{"name": one.task.name, "path": one.path, "revision": one.revision} for one in self.tasks],
+            "rows": [asdict(row) for row in self.rows],
+            "seeds": self.seeds,
+            "budgets": [str(one) for one in self.budgets],
+            "evaluation": asdict(self.evaluation),
+        }
+
+
+def load_comparison(
+    path: str, overrides: Sequence[str] = (), world_size: int = 1, only: Sequence[str] = ()
+) -> Comparison:
+    """Read the YAML at `path` with its `--set` overrides and check everything.
+
+    Args:
+        only: the rows that are wanted, by label, or by method where that is no label; none means all.
+
+    Raises:
+        UserError: with every problem found, one a line.
+    """
+    raw, problems = read_yaml(path, overrides, SECTIONS)
+    for key in raw:
+        if key not in SECTIONS:
+            problems.append(f"{key}: unknown section; expected {', '.join(SECTIONS)}{nearest(key, SECTIONS)}")
+    for key in ("model", "data", "training", "deepspeed", "evaluation", "output", "logging"):
+        if not isinstance(raw.get(key) or {}, Mapping):
+            problems.append(f"{key}: got {raw[key]!r}, expected a mapping of settings")
+            raw[key] = {}
+    problems += _decided(raw.get("training") or {}, "training")
+    data = build(DataSettings, raw.get("data") or {}, "data", problems)
+    output = build(OutputSettings, raw.get("output") or {}, "output", problems)
+    if not output.dir:
+        problems.append("output.dir: not set; expected a folder for the results, e.g. output.dir=runs/compare")
+    seeds = _numbers(raw, "seeds", [0], int, 0, problems)
+    model = build(ModelSettings, raw.get("model") or {}, "model", problems)
+    comparison = Comparison(
+        title=str(raw.get("title") or f"Comparison of fine-tuning methods ({Path(path).stem})"),
+        model=model,
+        model_name=str(raw.get("model_name") or loading.describe(model)),
+        data=data,
+        tasks=_tasks(raw, data, problems),
+        rows=_only(_rows(raw, problems), only, problems),
+        seeds=seeds,
+        budgets=_budgets(raw, problems),
+        evaluation=build(EvaluationSettings, raw.get("evaluation") or {}, "evaluation", problems),
+        logging=build(LoggingSettings, raw.get("logging") or {}, "logging", problems),
+        folder=Path(str(output.dir)).expanduser(),
+        base={key: raw[key] for key in ("model", "logging") if raw.get(key)},
+    )
+    problems += _problems_together(comparison)
+    if not problems:
+        problems += _run_problems(comparison, world_size)
+    if problems:
+        raise UserError(problem_list(source(path, overrides), list(dict.fromkeys(problems))))
+    return comparison
+
+
+def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> list[TaskEntry]:
+    found = []
+    for given in _listed(raw, "tasks", problems):
+        entry = {"name": given} if isinstance(given, str) else given
+        known = {"name", "path", "revision"}
+        good = isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and not set(entry) - known
+        if not good or not all(isinstance(entry.get(key), (str, type(None))) for key in known):
+            problems.append(f"tasks: got {given!r}; expected a task's name, or {{name: ..., path: ..., revision: ...}}")
+            continue
+        try:
+            task = find_task(entry["name"])
+        except UserError as error:
+            problems.append(f"tasks: {error}")
+            continue
+        path = entry.get("path") or _folder_of(task, data.path)
+        if path is not None and not Path(path).expanduser().exists():
+            glue = (
+                f"; {Path(path).parent / 'glue'} does not, either"
+                if task.data == GLUE and not entry.get("path")
+                else ""
+            )
+            problems.append(f"tasks: {task.name}: its folder {path!r} does not exist{looked_in(path)}{glue}")
+        revision = entry.get("revision")
+        if path is not None and revision is not None:
+            problems.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
+        found.append(TaskEntry(task, path, revision))
+    names = [one.task.name for one in found]
+    problems += [f"tasks: {name} is given twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
+    return found
+
+
+def _folder_of(task: Task, path: str | None) -> str | None:
+    """Where a task is in the folder of all data: superglue/TASK's is found in superglue, GLUE's may be in glue."""
+    if path is None:
+        return None
+    folder = Path(path).expanduser()
+    own = folder / (task.data.split("/")[0] if task.data in PUBLISHED else task.name)
+    return str(own if own.exists() or not (folder / "glue").exists() or task.data != GLUE else folder / "glue")
+
+
+def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
+    grid = _numbers(raw, "learning_rates", [1e-4], float, None, problems)
+    shots = (raw.get("evaluation") or {}).get("shots", EvaluationSettings.shots)
+    found = []
+    for given in _listed(raw, "methods", problems):
+        entry: Any = {"name": given} if isinstance(given, str) else given
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        if not isinstance(name, str):
+            problems.append(f"methods: got {given!r}; expected a method's name, or {{name: ..., label: ...}}")
+            continue
+        if name not in METHODS:
+            problems.append(f"methods: unknown method {name!r}; expected {', '.join(METHODS)}{nearest(name, METHODS)}")
+            continue
+        for key in entry:
+            if key not in ROW_KEYS:
+                expected = f"expected {', '.join(ROW_KEYS)}{nearest(str(key), ROW_KEYS)}"
+                problems.append(f"methods: {name}: unknown key {key!r}; {expected}")
+        label = str(entry.get("label") or name)
+        own = {key: entry.get(key) or {} for key in ("method", "training", "deepspeed")}
+        for key, value in own.items():
+            if not isinstance(value, Mapping):
+                problems.append(f"methods: {label}: {key}: got {value!r}, expected a mapping of settings")
+                own[key] = {}
+        problems += _decided(own["training"], f"methods: {label}: training")
+        if "name" in own["method"]:
+            problems.append(f"methods: {label}: method.name: the row's own `name` says it; remove it")
+        sections = {"method": dict(own["method"])}
+        for key in ("training", "deepspeed"):
+            sections[key] = _merged(raw.get(key) or {}, own[key])
+        own_shots = entry.get("shots", shots)
+        if "shots" in entry and (not _is_whole(own_shots) or own_shots < 1):
+            problems.append(f"methods: {label}: shots: got {own_shots!r}; expected a whole number from 1")
+        rates = _numbers(entry, "learning_rates", grid, float, None, problems, f"methods: {label}: ")
+        trained = name in TRAINED
+        if not trained and "learning_rates" in entry:
+            problems.append(f"methods: {label}: learning_rates, but {name} trains nothing; remove them")
+        found.append(Row(label, name, tuple(rates) if trained else (0.0,), own_shots, sections))
+    labels = [row.label for row in found]
+    for label in sorted(set(labels)):
+        if labels.count(label) > 1:
+            problems.append(f"methods: the label {label!r} is used twice; give each row a `label` of its own")
+    return found
+
+
+def _only(rows: list[Row], wanted: Sequence[str], problems: list[str]) -> list[Row]:
+    labels = [row.label for row in rows]
+    known = [*labels, *(row.method for row in rows)]
+    for name in wanted:
+        if name not in known:
+            expected = f"expected {'; '.join(dict.fromkeys(known))}{nearest(name, known)}"
+            problems.append(f"--only: {name!r} is neither the label of a row nor the method of one; {expected}")
+    methods = set(wanted) - set(labels)
+    return [row for row in rows if not wanted or row.label in wanted or row.method in methods]
+
+
+def _budgets(raw: Mapping[str, Any], problems: list[str]) -> list[Budget]:
+    found = []
+    for given in _listed(raw, "budgets", problems):
+        number = next(iter(given.values())) if isinstance(given, Mapping) and len(given) == 1 else None
+        good = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+        if good and "samples" in given and _is_whole(number):
+            found.append(Budget(samples=number))
+        elif good and "seconds" in given:
+            found.append(Budget(seconds=float(given["seconds"])))
+        else:
+            problems.append(f"budgets: got {given!r}; expected {{samples: 1024}} or {{seconds: 60}}")
+    names = [str(one) for one in found]
+    problems += [f"budgets: {name} is given twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
+    return found
+
+
+def _problems_together(comparison: Comparison) -> list[str]:
+    found = []
+    grids = {len(row.learning_rates) for row in comparison.rows if row.trained}
+    if len(grids) > 1:
+        sizes = ", ".join(f"{row.label} {len(row.learning_rates)}" for row in comparison.rows if row.trained)
+        found.append(f"learning_rates: every method must choose among equally many; these have {sizes}")
+    if max(grids, default=1) > 1 and comparison.data.dev_examples == 0:
+        found.append("data.dev_examples: 0, but a learning rate is chosen on them; set it, or give one learning rate")
+    without = [one.task.name for one in comparison.tasks if not one.task.has_classes]
+    if comparison.data.k_shot is not None and without:
+        found.append(
+            f"data.k_shot: {comparison.data.k_shot}, but {', '.join(without)} has no classes; remove one of them"
+        )
+    for row in comparison.rows if any(one.seconds for one in comparison.budgets) else ():
+        training, scheduler = row.sections["training"], row.sections["deepspeed"].get("scheduler")
+        wrong = {"training.lr_schedule": training.get("lr_schedule", "constant"), "deepspeed.scheduler": scheduler}
+        wrong["training.warmup_ratio"] = training.get("warmup_ratio") or None
+        found += [
+            f"budgets: seconds, but {key} is {value!r} and the number of steps is not known; use samples, or a "
+            "constant learning rate"
+            for key, value in wrong.items()
+            if value not in (None, "constant")
+        ]
+    return found
+
+
+def _run_problems(comparison: Comparison, world_size: int) -> list[str]:
+    """What launch/config/settings.py has against the run of any row."""
+    found: list[str] = []
+    for row in comparison.rows:
+        if row.trained and comparison.budgets and comparison.seeds:
+            problems: list[str] = []
+            raw = comparison._raw(row, comparison.budgets[0], comparison.seeds[0], row.learning_rates[0])
+            check_settings(raw, world_size, problems)
+            found += [problem if problem.startswith("model") else f"{row.label}: {problem}" for problem in problems]
+    return found
+
+
+def _decided(training: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}.{key}: the comparison sets it (budgets, seeds, learning_rates); remove it"
+        for key in DECIDED
+        if key in training
+    ]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(raw: Mapping[str, Any], key: str, problems: list[str]) -> list[Any]:
+    value = raw.get(key)
+    if not isinstance(value, list) or not value:
+        problems.append(f"{key}: got {value!r}; expected a list with at least one entry")
+        return []
+    return value
+
+
+def _numbers(
+    raw: Mapping[str, Any],
+    key: str,
+    default: list[Any],
+    kind: type,
+    least: int | None,
+    problems: list[str],
+    where: str = "",
+) -> list[Any]:
+    """A list of different numbers: whole ones from `least`, or any above 0."""
+    value = raw.get(key, default)
+    good = isinstance(value, list) and value and len(set(map(str, value))) == len(value)
+    for one in value if good else ():
+        is_number = isinstance(one, (int, kind)) and not isinstance(one, bool)
+        good = good and is_number and (0 < one < math.inf if least is None else one >= least)
+    if not good:
+        expected = "numbers above 0" if least is None else f"whole numbers from {least}"
+        problems.append(f"{where}{key}: got {value!r}; expected a list of different {expected}")
+        return default
+    return [kind(one) for one in value]
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,246 @@
+"""Who is timed and measured: the training methods on one model shape, each made in the same way and warmed up."""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import hift_ds
+from hift_ds.blocks.partition import numel_of
+from hift_ds.evaluation.cost.flops import step_flops, trained_names
+from hift_ds.evaluation.cost.plain_loop import PlainHiFT
+from hift_ds.launch.config.settings import Settings, check_settings, problem_list
+from hift_ds.launch.data.loading import trained_tokens
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.methods.table import METHODS, TRAINED
+from hift_ds.launch.train import loss_share, make_engine
+from hift_ds.planner.presets import PRESETS, load_config
+
+Batch = dict[str, torch.Tensor]
+
+SHAPES: dict[str, dict[str, Any]] = {  # models with random weights: the planner's, but for encoders, and a tiny one
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    **{name: shape for name, shape in PRESETS.items() if shape["model_type"] != "roberta"},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+METHOD_SECTIONS: dict[str, dict[str, Any]] = {  # the `method` section; "plain" is a loop without an engine
+    **{name: {"name": name} for name in TRAINED},
+    "badam": {"name": "badam", "badam_order": "ascending", "badam_switch_every": 10**9},
+    "kept": {"name": "hift"},
+}
+NOTES = {
+    "hift": "hift: the mean over a cycle, a step for each block.",
+    "badam": "badam: the mean over a step on each block. Its change of blocks, after every 50 steps by default, is not "
+    "timed.",
+    "galore": "galore: its projections, made anew every 200 steps by default, fall into the warm-up.",
+}
+LEARNING_RATE = 1e-4
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contestants have in common.
+
+    Attributes:
+        batch, length: examples a step, tokens an example.
+        stock: DeepSpeed's own Adam and all logits at once, for the comparison with a plain loop; else both are as
+            launch/train.py has them.
+    """
+
+    shape: str
+    dtype: str
+    stage: int
+    batch: int
+    length: int
+    stock: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass
+class Contestant:
+    """Ready to be timed.
+
+    Attributes:
+        step: forward, backward and optimizer step on a batch.
+        cycle: steps that train each part once; their costs differ, so a measurement is the mean over so many.
+        between: to be called after each step, and not timed.
+        engine, settings: None for the plain loop.
+        trained_parameters, flops: what a cycle trains, and the model FLOPs a step in its mean; known when warmed up.
+    """
+
+    step: Callable[[Batch], Any]
+    cycle: int = 1
+    between: Callable[[], Any] = lambda: None
+    engine: Any = None
+    settings: Settings | None = None
+    trained_parameters: int = 0
+    flops: float = 0.0
+
+    def warm_up(self, setup: Setup) -> None:
+        """A cycle on short batches, in which all state is made; one whose steps are alike takes a whole one too."""
+        trained: dict[str, int] = {}
+        flops = []
+        for index in range(self.cycle):
+            if self.settings is not None:
+                names = trained_names(self.engine.module)
+                trained |= {n: numel_of(p) for n, p in self.engine.module.named_parameters() if p.requires_grad}
+                predicted = setup.batch * (setup.length - 1)
+                flops.append(step_flops(self.engine, self.settings, names, setup.tokens, predicted))
+            self.step(make_batch(setup.shape, index, 1, min(8, setup.length)))
+            self.between()
+        if self.cycle == 1:
+            self.step(make_batch(setup.shape, 1, setup.batch, setup.length))
+        self.trained_parameters, self.flops = sum(trained.values()), statistics.fmean(flops or [0.0])
+
+    def destroy(self) -> None:
+        if self.engine is not None:
+            self.engine.destroy()
+
+
+def make_model(shape: str, dtype: str) -> PreTrainedModel:
+    """The same weights each time, made in `dtype` on the device; the buffers stay in fp32."""
+    torch.manual_seed(0)
+    with torch.device(get_accelerator().current_device_name()):
+        model = AutoModelForCausalLM.from_config(load_config(SHAPES[shape]), dtype=DTYPES[dtype])
+    model.config.use_cache = False
+    return model.train()
+
+
+def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:
+    """Random tokens, batch x length, and the same as labels."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, length), generator=generator)
+    ids = ids.to(get_accelerator().current_device_name())
+    return {"input_ids": ids, "labels": ids}
+
+
+def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> Settings:
+    """The settings of a run by `METHOD_SECTIONS[name]`."""
+    device = {"device": "none"} if name == "kept" else {"device": "nvme", "nvme_path": state_folder}
+    offload = {"offload": device} if name == "kept" or (name == "hift" and state_folder) else {}
+    raw = {
+        "model": {"config": {"model_type": "llama"}, "tokenizer": "byte"},  # for the checks: the model is made here
+        "method": METHOD_SECTIONS[name],
+        "training": {
+            "batch_size": setup.batch,
+            "learning_rate": LEARNING_RATE,
+            "max_grad_norm": CLIP,
+            "loss_chunk": 0 if setup.stock else None,
+        },
+        "deepspeed": {
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": setup.stage},
+            "bf16": {"enabled": setup.dtype == "bf16"},
+            "optimizer": {"type": "AdamW", "params": {"torch_adam": False} if setup.stock else {}},
+            "hift": offload,
+        },
+        "output": {"dir": "."},
+    }
+    problems: list[str] = []
+    settings = check_settings(raw, 1, problems)
+    if settings is None:
+        raise UserError(problem_list(name, problems))
+    return settings
+
+
+def make_contestant(name: str, setup: Setup, model: Any = None, state_folder: str | None = None) -> Contestant:
+    """One of `METHOD_SECTIONS`, or "plain".
+
+    Args:
+        model: from `make_model`; by default a new one.
+        state_folder: where HiFT keeps masters and optimizer state in files; by default in host memory.
+
+    Raises:
+        UserError: the method does not fit the model, or its package is not installed.
+    """
+    model = model or make_model(setup.shape, setup.dtype)
+    blocks = hift_ds.partition_model(model)
+    if name == "plain":
+        plain = PlainHiFT(
+            model,
+            [list(block.parameter_names) for block in blocks],
+            lambda named: torch.optim.AdamW([p for _, p in named], lr=LEARNING_RATE, weight_decay=0.0, foreach=True),
+            clip=CLIP,
+        )
+        return Contestant(lambda batch: plain.step([batch]), len(blocks))
+    settings = make_settings(name, setup, state_folder)
+    method = METHODS[settings.method.name]
+    engine = make_engine(model, settings, 1)
+    engine.train()
+
+    def step(batch: Batch) -> None:
+        method.step(engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch))])
+
+    contestant = Contestant(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
+    if method.engine == "badam":  # a step on each block, as in HiFT's cycle
+        contestant.cycle, contestant.between = len(blocks), engine.optimizer.switch_trainable_params
+    return contestant
+
+
+def race(
+    contestants: Mapping[str, Contestant], setup: Setup, units: int, cycle: int, stock_every: int = 1
+) -> dict[str, list[float]]:
+    """Seconds a step of each, a step each in turn on the same batches: `units` means over `cycle` steps.
+
+    Args:
+        stock_every: of a cycle, full fine-tuning takes the first step and every so many; its steps all cost the same.
+    """
+    means: dict[str, list[float]] = {name: [] for name in contestants}
+    label = f"{setup.dtype} stage {setup.stage}: {', '.join(contestants)}"
+    with tqdm(total=units * cycle, desc=label, unit="step", leave=False, disable=None) as bar:
+        for unit in range(units):
+            seconds: dict[str, list[float]] = {name: [] for name in contestants}
+            for step in range(cycle):
+                index = unit * cycle + step
+                data = make_batch(setup.shape, index, setup.batch, setup.length)
+                first = index % len(contestants)
+                for name in [*contestants][first:] + [*contestants][:first]:
+                    if name != "full" or step % stock_every == 0:
+                        seconds[name].append(timed(contestants[name].step, data))
+                        contestants[name].between()
+                bar.update()
+            for name, values in seconds.items():
+                means[name].append(statistics.fmean(values))
+    return means
+
+
+def timed(run: Callable[[Batch], Any], batch: Batch) -> float:
+    get_accelerator().synchronize()
+    start = time.perf_counter()
+    run(batch)
+    get_accelerator().synchronize()
+    return time.perf_counter() - start
+
+
+def join_world() -> None:
+    """Make this process a world of one rank."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = get_accelerator().communication_backend_name()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo" if backend == "ccl" else backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

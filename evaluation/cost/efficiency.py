@@ -1,0 +1,347 @@
+"""Step time of HiFT against stock DeepSpeed's full fine-tuning and a plain PyTorch loop, or of all training methods.
+
+    python -m evaluation.efficiency --model-shape smollm2-135m --batch 4 --length 256 --stages 0,1,2,3 --cycles 3
+    python -m evaluation.efficiency --memory          peak memory instead (peak_memory.py)
+    python -m evaluation.efficiency --methods all --memory          time, tokens a second and memory of each method
+
+All train the same model from the same weights on the same batches with AdamW or the method's own optimizer, in one
+process, a step each in turn. A step is forward, backward and optimizer step. HiFT's blocks differ in cost, so its unit
+is the mean over a whole cycle, in which each block is trained once; every number is the median of such means with their
+least and greatest. With `--methods`, the engines would not fit in memory together: full fine-tuning stays, and each
+other method is made, timed in turns with it, and gone before the next. Ratios are of what was timed side by side.
+"""
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from hift_ds.evaluation.cost import peak_memory
+from hift_ds.evaluation.cost.contestants import (
+    DTYPES,
+    NOTES,
+    SHAPES,
+    Contestant,
+    Setup,
+    join_world,
+    make_contestant,
+    race,
+)
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.methods.table import TRAINED
+from hift_ds.launch.runtime import extensions
+
+CONTESTANTS = {
+    "hift": "HiFT",
+    "kept": "HiFT without offload",
+    "full": "full fine-tuning",
+    "plain": "plain loop",
+}
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass
+class Contest:
+    """Seconds a step of each contestant, one mean for each measured cycle."""
+
+    dtype: str
+    stage: int
+    seconds: dict[str, list[float]]
+
+    def ratios(self, other: str, one: str = "hift") -> list[float]:
+        """HiFT's time, or that of `one`, divided by another's, cycle by cycle."""
+        return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
+
+
+@dataclass
+class Row:
+    """What a method costs; `reason` says why there is nothing, or no memory.
+
+    Attributes:
+        seconds: a step, one mean for each measured cycle; one a step where all steps cost the same.
+        full_seconds: full fine-tuning's, taken in turns with them.
+        ratios: of the two, one by one.
+        flops: model FLOPs a step (flops.py).
+        peak: bytes above the loaded model.
+    """
+
+    method: str
+    dtype: str
+    stage: int
+    seconds: list[float] = field(default_factory=list)
+    full_seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    tokens_per_second: float | None = None
+    trained_parameters: int | None = None
+    flops: float | None = None
+    peak: int | None = None
+    peak_ratio: float | None = None
+    reason: str | None = None
+
+
+def contest(names: Sequence[str], setup: Setup, cycles: int, stock_every: int) -> Contest:
+    """Times them side by side for `cycles` cycles, after one on short batches in which all state is made."""
+    contestants: dict[str, Contestant] = {}
+    try:
+        for name in names:
+            contestants[name] = make_contestant(name, setup)
+            contestants[name].warm_up(setup)
+        seconds = race(contestants, setup, cycles, contestants["hift"].cycle, stock_every)
+    finally:
+        for contestant in contestants.values():
+            contestant.destroy()
+    return Contest(setup.dtype, setup.stage, seconds)
+
+
+def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int, stock_every: int) -> list[Row]:
+    """A row for each method, and one for full fine-tuning, with which each is timed side by side.
+
+    Args:
+        cycles: measured ones of a method that trains block by block.
+        steps: measured ones of a method whose steps all cost the same.
+    """
+    names = list(dict.fromkeys(names if "full" in names else ["full", *names]))
+    rows = {name: Row(name, setup.dtype, setup.stage) for name in names}
+    full = _timed(rows["full"], None, setup, cycles, steps, stock_every)
+    try:
+        for name in names:
+            if name == "full":
+                continue
+            if other := _timed(rows[name], full, setup, cycles, steps, stock_every):
+                other.destroy()
+            del other
+            _free()  # before the next is made
+    finally:
+        if full is not None:
+            full.destroy()
+    del full
+    _free()  # for the processes that measure memory
+    return list(rows.values())
+
+
+def _timed(
+    row: Row, full: Contestant | None, setup: Setup, cycles: int, steps: int, stock_every: int
+) -> Contestant | None:
+    """Fills the row, side by side with full fine-tuning where that fits; returns who was timed, or None and in the row
+    the reason."""
+    contestant = None
+    with _reason_in(row):
+        contestant = make_contestant(row.method, setup)
+        contestant.warm_up(setup)
+        runners = {row.method: contestant} if full is None else {"full": full, row.method: contestant}
+        units = steps if contestant.cycle == 1 else cycles
+        _fill(row, contestant, setup, race(runners, setup, units, contestant.cycle, stock_every))
+    if row.reason and contestant is not None:
+        contestant.destroy()
+        contestant = None
+    return contestant
+
+
+@contextlib.contextmanager
+def _reason_in(row: Row) -> Iterator[None]:
+    """A method that does not fit the model, or not into the device's memory, says so in its row; the others go on."""
+    try:
+        yield
+    except UserError as error:
+        row.reason = str(error)
+    except torch.OutOfMemoryError:
+        row.reason = peak_memory.NO_ROOM
+
+
+def _free() -> None:
+    gc.collect()
+    get_accelerator().empty_cache()
+
+
+def _fill(row: Row, contestant: Contestant, setup: Setup, seconds: dict[str, list[float]]) -> None:
+    row.seconds, row.full_seconds = seconds[row.method], seconds.get("full", [])
+    if row.full_seconds:
+        row.ratios = Contest(row.dtype, row.stage, seconds).ratios("full", row.method)
+    row.tokens_per_second = setup.tokens / statistics.median(row.seconds)
+    row.trained_parameters, row.flops = contestant.trained_parameters, contestant.flops
+
+
+def add_memory(rows: Sequence[Row], setup: Setup) -> None:
+    """Fills in the peaks of the methods that were timed; full fine-tuning's comes first, as the others' measure."""
+    full: int | None = None
+    for row in sorted(rows, key=lambda row: row.method != "full"):
+        if row.reason is None:
+            with _reason_in(row):
+                row.peak = peak_memory.measure(row.method, False, setup).above
+            if row.peak is None:
+                continue
+            full = row.peak if row.method == "full" else full
+            row.peak_ratio = row.peak / full if full else None
+
+
+def machine() -> str:
+    """Kind of machine, and the versions that decide its speed."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    device = get_accelerator().device_name()
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, device {device}, "
+        f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(contests: Sequence[Contest]) -> str:
+    """A Markdown table of seconds a step and of ratios."""
+    others = [name for name in contests[0].seconds if name != "hift"]
+    head = ["precision", "stage", *(f"{CONTESTANTS[name]}, s" for name in ("hift", *others))]
+    head += [f"HiFT / {name}" for name in others]
+    rows = [
+        [
+            c.dtype,
+            str(c.stage),
+            *(spread(c.seconds[name], 3) for name in ("hift", *others)),
+            *(spread(c.ratios(name), 2) for name in others),
+        ]
+        for c in contests
+    ]
+    return markdown(head, rows)
+
+
+def methods_table(rows: Sequence[Row], memory: bool) -> str:
+    """A Markdown table of what the methods cost, with the reasons for what is missing and other remarks below it."""
+    head = ["method", "precision", "stage", "s a step", "tokens/s", "time / full", "trained parameters", "FLOPs a step"]
+    head += ["peak above the model, MiB", "memory / full"] if memory else []
+    lines = []
+    for row in rows:
+        line = [row.method, row.dtype, str(row.stage)]
+        if row.seconds:
+            line += [spread(row.seconds, 3), f"{row.tokens_per_second:.0f}"]
+            line += [spread(row.ratios, 2) if row.ratios else "n/a"]
+            line += [f"{row.trained_parameters:,}", f"{row.flops:.3g}"]
+        if row.peak is not None:
+            line += [f"{row.peak / 2**20:.1f}", "n/a" if row.peak_ratio is None else f"{row.peak_ratio:.2f}"]
+        lines.append(line + ["n/a"] * (len(head) - len(line)))
+    notes = [NOTES[name] for name in NOTES if any(row.method == name and row.seconds for row in rows)]
+    if memory and get_accelerator().device_name() == "cpu":
+        notes += ["Memory: HiFT's masters and optimizer state are in files."]
+    notes += dict.fromkeys(f"{row.method}: n/a: {row.reason}" for row in rows if row.reason)
+    return "\n".join([markdown(head, lines), "", *(f"- {note}" for note in notes)]).rstrip()
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def comma_separated(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        for value in text.split(","):
+            if value not in allowed:
+                raise argparse.ArgumentTypeError(f"{value!r}: expected some of {','.join(allowed)}")
+        return text.split(",")
+
+    return parse
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
+    return int(text)
+
+
+def methods(text: str) -> list[str]:
+    return list(TRAINED) if text == "all" else comma_separated(list(TRAINED))(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.efficiency", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--model-shape", choices=list(SHAPES), default="smollm2-135m")
+    add("--batch", type=positive, default=4, help="examples a step")
+    add("--length", type=positive, default=256, help="tokens an example")
+    add("--methods", type=methods, help=f"all, or some of {','.join(TRAINED)}: what each costs, against full")
+    add(
+        "--against",
+        type=comma_separated([name for name in CONTESTANTS if name != "hift"]),
+        help="full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state left on the device "
+        "(default: full,plain)",
+    )
+    add(
+        "--stages",
+        type=comma_separated([str(s) for s in STAGES]),
+        help="of ZeRO (default: 0,1,2,3; of --methods 0)",
+    )
+    add("--dtypes", type=comma_separated(list(DTYPES)), help="default: fp32,bf16; of --methods fp32")
+    add("--cycles", type=positive, default=1, help="measured cycles; a cycle is a step for each block")
+    add("--steps", type=positive, default=8, help="with --methods: measured steps where all steps cost the same")
+    add("--stock-every", type=positive, default=4, help="time full fine-tuning in every N-th step of a cycle only")
+    add("--memory", action="store_true", help="peak memory instead of step time; with --methods beside it (Linux)")
+    add("--json", type=Path, help="also write all numbers to this file")
+    options = parser.parse_args(arguments)
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.methods and options.against:
+        parser.error("--against: not with --methods, which are all compared to full fine-tuning; remove one of them")
+    options.against = options.against or ["full", "plain"]
+    options.stages = list(map(int, options.stages or ("0" if options.methods else "0123")))
+    options.dtypes = options.dtypes or (["fp32"] if options.methods else ["fp32", "bf16"])
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
+    options = parse(arguments)
+    extensions.prepare(int(os.environ.get("RANK", "0")))
+    given = sys.argv[1:] if arguments is None else arguments
+    origin = f"{datetime.date.today()}: python -m evaluation.efficiency {shlex.join(given)}"
+    shape, size = options.model_shape, (options.batch, options.length)
+    sizes = f"{shape}, {options.batch} x {options.length} tokens"
+    if options.memory and not options.methods:
+        print(f"Peak memory above the loaded model on {machine()}\n{origin}\n{sizes}, fp32, AdamW", flush=True)
+        peaks = peak_memory.compare(Setup(shape, "fp32", 0, *size))
+        write_json(options.json, [origin], peaks=[asdict(p) for p in peaks])
+        print("\n" + peak_memory.table(peaks))
+        return []
+    join_world()
+    units = f"{options.cycles} cycles" + (f" or {options.steps} steps" if options.methods else "")
+    heading = [f"Step time on {machine()}", origin]
+    heading += [f"{sizes}, AdamW, median of cycle means (least to greatest) over {units}"]
+    print("\n".join(heading), flush=True)
+    rows: list[Row] = []
+    contests: list[Contest] = []
+    for dtype in options.dtypes:
+        for stage in options.stages:
+            setup = Setup(shape, dtype, stage, *size, stock=not options.methods)
+            if options.methods:
+                found = compare_methods(options.methods, setup, options.cycles, options.steps, options.stock_every)
+                if options.memory:
+                    add_memory(found, setup)
+                rows += found
+            else:
+                contests.append(contest(["hift", *options.against], setup, options.cycles, options.stock_every))
+            gc.collect()  # the engines of one contest go before those of the next come
+            # After each, so that a run that is stopped has written what it measured.
+            write_json(options.json, heading, contests=[asdict(c) for c in contests], methods=[asdict(r) for r in rows])
+    print("\n" + (methods_table(rows, options.memory) if rows else table(contests)))
+    return rows or contests
+
+
+def write_json(file: Path | None, heading: Sequence[str], **results: Sequence[dict]) -> None:
+    if file:
+        file.write_text(json.dumps({"heading": heading} | results, indent=1) + "\n")

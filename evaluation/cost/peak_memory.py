@@ -1,0 +1,115 @@
+"""Peak memory of training above the loaded model, of HiFT with its state in files and of the other methods.
+
+    python -m evaluation.efficiency --memory
+
+All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every contestant trains in a
+process of its own. What counts on a CPU is anonymous memory, sampled from the kernel's own figures: pages of mapped
+files, which the kernel writes out and drops when it needs the room, do not. On a GPU it is what the allocator had given
+out on the device, and HiFT's state is in host memory.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+import hift_ds
+from hift_ds.evaluation.cost.contestants import Setup, join_world, make_batch, make_contestant, make_model
+from hift_ds.evaluation.cost.process_memory import peak_memory
+from hift_ds.launch.errors import UserError
+
+NO_ROOM = "the device's memory is too small for it"
+
+
+@dataclass
+class Peak:
+    """Bytes of memory of one process."""
+
+    method: str
+    checkpointing: bool
+    loaded: int  # with the model, before the engine is made
+    peak: int
+
+    @property
+    def above(self) -> int:
+        return self.peak - self.loaded
+
+
+def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
+    """In a process of its own: the peak over a cycle and its first step again, three steps at least."""
+    join_world()
+    # A step on a tiny model first: what a method imports and compiles is not what its training needs.
+    with contextlib.suppress(UserError):
+        tiny = replace(setup, shape="tiny", batch=1, length=8)
+        first = make_contestant(method, tiny)
+        first.step(make_batch("tiny", 0, 1, 8))
+        first.destroy()
+        del first
+    model = make_model(setup.shape, setup.dtype)
+    if checkpointing:
+        hift_ds.checkpoint_activations(model)
+    with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
+        on_cpu = get_accelerator().device_name() == "cpu"
+        contestant = make_contestant(method, setup, model, state_folder=folder if on_cpu else None)
+        for index in range(max(3, contestant.cycle + 1)):
+            contestant.step(make_batch(setup.shape, index, setup.batch, setup.length))
+            contestant.between()
+        time.sleep(0.01)
+        contestant.destroy()
+    return Peak(method, checkpointing, peak.start, peak.highest)
+
+
+def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
+    """`train` in a new process.
+
+    Raises:
+        UserError: the device's memory was too small, or the process failed; what it had to say has gone to this one's
+            standard error.
+    """
+    arguments = [method, checkpointing, asdict(setup)]
+    # A fixed threshold: freed tensors go back to the system at once, for every contestant.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    command = [sys.executable, "-m", "hift_ds.evaluation.cost.peak_memory", json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        killed = " (killed; mostly for want of memory)" if done.returncode == -9 else ""
+        raise UserError(f"the process that measured the peak memory of {method!r} ended with {done.returncode}{killed}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found is None:
+        raise UserError(NO_ROOM)
+    return Peak(**found)
+
+
+def compare(setup: Setup) -> list[Peak]:
+    """Full fine-tuning and HiFT, without and with activation checkpointing."""
+    return [measure(method, checkpointing, setup) for checkpointing in (False, True) for method in ("full", "hift")]
+
+
+def table(peaks: list[Peak]) -> str:
+    """A Markdown table with the ratio of HiFT to full fine-tuning."""
+    rows = [
+        "| activation checkpointing | full fine-tuning, MiB | HiFT, MiB | HiFT / full |",
+        "| --- | --- | --- | --- |",
+    ]
+    for full, hift in zip(peaks[::2], peaks[1::2], strict=True):
+        named = "yes" if full.checkpointing else "no"
+        sizes = f"{full.above / 2**20:.0f} | {hift.above / 2**20:.0f}"
+        rows.append(f"| {named} | {sizes} | {hift.above / full.above:.2f} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    name, checkpoints, common = json.loads(sys.argv[1])
+    result: dict | None = None
+    try:
+        result = asdict(train(name, checkpoints, Setup(**common)))
+    except torch.OutOfMemoryError:
+        pass
+    print(json.dumps(result))

@@ -1,0 +1,1 @@
+"""MT-Bench: a model's answers, a judge's verdicts and their sums."""

@@ -1,0 +1,360 @@
+"""MT-Bench: a model's answers, a judge's verdicts on them, and the sums.
+
+    python -m evaluation.mt_bench answer --data MT_BENCH --model runs/gsm8k/model --answers hift.jsonl
+    python -m evaluation.mt_bench judge --data MT_BENCH --answers hift.jsonl full.jsonl --verdicts verdicts.jsonl \\
+        --judge-url https://api.openai.com/v1 --judge-model gpt-4 --token-limit 1000000
+    python -m evaluation.mt_bench show --verdicts verdicts.jsonl
+
+MT_BENCH is the folder of the published files, FastChat's fastchat/llm_judge/data, or a Space or dataset on the Hub that
+has them (spaces/lmsys/mt-bench has the questions alone). The judge is an OpenAI-compatible endpoint, whose key is in an
+environment variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from tqdm import tqdm
+
+from hift_ds.evaluation.mt_bench import judge, verdicts
+from hift_ds.evaluation.mt_bench.endpoint import (
+    Endpoint,
+    Message,
+    Reply,
+    checked_base_url,
+    is_loopback,
+    key_from_environment,
+)
+from hift_ds.evaluation.mt_bench.questions import (
+    PAIRWISE,
+    SINGLE,
+    TEMPERATURES,
+    Bench,
+    Question,
+    find_folder,
+    read_answers,
+    read_bench,
+    read_questions,
+)
+from hift_ds.evaluation.records import Place, Record, RecordFile, field, read_records
+from hift_ds.launch.errors import UserError
+
+EMPTY, FULL = "context", "the conversation filled the model's positions"
+MISSING = 3  # the exit code where verdicts are missing; 2 is a mistake of the user's
+
+
+# --- answers ------------------------------------------------------------------------------------------
+
+
+class Chat(Protocol):
+    """A model that answers; see `ChatModel.ask`."""
+
+    def ask(
+        self, messages: Sequence[Message], temperature: float, max_tokens: int, seed: int | None = None
+    ) -> Reply: ...
+
+
+def answer(
+    questions: Sequence[Question],
+    load: Callable[[], Chat],
+    path: Path,
+    *,
+    model_id: str,
+    max_tokens: int = 1024,
+    seed: int = 0,
+    source: dict[str, Any] | None = None,
+) -> int:
+    """Answer both turns of each question that has no answer in the file yet; the number of new answers.
+
+    The file is in the published format, one model a file. A question's answer depends on the seed and the question
+    only, so an interrupted run ends with the same answers as another one.
+
+    Args:
+        load: the model, loaded only where something is left to answer.
+        source: more of what made the answers, e.g. the model's path; a continued run must have the same.
+
+    Raises:
+        UserError: the file has answers made otherwise.
+    """
+    made_by = {"model_id": model_id, "max_new_tokens": max_tokens, "seed": seed, **(source or {})}
+    with RecordFile(path, _question_id) as file:
+        for record in file.records.values():
+            differing = [key for key, value in made_by.items() if record.get(key) != value]
+            if differing:
+                key = differing[0]
+                raise UserError(
+                    f"{path}: its answers were made with {key} {record.get(key)!r}, these settings have "
+                    f"{made_by[key]!r}; use the same, or another file"
+                )
+        for question in questions:
+            asked = file.records.get(question.id, {}).get("questions")
+            if asked not in (None, list(question.turns)):
+                raise UserError(f"{path}: its answer {question.id} is to another question; give another file")
+        waiting = [question for question in questions if question.id not in file]
+        if not waiting:
+            return 0
+        model = load()
+        bar = tqdm(waiting, desc="answers", disable=None)
+        for number, question in enumerate(bar, 1):
+            record = _answered(question, model, made_by)
+            file.add(record)
+            if bar.disable:
+                print(f"question {question.id} is answered, {number} of {len(waiting)}", flush=True)
+            for turn, ended in enumerate(record["ended"], 1):
+                if ended == EMPTY:
+                    bar.write(f"warning: question {question.id}, turn {turn}: {FULL}", file=sys.stderr)
+    return len(waiting)
+
+
+def _answered(question: Question, model: Chat, made_by: dict[str, Any]) -> Record:
+    messages: list[Message] = []
+    replies = []
+    temperature = TEMPERATURES[question.category]
+    for turn, text in enumerate(question.turns, 1):
+        messages.append({"role": "user", "content": text})
+        digest = hashlib.sha256(f"{made_by['seed']}:{question.id}:{turn}".encode()).digest()
+        seed = int.from_bytes(digest[:6], "big")
+        replies.append(model.ask(messages, temperature, made_by["max_new_tokens"], seed))
+        messages.append({"role": "assistant", "content": replies[-1].text})
+    return {
+        "question_id": question.id,
+        "answer_id": f"{made_by['model_id']}-{question.id}",
+        **made_by,
+        "temperature": temperature,
+        "questions": list(question.turns),
+        "choices": [{"index": 0, "turns": [reply.text for reply in replies]}],
+        "ended": [reply.ended for reply in replies],
+        "tstamp": round(time.time(), 3),
+    }
+
+
+def _question_id(where: Place, record: Record) -> Hashable:
+    return int(field(where, record, "question_id", int, "the question's number"))
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def _run_answer(options: argparse.Namespace) -> int:
+    folder = find_folder(options.data)
+    bench = read_bench(folder) if options.verdicts else None
+    asked = _judge(options) if options.verdicts else None  # no key is said before anything is generated
+    questions = bench.questions if bench else read_questions(folder / "question.jsonl")
+    model_id = options.model_id or Path(options.adapter or options.model).name
+    from hift_ds.evaluation.mt_bench.chat_model import ChatModel  # these take seconds to import
+    from hift_ds.launch.model.loading import files_sha256
+
+    def load() -> Chat:
+        return ChatModel(options.model, revision=options.revision, dtype=options.dtype, adapter=options.adapter)
+
+    adapter = {"adapter": options.adapter, "adapter_sha256": files_sha256(options.adapter)} if options.adapter else {}
+    source = {
+        "model": options.model,
+        "files_sha256": files_sha256(options.model),  # answers of a model that was trained on since are not its own
+        "revision": options.revision,
+        "dtype": options.dtype,
+        **adapter,
+    }
+    settings = {"max_tokens": options.max_new_tokens, "seed": options.seed}
+    new = answer(questions, load, options.answers, model_id=model_id, source=source, **settings)
+    print(f"{options.answers}: {new} new answers, {len(questions)} in all")
+    ended = [end for record in read_records(options.answers, _question_id).values() for end in record.get("ended", [])]
+    for word, meaning in (("length", "cut off"), (EMPTY, f"empty: {FULL}")):
+        if word in ended:
+            print(f"{ended.count(word)} of {len(ended)} turns are {meaning}")
+    if bench is None or asked is None:
+        return 0
+    return _judge_files(options, bench, [options.answers], SINGLE, *asked)
+
+
+def _run_judge(options: argparse.Namespace) -> int:
+    bench = read_bench(find_folder(options.data))
+    return _judge_files(options, bench, options.answers, options.mode, *_judge(options))
+
+
+def _judge(options: argparse.Namespace) -> tuple[str, Callable[[], judge.Judge]]:
+    """The judge's name, and how to get it; what is wrong with the arguments or the key is said here."""
+    if options.judge_local is not None:
+        if options.judge_url is not None or options.judge_model is not None:
+            raise UserError("--judge-local is a judge by itself; leave out --judge-url and --judge-model")
+
+        def load() -> judge.Judge:
+            from hift_ds.evaluation.mt_bench.chat_model import ChatModel
+
+            return ChatModel(options.judge_local, dtype=options.dtype)
+
+        from hift_ds.launch.model.loading import files_sha256  # takes seconds to import
+
+        digest = files_sha256(options.judge_local)
+        if digest is None:  # on the Hub
+            return options.judge_local, load
+        return f"{Path(options.judge_local).name}@{digest[:8]}", load  # many folders are named "model"
+    if options.judge_url is None or options.judge_model is None:
+        raise UserError("no judge: give --judge-url and --judge-model, or --judge-local")
+    url = checked_base_url(options.judge_url)
+    key = key_from_environment(url, options.key_env)
+    if key and url.startswith("http://") and not is_loopback(url):
+        print("warning: the key goes to this http:// URL unencrypted; use https", file=sys.stderr)
+    if options.cost_limit is not None and not (options.prompt_price or options.completion_price):
+        raise UserError("--cost-limit needs --prompt-price and --completion-price, for a million tokens")
+    limits = {"tries": options.tries, "timeout": options.timeout, "backoff": options.backoff}
+    endpoint = Endpoint(url, options.judge_model, key, extra=options.request, **limits)
+    return options.judge_model, lambda: endpoint
+
+
+def _judge_files(
+    options: argparse.Namespace,
+    bench: Bench,
+    files: Sequence[Path],
+    mode: str,
+    name: str,
+    load: Callable[[], judge.Judge],
+) -> int:
+    to_do = judge.tasks(bench, [read_answers(path) for path in files], mode, name)
+    limit = judge.SpendingLimit(options.token_limit, options.cost_limit, options.prompt_price, options.completion_price)
+    workers = 1 if options.judge_local is not None else options.workers  # it replies to one at a time anyway
+    numbers = {"workers": workers, "asks": options.asks, "max_tokens": options.judge_max_tokens}
+    outcome = judge.run(to_do, load(), options.verdicts, limit=limit, **numbers)
+    print(
+        f"{options.verdicts}: {outcome.stored} new verdicts ({outcome.failed} failed), {outcome.before} were there, "
+        f"{len(outcome.missing)} of {len(to_do)} missing"
+    )
+    if not outcome.missing:
+        return 0
+    if outcome.stopped:
+        print(f"stopped: {outcome.stopped}", file=sys.stderr)
+    for key, reason in list(outcome.missing.items())[:5]:
+        print(f"missing: question {key[0]}, turn {key[1]}, {' and '.join(key[3])}: {reason}", file=sys.stderr)
+    if len(outcome.missing) > 5:
+        print(f"missing: {len(outcome.missing) - 5} more", file=sys.stderr)
+    print("the same command continues", file=sys.stderr)
+    return MISSING
+
+
+def _run_show(options: argparse.Namespace) -> int:
+    def key_of(where: Place, record: Record) -> Hashable:
+        key = judge.verdict_key(where, record)
+        verdicts.checked(where, record)
+        return key
+
+    summary = verdicts.summarize(read_records(options.verdicts, key_of).values())
+    print(json.dumps(summary, indent=2, ensure_ascii=False) if options.json else verdicts.tables(summary))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _number(kind: type, above: float | None = None, at_least: float | None = None) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        wanted = f"above {above:g}" if above is not None else f"of at least {at_least:g}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (above is not None and value <= above) or (at_least or 0) > value:
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {noun} {wanted}")
+        return value
+
+    return parse
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
+    return value
+
+
+_DATA = "folder of the published files (question.jsonl ...), or spaces/OWNER/NAME or datasets/OWNER/NAME on the Hub"
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="python -m evaluation.mt_bench", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="answer|judge|show", parser_class=_Parser)
+
+    to_answer = commands.add_parser("answer", help="a model's answers; with --verdicts also judged", allow_abbrev=False)
+    to_answer.set_defaults(run=_run_answer)
+    add = to_answer.add_argument
+    add("--data", required=True, metavar="DATA", help=_DATA)
+    add("--model", required=True, help="a Hugging Face folder or Hub id, with a chat template")
+    add("--revision", help="of a model on the Hub")
+    add("--adapter", metavar="DIR", help="OUT/model of a run whose method cannot be merged (prefix, adapter ...) into "
+        "--model, from which it began")  # fmt: skip
+    add("--model-id", help="its name in answers and verdicts; default: the last part of --adapter or --model")
+    add("--answers", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
+    add("--max-new-tokens", type=_number(int, at_least=1), default=1024, help="for a turn (default: 1024)")
+    add("--seed", type=int, default=0, help="of what is sampled (default: 0)")
+    add("--verdicts", type=Path, metavar="FILE", help="judge the answers, too (single grading), into this file")
+    _add_judge(to_answer)
+
+    to_judge = commands.add_parser("judge", help="verdicts on answers", allow_abbrev=False)
+    to_judge.set_defaults(run=_run_judge)
+    add = to_judge.add_argument
+    add("--data", required=True, metavar="DATA", help=_DATA)
+    add("--answers", type=Path, required=True, nargs="+", metavar="FILE", help="one file for each model")
+    add("--mode", choices=(SINGLE, PAIRWISE), default=SINGLE, help="pairwise: two models, in both orders")
+    add("--verdicts", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
+    _add_judge(to_judge)
+
+    to_show = commands.add_parser("show", help="means, wins, flips", allow_abbrev=False)
+    to_show.set_defaults(run=_run_show)
+    to_show.add_argument("--verdicts", type=Path, required=True, metavar="FILE")
+    to_show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    return parser
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    count, positive, price = _number(int, at_least=1), _number(float, above=0), _number(float, at_least=0)
+    add = parser.add_argument_group("the judge").add_argument
+    add("--judge-url", metavar="URL", help="up to /v1, of an OpenAI-compatible endpoint")
+    add("--judge-model", metavar="NAME", help="the model's name there")
+    add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (default: "
+        "OPENAI_API_KEY); endpoints on this machine may go without")  # fmt: skip
+    add("--judge-local", metavar="MODEL", help="a Hugging Face folder or Hub id instead")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of local models' weights")
+    add("--judge-max-tokens", type=count, default=2048, help="of a reply (default: 2048)")
+    add("--request", type=_json_object, default={}, metavar="JSON", help="more for each request's body; null removes: "
+        '\'{"max_tokens": null, "max_completion_tokens": 4096}\'')  # fmt: skip
+    add("--workers", type=count, default=4, help="requests at a time (default: 4)")
+    add("--asks", type=count, default=3, help="times a question is asked whose replies hold no verdict (default: 3)")
+    add("--tries", type=count, default=6, help="requests for one reply on 429, 5xx, time-outs (default: 6)")
+    add("--timeout", type=positive, default=120.0, help="seconds for one reply (default: 120)")
+    add("--backoff", type=positive, default=1.0, help="seconds before the second try; doubles (default: 1)")
+    add("--token-limit", type=count, help="ask nothing more once the replies for the file have cost this many tokens")
+    add("--cost-limit", type=positive, help="the same in money")
+    add("--prompt-price", type=price, default=0.0, help="money for a million tokens of prompts")
+    add("--completion-price", type=price, default=0.0, help="money for a million tokens of replies")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code: 0, 2 (a mistake), 3 (verdicts are missing), 130 (interrupted)."""
+    try:
+        options = _parser().parse_args(argv)
+        code: int = options.run(options)
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was answered is stored, the same command continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

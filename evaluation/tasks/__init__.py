@@ -1,0 +1,1 @@
+"""The tasks: their data, prompts, predictions and metrics."""

@@ -1,0 +1,334 @@
+"""What the tasks are: the paper's templates (tables 12 and 13), metrics, classes, and where their data is from.
+
+Most tasks can be prompted, most can be classified by a model with a head, GLUE's further ones by such a model only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hift_ds.evaluation.tasks import metrics, templates
+from hift_ds.launch.data import scores
+from hift_ds.launch.data.formats import LABEL_TASKS
+from hift_ds.launch.errors import UserError, nearest
+
+GLUE = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class TaskExample:
+    """One thing to answer."""
+
+    where: str  # the row it comes from, for messages
+    prompt: str
+    completion: str  # what training teaches after the prompt
+    candidates: tuple[str, ...] = ()  # texts to choose from after the prompt; empty where an answer is written
+    label: int = -1  # the right candidate's index; -1 where an answer is written, or none is right
+    options: tuple[str, ...] = ()  # ReCoRD: the entity that each candidate stands for
+    references: tuple[Any, ...] = ()  # accepted answers: texts; DROP: tuples of spans
+    passage: str = ""  # hash of the text that the question is about; parts cut from one split share none
+    question: str = ""  # MultiRC: hash of passage and question, whose answers stay together
+    text: str = ""  # what a classifier reads; empty where the task has no classes
+    text_pair: str | None = None
+    target: int | float | None = None  # the class's id in `Task.labels`, or the number of a regression
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The prompt and its candidates; the texts where there is no prompt."""
+        if self.prompt or self.candidates:
+            return self.prompt, *self.candidates
+        return self.text, self.text_pair or ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content, up to letter case, whitespace and Unicode form."""
+        return content_hash(" ".join(unicodedata.normalize("NFKC", "\n".join(self.content)).casefold().split()))
+
+
+Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[TaskExample]], dict[str, float]]  # the second: what is right
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is made of.
+
+    `data` is its name in launch/, or its id on the Hub, whose columns files at a path have, too (parquet, JSONL or CSV,
+    a file for each split): see `columns`; or they are the publisher's own (evaluation/tasks/publishers.py).
+    `metrics` names the values of `metric`; the first is the headline. What `metric` leaves out of them is missing here,
+    for the reason in `metrics.MISSING`.
+    """
+
+    name: str
+    data: str
+    metric: Metric
+    metrics: tuple[str, ...] = ("accuracy",)
+    headline: Metric | None = None  # the first of them alone, for resamples, where the others take long
+    subset: str | None = None  # the Hub's configuration
+    columns: str = ""  # of sets that launch/ does not know
+    convert: templates.Convert | None = None  # for those: a row in launch's columns
+    test_split: str | None = None  # null: validation, else test
+    published: tuple[str, str] | None = None  # the publisher's own names of the files to train and test on
+    grouped: bool = False  # held-out rows with the same prompt are one example with all their references
+    max_new_tokens: int = 0  # of a written answer; 0 for tasks with candidates
+    stop: str | None = None  # text that ends a written answer
+    labels: tuple[str, ...] = ()  # classes by their ids, for a model with a head; () where there are none
+    regression: bool = False  # the head gives a number; its one label is the number's name
+    prompted: bool = True  # whether there is a template
+
+    @property
+    def has_classes(self) -> bool:
+        return bool(self.labels) and not self.regression
+
+    def score(
+        self,
+        predictions: Sequence[Any],
+        examples: Sequence[TaskExample],
+        *,
+        classified: bool | None = None,
+        headline_only: bool = False,
+    ) -> dict[str, float]:
+        """The metrics of predictions.
+
+        Args:
+            predictions: indices of candidates, or texts where `max_new_tokens` is not 0; `classified`: ids of `labels`,
+                or numbers where it is a regression.
+            classified: whether they come from a model with a head; None = where the task cannot be prompted.
+            headline_only: whether the first metric is enough.
+        """
+        if not examples or len(predictions) != len(examples):
+            raise ValueError(f"{self.name}: {len(predictions)} predictions for {len(examples)} examples")
+        if classified is None:
+            classified = not self.prompted
+        if classified and not self.labels or not classified and not self.prompted:
+            raise ValueError(f"{self.name}: {classified=}, but {self.labels=} and {self.prompted=}")
+        metric = self.headline if headline_only and self.headline else self.metric
+        return metric(predictions, [one.target if classified else one.label for one in examples], examples)
+
+
+def _labels(metric: Callable[..., dict[str, float]]) -> Metric:
+    return lambda predictions, truths, _: metric(predictions, truths)
+
+
+def _multirc(predictions: Sequence[Any], truths: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.multirc(predictions, truths, [one.question for one in examples])
+
+
+def _record(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    chosen = [one.options[index] for index, one in zip(predictions, examples, strict=True)]
+    return metrics.answers_match(chosen, [one.references for one in examples])
+
+
+def _squad(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.answers_match(predictions, [one.references for one in examples])
+
+
+def _drop(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.drop(predictions, [one.references for one in examples])
+
+
+def _e2e(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.e2e(predictions, [one.references for one in examples])
+
+
+def _bleu(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    return metrics.bleu(predictions, [one.references for one in examples])
+
+
+def _gsm8k(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+    score = scores.number_match(predictions, [one.references[0] for one in examples])
+    return {score.metric: score.value}
+
+
+_accuracy = _labels(metrics.accuracy)
+_QA = {"metrics": ("f1", "exact_match"), "max_new_tokens": 50, "stop": "\n"}
+
+
+def _published(
+    name: str, data: str, metric: Metric = _accuracy, metrics: tuple[str, ...] = ("accuracy",), **options: Any
+) -> Task:
+    """A task whose rows launch/ knows."""
+    labels = LABEL_TASKS[data].labels if data in LABEL_TASKS else ()
+    return Task(name, data, metric, metrics, labels=labels, **options)
+
+
+def _filled_in(
+    name: str,
+    data: str,
+    template: str,
+    columns: tuple[str, ...],
+    label: str,
+    words: dict[str, str],
+    also: str = "",
+    **options: Any,
+) -> Task:
+    """A task with a template of table 12. `words` has a label word for each class, in the order of the ids."""
+    ids = ", ".join(f"{i} {one}" for i, one in enumerate(words))
+    return Task(
+        name,
+        data,
+        _accuracy,
+        columns=f"{', '.join(columns)}, {label} ({ids}{also})",
+        convert=templates.filled_in(template, columns, label, tuple(words.values())),
+        labels=tuple(words),
+        **options,
+    )
+
+
+def _glue(
+    name: str,
+    columns: tuple[str, ...],
+    metric: Callable[..., dict[str, float]],
+    metrics: tuple[str, ...],
+    labels: tuple[str, ...],
+) -> Task:
+    """A classification of GLUE for which the paper has no template."""
+    return Task(
+        name,
+        GLUE,
+        _labels(metric),
+        metrics,
+        subset=name,
+        columns=f"{', '.join(columns)}, label ({', '.join(f'{i} {one}' for i, one in enumerate(labels))})",
+        convert=templates.labelled(columns, "label", len(labels)),
+        labels=labels,
+        prompted=False,
+    )
+
+
+_PAIR = ("sentence1", "sentence2")
+_NLI_WORDS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
+
+TASKS = {
+    task.name: task
+    for task in (
+        _published("sst2", "sst2"),
+        _filled_in(
+            "sst5",
+            "SetFit/sst5",
+            "{0} It was [MASK] .",
+            ("text",),
+            "label",
+            {
+                "very negative": "terrible",
+                "negative": "bad",
+                "neutral": "okay",
+                "positive": "good",
+                "very positive": "great",
+            },
+            test_split="test",
+        ),
+        _filled_in(
+            "snli",
+            "stanfordnlp/snli",
+            "{0} ? [MASK] , {1}",
+            ("premise", "hypothesis"),
+            "label",
+            _NLI_WORDS,
+            ", -1 none",
+        ),
+        _filled_in(
+            "mnli",
+            GLUE,
+            "{0} ? [MASK] , {1}",
+            ("premise", "hypothesis"),
+            "label",
+            _NLI_WORDS,
+            subset="mnli",
+            test_split="validation_matched",
+        ),
+        _filled_in(
+            "trec",
+            "CogComp/trec",
+            "[MASK] : {0}",
+            ("text",),
+            "coarse_label",
+            {
+                "abbreviation": "Expression",
+                "entity": "Entity",
+                "description": "Description",
+                "human": "Human",
+                "location": "Location",
+                "number": "Number",
+            },
+            test_split="test",
+        ),
+        _published("rte", "superglue/rte"),
+        _published("boolq", "superglue/boolq"),
+        _published("cb", "superglue/cb", _labels(metrics.accuracy_and_macro_f1), ("accuracy", "f1_macro")),
+        _published("copa", "superglue/copa"),
+        _published("multirc", "superglue/multirc", _multirc, ("f1a", "exact_match", "accuracy")),
+        _published("record", "superglue/record", _record, ("f1", "exact_match")),
+        _published("wic", "superglue/wic"),
+        _published("wsc", "superglue/wsc"),
+        Task(
+            "squad",
+            "rajpurkar/squad",
+            _squad,
+            columns="title, context, question, answers {text: [...]}",
+            convert=templates.squad,
+            **_QA,  # type: ignore[arg-type]
+        ),
+        Task(
+            "drop",
+            "ucinlp/drop",
+            _drop,
+            columns="passage, question, answers_spans {spans: [...]}; or answer and validated_answers",
+            convert=templates.drop,
+            **_QA,  # type: ignore[arg-type]
+        ),
+        Task(
+            "e2e",
+            "tuetschek/e2e_nlg",
+            _e2e,
+            metrics.E2E,
+            headline=_bleu,
+            columns="meaning_representation, human_reference; or mr, ref",
+            convert=templates.e2e,
+            test_split="test",
+            published=("trainset", "testset_w_refs"),
+            grouped=True,
+            max_new_tokens=100,
+            stop="\n",
+        ),
+        _published("gsm8k", "gsm8k", _gsm8k, ("exact_match",), max_new_tokens=320),
+        _glue("cola", ("sentence",), metrics.matthews, ("matthews",), ("unacceptable", "acceptable")),
+        _glue("mrpc", _PAIR, metrics.accuracy_and_f1, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
+        _glue("wnli", _PAIR, metrics.accuracy, ("accuracy",), ("not_entailment", "entailment")),
+        _glue("qnli", ("question", "sentence"), metrics.accuracy, ("accuracy",), ("entailment", "not_entailment")),
+        _glue(
+            "qqp",
+            ("question1", "question2"),
+            metrics.accuracy_and_f1,
+            ("accuracy", "f1"),
+            ("not_duplicate", "duplicate"),
+        ),
+        Task(
+            "stsb",
+            GLUE,
+            _labels(metrics.correlations),
+            ("spearman", "pearson"),
+            subset="stsb",
+            columns="sentence1, sentence2, label (0 to 5, how similar they are)",
+            convert=templates.rated(_PAIR, "label", 5),
+            labels=("score",),
+            regression=True,
+            prompted=False,
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name."""
+    if name.lower() not in TASKS:
+        raise UserError(f"unknown task {name!r}; expected {', '.join(TASKS)}{nearest(name.lower(), TASKS)}")
+    return TASKS[name.lower()]
+
+
+def content_hash(text: str) -> str:
+    """Hexadecimal SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

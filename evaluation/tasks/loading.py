@@ -1,0 +1,273 @@
+"""The tasks that methods are compared on, with their data: parts by seed, no test example in training.
+
+As in MeZO (Malladi et al. 2023), a seed draws 1,000 examples to train on, 500 to choose by (`dev`) and 1,000 to test.
+Files and published rows are read by launch/, which also trains; evaluation/tasks/scoring.py makes the predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hift_ds.checkpoint.files import sha256_of
+from hift_ds.evaluation.tasks.catalog import TASKS, Task, TaskExample, content_hash, find_task
+from hift_ds.evaluation.tasks.parts import PARTS, divide, draw, merged, of_each_class, shares_of
+from hift_ds.evaluation.tasks.publishers import find_published
+from hift_ds.launch.data.encoding import as_question, spaced
+from hift_ds.launch.data.formats import convert, flatten
+from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
+from hift_ds.launch.errors import UserError, looked_in
+
+__all__ = [
+    "PARTS", "TASKS", "Task", "TaskData", "TaskExample", "check_disjoint", "classification_rows", "few_shot",
+    "find_task", "load_task", "training_rows",
+]  # fmt: skip
+SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
+
+
+@dataclass
+class TaskData:
+    """The parts of a task for one seed.
+
+    `report` has `task`, `seed`, `files` (path -> sha256), `test_from` (where the test part comes from), `read` (rows
+    by split), `unlabeled`, `duplicates` (dropped from training), `in_test` (dropped from training because the test
+    split has them), for each part its count and `sha256`, and `notes`: sentences for the user.
+    """
+
+    train: list[TaskExample]
+    dev: list[TaskExample]
+    test: list[TaskExample]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def demonstrations(self, k: int, seed: int) -> list[TaskExample]:
+        """k training examples for in-context learning, drawn by the seed."""
+        if k > len(self.train):
+            raise UserError(f"{k} demonstrations, but {len(self.train)} training examples; lower the number")
+        return random.Random(f"demonstrations {seed}").sample(self.train, k)
+
+
+def load_task(
+    task: Task,
+    path: str | None = None,
+    *,
+    seed: int,
+    train_examples: int = 1000,
+    dev_examples: int = 500,
+    test_examples: int = 1000,
+    k_shot: int | None = None,
+    test_split: str | None = None,
+    revision: str | None = None,
+) -> TaskData:
+    """Read a task and draw its parts; the same arguments give the same parts.
+
+    Where nothing labelled is held out, the test part is cut from the training split. Where that split has too few
+    examples for all parts that come from it, they share it. Parts from one split have no passage in
+    common, and no example of the whole test split is in the others.
+
+    Args:
+        path: the publisher's folder; for tasks that launch/ does not know also one with files of the splits in
+            `task.columns`. None = from the Hub.
+        k_shot: examples of each class to train on, and as many for `dev` unless `dev_examples` is 0, instead of the
+            two numbers.
+        test_split: the split to test on; None = the task's own, if it is there.
+        revision: git revision on the Hub.
+    """
+    wanted = {"train": train_examples, "dev": dev_examples, "test": test_examples}
+    for part, n in wanted.items():
+        least = 0 if part == "dev" else 1
+        if n < least:
+            raise UserError(f"{task.name}: {part}_examples is {n}; expected at least {least}")
+    if k_shot is not None and (k_shot < 1 or not task.has_classes):
+        raise UserError(f"{task.name}: k_shot is {k_shot}; expected at least 1, of a task with classes, or null")
+    rows, files = read_task(task, path, test_split, revision)
+    if not rows["train"]:
+        raise UserError(f"{task.name}: {path or task.data!r} has no training rows; give another path")
+    notes: list[str] = []
+    pool = _examples(task, rows["train"])
+    published = _examples(task, rows["eval"])
+    unlabeled = sum(one is None for one in (*pool, *published))
+    tested = [one for one in published if one is not None]
+    if task.grouped:
+        tested = merged(tested)
+    known = {one.fingerprint for one in tested}
+    unseen = [one for one in pool if one is not None and one.fingerprint not in known]
+    in_test = sum(one is not None for one in pool) - len(unseen)
+    kinds = [(one.fingerprint, one.completion if task.grouped else "") for one in unseen]
+    distinct = list(dict(zip(reversed(kinds), reversed(unseen), strict=True)).values())[::-1]  # the first of each
+
+    if unlabeled:
+        notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer; they are left out")
+    parts = ("train", "dev") if tested else PARTS
+    if k_shot is not None:
+        n = k_shot * len(task.labels)
+        wanted |= {"train": n, "dev": n if dev_examples else 0}
+    shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
+    if any(shares[part] < wanted[part] for part in parts):
+        notes.append(
+            f"the training split has {len(distinct)} different examples for {sum(wanted[p] for p in parts)} wanted; "
+            + ", ".join(f"{part} gets at most {shares[part]} of {wanted[part]}" for part in parts)
+        )
+    if not tested:
+        notes.append("nothing labelled is held out: the test part is cut from the training split by the seed")
+    if k_shot is None:
+        drawn = divide(distinct, shares, seed, task.grouped)
+    else:
+        held = {} if tested else divide(distinct, {"test": shares["test"], "train": len(distinct)}, seed)
+        drawn = held | of_each_class(held.get("train", distinct), k_shot, seed)
+        drawn["dev"] = drawn["dev"] if dev_examples else []
+        for part in ("train", "dev") if dev_examples else ("train",):
+            counts = Counter(one.target for one in drawn[part])
+            few = [f"{name} {counts[i]}" for i, name in enumerate(task.labels) if counts[i] < k_shot]
+            notes += [f"{part}: fewer than {k_shot} examples of {', '.join(few)}"] if few else []
+    if tested:
+        drawn["test"] = draw(tested, test_examples, f"test {seed}")
+        if len(drawn["test"]) < min(test_examples, len(tested)):
+            notes.append(f"test: {len(drawn['test'])} of {test_examples}, because questions stay whole")
+        elif len(tested) < test_examples:
+            notes.append(f"test: {test_examples} wanted, but the split has {len(tested)}; all are used")
+    for part in ("train", "test"):
+        if not drawn[part]:
+            raise UserError(
+                f"{task.name}: no example is left for {part} ({len(distinct)} different ones in the training split "
+                f"and {len(tested)} held out); raise {part}_examples, lower the others, or give more data"
+            )
+    check_disjoint(drawn["train"] + drawn["dev"], drawn["test"])
+    report = {
+        "task": task.name,
+        "seed": seed,
+        "files": files,
+        "test_from": "held-out split" if tested else "training split",
+        "read": {"train": len(pool), "test": len(published)},
+        "unlabeled": unlabeled,
+        "duplicates": len(unseen) - len(distinct),
+        "in_test": in_test,
+        **{part: {"examples": len(drawn[part]), "sha256": _sha256(drawn[part])} for part in PARTS},
+        "notes": notes,
+    }
+    return TaskData(**drawn, report=report)
+
+
+def check_disjoint(training: Iterable[TaskExample], test: Iterable[TaskExample]) -> None:
+    """Fails where a test example is in the training set (by hash of the normalized prompt)."""
+    tested = {one.fingerprint: one.where for one in test}
+    found = [(one.where, tested[one.fingerprint]) for one in training if one.fingerprint in tested]
+    if found:
+        raise UserError(
+            f"{len(found)} test examples are in the training set; the first is {found[0][0]}, which tests as "
+            f"{found[0][1]}; remove them from one side"
+        )
+
+
+def few_shot(demonstrations: Sequence[TaskExample]) -> str:
+    """Demonstrations as the text before a prompt; empty without any."""
+    return "".join(one.prompt + spaced(one.prompt, one.completion) + SEPARATOR for one in demonstrations)
+
+
+def training_rows(examples: Sequence[TaskExample]) -> list[Row]:
+    """Examples as rows of the format prompt-completion, for `launch.data.encoding.encode` (without its `question`)."""
+    for one in examples:
+        if not one.completion:
+            raise UserError(f"{one.where}: no template makes a prompt of it; train a model with a classification head")
+    return [(one.where, {"prompt": one.prompt, "completion": one.completion}) for one in examples]
+
+
+def classification_rows(examples: Sequence[TaskExample]) -> list[Row]:
+    """Examples as rows of the format text-label, for `launch.data.encoding.encode` with `labels=list(task.labels)`.
+
+    A row's label is the class's id, or a float where the task is a regression.
+    """
+    for one in examples:
+        if one.target is None:
+            raise UserError(f"{one.where}: its task has no classes; train a causal language model")
+    return [(one.where, {"text": one.text, "text_pair": one.text_pair, "label": one.target}) for one in examples]
+
+
+def read_task(
+    task: Task, path: str | None, test_split: str | None, revision: str | None
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Rows of "train" and "eval" (empty where nothing is held out), and the files' hashes."""
+    if path is None:
+        return read_hub(task.data, task.subset, revision, "train", test_split or task.test_split), {}
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"{task.name}: {path!r} does not exist{looked_in(path)}")
+    published = find_published(task, place, test_split)
+    if published is not None:
+        read, parts = published
+        found_rows = {part: read(file) for part, file in parts.items()}
+        return {"eval": [], **found_rows}, {str(file): sha256_of(file) for file in parts.values()}
+    kind, train, own = task.data, "train", task.test_split
+    if kind not in PUBLISHED:
+        files = {one.name for one in ([place] if place.is_file() else place.iterdir())}
+        endings = {Path(one).suffix for one in files}
+        kind = next((one for one in ("parquet", "jsonl", "csv") if not endings.isdisjoint(FILE_KINDS[one])), "jsonl")
+        if task.published and f"{task.published[0]}.{kind}" in files:
+            train, own = task.published
+    try:
+        found = find_files(kind, path, train, None, test_split or own)
+    except UserError:
+        if test_split is not None or own is None:
+            raise
+        found = find_files(kind, path, train, None, None)  # without the task's own
+    rows: dict[str, list[Row]] = {"train": [], "eval": []}
+    for part, paths in found.items():
+        for one in paths:
+            rows[part] += read_file(one, kind)
+    return rows, {str(one): sha256_of(one) for paths in found.values() for one in paths}
+
+
+def _examples(task: Task, rows: Sequence[Row]) -> list[TaskExample | None]:
+    """One for each row, or each answer of a nested one; None where nobody labelled it."""
+    if task.convert is not None:
+        return [_example(task, row, task.convert(row, where), where) for where, row in rows]
+    flat = [(where, one) for where, row in rows for one in flatten(task.data, row, where)]
+    made = [row for _, row in convert(task.data, "prompt-completion", {}, {"rows": flat})[0]["rows"]]
+    if task.labels:
+        read = convert(task.data, "text-label", {}, {"rows": flat})[0]["rows"]
+        made = [
+            {**one, "text": row["text"], "text_pair": row["text_pair"], "target": row["label"]}
+            for one, (_, row) in zip(made, read, strict=True)
+        ]
+    return [_example(task, row, one, where) for (where, row), one in zip(flat, made, strict=True)]
+
+
+def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where: str) -> TaskExample | None:
+    if made is None:
+        return None
+    prompt, completion, candidates = made.get("prompt", ""), made.get("completion", ""), made.get("candidates", ())
+    references = made.get("references", ())
+    if task.name == "record":
+        references = tuple(dict.fromkeys(row["answers"]))
+        if not candidates:
+            raise UserError(f"{where}: expected the passage's entities to choose from, found none")
+    elif task.name == "gsm8k":
+        prompt, references = as_question(prompt), (completion,)
+    passage = next((row[column] for column in ("passage", "paragraph", "context") if column in row), None)
+    example = TaskExample(
+        where=where,
+        prompt=prompt,
+        completion=completion,
+        candidates=candidates,
+        label=candidates.index(completion) if completion in candidates else -1,
+        options=made.get("entities", ()),
+        references=references,
+        question=content_hash(f"{passage}\n{row['question']}") if task.name == "multirc" else "",
+        text=made.get("text", ""),
+        text_pair=made.get("text_pair"),
+        target=made.get("target"),
+    )
+    return dataclasses.replace(example, passage=content_hash(passage or "\n".join(example.content)))
+
+
+def _sha256(examples: Sequence[TaskExample]) -> str:
+    contents = []
+    for one in examples:
+        content = [one.prompt, one.completion, one.candidates] if one.completion else [*one.content, one.target]
+        contents.append([*content, one.references] if set(one.references) - {one.completion} else content)
+    return content_hash("\n".join(json.dumps(one) for one in contents))

@@ -1,0 +1,1 @@
+"""Checkpoints: commit, verify, load and adopt."""

@@ -1,0 +1,1 @@
+"""The memory planner: request, simulation, accounting, search, picture and command."""

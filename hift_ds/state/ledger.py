@@ -1,0 +1,52 @@
+"""The ledger: what a run keeps in memory, counted from the live tensors."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from hift_ds.state.transfer import HostMemory
+
+PLACES = ("device", "host", "nvme")
+CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_state", "buffers")
+
+Ledger = dict[str, dict[str, int]]
+
+
+class Held(NamedTuple):
+    """A tensor that somebody keeps. ``on_host``: DeepSpeed holds it there, which a CPU accelerator does not show."""
+
+    category: str
+    tensor: torch.Tensor | None
+    on_host: bool = False
+
+
+def count(held: Iterable[Held], host: HostMemory | None) -> Ledger:
+    """Bytes by place and category. A storage that several tensors share counts once, for the first of them."""
+    ledger = {place: dict.fromkeys(CATEGORIES, 0) for place in PLACES}
+    of_ours = {buffer.data_ptr() for buffer in host.buffers} if host else set()
+    place_of_ours = "nvme" if host and host.folder else "host"
+    device_is_host = get_accelerator().device_name() == "cpu"
+    seen: set[tuple[torch.device, int]] = set()
+    for category, tensor, on_host in held:
+        if tensor is None or tensor.device.type == "meta":
+            continue
+        storage = tensor.untyped_storage()
+        address = (tensor.device, storage.data_ptr())
+        if not storage.nbytes() or address in seen:
+            continue
+        seen.add(address)
+        if storage.data_ptr() in of_ours:
+            place = place_of_ours
+        elif on_host or (tensor.device.type == "cpu" and not device_is_host):
+            place = "host"
+        else:
+            place = "device"
+        ledger[place][category] += storage.nbytes()
+    return ledger
+
+
+def device_total(ledger: Ledger) -> int:
+    """Bytes on the device, over all categories."""
+    return sum(ledger["device"].values())

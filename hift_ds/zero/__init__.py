@@ -1,0 +1,1 @@
+"""One DeepSpeed optimizer for each block, by ZeRO stage."""

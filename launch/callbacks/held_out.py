@@ -1,0 +1,111 @@
+"""Held-out examples, shared out over the ranks: the score of greedy answers or of predicted classes, else the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from transformers import PreTrainedTokenizerBase
+
+from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.encoding import EvalExample
+from hift_ds.launch.data.loading import Data, collate, collate_prompts, trained_tokens
+from hift_ds.launch.data.scores import Score
+from hift_ds.launch.model.batch_loss import summed_loss
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
+    """Score the model on the held-out examples. Every rank must call it.
+
+    Args:
+        after_batch: called on every rank after each batch, equally often.
+
+    Returns:
+        None where nothing is held out. Where the data has a score: `metric`, `score` (0 to 1), the counts `correct`,
+        `unanswered` and `n`, and `sample`: the first held-out example's `prompt`, `answer` and `expected`. Else `loss`,
+        the mean over all trained tokens in nats, and `n`.
+    """
+    if not data.eval:
+        return None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = settings.training.eval_batch_size or settings.micro_batch_size
+    mine = list(data.eval[rank::world])
+    # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples goes on with
+    # one that is then not counted.
+    n_batches = -(-len(data.eval[::world]) // size)
+    predict = _generate if settings.model.task == "causal-lm" else _classify
+    measure = _loss if data.score is None else predict
+    engine.eval()
+    results: list[Any] = []
+    for index in range(n_batches):
+        batch = mine[index * size : (index + 1) * size]
+        found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
+        results += found if batch else []
+        after_batch()
+    engine.train()
+    if data.score is None:
+        sums = torch.tensor([(0.0, 0), *results], dtype=torch.float64, device=engine.device).sum(0)
+        dist.all_reduce(sums)
+        loss, tokens = sums.tolist()
+        return {"loss": loss / tokens, "n": len(data.eval)}
+    score = _sum_over_ranks(data.score(results, mine), engine.device)
+    return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
+            "unanswered": score.unanswered, "sample": _sample(data, results[0])}  # fmt: skip
+
+
+def _loss(
+    engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[tuple[float, int]]:
+    """Of the batch as a whole: the summed loss of its trained tokens, in nats, and their number."""
+    inputs = collate(batch, tokenizer.pad_token_id)
+    loss = summed_loss(engine, inputs, settings.model.task, settings.training.loss_chunk)
+    return [(loss.item(), trained_tokens(inputs))]
+
+
+def _generate(
+    engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[str]:
+    """Greedy answers as text. Every rank makes a forward pass a token, as long as any rank still writes."""
+    inputs = {key: value.to(engine.device) for key, value in collate_prompts(batch, tokenizer.pad_token_id).items()}
+    stop = engine.module.generation_config.eos_token_id
+    tokens = engine.module.generate(  # (batch, prompt + new tokens)
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=settings.training.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+        synced_gpus=settings.zero_stage == 3 and dist.get_world_size() > 1,
+    )
+    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _classify(
+    engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[int]:
+    """Predicted label ids."""
+    inputs = {key: value.to(engine.device) for key, value in collate(batch, tokenizer.pad_token_id).items()}
+    del inputs["labels"]
+    return engine.module(**inputs).logits.argmax(dim=-1).tolist()
+
+
+def _sum_over_ranks(score: Score, device: torch.device) -> Score:
+    counts = torch.tensor([score.correct, score.n, score.unanswered], device=device)
+    dist.all_reduce(counts)
+    return Score(score.metric, *counts.tolist())
+
+
+def _sample(data: Data, prediction: Any) -> dict[str, str]:
+    """The first held-out example; the prediction that belongs to it is rank 0's first."""
+    answer = prediction if isinstance(prediction, str) else data.report["labels"][prediction]
+    return {"prompt": data.eval[0].prompt, "answer": answer, "expected": data.eval[0].reference}

@@ -1,0 +1,338 @@
+"""From rows as published or written to rows in the columns of one format:
+
+prompt-completion: `prompt`, `completion` (texts). Trained: the completion and the end-of-sequence token.
+chat: `messages` (list of {role, content}). Trained: each assistant's turn with its end-of-turn token.
+text-label: `text`, `label`, optional `text_pair`. Trained: the label (sequence classification).
+
+A user's own files have these columns, or others that `data.columns` names; of the published sets they are known here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hift_ds.launch.data import scores
+from hift_ds.launch.data.sources import Row
+from hift_ds.launch.errors import UserError, nearest, shown
+
+FORMATS = {
+    "prompt-completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text-label": ("text", "label"),
+}
+COLUMNS = ("prompt", "completion", "messages", "text", "text_pair", "label")
+
+
+# Published sets --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """A labelled set: its text columns, its labels in the order of their ids, and a label word for each.
+
+    `prompt` makes the prompt of the paper's Table 13 from a row; `texts` is what a classifier reads.
+    """
+
+    columns: tuple[str, ...]
+    prompt: Callable[[dict[str, Any]], str]
+    texts: Callable[[dict[str, Any]], tuple[str, str | None]]
+    labels: tuple[str, ...] = ("false", "true")
+    words: tuple[str, ...] = ("No", "Yes")
+
+
+LABEL_TASKS = {
+    "sst2": LabelTask(
+        columns=("sentence",),
+        prompt=lambda row: f"{row['sentence'].strip()} It was",
+        texts=lambda row: (row["sentence"].strip(), None),
+        labels=("0", "1"),
+        words=("terrible", "great"),
+    ),
+    "superglue/rte": LabelTask(
+        columns=("premise", "hypothesis"),
+        prompt=lambda row: f'{row["premise"]} Does this mean that "{row["hypothesis"]}" is true? Yes or No?',
+        texts=lambda row: (row["premise"], row["hypothesis"]),
+        labels=("entailment", "not_entailment"),
+        words=("Yes", "No"),
+    ),
+    "superglue/cb": LabelTask(
+        columns=("premise", "hypothesis"),
+        prompt=lambda row: f'Suppose {row["premise"]} Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?',
+        texts=lambda row: (row["premise"], row["hypothesis"]),
+        labels=("entailment", "contradiction", "neutral"),
+        words=("Yes", "No", "Maybe"),
+    ),
+    "superglue/boolq": LabelTask(
+        columns=("passage", "question"),
+        prompt=lambda row: f"{row['passage']} {row['question'].rstrip(' ?')}?",
+        texts=lambda row: (row["passage"], row["question"]),
+    ),
+    "superglue/wsc": LabelTask(
+        columns=("text", "span1_text", "span2_text"),
+        prompt=lambda row: (
+            f'{row["text"]} In the previous sentence, does the pronoun "{row["span2_text"]}" refer to '
+            f"{row['span1_text']}? Yes or No?"
+        ),
+        texts=lambda row: (row["text"], f"{row['span2_text']} refers to {row['span1_text']}"),
+    ),
+    "superglue/wic": LabelTask(
+        columns=("word", "sentence1", "sentence2"),
+        prompt=lambda row: (
+            f'Does the word "{row["word"]}" have the same meaning in these two sentences? Yes, No? '
+            f"{row['sentence1']} {row['sentence2']}"
+        ),
+        texts=lambda row: (f"{row['word']}: {row['sentence1']}", row["sentence2"]),
+    ),
+    "superglue/multirc": LabelTask(
+        columns=("paragraph", "question", "answer"),
+        prompt=lambda row: (
+            f'{row["paragraph"]} Question: {row["question"]} I found this answer "{row["answer"]}". '
+            "Is that correct? Yes or No?"
+        ),
+        texts=lambda row: (row["paragraph"], f"{row['question']} {row['answer']}"),
+    ),
+}
+SOLUTION_TASKS = ("arithmetic", "gsm8k")  # columns question and answer, the answer ending in `#### N`
+CHOICE_TASKS = ("superglue/copa", "superglue/record")
+
+
+def flatten(name: str, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """SuperGLUE's nested rows as flat ones, one for each thing to answer; other rows as they are."""
+    passage = row.get("passage")
+    try:
+        if name == "superglue/multirc" and isinstance(passage, dict):
+            return [
+                {
+                    "paragraph": passage["text"],
+                    "question": question["question"],
+                    "answer": answer["text"],
+                    "label": answer.get("label"),
+                }
+                for question in passage["questions"]
+                for answer in question["answers"]
+            ]
+        if name == "superglue/record" and isinstance(passage, dict):
+            return [
+                {
+                    "passage": passage["text"],
+                    "query": query["query"],
+                    "answers": [answer["text"] for answer in query.get("answers", [])],
+                    "entities": [
+                        passage["text"][entity["start"] : entity["end"] + 1] for entity in passage.get("entities", [])
+                    ],
+                }
+                for query in row["qas"]
+            ]
+        if name == "superglue/wsc" and isinstance(row.get("target"), dict):
+            return [{**row, **row["target"]}]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: not a row of {name} as published ({error!r})") from error
+    return [row]
+
+
+def _label_task_row(task: LabelTask, classify: bool, row: dict[str, Any], where: str) -> dict[str, Any]:
+    for column in task.columns:
+        text_of(row, column, where)
+    value = row.get("label")
+    spelled = str(value).lower()  # publishers write true, "true" and 1 for the same label
+    if spelled in task.labels:
+        label = task.labels.index(spelled)
+    elif spelled.isdigit() and int(spelled) < len(task.labels):
+        label = int(spelled)
+    else:
+        raise UserError(
+            f"{where}: label {shown(value)}; expected {', '.join(task.labels)} or its number. A publisher's "
+            "test part has no labels: name another split"
+        )
+    if classify:
+        text, pair = task.texts(row)
+        return {"text": text, "text_pair": pair, "label": label}
+    return {
+        "prompt": task.prompt(row),
+        "completion": task.words[label],
+        "accepted": (task.words[label],),
+        "candidates": task.words,
+    }
+
+
+def _solution_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    question, answer = text_of(row, "question", where), text_of(row, "answer", where)
+    if scores.extract_number(answer) is None:
+        raise UserError(f"{where}: the answer must end in '#### ' and a number; got {shown(answer[-80:])}")
+    return {"prompt": question, "completion": answer}
+
+
+def _copa_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    premise, *choices = (text_of(row, column, where) for column in ("premise", "choice1", "choice2"))
+    links = {"cause": "because", "effect": "so", 0: "because", 1: "so"}  # the Hub's copy has numbers
+    if row.get("question") not in links or row.get("label") not in (0, 1):
+        raise UserError(
+            f"{where}: expected question cause or effect and label 0 or 1, got "
+            f"{shown((row.get('question'), row.get('label')))}"
+        )
+    # They go on in the middle of a sentence.
+    choices = [one if one.startswith("I ") else one[:1].lower() + one[1:] for one in choices]
+    choice = choices[row["label"]]
+    prompt = f"{premise.rstrip(' .')} {links[row['question']]}"
+    return {"prompt": prompt, "completion": choice, "accepted": (choice,), "candidates": tuple(choices)}
+
+
+def _record_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The query is cut where an entity is missing; the completion is the entity and the rest of the query."""
+    passage, query = text_of(row, "passage", where), text_of(row, "query", where)
+    before, placeholder, after = query.partition("@placeholder")
+    accepted = tuple(answer + after for answer in dict.fromkeys(row.get("answers") or ()))
+    if not accepted or not placeholder:
+        raise UserError(f"{where}: expected a query with @placeholder and an answer; got {shown(query)}")
+    entities = tuple(dict.fromkeys(row.get("entities") or ()))
+    return {
+        "prompt": f"{passage} {before}".rstrip(),
+        "completion": accepted[0],
+        "accepted": accepted,
+        "candidates": tuple(entity + after for entity in entities),
+        "entities": entities,
+    }
+
+
+# Any set ---------------------------------------------------------------------------------------------
+
+
+def possible_formats(name: str) -> tuple[str, ...]:
+    """Those that `data.format` may name for `data.name`."""
+    name = name.lower()
+    if name in (*SOLUTION_TASKS, *CHOICE_TASKS):
+        return ("prompt-completion",)
+    return ("prompt-completion", "text-label") if name in LABEL_TASKS else tuple(FORMATS)
+
+
+def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: list[Row], task: str) -> str:
+    """The format that the settings name (`wanted`) or the columns show; it must fit the model's task."""
+    candidates = list(possible_formats(name))
+    if len(candidates) == len(FORMATS):  # a set whose columns are not known beforehand
+        present = sorted({column for _, row in rows for column in row})
+        for ours, theirs in columns.items():
+            if theirs not in present:
+                raise UserError(
+                    f"data.columns: {ours}: {theirs!r} is not among the columns found ({', '.join(present)})"
+                    f"{nearest(theirs, present)}"
+                )
+        mapped = {column for column in COLUMNS if columns.get(column, column) in present}
+        candidates = [one for one, needed in FORMATS.items() if mapped.issuperset(needed)]
+        if not candidates or wanted and wanted not in candidates:
+            asked = [wanted] if wanted else list(FORMATS)
+            expected = [f"{' and '.join(FORMATS[one])} ({one})" for one in asked]
+            raise UserError(
+                f"data: the columns found are {', '.join(present)}; expected {', or '.join(expected)}. Say which "
+                "column is which, as in data.columns: {prompt: question, completion: answer}"
+            )
+    if wanted:
+        candidates = [wanted]
+    classify = task == "sequence-classification"
+    fitting = [one for one in candidates if (one == "text-label") == classify]
+    if not fitting:
+        other = "causal-lm" if classify else "sequence-classification"
+        raise UserError(
+            f"data: {name!r} is {' or '.join(candidates)} here, which does not fit model.task "
+            f"{task!r}; set model.task to {other}, or give other columns with data.columns"
+        )
+    if len(fitting) > 1:
+        raise UserError(f"data.format: the columns fit {' and '.join(fitting)}; set data.format to one of them")
+    unused = set(columns) - {*FORMATS[fitting[0]], *(["text_pair"] if classify else [])}
+    if unused:
+        raise UserError(f"data.columns: {', '.join(sorted(unused))} is not used by {fitting[0]}; remove it")
+    return fitting[0]
+
+
+def convert(
+    name: str, format_: str, columns: dict[str, str], parts: dict[str, list[Row]]
+) -> tuple[dict[str, list[Row]], list[str] | None]:
+    """Rows in the format's columns, and for text-label the labels' names in the order of their ids.
+
+    Rows of sets that are scored by label words also have `accepted`, the answers that are right, and `candidates`, the
+    answers to choose from; ReCoRD's have `entities`, what each candidate stands for.
+    """
+    name = name.lower()
+    labels: list[str] | None = None
+    convert_row: Callable[[dict[str, Any], str], dict[str, Any]]
+    if name in LABEL_TASKS:
+        classify = format_ == "text-label"
+        convert_row = functools.partial(_label_task_row, LABEL_TASKS[name], classify)
+        labels = list(LABEL_TASKS[name].labels) if classify else None
+    elif name in SOLUTION_TASKS:
+        convert_row = _solution_row
+    elif name in CHOICE_TASKS:
+        convert_row = _copa_row if name == "superglue/copa" else _record_row
+    elif format_ == "text-label":
+        parts, labels = _number_labels(columns, parts)
+        convert_row = functools.partial(_text_row, columns)
+    else:
+        convert_row = functools.partial(_chat_row if format_ == "chat" else _completion_row, columns)
+    return {part: [(where, convert_row(row, where)) for where, row in rows] for part, rows in parts.items()}, labels
+
+
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        found = f"it is {shown(value)}" if column in row else f"the columns are {', '.join(row) or 'none'}"
+        raise UserError(f"{where}: expected a text in column {column!r}, but {found}")
+    return value
+
+
+def _completion_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
+    return {ours: text_of(row, columns.get(ours, ours), where) for ours in FORMATS["prompt-completion"]}
+
+
+def _chat_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
+    column = columns.get("messages", "messages")
+    messages = row.get(column)
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: expected a list of messages in column {column!r}, got {shown(messages)}")
+    if row.get("tools"):
+        raise UserError(f"{where}: tool definitions (column 'tools') are not supported; remove the column")
+    kept = []
+    for i, message in enumerate(messages, 1):
+        turn = {key: message.get(key) if isinstance(message, dict) else None for key in ("role", "content")}
+        if not all(isinstance(value, str) for value in turn.values()) or message.get("tool_calls"):
+            raise UserError(
+                f"{where}: message {i} must be {{role: text, content: text}} without tool calls; got {shown(message)}"
+            )
+        kept.append(turn)
+    return {"messages": kept}
+
+
+def _text_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
+    text, pair, label = (columns.get(ours, ours) for ours in ("text", "text_pair", "label"))
+    return {
+        "text": text_of(row, text, where),
+        "text_pair": text_of(row, pair, where) if row.get(pair) is not None else None,
+        "label": row[label],
+    }
+
+
+def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+    """Labels of a user's set as ids: whole numbers from 0 stay, names are numbered in alphabetical order."""
+    column = columns.get("label", "label")
+
+    def as_number(value: Any) -> int | None:
+        is_number = isinstance(value, int) or isinstance(value, str) and value.isascii() and value.isdigit()
+        return int(value) if is_number and int(value) >= 0 else None
+
+    values = [row.get(column) for _, row in parts["train"]]
+    numbers = any(as_number(value) is not None for value in values)
+    names = [] if numbers else sorted({value for value in values if isinstance(value, str)})
+    expected = "a whole number from 0" if numbers else f"one of the names in training ({', '.join(names[:20])})"
+    highest = 0
+    numbered: dict[str, list[Row]] = {}
+    for part, rows in parts.items():
+        numbered[part] = []
+        for where, row in rows:
+            value = row.get(column)
+            label = as_number(value) if numbers else names.index(value) if value in names else None
+            if label is None:
+                raise UserError(f"{where}: label {shown(value)} in column {column!r}; expected {expected}")
+            highest = max(highest, label)
+            numbered[part].append((where, {**row, column: label}))
+    return numbered, names or [str(i) for i in range(highest + 1)]

@@ -1,0 +1,236 @@
+"""Where rows come from: files and sets of the Hugging Face Hub, and which part of them is trained on or held out.
+
+Rows come out as they are written, each with its place for messages; launch/data/formats.py makes sense of them.
+`name` is `data.name` in lower case, except for `read_hub`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hift_ds.launch.errors import UserError, shown
+
+Row = tuple[str, dict[str, Any]]  # where it comes from (for messages), and its columns
+
+FILE_KINDS = {
+    "json": (".json", ".jsonl"),
+    "jsonl": (".jsonl", ".json"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet",),
+}
+# Home on the Hub (id, configuration); with a `path`, the publisher's own files are read instead.
+PUBLISHED = {
+    "gsm8k": ("openai/gsm8k", "main"),
+    "sst2": ("stanfordnlp/sst2", None),
+    **{
+        f"superglue/{task}": ("aps/super_glue", task)
+        for task in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
+    },
+}
+# What publishers call the part for scoring during development; `eval_split: null` looks in this order.
+VALIDATION = ("validation", "val", "dev")
+HELD_OUT = (*VALIDATION, "test")
+
+
+def find_files(
+    name: str, path: str, split: str, eval_path: str | None, eval_split: str | None
+) -> dict[str, list[Path]]:
+    """The files of "train" and, where something is held out, of "eval"; the arguments are those of `data`."""
+    suffixes = FILE_KINDS.get(name, (".tsv",) if name == "sst2" else (".jsonl",))
+    place = Path(path).expanduser()
+    if name.startswith("superglue/") and place.is_dir():
+        # The folder of the task, or the one above with a folder for each task.
+        task = name.partition("/")[2]
+        place = next((one for one in sorted(place.iterdir()) if one.is_dir() and one.name.lower() == task), place)
+    if place.is_file():
+        if name not in FILE_KINDS:
+            raise UserError(f"data.path: {str(place)!r} is a file; {name!r} wants the folder it is in")
+        if split != "train" or eval_path is None and eval_split is not None:
+            raise UserError(
+                f"data.split, data.eval_split: {split!r} and {eval_split!r}, but data.path "
+                "is one file, which has no splits; remove both and give the held-out file as data.eval_path, "
+                "or give the folder as data.path"
+            )
+        found = {"train": [place]}
+    else:
+        found = {"train": _split_files(place, split, suffixes)}
+        if not found["train"]:
+            raise _no_split("split", split, place, suffixes)
+    held_out = place if eval_path is None else Path(eval_path).expanduser()
+    if held_out.is_dir():
+        for candidate in _eval_splits(name, eval_split):
+            if files := _split_files(held_out, candidate, suffixes):
+                return {**found, "eval": files}
+        if eval_split is not None or eval_path is not None:
+            wanted = eval_split or " or ".join(HELD_OUT)
+            raise _no_split("eval_split", wanted, held_out, suffixes)
+    elif eval_path is not None:
+        return {**found, "eval": [held_out]}
+    return found
+
+
+def _split_files(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
+    """SPLIT.jsonl, or the shards SPLIT-*.jsonl as the Hub writes them."""
+    for name in _spellings(split):
+        for suffix in suffixes:
+            if (folder / f"{name}{suffix}").is_file():
+                return [folder / f"{name}{suffix}"]
+            if shards := sorted(folder.glob(f"{name}-*{suffix}")):
+                return shards
+    return []
+
+
+def _no_split(key: str, split: str, folder: Path, suffixes: Sequence[str]) -> UserError:
+    present = sorted(one.name for one in folder.iterdir())
+    listed = ", ".join(present[:10] + ["..."] * (len(present) > 10)) or "nothing"
+    return UserError(
+        f"data.{key}: no file {split} with the ending {' or '.join(suffixes)} in {str(folder)!r}, which holds "
+        f"{listed}; name a split whose file is there, or give another data.path"
+    )
+
+
+def _spellings(split: str) -> tuple[str, ...]:
+    return (split, *VALIDATION) if split in VALIDATION else (split,)
+
+
+def _eval_splits(name: str, eval_split: str | None) -> tuple[str, ...]:
+    if eval_split is not None:
+        return (eval_split,)
+    # The test parts of sst2 and of SuperGLUE are published without labels.
+    return VALIDATION if name == "sst2" or name.startswith("superglue/") else HELD_OUT
+
+
+def read_file(path: Path, name: str) -> list[Row]:
+    """The rows of a file, values exactly as they are written, each with its file and line."""
+    if path.stat().st_size == 0:
+        return []
+    if name == "parquet":
+        rows = _load_file("parquet", path).to_list()
+        return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
+    # As lines: the json and csv readers of `datasets` guess types. They turn texts that look like dates
+    # or numbers into dates and numbers, "null" into nothing, a mixed column's "false" into a truth value.
+    lines = read_lines(path)
+    if name in ("csv", "tsv", "sst2"):
+        return _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2")
+    return _parse_json(path, lines)
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+    """The lines of a text, with their ends."""
+    if path.stat().st_size == 0:
+        return []
+    return list(_load_file("text", path, encoding=encoding, keep_linebreaks=True)["text"])
+
+
+def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        # A cache of its own: no rank waits for another's lock, and no copy of the data stays behind.
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                builder,
+                data_files={"train": [str(path)]},
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as {builder}: {error.__cause__ or error}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _parse_json(path: Path, lines: Sequence[str]) -> list[Row]:
+    """JSON lines, or one list of objects."""
+    first = next((line.lstrip() for line in lines if line.strip()), "")
+    number = 0  # the line; 0 in a list, where the parser knows it
+    try:
+        if first.startswith("["):
+            rows = [(f"{path} element {i}", one) for i, one in enumerate(json.loads("".join(lines)), 1)]
+        else:
+            rows = []
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append((f"{path}:{number}", json.loads(line)))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{number or error.lineno}: broken JSON ({error.msg}, column {error.colno}); expected one "
+            "object a line, or one list of objects"
+        ) from error
+    for where, value in rows:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a JSON object with named columns, got {shown(value)}")
+    return rows
+
+
+def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bool) -> list[Row]:
+    """Rows of texts. Not `quoted`: quotation marks are ordinary characters, as in GLUE's files."""
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(
+        iter(lines),
+        delimiter=separator,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
+    rows = []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{path}:1: a column name occurs twice ({', '.join(header)}); rename one")
+        for values in reader:
+            if len(values) == len(header):
+                rows.append((f"{path}:{reader.line_num}", dict(zip(header, values, strict=True))))
+            elif values:
+                raise UserError(
+                    f"{path}:{reader.line_num}: {len(values)} values for {len(header)} columns "
+                    f"({', '.join(header)}); a value that holds the separator must be quoted"
+                )
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: broken table ({error})") from error
+    return rows
+
+
+def read_hub(
+    name: str, subset: str | None, revision: str | None, split: str, eval_split: str | None
+) -> dict[str, list[Row]]:
+    """The rows of "train" and "eval" (empty where nothing is held out); the arguments are those of `data`."""
+    published = name.lower() in PUBLISHED
+    identity, subset = PUBLISHED.get(name.lower(), (name, subset))
+    label = f"{identity} ({subset})" if subset else identity
+    remedy = "give the publisher's files as data.path" if published else f"use files ({', '.join(FILE_KINDS)})"
+    try:
+        loaded = datasets.load_dataset(identity, subset, revision=revision)
+    except ConnectionError as error:  # offline mode, too
+        raise UserError(
+            f"data.name: {name!r}: the Hugging Face Hub cannot be reached for {label}, and it is not "
+            f"in the local cache ({error}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or {remedy}"
+        ) from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"data.name: {name!r}: {label} cannot be loaded from the Hub: {error}; check data.name, "
+            f"data.subset and data.revision, or {remedy}"
+        ) from error
+    splits: dict[str, list[Row]] = {"train": [], "eval": []}
+    for part, key, asked, wanted in (
+        ("train", "split", split, (split,)),
+        ("eval", "eval_split", eval_split, _eval_splits(name.lower(), eval_split)),
+    ):
+        spellings = [spelling for one in wanted for spelling in _spellings(one)]
+        found = next((one for one in spellings if one in loaded), None)
+        if found is not None:
+            rows = loaded[found].to_list()
+            splits[part] = [(f"{label} {found} row {i}", row) for i, row in enumerate(rows, 1)]
+        elif asked is not None:
+            raise UserError(f"data.{key}: {label} has no split {asked!r}; it has {', '.join(loaded)}")
+    return splits

@@ -1,0 +1,1 @@
+"""The training methods: HiFT, full fine-tuning, adapters, MeZO and other packages."""

@@ -1,0 +1,1 @@
+"""The model and its tokenizer: loading, the loss of a batch, export."""

@@ -1,0 +1,300 @@
+"""Model and tokenizer: from the Hub, a local folder, a GGUF file, or from scratch by a config."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+import hift_ds
+from hift_ds.checkpoint.files import sha256_of
+from hift_ds.launch.errors import UserError, nearest
+from hift_ds.launch.model.tokenizer import byte_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hift_ds.launch.config.settings import ModelSettings
+
+AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+T = TypeVar("T")
+
+
+def config_problems(mapping: dict) -> list[str]:
+    """What is wrong with a `model.config` mapping; transformers would keep an unknown key without a word."""
+    rest = dict(mapping)
+    name = rest.pop("model_type")
+    if name not in CONFIG_MAPPING_NAMES:
+        hint = nearest(str(name), CONFIG_MAPPING_NAMES)
+        return [f"model.config.model_type: got {name!r}. Expected an architecture of transformers, e.g. llama{hint}"]
+    default = AutoConfig.for_model(name)
+    problems = []
+    for key in rest:
+        if not hasattr(default, key):
+            hint = nearest(key, vars(default))
+            problems.append(f"model.config.{key}: not a key of {type(default).__name__}, remove it{hint}")
+    if not problems:
+        try:
+            AutoConfig.for_model(name, **rest)
+        except Exception as error:  # transformers checks types and values with exceptions of several libraries
+            problems.append(f"model.config: {' '.join(str(error).split())}")
+    return problems
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token: where it has none, padding uses its end-of-sequence token.
+
+    Padded positions are masked in attention and loss, so the stand-in changes no number.
+
+    Raises:
+        UserError: not found, not reachable, or without both tokens.
+    """
+    if settings.tokenizer == "byte":
+        return byte_tokenizer()
+    name = settings.tokenizer or settings.name_or_path
+    assert name is not None  # settings.py saw to it
+    source = _source(*tokenizer_source(settings))
+    tokenizer = _explained(
+        "model.tokenizer" if settings.tokenizer else "model.name_or_path",
+        name,
+        lambda: AutoTokenizer.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
+    )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"model.tokenizer: {name!r} has neither a padding nor an end-of-sequence token. "
+                f"Expected a tokenizer with at least one of them."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_source(settings: ModelSettings) -> tuple[str, str | None]:
+    """Name and revision: the model's, or those of `model.tokenizer`, which may be OWNER/NAME@REVISION."""
+    if settings.tokenizer is None:
+        return str(settings.name_or_path), settings.revision
+    name, at, revision = settings.tokenizer.partition("@")
+    if not at or Path(settings.tokenizer).expanduser().exists():
+        return settings.tokenizer, None
+    return name, revision
+
+
+def load_config(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
+) -> PretrainedConfig:
+    """The model's configuration; no weight is read.
+
+    Args:
+        num_labels: classes of the data, used for sequence classification where `model.num_labels` is null.
+    """
+    if settings.config is not None:
+        given = dict(settings.config)
+        given.setdefault("vocab_size", len(tokenizer))
+        for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given.setdefault(token, getattr(tokenizer, token))
+        config = AutoConfig.for_model(given.pop("model_type"), **given)
+        if config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"model.config.vocab_size: got {config.vocab_size}, but the tokenizer has {len(tokenizer)} "
+                f"tokens. Expected at least that many, or remove the key."
+            )
+    else:
+        name = str(settings.name_or_path)
+        source = _source(name, settings.revision)
+        config = _explained(
+            "model.name_or_path",
+            name,
+            lambda: AutoConfig.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
+        )
+    if settings.task == "sequence-classification":
+        if config.pad_token_id is None:  # needed to find a text's last token
+            config.pad_token_id = tokenizer.pad_token_id
+        labels = settings.num_labels or num_labels
+        if labels is not None:
+            config.num_labels = labels
+    return config
+
+
+def identity(settings: ModelSettings) -> dict[str, Any]:
+    """What decides the model: the settings, with the hash of the files in place of a local path."""
+    parts: dict[str, Any] = asdict(settings)
+    for key in ("name_or_path", "tokenizer"):
+        parts[key] = files_sha256(parts[key] or "") or parts[key]
+    return parts
+
+
+def files_sha256(source: str) -> str | None:
+    """Of a model's file or of the files in its folder, with their names; None for a model on the Hub.
+
+    By it a model that was trained on since is another one, and a folder that was moved is the same one.
+    """
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.is_file())
+    if not source or not files:
+        return None
+    return hashlib.sha256("".join(f"{one.name} {sha256_of(one)}\n" for one in files).encode()).hexdigest()
+
+
+def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device, names and shapes only: blocks are found before a weight is loaded."""
+    with torch.device("meta"):
+        return _from_config(settings, config)
+
+
+def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """The model on the host with weights in `dtype` ("float32", "bfloat16" or "float16").
+
+    A model from scratch is drawn in fp32 whatever `dtype` says, so that one seed gives one start; DeepSpeed casts it.
+
+    Raises:
+        UserError: not found or not reachable.
+    """
+    if settings.config is not None:
+        model = _from_config(settings, config)
+    else:
+        name = str(settings.name_or_path)
+        options = _source(name, settings.revision) | _options(settings)
+        if "gguf_file" in options:
+            options["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
+        auto = AUTO_CLASSES[settings.task]
+        model = _explained(
+            "model.name_or_path",
+            name,
+            lambda: auto.from_pretrained(config=config, dtype=getattr(torch, dtype), **options),
+        )
+        _forget_gguf(model)
+    if model.can_generate():
+        _make_savable(model.generation_config)
+    model.config.use_cache = False  # no key-value cache in training; generation asks for it itself
+    if settings.gradient_checkpointing:
+        hift_ds.checkpoint_activations(model, offload=settings.gradient_checkpointing == "cpu")
+    return model
+
+
+def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
+    """Refuse examples for which the model has no positions, before its weights are loaded.
+
+    Args:
+        longest: tokens of the longest example, after `data.max_length`.
+        answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 where nothing is generated.
+
+    Raises:
+        UserError: either is more than the configuration's `max_position_embeddings`.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    problems = []
+    if positions is not None and longest > positions:
+        problems.append(
+            f"data.max_length: the longest example has {longest} tokens, but the model has {positions} positions "
+            f"(max_position_embeddings). Set data.max_length={positions} (what is longer is cut and counted), or take "
+            "a model with more."
+        )
+    if positions is not None and answered > positions:
+        problems.append(
+            f"training.max_new_tokens: the longest held-out prompt and its answer need {answered} positions, but the "
+            f"model has {positions} (max_position_embeddings). Lower training.max_new_tokens by at least "
+            f"{answered - positions}, or set data.eval_examples=0."
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without gradients and dropout, so that nothing is drawn; the model then goes on as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def describe(settings: ModelSettings) -> str:
+    """What the model is, for summaries."""
+    if settings.config is not None:
+        return f"{settings.config['model_type']} from scratch"
+    return str(settings.name_or_path)
+
+
+def _from_config(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
+    auto = AUTO_CLASSES[settings.task]
+    return _explained(
+        "model",
+        f"{settings.task} with the architecture {config.model_type}",
+        lambda: auto.from_config(copy.deepcopy(config), dtype=torch.float32, **_options(settings)),
+    )
+
+
+def _options(settings: ModelSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    return options
+
+
+def _make_savable(config: GenerationConfig) -> None:
+    """Turn sampling on where a config only makes sense with it (Llama 2's own): it could not be saved as it is."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
+def _forget_gguf(model: Any) -> None:
+    """Remove the mark of a GGUF start: the weights are plain tensors, and marked models cannot be saved."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and isinstance(quantizer.quantization_config, GgufConfig):
+        quantizer.remove_quantization_config(model)
+        del model.hf_quantizer
+
+
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """`from_pretrained`'s arguments that say where to load from."""
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser().resolve()
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    local = Path(name).expanduser()
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(local) if local.exists() else name}
+    if revision is not None:
+        source["revision"] = revision
+    return source
+
+
+def _explained(key: str, name: str, load: Callable[[], T]) -> T:
+    """`load()`, with what transformers raises for a model that is absent, unreachable or unfit turned into text."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key}: {name!r} comes with Python code of its own, without which it cannot be loaded, and that "
+                "code was not run. If you have read it and trust it, set model.trust_remote_code=true; from the Hub, "
+                "set model.revision to the commit that you have read, too."
+            ) from None
+        reason = textwrap.shorten(str(error), 600)
+        raise UserError(
+            f"{key}: {name!r} cannot be loaded. Expected a Hub id that this machine can reach or has in its cache, a "
+            f"local folder, a .gguf file, or a model.config; and an architecture that has the model.task. The reason: "
+            f"{reason}"
+        ) from None

@@ -1,0 +1,1 @@
+"""The process and its surroundings: ranks, signals, logs and output files."""

@@ -1,0 +1,40 @@
+"""Runs that repeat bit for bit on the same machine (`training.deterministic`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from hift_ds.launch.errors import UserError
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """With deterministic kernels alone, if wanted; a run must enter it before it touches the accelerator.
+
+    Raises:
+        UserError: an operation of the model has no deterministic kernel. Before anything else that is made of it.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "determin" not in str(error):
+            raise
+        raise UserError(
+            f"training.deterministic: {str(error).split(chr(10))[0]} Set training.deterministic=false, or take a model "
+            "or an attention (model.attention) without this operation."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn

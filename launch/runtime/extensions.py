@@ -1,0 +1,97 @@
+"""What may hold up a run's start for minutes among torch's C++ extensions, said: a first build, a killed one's lock.
+
+A lock file that a killed process left has to go: the next build would wait there for ever.
+
+torch makes `lock` beside an extension while it builds or loads it, and keeps the file open meanwhile
+(torch/utils/file_baton.py). DeepSpeed's own kernels are such extensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from torch.utils.cpp_extension import get_default_build_root
+
+from hift_ds.launch.runtime.logs import say, warn
+
+# Where these are, no other machine can hold a file, and this one's processes say who does.
+LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"})
+LONGEST_BUILD = 1800.0  # seconds after which a lock of an unknown holder counts as left behind
+PROCESSES = Path("/proc")
+
+
+def prepare(rank: int) -> None:
+    """Delete locks that nobody can be holding, with a word; name those about which this cannot be known.
+
+    A virtual environment gets a folder of its own for extensions, `torch_extensions` in it, where the environment
+    variable names none. Where none was built yet, say that the first ones take a while.
+    """
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        # Two environments that share a folder compile each other's kernels over again at every start.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if next(root.rglob("*.so"), None) is None:
+        say(rank, "note: DeepSpeed compiles its kernels at their first use on a machine, which can take minutes")
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]  # with the default folder, one level for Python and device
+    if not locks:
+        return
+    # One process at a time looks and deletes: another one's new lock must not be taken for the old one.
+    with contextlib.suppress(OSError), _alone(root):
+        for lock in locks:
+            _remove_if_stale(lock)
+
+
+def _remove_if_stale(lock: Path) -> None:
+    try:
+        before = lock.stat()
+        if _is_held(before):
+            return
+        age = time.time() - before.st_mtime
+        if not _is_known(lock, before) and age < LONGEST_BUILD:
+            warn(
+                f"{lock} is there, and it cannot be told who holds it. If no other process is building this extension, "
+                f"delete the file: until it is gone, everything that needs the extension waits"
+            )
+            return
+        lock.unlink()
+    except FileNotFoundError:
+        return  # released meanwhile
+    except OSError as error:
+        warn(f"{lock} was left behind by a killed process and cannot be deleted ({error.strerror}): delete it")
+        return
+    warn(f"deleted {lock}, left behind by a killed process {age:.0f} s ago: the extension could not have been loaded")
+
+
+def _is_held(lock: os.stat_result) -> bool:
+    """Whether a process that this one can look into has the file open."""
+    for link in PROCESSES.glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+            if os.readlink(link).endswith("/lock") and os.path.samestat(link.stat(), lock):
+                return True
+    return False
+
+
+def _is_known(lock: Path, found: os.stat_result) -> bool:
+    """Whether `_is_held` has seen every process that could hold the lock: its owner's, on this machine."""
+    parts = psutil.disk_partitions(all=True)
+    mounts = {Path(part.mountpoint): part.fstype for part in parts}
+    place = next((parent for parent in lock.resolve().parents if parent in mounts), None)
+    local = place is not None and mounts[place] in LOCAL_FILE_SYSTEMS
+    return local and PROCESSES.exists() and os.geteuid() in (0, found.st_uid)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # gives the lock back

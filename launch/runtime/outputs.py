@@ -1,0 +1,251 @@
+"""The output folder of a run: whether it may be used, where to continue in it, and what made it.
+
+OUT/run.json        what the run is: its settings, and what must be the same when it is resumed
+OUT/metrics.jsonl   one record a step
+OUT/checkpoints/    what `--resume` continues from (hift_ds/checkpoint/store.py)
+OUT/model/          the trained model, a Hugging Face folder
+OUT/logs/           what each rank did last; a start that failed leaves it too, so it alone is no run
+OUT/summary.json    written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from hift_ds.checkpoint import store
+from hift_ds.checkpoint.files import write_durably
+from hift_ds.checkpoint.store import Checkpoint, CheckpointError, Lock
+from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.loading import Data
+from hift_ds.launch.errors import UserError
+
+OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
+LOGS = (
+    "logs"  # written from early on (launch/runtime/ranks.py), when it is not yet sure that the folder's run is replaced
+)
+
+# Settings that may change between a run and its continuation: they do not touch what is trained.
+FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows stand for them
+FREE_MODEL_KEYS = ("gradient_checkpointing", "attention")
+
+
+def folder(settings: Settings) -> Path:
+    return Path(str(settings.output.dir)).expanduser()
+
+
+def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
+    """Whether the run in the folder is finished already. Only reads.
+
+    `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
+
+    Raises:
+        UserError: the folder holds a run and neither resume nor overwrite was asked for; there is no checkpoint, and
+            "yes" was asked for or there should be one.
+    """
+    used = [name for name in OWN_FILES if (folder / name).exists()]
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output.dir: {str(folder)!r} is a file. Expected a folder, or a name that is free.")
+    if resume is None:
+        if used and not settings.output.overwrite:
+            raise UserError(
+                f"output.dir: {str(folder)!r} already holds a run ({', '.join(used)}). Set another output.dir, "
+                f"continue it with --resume, or delete it with --set output.overwrite=true."
+            )
+        return False
+    if settings.output.overwrite:
+        raise UserError("output.overwrite: true would delete the run that --resume continues. Use one of them.")
+    if _is_finished(folder, settings):
+        return True
+    if has_checkpoint(folder):
+        return False
+    place = folder / "checkpoints"
+    named = store.pointed(place)
+    missing = f"{str(place)!r} has none" + (f", though {store.POINTER!r} there names {named!r}" if named else "")
+    if resume == "yes":
+        raise UserError(
+            f"--resume: there is no checkpoint to continue from: {missing}. Checkpoints are written every "
+            "training.save_every steps. `--resume auto` starts anew where there is none."
+        )
+    if named or _got_to_a_checkpoint(folder):
+        raise UserError(
+            f"--resume auto: {str(folder)!r} is a run that wrote checkpoints, and {missing}. Bring them back, or start "
+            "anew with output.overwrite=true instead of --resume."
+        )
+    return False
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run has ever committed one, be it whole or damaged."""
+    return store.exists(folder / "checkpoints")
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, verified. All ranks call it.
+
+    Raises:
+        UserError: all that there are are damaged.
+    """
+    try:
+        return store.find(folder / "checkpoints")
+    except CheckpointError as error:
+        raise UserError(f"--resume: {error}\nNothing was changed. To start anew, use another output.dir.") from None
+
+
+def _got_to_a_checkpoint(folder: Path) -> bool:
+    """Whether the run in the folder did more steps than there are before its first checkpoint."""
+    try:
+        save_every = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["training"]["save_every"]
+        steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(save_every) and steps > save_every  # a step's record comes before its checkpoint
+
+
+def _is_finished(folder: Path, settings: Settings) -> bool:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    exported = not settings.output.export or (folder / "model").is_dir()
+    return exported and summary.get("steps", 0) >= settings.training.max_steps
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder into which another run is writing; makes and changes nothing.
+
+    Raises:
+        UserError: naming the process.
+    """
+    try:
+        Lock.check(folder)
+    except CheckpointError as error:
+        raise UserError(f"output.dir: {error}") from None
+
+
+def claim(folder: Path) -> Lock:
+    """Make the folder, and keep other runs out of it until `release` or the end of this process. On one rank.
+
+    Raises:
+        UserError: another run writes into it.
+    """
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            return Lock(folder)
+    except CheckpointError as error:
+        raise UserError(f"output.dir: {error}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written in, before anything is loaded; nothing stays behind.
+
+    Raises:
+        UserError: naming the folder that is not writable.
+    """
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output.dir: {str(folder)!r}: nothing can be written in {str(place)!r} ({error.strerror}). Set another "
+            f"output.dir, or make room or permission there."
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and what to do.
+
+    Raises:
+        UserError: in place of the system's error, e.g. of a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({reason}). Make room or permission there; then continue from the newest "
+            f"checkpoint with --resume auto, or start anew in another output.dir."
+        ) from error
+
+
+def clear(folder: Path) -> None:
+    """Make the folder, and delete an earlier run's files in it and nothing else."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OWN_FILES:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
+    """What a continued run must share with the run it continues, by the names of the settings."""
+    hift = settings.deepspeed["hift"]
+    return {
+        "method": asdict(settings.method),
+        "model": {key: value for key, value in asdict(settings.model).items() if key not in FREE_MODEL_KEYS},
+        "data": {key: value for key, value in asdict(settings.data).items() if key not in FREE_DATA_KEYS},
+        "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],
+        "training.seed": settings.training.seed,
+        "training.batch_size": settings.training.batch_size,
+        # The checkpoint holds the optimizer's and the schedule's settings, so other ones would have no effect.
+        "training.lr_schedule": settings.training.lr_schedule,
+        "training.warmup_ratio": settings.training.warmup_ratio,
+        "deepspeed.scheduler": settings.deepspeed.get("scheduler"),
+        "deepspeed.optimizer": settings.deepspeed["optimizer"],
+        "deepspeed.hift": {key: value for key, value in hift.items() if key != "offload"},
+        "deepspeed.zero_optimization.stage": settings.zero_stage,
+        "dtype of the weights (deepspeed.bf16, fp16)": settings.dtype,
+        "number of ranks": world_size,
+    }
+
+
+def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json.
+
+    Raises:
+        UserError: naming each thing in which the present settings differ from the run in the folder.
+    """
+    try:
+        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"--resume: {str(folder / 'run.json')!r} is missing or unreadable, so it cannot be known whether these "
+            f"settings continue the same run. Start anew in another output.dir."
+        ) from None
+    now = json.loads(json.dumps(current))  # tuples as lists, as in the file
+    before = recorded["identity"]
+    differing = [text for key, value in now.items() for text in _differences(key, before.get(key), value)]
+    if differing:
+        first = f"--resume: {str(folder)!r} was made with other settings. Use the same, or another output.dir:"
+        raise UserError("\n".join([first, *differing]))
+    return recorded
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """A line for each value, however deep it lies in mappings."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        was, is_now = ("nothing" if value is None else repr(value) for value in (before, now))
+        yield f"  - {name}: the run has {was}, these settings have {is_now}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    with writing(path):
+        write_durably(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

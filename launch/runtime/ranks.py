@@ -1,0 +1,280 @@
+"""A log of each rank, and an end to waiting for a rank that is dead, stopped or stuck.
+
+OUT/logs/rank{r}.log holds the rank's pid and host, a line for each step, the traceback of what it did not expect, and
+the stacks of its threads after a crash or a hang. A thread renews the file's time as a sign of life.
+
+A rank in which nothing went on for `training.rank_timeout` seconds, or whose collective failed, looks at the others'
+logs and processes, says which rank is to blame, and exits with 76. The timeouts of collectives would not do: those of
+the groups that DeepSpeed makes cannot be set, and NCCL ends the process before it can say anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import psutil
+from deepspeed.accelerator import get_accelerator
+from torch.distributed import DistNetworkError
+
+from hift_ds.launch.config.credentials import redacted
+from hift_ds.launch.errors import UserError
+
+RANK_LOST = 76  # exit code
+PATIENCE = 60.0  # seconds that a rank which failed waits for others to fail alike
+MOST = 16  # ranks that a message lists
+
+
+@dataclass
+class State:
+    """What is known of another rank from its log and its process."""
+
+    log: Path
+    name: str  # "rank 1 (pid 123 on host)"
+    host: str | None
+    step: str | None  # the last one it finished
+    where: str | None  # what it was doing when it gave up
+    age: float  # seconds since its last sign of life
+    problem: str | None = None  # None: it seems well
+
+    def __str__(self) -> str:
+        since = "before its first step" if self.step is None else f"after step {self.step}"
+        if self.problem is not None:
+            return f"{self.name} {self.problem}; last sign of life {self.age:.0f} s ago, {since}: {self.log}"
+        return f"{self.name} is {since}{self.where and f', {self.where}' or ''}: {self.log}"
+
+
+def join(rank_timeout: float) -> None:
+    """Make the group of all ranks; its collectives give up a minute after `RankWatch`, which says more.
+
+    Raises:
+        UserError: the launcher's port is in use.
+    """
+    try:
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            verbose=False,
+            timeout=timedelta(seconds=rank_timeout + 60),
+        )
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise UserError(
+            f"port {port} of this machine is in use, perhaps by another run; give this one a port of its own: "
+            f"deepspeed --master_port {port + 1} ..."
+        ) from None
+
+
+class RankWatch:
+    """This rank's log and sign of life; a context, in which `start` may be called once."""
+
+    def __init__(self) -> None:
+        self._file: RawIOBase | None = None
+        self._closed = threading.Event()
+        # Seconds that this process ran, so that those in which it was itself stopped do not count as silence.
+        self._clock = self._heard = 0.0
+
+    def __enter__(self) -> RankWatch:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._closed.set()
+        if self._file is not None:
+            self._thread.join()
+            (faulthandler.enable if self._faults else faulthandler.disable)()
+            self._file.close()
+            self._file = None
+
+    def start(
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        limit: float,
+        keep: bool,
+        remedy: str = "Continue from the newest checkpoint with --resume.",
+    ) -> None:
+        """Open the log in `folder`, and watch.
+
+        Args:
+            limit: seconds without progress after which the rank gives up, with more than one rank.
+            keep: append to an earlier log.
+            remedy: what to do when a rank is lost.
+        """
+        self.folder, self.rank, self.world, self.limit, self.remedy = folder, rank, world, limit, remedy
+        self.beat = min(10.0, limit / 4)  # seconds between two signs of life
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._log(rank).open("ab" if keep else "wb", buffering=0)
+        self._line(f"start: rank {rank} of {world}, pid {os.getpid()} on {socket.gethostname()}")
+        self._faults = faulthandler.is_enabled()
+        faulthandler.enable(self._file)
+        self.progress()
+        self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
+        self._thread.start()
+
+    def progress(self, step: int | None = None) -> None:
+        """To be called whenever something went on; with the number of steps done after each."""
+        self._heard = self._clock
+        if step is not None and self._file is not None:
+            self._line(f"step {step}")
+
+    def fails_everywhere(self, what: str, seconds: float, error: BaseException) -> bool:
+        """Whether all ranks fail in `what`, a text that says where and when; the error is in this rank's log.
+
+        Then their collectives still pair, and they can go on with something else. A collective could not find it out:
+        a rank that is well waits in one of its own.
+
+        Args:
+            seconds: that this rank took to fail; another is given as many, and `PATIENCE`.
+        """
+        if self.world == 1:
+            return True
+        self.progress()
+        self._error(error)
+        self._line(f"fails: {what}")
+        deadline = time.monotonic() + min(seconds + PATIENCE, self.limit / 2)
+        while not all(f" fails: {what}\n" in self._text(rank) for rank in range(self.world)):
+            if time.monotonic() > deadline or self._suspects():
+                return False
+            time.sleep(0.1)
+        return True
+
+    def any_fails(self, what: str) -> bool:
+        """Whether a rank has said that it fails in something that begins so."""
+        return any(f" fails: {what}" in self._text(rank) for rank in range(self.world))
+
+    def stop(self) -> None:
+        """To be called before this rank ends because it was told to: for the others it is not lost."""
+        self._line("stopped")
+
+    def any_lost(self) -> bool:
+        """Whether another rank has died without having been told to stop."""
+        return self.world > 1 and any(" stopped\n" not in self._text(rank) for rank in self._suspects())
+
+    def blame(self, error: BaseException) -> bool:
+        """Log an unexpected error; whether another rank is the cause, which is then said."""
+        if self._file is None:
+            return False
+        self._error(error)
+        if self.world == 1:
+            return False
+        if self._silence() > 0.9 * self.limit:
+            self._give_up()
+        near = all(state.host in (None, socket.gethostname()) for state in self._states().values())
+        deadline = time.monotonic() + (2.0 if near else 3 * self.beat + 2.0)  # a dying process still shows for a moment
+        while not (found := self._suspects()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not found:
+            return False
+        self._say(found)
+        return True
+
+    def _watch(self) -> None:
+        tick, last, touched = min(1.0, self.beat), time.monotonic(), 0.0
+        while not self._closed.wait(tick):
+            now = time.monotonic()
+            self._clock += min(now - last, 5.0)
+            last = now
+            if now - touched >= self.beat:
+                os.utime(self._log(self.rank))
+                touched = now
+            if self.world > 1 and self._silence() > self.limit:
+                self._give_up()
+
+    def _silence(self) -> float:
+        return self._clock - self._heard
+
+    def _give_up(self) -> None:
+        assert self._file is not None
+        os.utime(self._log(self.rank))
+        self._line(f"gave up after {self.limit:g} s {_main_thread()}")
+        faulthandler.dump_traceback(self._file)
+        time.sleep(min(2.0, self.limit))  # the others write the same now
+        self._say(self._suspects())
+        os._exit(RANK_LOST)
+
+    def _say(self, found: dict[int, State]) -> None:
+        """In this rank's log, and on the terminal by the first rank that is not to blame."""
+        lines = [str(state) for state in found.values()]
+        if not lines:
+            lines = [f"no rank has gone on for {self.limit:g} s, and all are alive:"]
+            lines += [f"  {state}" for state in self._states().values()]
+        lines[MOST:] = [f"... and {len(lines) - MOST} more"] if len(lines) > MOST else []
+        lines.append(f"The run cannot go on. {self.remedy}")
+        if self._silence() > 0.9 * self.limit:
+            setting = f"training.rank_timeout ({self.limit:g} s)"
+            lines.append(f"If a step, loading or the export takes longer than {setting}, raise that.")
+        text = "\n".join(lines)
+        self._line(text)
+        if self.rank == min(set(range(self.world)) - set(found)):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+
+    def _suspects(self) -> dict[int, State]:
+        return {rank: state for rank, state in self._states().items() if state.problem is not None}
+
+    def _states(self) -> dict[int, State]:
+        states = {rank: self._state(rank) for rank in range(self.world)}
+        states[self.rank].problem = None  # it is this process that judges
+        return states
+
+    def _state(self, rank: int) -> State:
+        log = self._log(rank)
+        try:
+            text, age = self._text(rank), time.time() - log.stat().st_mtime
+        except OSError:
+            return State(log, f"rank {rank}", None, None, None, self._clock, "has not started")
+        process = re.search(r"pid (\d+) on (\S+)", text)
+        name = f"rank {rank} ({process[0]})" if process else f"rank {rank}"
+        steps, gave_up = re.findall(r" step (\d+)$", text, re.MULTILINE), re.search(r"gave up after \S+ s (.*)", text)
+        state = State(log, name, process and process[2], steps[-1] if steps else None, gave_up and gave_up[1], age)
+        if process and state.host == socket.gethostname():
+            state.problem = _process_problem(int(process[1]))
+        if state.problem is None and age > 3 * self.beat + 2.0:
+            state.problem = "is silent"
+        return state
+
+    def _text(self, rank: int) -> str:
+        """A rank's log since its last start."""
+        text = self._log(rank).read_text(encoding="utf-8", errors="replace")
+        return text[max(0, text.rfind(" start: rank ")) :]
+
+    def _error(self, error: BaseException) -> None:
+        self._line(redacted("".join(traceback.format_exception(error))))
+
+    def _line(self, text: str) -> None:
+        assert self._file is not None
+        with contextlib.suppress(OSError):  # a full disk: what has to be written there says so
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.log"
+
+
+def _process_problem(pid: int) -> str | None:
+    """What is wrong with a process of this machine."""
+    try:
+        status = psutil.Process(pid).status()
+    except psutil.Error:
+        return "is dead"
+    problems = {psutil.STATUS_ZOMBIE: "is dead", psutil.STATUS_DEAD: "is dead", psutil.STATUS_STOPPED: "is stopped"}
+    return problems.get(status)
+
+
+def _main_thread() -> str:
+    """What the main thread is doing: the innermost function of Python."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"

@@ -1,0 +1,145 @@
+"""What the planner is asked for a training of a comparison: every setting that it knows, as the run has it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+import hift_ds
+from hift_ds.evaluation.compare.planned_memory import planned_memory
+from hift_ds.evaluation.compare.settings import load_comparison
+from hift_ds.planner.presets import load_config
+from tests.support.paths import REPOSITORY
+
+CONFIG = LlamaConfig(
+    vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+SAME = {"batch_size": 2, "seq_len": 512, "ranks": 2, "accelerator": "cpu", "task": "causal-lm"}
+
+
+def planned(tmp_path: Path, name: str, **sections: dict[str, Any]) -> dict[str, int] | None:
+    row = {"name": name, **{key: value for key, value in sections.items() if key in ("method", "training")}}
+    deepspeed = {"zero_optimization": {"stage": 2}, **sections.get("deepspeed", {})}
+    text = {
+        "model": {"config": {"model_type": "llama"}, "tokenizer": "byte", **sections.get("model", {})},
+        "data": {"path": str(tmp_path)},
+        "tasks": [{"name": "sst2", "path": str(tmp_path)}],
+        "methods": [row],
+        "budgets": [{"samples": 32}],
+        "training": {"batch_size": 4},
+        "deepspeed": deepspeed,
+        "output": {"dir": str(tmp_path / "out")},
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(json.dumps(text))
+    comparison = load_comparison(str(path), world_size=2)
+    settings = comparison.run_settings(comparison.rows[0], comparison.budgets[0], 0, 1e-3, 2)
+    return planned_memory(settings, CONFIG, 512, ranks=2)
+
+
+@functools.cache
+def plan(method: str, **options: Any) -> dict[str, int]:
+    return hift_ds.plan_memory(CONFIG, method=method, **(SAME | options)).as_dict()["device"]
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "hift": ("hift", {}, {"precision": "fp32"}),
+    "bf16": ("hift", {"deepspeed": {"bf16": {"enabled": True}}}, {"precision": "mixed-hi"}),
+    "full bf16": ("full", {"deepspeed": {"bf16": {"enabled": True}}}, {"precision": "mixed"}),
+    "m": ("hift", {"deepspeed": {"hift": {"layers_per_block": 3}}}, {"layers_per_block": 3, "precision": "fp32"}),
+    "cut": (
+        "hift",
+        {"deepspeed": {"hift": {"max_block_numel": 100_000}}},
+        {"max_block_numel": 100_000, "precision": "fp32"},
+    ),
+    "balance": ("hift", {"deepspeed": {"hift": {"balance": True}}}, {"balance": True, "precision": "fp32"}),
+    "resident": (
+        "hift",
+        {"deepspeed": {"hift": {"offload": {"device": "none"}}}},
+        {"offload_device": "none", "precision": "fp32"},
+    ),
+    "whole blocks": (
+        "hift",
+        {"deepspeed": {"hift": {"offload": {"step": "block"}}}},
+        {"offload_step": "block", "precision": "fp32"},
+    ),
+    "buffer": (
+        "hift",
+        {"deepspeed": {"hift": {"offload": {"buffer_size": 65536}}}},
+        {"buffer_size": 65536, "precision": "fp32"},
+    ),
+    "host": (
+        "full",
+        {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+        {"offload_optimizer": "cpu", "precision": "fp32"},
+    ),
+    "stage 3": (
+        "hift",
+        {"deepspeed": {"zero_optimization": {"stage": 3}}},
+        {"zero_stage": 3, "precision": "fp32"},
+    ),
+    "sgdm": (
+        "full",
+        {"deepspeed": {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}}},
+        {"optimizer": "sgdm", "precision": "fp32"},
+    ),
+    "sgd": ("full", {"training": {"optimizer": "SGD"}}, {"optimizer": "sgd", "precision": "fp32"}),
+    "lion": ("hift", {"training": {"optimizer": "Lion"}}, {"optimizer": "lion", "precision": "fp32"}),
+    "recomputed": (
+        "full",
+        {"model": {"gradient_checkpointing": True}},
+        {"activation_checkpointing": True, "precision": "fp32"},
+    ),
+    "checkpoints on the host": (
+        "full",
+        {"model": {"gradient_checkpointing": "cpu"}},
+        {"activation_checkpointing": True, "checkpoint_offload": True, "precision": "fp32"},
+    ),
+    "eager": ("full", {"model": {"attention": "eager"}}, {"attention": "eager", "precision": "fp32"}),
+    "loss chunk": ("full", {"training": {"loss_chunk": 16}}, {"loss_chunk": 16, "precision": "fp32"}),
+    "accumulation": (
+        "full",
+        {"training": {"micro_batch_size": 1}},
+        {"batch_size": 1, "gradient_accumulation_steps": 2, "precision": "fp32"},
+    ),
+    "lora": ("lora", {"method": {"lora_rank": 32}}, {"lora_rank": 32, "precision": "fp32"}),
+    "mezo": ("mezo", {}, {"precision": "fp32"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_of_the_run_s_settings(case: str, tmp_path: Path) -> None:
+    method, sections, options = CASES[case]
+    expected = plan(method, **options)
+    assert planned(tmp_path, method, **sections) == expected
+    if options != {"precision": "fp32"}:  # the setting matters: without it the plan is another
+        assert plan(method, precision="fp32") != expected
+
+
+@pytest.mark.parametrize(
+    ("method", "sections"),
+    [
+        ("prefix", {}),
+        ("mezo-adam", {}),
+        ("hift", {"deepspeed": {"hift": {"freeze": ["*embed*"]}}}),
+        ("full", {"training": {"optimizer": "RMSprop"}}),
+    ],
+)
+def test_what_the_planner_does_not_know_has_no_plan(method: str, sections: dict[str, Any], tmp_path: Path) -> None:
+    assert planned(tmp_path, method, **sections) is None
+
+
+def test_shipped_comparisons_have_plans_for_the_planner_s_methods() -> None:
+    for path in sorted((REPOSITORY / "configs").glob("compare_smollm2*.yaml")):
+        overrides = ["data.path=null", "tasks=[rte]"]
+        comparison = load_comparison(str(path), overrides)
+        for row in comparison.rows:
+            if row.method in ("full", "hift", "lora", "mezo"):
+                settings = comparison.run_settings(row, comparison.budgets[0], 0, 1e-3, 1)
+                assert planned_memory(settings, load_config("smollm2-135m"), 64, ranks=1), (path, row.label)

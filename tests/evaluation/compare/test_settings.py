@@ -1,0 +1,145 @@
+"""The comparison's settings: all that is wrong is said, before anything is loaded; those in configs/ hold together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hift_ds.evaluation.compare.settings import load_comparison
+from hift_ds.launch.errors import UserError
+from tests.support.paths import REPOSITORY
+
+TINY = str(REPOSITORY / "configs" / "compare_tiny.yaml")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Where the publishers' folders are; nothing is read from them."""
+    for name in ("gsm8k", "sst2", "superglue"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def problems(data: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_comparison(TINY, [f"data.path={data}", *overrides])
+    return str(error.value)
+
+
+def test_everything_wrong_is_said_at_once(data: Path) -> None:
+    text = problems(
+        data,
+        "methods=[ful, {name: hift, lable: x}, full, full, {name: zero-shot, learning_rates: [1]}, 3]",
+        "tasks=[gsm8, rte, rte, {name: boolq, path: nowhere}]",
+        "seeds=[0.5]",
+        "budgets=[{samples: 0}, {minutes: 3}]",
+        "training.max_steps=3",
+        "output.dir=null",
+        "titel=x",
+        "data.dev_example=3",
+    )
+    for expected in (
+        "methods: unknown method 'ful'", "did you mean 'full'?",
+        "methods: hift: unknown key 'lable'", "did you mean 'label'?",
+        "the label 'full' is used twice",
+        "learning_rates, but zero-shot trains nothing",
+        "methods: got 3; expected a method's name",
+        "tasks: unknown task 'gsm8'", "did you mean 'gsm8k'?",
+        "tasks: rte is given twice",
+        "boolq: its folder 'nowhere' does not exist",
+        "seeds: got [0.5]; expected a list of different whole numbers",
+        "budgets: got {'samples': 0}", "budgets: got {'minutes': 3}",
+        "training.max_steps: the comparison sets it",
+        "output.dir: not set",
+        "titel: unknown section", "did you mean 'title'?",
+        "data.dev_example: unknown key",
+    ):  # fmt: skip
+        assert expected in text, f"{expected}\n--- in ---\n{text}"
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "half a sample": (["budgets=[{samples: 1.5}]"], "budgets: got {'samples': 1.5}"),
+    "endless": (["budgets=[{seconds: .inf}]"], "budgets: got {'seconds': inf}"),
+    "budget twice": (["budgets=[{samples: 8}, {samples: 8}]"], "budgets: 8 samples is given twice"),
+    "seed twice": (["seeds=[1, 1]"], "seeds: got [1, 1]"),
+    "no seed": (["seeds=[]"], "seeds: got []"),
+    "no rate": (["learning_rates=[0]"], "learning_rates: got [0]"),
+    "infinite rate": (["learning_rates=[.inf]"], "learning_rates: got [inf]"),
+    "grids": (
+        ["methods=[full, {name: lora, learning_rates: [1e-3, 1e-4]}]"],
+        "every method must choose among equally many; these have full 1, lora 2",
+    ),
+    "nothing to choose by": (
+        ["learning_rates=[1e-3, 1e-4]", "methods=[full]", "data.dev_examples=0"],
+        "dev_examples: 0",
+    ),
+    "schedule": (["budgets=[{seconds: 3}]", "training.lr_schedule=linear"], "training.lr_schedule is 'linear'"),
+    "warm-up": (["budgets=[{seconds: 3}]", "training.warmup_ratio=0.1"], "training.warmup_ratio is 0.1"),
+    "scheduler": (
+        ["budgets=[{seconds: 3}]", "deepspeed.scheduler={type: WarmupLR}"],
+        "budgets: seconds, but deepspeed.scheduler is",
+    ),
+    "row's steps": (
+        ["methods=[{name: full, training: {max_steps: 3}}]"],
+        "methods: full: training.max_steps: the comparison sets it",
+    ),
+    "row's method": (["methods=[{name: full, method: {name: hift}}]"], "methods: full: method.name"),
+    "row's section": (["methods=[{name: full, training: 3}]"], "methods: full: training: got 3"),
+    "row's file": (
+        ["methods=[{name: full, deepspeed: configs/deepspeed/zero0.json}]"],
+        "methods: full: deepspeed: got 'configs/deepspeed/zero0.json'",
+    ),
+    "row's option": (["methods=[{name: full, method: {lora_rank: 3}}]"], "full: method.lora_rank: got 3"),
+    "row's training key": (
+        ["methods=[{name: full, training: {bach_size: 3}}]"],
+        "full: training.bach_size: unknown key",
+    ),
+    "k-shot": (["tasks=[gsm8k, rte]", "data.k_shot=16"], "data.k_shot: 16, but gsm8k has no classes"),
+    "shots": (["methods=[{name: icl, shots: two}]"], "methods: icl: shots: got 'two'"),
+    "no shots": (["methods=[{name: icl, shots: 0}]"], "methods: icl: shots: got 0"),
+    "shots of all": (["methods=[icl]", "evaluation.shots=many"], "evaluation.shots: got 'many'"),
+    "batch size": (["training.batch_size=eight"], "training.batch_size: got 'eight'"),
+    "no batch": (["training.batch_size=0"], "training.batch_size: got 0"),
+    "path": (["tasks=[{name: rte, path: 3}]"], "tasks: got {'name': 'rte', 'path': 3}"),
+    "revision": (["tasks=[{name: rte, revision: main}]"], "tasks: rte: revision: 'main' is for sets from the Hub"),
+    "fp16": (["deepspeed.fp16=true"], "deepspeed.fp16: got True"),
+    "no methods": (["methods=full"], "methods: got 'full'; expected a list"),
+    "model": (["model.config.hiden_size=3"], "hiden_size"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said(case: str, data: Path) -> None:
+    overrides, expected = WRONG[case]
+    assert expected in problems(data, *overrides)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("compare_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_hold_together(path: Path, data: Path) -> None:
+    comparison = load_comparison(str(path), [f"data.path={data}"])
+    assert comparison.rows and comparison.tasks and comparison.budgets
+    for row in comparison.rows:
+        for budget in comparison.budgets if row.trained else ():
+            for rate in row.learning_rates:
+                settings = comparison.run_settings(row, budget, comparison.seeds[-1], rate, 1)
+                assert settings.training.learning_rate == rate and settings.method.name == row.method
+
+
+def test_a_home_folder_is_found(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(data.parent))
+    (data / "glue").mkdir()
+    given = [f"data.path=~/{data.name}", "tasks=[cola, sst2]"]
+    assert [one.path for one in load_comparison(TINY, given).tasks] == [str(data / "glue"), str(data / "sst2")]
+
+
+def test_only_some_rows_with_all_that_is_theirs(data: Path) -> None:
+    given = [f"data.path={data}"]
+    every = load_comparison(TINY, given).rows
+    some = load_comparison(TINY, given, only=["lora", "hift, random", "adapter"]).rows
+    assert [row.label for row in some] == ["hift, random", "lora", "adapter"]
+    methods = "methods=[full, {name: hift, label: a}, {name: hift, label: b}]"
+    assert [row.label for row in load_comparison(TINY, [*given, methods], only=["hift"]).rows] == ["a", "b"]
+    assert all(row in every for row in some)
+    with pytest.raises(UserError, match=r"--only: 'lorra' is neither the label .* did you mean 'lora'\?"):
+        load_comparison(TINY, given, only=["lorra", "full"])

@@ -1,0 +1,136 @@
+"""Bootstrap intervals and paired differences, against numpy and scipy and cases worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from hift_ds.evaluation.report.resampling import bootstrap_scores, interval, paired_difference
+
+
+def record(seed: int, right: list[int], **changes: Any) -> dict[str, Any]:
+    scores = bootstrap_scores(lambda some: sum(right[i] for i in some) / len(some), len(right), 400, "task")
+    score = sum(right) / len(right)
+    return {"seed": seed, "score": score, "bootstrap": scores, "n": len(right), "data_sha256": "d"} | changes
+
+
+def answers(seed: int, n: int, chance: float) -> list[int]:
+    draw = random.Random(seed)
+    return [int(draw.random() < chance) for _ in range(n)]
+
+
+def test_resamples_are_of_all_indices_with_replacement_and_the_same_for_the_same_seed() -> None:
+    seen: list[list[int]] = []
+    scores = bootstrap_scores(lambda some: seen.append(list(some)) or len(set(some)), 30, 50, "a")
+    assert len(scores) == len(seen) == 50 and all(len(some) == 30 and set(some) <= set(range(30)) for some in seen)
+    assert {i for some in seen for i in some} == set(range(30)) and len({tuple(some) for some in seen}) == 50
+    # of n drawn with replacement, n (1 - (1 - 1/n)^n) are distinct on average
+    assert np.mean(scores) == pytest.approx(30 * (1 - (1 - 1 / 30) ** 30), abs=1)
+    assert scores == bootstrap_scores(lambda some: len(set(some)), 30, 50, "a")
+    assert scores[:20] == bootstrap_scores(lambda some: len(set(some)), 30, 20, "a")
+    assert scores != bootstrap_scores(lambda some: len(set(some)), 30, 50, "b")
+
+
+def test_interval_is_numpys_and_near_scipys() -> None:
+    right = answers(1, 300, 0.8)
+    scores = record(0, right)["bootstrap"]
+    assert interval(scores) == pytest.approx(np.percentile(scores, [2.5, 97.5]))
+    assert interval(scores, 0.5) == pytest.approx(np.percentile(scores, [25, 75]))
+    theirs = scipy.stats.bootstrap((np.array(right),), np.mean, method="percentile", rng=np.random.default_rng(0))
+    assert interval(scores) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    covered = 0
+    for trial in range(200):
+        low, high = interval(record(0, answers(trial, 100, 0.7))["bootstrap"])
+        covered += low <= 0.7 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(("scores", "level"), [([], 0.95), ([0.5, math.nan], 0.95), ([0.5], 1.0), ([0.5], 0.0)])
+def test_interval_refuses_what_has_none(scores: list[float], level: float) -> None:
+    with pytest.raises(ValueError, match="finite numbers"):
+        interval(scores, level)
+
+
+@pytest.mark.parametrize(("n", "replicates"), [(0, 10), (10, 0)])
+def test_nothing_to_resample(n: int, replicates: int) -> None:
+    with pytest.raises(ValueError, match="at least 1 of 1"):
+        bootstrap_scores(lambda some: 0.0, n, replicates)
+
+
+def test_difference_is_of_replicates_averaged_over_the_common_seeds() -> None:
+    ours = [record(seed, answers(seed, 50, 0.8)) for seed in (0, 1, 2)]
+    theirs = [record(seed, answers(100 + seed, 50, 0.6)) for seed in (3, 2, 1)]
+    found = paired_difference(ours, theirs)
+    assert found is not None and found.seeds == (1, 2) and found.why is None
+    gaps = [
+        (ours[1]["bootstrap"][i] + ours[2]["bootstrap"][i]) / 2
+        - (theirs[2]["bootstrap"][i] + theirs[1]["bootstrap"][i]) / 2
+        for i in range(400)
+    ]
+    assert (found.low, found.high) == pytest.approx(np.percentile(gaps, [2.5, 97.5]))
+    by_hand = (ours[1]["score"] - theirs[2]["score"] + ours[2]["score"] - theirs[1]["score"]) / 2
+    assert found.mean == pytest.approx(by_hand)
+    assert found.is_clear == (found.low > 0 or found.high < 0)
+
+
+def test_paired_interval_is_narrower_on_correlated_answers_and_agrees_with_scipys() -> None:
+    theirs = answers(5, 400, 0.7)
+    ours = [1 - one if i % 40 == 0 else one for i, one in enumerate(theirs)]  # they differ in 10 of 400
+    found = paired_difference([record(0, ours)], [record(0, theirs)])
+    assert found is not None and found.low is not None and found.high is not None
+    unpaired = np.subtract(
+        record(0, ours)["bootstrap"], np.random.default_rng(0).permutation(record(0, theirs)["bootstrap"])
+    )
+    low, high = interval(unpaired.tolist())
+    assert found.high - found.low < 0.5 * (high - low)
+    scipys = scipy.stats.bootstrap(
+        (np.array(ours), np.array(theirs)),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx(tuple(scipys), abs=0.005)
+
+
+def test_seeds_on_the_same_examples_do_not_narrow_the_interval() -> None:
+    """Three seeds that answer alike know no more than one, where all resample alike."""
+    ours, theirs = answers(1, 100, 0.8), answers(2, 100, 0.7)
+    one = paired_difference([record(0, ours)], [record(0, theirs)])
+    three = paired_difference([record(s, ours) for s in range(3)], [record(s, theirs) for s in range(3)])
+    assert one is not None and three is not None
+    assert (three.low, three.high) == pytest.approx((one.low, one.high))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"n": 49}, "different numbers of test examples"),
+        ({"data_sha256": "other"}, "different data"),
+        ({"bootstrap": []}, "no replicates"),
+        ({"bootstrap": None}, "no replicates"),
+        ({"bootstrap": [0.5] * 399}, "numbers of replicates differ"),
+        ({"bootstrap": [math.nan] * 400}, "no numbers"),
+        ({"bootstrap": [None] * 400}, "no numbers"),
+    ],
+)
+def test_what_cannot_be_paired_has_no_interval(change: dict[str, Any], why: str) -> None:
+    right = answers(1, 50, 0.8)
+    found = paired_difference([record(0, right)], [record(0, right, **change)])
+    assert found is not None and found.mean == 0 and found.low is None and found.high is None
+    assert found.why is not None and why in found.why and not found.is_clear
+
+
+def test_no_common_seed_no_difference() -> None:
+    right = answers(1, 50, 0.8)
+    assert paired_difference([record(0, right)], [record(1, right)]) is None
+    assert paired_difference([record(0, right, score=math.nan)], [record(0, right)]) is None
+    assert paired_difference([], [record(1, right)]) is None

@@ -1,0 +1,207 @@
+"""Predictions of a tiny random Llama: against plain one-by-one computations, any batch size, and lm-eval's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hift_ds.evaluation.tasks.loading import TaskExample, few_shot, find_task, load_task
+from hift_ds.evaluation.tasks.scoring import average_log_likelihoods, predict
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.model.tokenizer import byte_tokenizer
+from tests.support.data_fixtures import SHARED, bpe, needs_shared
+
+
+@functools.cache
+def llama(seed: int = 0, vocabulary: int = 400) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=4096, initializer_range=0.2, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+PAIRS = [
+    ("it was", "great"), ("it was", "terrible, all in all"), ("it was great or", "no"), ("", "Human : who ran ?"),
+    ("the good answer is yes or no?" * 9, "yes"), ("the good answer is yes or no?" * 9, "no"), ("A?\n", "yes it was"),
+]  # fmt: skip
+
+
+@torch.no_grad()
+def one_by_one(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """The mean log-probability of the answer's tokens, each from a forward pass of its own over what precedes it."""
+    apart = prompt == "" or prompt[-1].isspace()
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    whole = tokenizer(prompt + ("" if apart else " ") + answer, add_special_tokens=False).input_ids
+    assert whole[: len(prompt_ids)] == prompt_ids
+    before = prompt_ids or [tokenizer.eos_token_id]
+    chances = []
+    for token in whole[len(prompt_ids) :]:
+        logits = model.eval()(torch.tensor([before])).logits[0, -1].double()
+        chances.append((logits[token] - logits.logsumexp(0)).item())
+        before = [*before, token]
+    return sum(chances) / len(chances)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_average_log_likelihood_equals_one_by_one(batch_size: int) -> None:
+    model, tokenizer = llama(), bpe()
+    means, truncated = average_log_likelihoods(model, tokenizer, PAIRS, batch_size)
+    expected = [one_by_one(model, tokenizer, *pair) for pair in PAIRS]
+    assert means == pytest.approx(expected, abs=1e-5) and len(set(means)) == len(means)
+    assert truncated == [False] * len(PAIRS)
+
+
+def test_wrapped_models_without_logits_to_keep() -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    ours, _ = average_log_likelihoods(Wrapped(), bpe(), PAIRS, 4)
+    assert ours == pytest.approx(average_log_likelihoods(llama(), bpe(), PAIRS, 4)[0], abs=1e-6)
+
+
+def test_long_prompts_lose_their_beginning() -> None:
+    model, tokenizer = llama(), bpe()
+    prompt = "the good answer is yes or no " * 9
+    ids = tokenizer(prompt + "it was", add_special_tokens=False).input_ids
+    answer = tokenizer(prompt + "it was great", add_special_tokens=False).input_ids[len(ids) :]
+    pairs = [(prompt + "it was", "great"), ("it was", "great")]
+    means, truncated = average_log_likelihoods(model, tokenizer, pairs, 2, max_length=20)
+    kept = torch.tensor([ids[len(answer) - 20 :] + answer])
+    assert kept.shape == (1, 20) and truncated == [True, False]
+    with torch.no_grad():
+        chances = model(kept).logits[0, -1 - len(answer) : -1].log_softmax(-1)
+    expected = chances.gather(-1, torch.tensor(answer)[:, None]).mean().item()
+    assert means[0] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match="max_length leaves 0 tokens for the prompt"):
+        average_log_likelihoods(model, tokenizer, pairs, 2, max_length=len(answer))
+
+
+def choices(n: int = 12) -> list[TaskExample]:
+    words = ["red", "blue or green", "no", "yes it was"]
+    return [
+        TaskExample(f"rows:{i}", "the good answer is." * (i % 5 + 1), "", tuple(words[: 2 + i % 3]), i % 2)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("start", ["", "the good answer is no\n\n"])
+def test_choices_do_not_depend_on_the_batch(start: str) -> None:
+    task, tokenizer = find_task("copa"), bpe()
+    demonstrations = [TaskExample("d:1", start.removesuffix(" no\n\n"), "no")] if start else []
+    assert few_shot(demonstrations) == start
+    seen = set()
+    for seed in range(4):
+        model = llama(seed)
+        expected = []
+        for one in choices():
+            scores = [one_by_one(model, tokenizer, start + one.prompt, text) for text in one.candidates]
+            expected.append(scores.index(max(scores)))
+        for batch_size in (1, 5, 64):
+            model.train()
+            found = predict(task, model, tokenizer, choices(), batch_size=batch_size, demonstrations=demonstrations)
+            assert found.values == expected and found.truncated == 0
+            assert model.training  # as it was
+        seen.update(expected)
+    assert len(seen) > 2  # the models do not always choose the same
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompt: str, n: int, stop: str) -> str:
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    text = ""
+    new: list[int] = []
+    while len(new) < n and stop not in text:
+        token = int(model.eval()(torch.tensor([ids + new])).logits[0, -1].argmax())
+        if token == model.config.eos_token_id:
+            break
+        new.append(token)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+    return text.split(stop)[0].strip()
+
+
+def test_written_answers_do_not_depend_on_the_batch() -> None:
+    tokenizer = byte_tokenizer()
+    examples = [TaskExample("", f"Question: what is {'very ' * (i % 4)}{i}? Answer:", "") for i in range(10)]
+    stopped = 0
+    for seed in range(3):
+        model = llama(seed, len(tokenizer))
+        for stop in ("\n", ")", "V"):
+            task = dataclasses.replace(find_task("squad"), stop=stop, max_new_tokens=12)
+            expected = [greedy(model, tokenizer, one.prompt, 12, stop) for one in examples]
+            stopped += sum(len(text) < 3 for text in expected)
+            for batch_size in (1, 4, 10):
+                assert predict(task, model, tokenizer, examples, batch_size=batch_size).values == expected
+    assert stopped  # some end by the stop text
+    task = dataclasses.replace(find_task("squad"), max_new_tokens=12)
+    cut = predict(task, llama(0, len(tokenizer)), tokenizer, examples, max_length=30)
+    whole = predict(task, llama(0, len(tokenizer)), tokenizer, examples)
+    assert cut.truncated == len(examples) and whole.truncated == 0
+    last = [dataclasses.replace(one, prompt=one.prompt[-18:]) for one in examples]  # a byte is a token
+    assert cut.values == predict(task, llama(0, len(tokenizer)), tokenizer, last).values
+
+
+@needs_shared
+@pytest.mark.parametrize("shots", [0, 2])
+def test_solutions_equal_those_of_lm_eval(shots: int) -> None:
+    """GSM8K: what lm-evaluation-harness writes after our prompts, with its own batches and stopping; its own score."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed")
+    instance = pytest.importorskip("lm_eval.api.instance")
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    task, tokenizer, model = dataclasses.replace(find_task("gsm8k"), max_new_tokens=24), bpe(), llama(1)
+    data = load_task(task, str(SHARED / "gsm8k"), seed=0, test_examples=10)
+    demonstrations = data.demonstrations(shots, seed=0)
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=4096, device="cpu")
+    before = few_shot(demonstrations)
+    options = {"until": ["<|im_end|>"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 24}
+    requests = [
+        instance.Instance("generate_until", {}, (before + one.prompt, options), 0, ("gsm8k", i, 1))
+        for i, one in enumerate(data.test)
+    ]
+    theirs = [text.strip() for text in harness.generate_until(requests, disable_tqdm=True)]
+    ours = predict(task, model, tokenizer, data.test, demonstrations=demonstrations, batch_size=4)
+    assert ours.values == theirs and ours.truncated == 0
+    assert len(set(theirs)) > 5 and all(theirs)
+    # Its strict match, of answers that end in a number and of those above.
+    strict = extraction.RegexFilter(r"#### (\-?[0-9\.\,]+)")
+    answers = [one.completion if i % 3 else text for i, (one, text) in enumerate(zip(data.test, theirs, strict=True))]
+    found = [numbers[0] for numbers in strict.apply([[text] for text in answers], [{}] * len(answers))]
+    truths = [one.completion.rpartition("#### ")[2] for one in data.test]
+    right = [a.replace(",", "") == b.replace(",", "") for a, b in zip(found, truths, strict=True)]
+    assert task.score(answers, data.test) == {"exact_match": sum(right) / 10} and 0 < sum(right) < 10
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["rte", "boolq", "cb", "copa"])
+def test_predictions_equal_those_of_lm_eval(name: str) -> None:
+    """lm-evaluation-harness with our prompts and candidates: its log-likelihoods, averaged over its own tokens."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed")
+    instance = pytest.importorskip("lm_eval.api.instance")
+    task, tokenizer, model = find_task(name), bpe(), llama(1)
+    data = load_task(task, str(SHARED / "superglue"), seed=0, test_examples=24)
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=4096, device="cpu")
+    requests = []
+    for number, one in enumerate(data.test):
+        for i, candidate in enumerate(one.candidates):
+            arguments = (one.prompt, " " + candidate)
+            requests.append(instance.Instance("loglikelihood", {}, arguments, i, (name, number, 1)))
+    sums = [chance for chance, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    lengths = [len(harness._encode_pair(*request.args)[1]) for request in requests]
+    theirs = [total / length for total, length in zip(sums, lengths, strict=True)]
+    pairs = [(one.prompt, candidate) for one in data.test for candidate in one.candidates]
+    ours, _ = average_log_likelihoods(model, tokenizer, pairs, 4)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    rest = iter(theirs)
+    scores = [[next(rest) for _ in one.candidates] for one in data.test]
+    assert predict(task, model, tokenizer, data.test).values == [one.index(max(one)) for one in scores]

@@ -1,0 +1,289 @@
+"""Checkpoints of activations in host memory: the same bits, copied only where backward passes, never too early."""
+
+import contextlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import hift_ds
+import hift_ds.model.activations
+from hift_ds.model.activations import HostCheckpoints, checkpoint_activations
+from hift_ds.state import transfer as offload
+from tests.integration.test_parity import STAGES
+from tests.support import tiny
+from tests.support.device_memory import DeviceMemory
+from tests.support.lazy_streams import LazyStreams
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case
+
+HIDDEN_BYTES = tiny.MICRO_BATCH * tiny.LENGTH * 32 * 4  # of a layer's fp32 input
+
+
+def steps(checkpoints: Callable[[], HostCheckpoints] | None, count: int = 12) -> list[torch.Tensor]:
+    """The gradients of steps on one part of the model after the other; every fourth backward ends half way down."""
+    model = tiny.model()
+    checkpoint_activations(model)
+    if checkpoints is not None:
+        checkpoints().install(model)
+    blocks = [[model.get_parameter(name) for name in names] for names in tiny.block_names()]
+    found = []
+    for step in range(count):
+        block = (0, 3, 1, 2)[step % 4]
+        active = blocks[block] + (blocks[3] if step % 4 == 3 else [])  # with the layer above, which then is all
+        for parameter in model.parameters():
+            parameter.requires_grad_(any(parameter is one for one in active))
+        wanted = active if step % 4 < 3 else blocks[3]
+        gradients = torch.autograd.grad(model(**tiny.micro_batch(step, 0)).loss, wanted)
+        with torch.no_grad():
+            for parameter, gradient in zip(wanted, gradients, strict=True):
+                parameter.sub_(gradient, alpha=0.1)
+        found += [gradient.clone() for gradient in gradients]
+    return found
+
+
+def hosted(**changes: Any) -> Callable[[], HostCheckpoints]:
+    """Makes what keeps checkpoints in host memory, with some of its transfers exchanged."""
+
+    def make() -> HostCheckpoints:
+        transfers = {"Lane": offload.Lane, "mark": offload.mark, "wait": offload.wait}
+        return HostCheckpoints(offload.HostMemory(), SimpleNamespace(**{**transfers, **changes}))
+
+    return make
+
+
+def same(ours: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ours, truth, strict=True))
+
+
+def test_host_memory_changes_no_bit() -> None:
+    assert same(steps(hosted()), steps(None))
+
+
+def test_lazy_streams_change_nothing() -> None:
+    truth = steps(None, 40)
+    with LazyStreams() as machine:
+        assert same(steps(hosted(), 40), truth)
+    assert machine.copies > 100
+
+
+class Unmarked(offload.Lane):
+    """Nobody waits for what was copied on it."""
+
+    def mark(self) -> Any:
+        return None
+
+
+class Forgetful(offload.Lane):
+    """The allocator is not told that it uses a tensor."""
+
+    def outlives(self, tensor: torch.Tensor) -> None: ...
+
+
+def lanes(storing: type, fetching: type) -> Callable[[], Any]:
+    kinds = iter((storing, fetching))
+    return lambda: next(kinds)()
+
+
+def within(method: str) -> Callable[[], HostCheckpoints]:
+    """The lane does not wait for computations before what that method copies."""
+
+    def make() -> HostCheckpoints:
+        checkpoints = hosted()()
+        original, mark = getattr(checkpoints, method), checkpoints._mark
+
+        def call(entry: Any) -> None:
+            checkpoints._mark = lambda: None
+            try:
+                original(entry)
+            finally:
+                checkpoints._mark = mark
+
+        setattr(checkpoints, method, call)
+        return checkpoints
+
+    return make
+
+
+MUTATIONS: dict[str, Callable[[], Callable[[], HostCheckpoints]]] = {
+    "used before it is back": lambda: hosted(wait=lambda _: None),
+    "fetched before it is there": lambda: hosted(Lane=lanes(Unmarked, offload.Lane)),
+    "stored before it is computed": lambda: within("_store"),
+    "fetched to memory in use": lambda: within("_fetch"),
+    "freed while it leaves": lambda: hosted(Lane=lanes(Forgetful, offload.Lane)),
+    "freed while it comes, unused": lambda: hosted(Lane=lanes(offload.Lane, Forgetful)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_no_wait_can_be_taken_out(mutation: str) -> None:
+    truth = steps(None)
+    with LazyStreams():
+        try:
+            ours = steps(MUTATIONS[mutation]())
+        except AssertionError:
+            return
+    assert not same(ours, truth), "nobody would notice"
+
+
+def test_checkpoints_leave_the_device() -> None:
+    """All are gone after the forward pass; in backward those of the layer at work and of the next one are back."""
+
+    def held(offload: bool) -> tuple[int, int]:
+        model = tiny.model()
+        checkpoint_activations(model, offload=offload)
+        model.requires_grad_(False)
+        model.model.embed_tokens.weight.requires_grad_(True)
+        with DeviceMemory() as memory, memory.labelled("activations"):
+            loss = model(**tiny.micro_batch(0, 0)).loss
+            after_forward = memory.live["activations"]
+            loss.backward()
+            return after_forward, memory.peak["activations"]
+
+    saved = [(there - gone) / HIDDEN_BYTES for there, gone in zip(held(False), held(True), strict=True)]
+    assert saved == [tiny.LAYERS, tiny.LAYERS - 2]
+
+
+def test_layers_below_the_active_block_copy_nothing() -> None:
+    model = tiny.model()
+    checkpoints = checkpoint_activations(model, offload=True)
+    assert checkpoints is not None
+    copied = []
+    for names in tiny.block_names():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        before = checkpoints.stored, checkpoints.fetched
+        model(**tiny.micro_batch(0, 0)).loss.backward()
+        copied.append((checkpoints.stored - before[0], checkpoints.fetched - before[1]))
+    # Embeddings, four layers, head. A layer's own input does not require a gradient, but is what it is recomputed from.
+    assert copied == [(count, count) for count in (4, 4, 3, 2, 1, 0)]
+    with torch.no_grad():
+        model(**tiny.micro_batch(0, 0))
+    assert checkpoints.stored == 14
+
+
+def test_host_memory_does_not_grow() -> None:
+    """Over steps, over batches of all lengths, and over losses that nobody takes the gradient of."""
+    model = tiny.model()
+    checkpoints = checkpoint_activations(model, offload=True)
+    assert checkpoints is not None
+    for step in range(20):
+        model(**tiny.micro_batch(step, 0)).loss.backward()
+        assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES
+    for step in range(20):
+        given = {name: tensor[:, : 3 + step % 10] for name, tensor in tiny.micro_batch(step, 0).items()}
+        loss = model(**given).loss
+        if step % 3:
+            loss.backward()
+        del loss
+        assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES
+
+
+class Saved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients
+
+
+def test_what_torch_saves_beside_hidden_states_is_not_taken_for_them() -> None:
+    """Before 2.13 it first saved an empty tensor; the checkpoints then stayed on the device without a word."""
+    model = tiny.model()
+    checkpoints = checkpoint_activations(model, offload=True)
+    assert checkpoints is not None
+
+    def as_it_was(layer: Any, *args: Any, **options: Any) -> Any:
+        Saved.apply(torch.empty(0, requires_grad=True))
+        return checkpoint(layer, *args, **options)
+
+    with mock.patch.object(hift_ds.model.activations, "checkpoint", as_it_was):
+        model(**tiny.micro_batch(0, 0)).loss.backward()
+    assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES
+
+
+def test_longer_batches_replace_buffers() -> None:
+    model = tiny.model()
+    checkpoints = checkpoint_activations(model, offload=True)
+    assert checkpoints is not None
+    for length in range(2, tiny.LENGTH + 1):
+        given = {name: tensor[:, :length] for name, tensor in tiny.micro_batch(0, 0).items()}
+        model(**given).loss.backward()
+        assert checkpoints.host.nbytes == tiny.LAYERS * HIDDEN_BYTES * length // tiny.LENGTH
+
+
+def test_a_graph_can_be_used_twice() -> None:
+    model = tiny.model()
+    checkpoint_activations(model, offload=True)
+    loss = model(**tiny.micro_batch(0, 0)).loss
+    weights = list(model.parameters())
+    assert same(*(list(torch.autograd.grad(loss, weights, retain_graph=True)) for _ in range(2)))
+
+
+def test_a_layer_without_hidden_states_as_its_first_argument_is_refused() -> None:
+    with pytest.raises(ValueError, match="not given their hidden states as their first argument"):
+        hosted()()(lambda **_: None)
+
+
+# --- through the engine ------------------------------------------------------------------------------------------
+
+
+def trained(case: Case, offload: bool) -> dict[str, Any]:
+    """In a rank, under the harness that refuses to mix host and device: weights, and what was held."""
+    llama = tiny.model(case.dtype)
+    checkpoints = checkpoint_activations(llama, offload=offload)
+    with DeviceMemory() if tiny.DEVICE == "cpu" else contextlib.nullcontext() as memory:
+        engine = tiny.initialize(case, llama=llama)
+        try:
+            peaks, held = [], []
+            for step in range(case.steps):
+                if memory:
+                    memory.reset()
+                for micro in range(tiny.ACCUMULATION):
+                    with memory.labelled("activations") if memory else contextlib.nullcontext():
+                        loss = engine(**tiny.micro_batch(step, micro, torch.distributed.get_rank())).loss
+                        engine.backward(loss)
+                        del loss
+                    engine.step()
+                peaks.append(memory.peak["activations"] if memory else None)
+                held.append(checkpoints.host.nbytes if checkpoints else 0)
+            ledger = engine.memory_ledger()["host"]["buffers"]
+            return {"weights": tiny.weights(engine), "peaks": peaks, "held": held, "ledger": ledger}
+        finally:
+            engine.destroy()
+
+
+CASES = [Case(stage=stage, dtype=dtype, cycles=1) for stage in STAGES for dtype in ("fp32", "bf16")]
+
+
+@pytest.mark.parametrize("case", [*CASES, Case(stage=2, ranks=2, cycles=1), Case(stage=3, ranks=2, cycles=1)], ids=str)
+def test_the_engine_trains_the_same_bits(case: Case) -> None:
+    for ours, truth in zip(*(run_on_ranks(case.ranks, trained, case, flag) for flag in (True, False)), strict=True):
+        assert tiny.identical(ours["weights"], truth["weights"])
+        hidden = HIDDEN_BYTES if case.dtype == "fp32" else HIDDEN_BYTES // 2
+        assert ours["held"] == [tiny.LAYERS * hidden] * case.steps  # the embeddings come first
+        assert ours["ledger"] == truth["ledger"] + tiny.LAYERS * hidden
+        if tiny.DEVICE != "cpu":
+            continue  # the peaks are those of the simulated device
+        # With the embeddings active four checkpoints: gone but for those of the layer at work and the next one.
+        assert ours["peaks"][0] <= truth["peaks"][0] - 2 * hidden
+
+
+def test_the_launcher_takes_it_from_the_settings() -> None:
+    from hift_ds.launch.config.settings import ModelSettings
+    from hift_ds.launch.model import loading
+
+    config = tiny.model().config
+    mapping = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    mapping |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    with mock.patch.object(hift_ds, "checkpoint_activations") as called:
+        for value in (False, True, "cpu"):
+            loading.load_model(ModelSettings(config=mapping, gradient_checkpointing=value), config, "float32")
+    assert [call.kwargs for call in called.call_args_list] == [{"offload": False}, {"offload": True}]

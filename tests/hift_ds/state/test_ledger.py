@@ -1,0 +1,115 @@
+"""The ledger against sizes that follow from the model by hand."""
+
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
+from hift_ds.state.files import library
+from tests.integration.test_parity import STAGES, cases
+from tests.support import tiny
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case
+
+
+def ledgers(case: Case) -> dict[str, Any]:
+    """In a rank: the ledger at the start, after two cycles, and at its peak, with the sizes to hold it against."""
+    engine = tiny.initialize(case)
+    try:
+        start = engine.memory_ledger()
+        for step in range(case.steps):
+            tiny.optimizer_step(engine, step)
+        staging = engine.block_optimizers.staging
+        return {
+            "start": start,
+            "now": engine.memory_ledger(),
+            "peak": engine.memory_ledger(peak=True),
+            "numel": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()),
+            "largest": max(block.numel for block in engine.blocks),
+            "widest": max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()),
+            "slots": sum(slot.area.nbytes for slot in staging.slots if slot.area is not None) if staging else 0,
+            "model_buffers": sum(buffer.untyped_storage().nbytes() for buffer in engine.module.buffers()),
+        }
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        [Case(stage=stage, dtype=dtype) for stage in STAGES for dtype in ("fp32", "bf16")],
+        [Case(stage=stage, dtype="bf16", step="block") for stage in STAGES],
+        [Case(stage=stage, dtype="bf16", place="none") for stage in STAGES],
+        [Case(stage=stage, dtype="bf16", offload=True) for stage in (1, 2, 3)],
+    ),
+    ids=str,
+)
+def test_one_rank(case: Case) -> None:
+    (seen,) = run_on_ranks(1, ledgers, case)
+    numel, weight = seen["numel"], 4 if case.dtype == "fp32" else 2
+    own = 4 * numel if case.dtype == "bf16" or case.stage else 0  # elsewhere fp32 weights are their own masters
+    where, other = ("device", "host") if case.place == "none" else ("host", "device")
+    for ledger in (seen["start"], seen["now"]):
+        assert ledger["device"]["parameters"] == weight * numel
+        assert ledger[where]["master_weights"] == own
+        assert ledger[other]["master_weights"] == ledger[other]["optimizer_state"] == 0
+        assert not any(ledger["nvme"].values())
+    assert seen["start"][where]["optimizer_state"] == 0
+    assert seen["now"][where]["optimizer_state"] == 8 * numel
+    if case.stage < 3 and not case.offload:
+        assert seen["now"]["device"]["gradients"] == 0
+        assert seen["now"]["device"]["buffers"] == seen["slots"] + seen["model_buffers"]
+
+    if case.offload:  # one block's gradients in fp32, their sums over micro batches, and the updated weights
+        largest, buffers = seen["largest"], weight * (seen["largest"] + seen["widest"])
+        assert seen["now"]["host"]["gradients"] == (4 + weight) * largest
+        assert seen["now"]["host"]["buffers"] == (buffers if case.stage < 3 else 0)
+
+    peak = seen["peak"]["device"]
+    assert sum(peak.values()) >= sum(seen["now"]["device"].values())
+    if where == "host" and not case.offload:
+        # Gradients of the active block and the fp32 ones of what is stepped; never the whole model's state.
+        assert 0 < peak["gradients"] <= (weight + 4) * seen["largest"]
+        assert peak["master_weights"] + peak["optimizer_state"] <= 12 * seen["largest"]
+        if case.dtype == "bf16":  # then the step, with fp32 gradients, is the highest instant
+            assert peak["master_weights"] + peak["optimizer_state"] > 0
+    if case.step == "block":
+        assert peak["optimizer_state"] == 8 * seen["largest"]
+        assert peak["master_weights"] == (4 * seen["largest"] if own else 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_counts_its_own_partition(stage: int) -> None:
+    first, second = run_on_ranks(2, ledgers, Case(stage=stage, ranks=2, dtype="bf16"))
+    for seen in (first, second):
+        share = 8 * seen["numel"] // (2 if stage else 1)
+        assert share <= seen["now"]["host"]["optimizer_state"] <= share + 2048  # partitions are padded
+        small = sum(p.numel() for p in tiny.model().parameters() if p.numel() <= 1000)  # stay gathered at stage 3
+        weights = seen["numel"] + 2 * small if stage == 3 else 2 * seen["numel"]
+        assert weights <= seen["now"]["device"]["parameters"] <= weights + 2048
+
+
+def in_files(case: Case, folder: str) -> dict[str, Any]:
+    """In a rank: the ledger of a run whose state lives in files."""
+    import hift_ds
+
+    config = tiny.ds_config(replace(case, place="nvme"))
+    config["hift"]["offload"]["nvme_path"] = folder
+    engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
+    try:
+        for step in range(case.k):
+            tiny.optimizer_step(engine, step)
+        return engine.memory_ledger()
+    finally:
+        engine.destroy()
+
+
+def test_state_in_files_is_counted_there() -> None:
+    numel = sum(p.numel() for p in tiny.model().parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        (ledger,) = run_on_ranks(1, in_files, Case(stage=2, dtype="bf16"), folder)
+    assert ledger["nvme"]["master_weights"] == 4 * numel and ledger["nvme"]["optimizer_state"] == 8 * numel
+    assert ledger["host"]["master_weights"] == ledger["host"]["optimizer_state"] == 0
+    assert ledger["host"]["buffers"] == (AIO_CHUNK * AIO_BUFFERS if library()[0] is not None else 0)

@@ -1,0 +1,254 @@
+"""What `hift_ds.initialize` takes, gives and refuses, and that DeepSpeed's own tools keep working beside it."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hift_ds.checkpoint import store
+from tests.support import tiny
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case
+
+ROOT = Path(__file__).parents[2]
+STAGES = (0, 1, 2, 3)
+
+
+def refusal(config: dict[str, Any], model: str = "llama", **arguments: Any) -> str:
+    """In a rank: the message with which `initialize` refuses; "" where it does not."""
+    import hift_ds
+
+    modules = {"llama": tiny.model, "flat": lambda: torch.nn.Linear(4, 4), "frozen": tiny.model}
+    module = modules[model]()
+    if model == "frozen":
+        module.requires_grad_(False)
+    base = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    try:
+        hift_ds.initialize(model=module, config={**base, **config}, **arguments)[0].destroy()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_script_without_the_launcher_is_told_so() -> None:
+    """DeepSpeed would ask for mpi4py."""
+    if importlib.util.find_spec("mpi4py"):
+        pytest.skip("with mpi4py, DeepSpeed makes a world of one rank")
+    lines = "import hift_ds, torch; hift_ds.initialize(model=torch.nn.Linear(2, 2), config={'train_batch_size': 1})"
+    outside = {name: v for name, v in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", lines], env=outside, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "deepspeed --num_gpus 1 script.py" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hift": {"strategy": "buttom2up"}}, ("strategy", "buttom2up", "bottom2up")),
+        ({"hift": {"layers_per_block": 0}}, ("layers_per_block=0",)),
+        ({"hift": {"layers_per_block": 7}}, ("layers_per_block", "7", "6")),
+        ({"hift": {"freeze": ["*nothing*"]}}, ("*nothing*",)),
+        ({"hift": {"freeze": ["*"]}}, ("train",)),
+        ({"hift": {}, "fp16": {"enabled": True}}, ("fp16", "stage")),
+        ({"hift": {}, "optimizer": None}, ("optimizer",)),
+        ({"hift": {}, "optimizer": None, "zero_optimization": {"stage": 2}}, ("optimizer",)),
+        ({"hift": {"x": 1}, "torch_autocast": {"enabled": True}}, ("hift.x",)),
+    ],
+)
+def test_bad_configs_are_refused_by_name(config: dict[str, Any], words: tuple[str, ...]) -> None:
+    (message,) = run_on_ranks(
+        1,
+        refusal,
+        {k: v for k, v in config.items() if v is not None or k != "optimizer"}
+        | ({"optimizer": {}} if "optimizer" in config else {}),
+    )
+    assert message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("model", "word"), [("flat", "layers"), ("frozen", "train")])
+def test_models_without_layers_or_without_anything_to_train_are_refused(model: str, word: str) -> None:
+    (message,) = run_on_ranks(1, refusal, {}, model)
+    assert word in message
+
+
+def partial_optimizer() -> str:
+    import hift_ds
+
+    llama = tiny.model()
+    optimizer = torch.optim.SGD(llama.lm_head.parameters(), lr=0.1)
+    with pytest.raises(ValueError) as error:
+        hift_ds.initialize(model=llama, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 1})
+    return str(error.value)
+
+
+def test_parameters_that_the_optimizer_lacks_are_named() -> None:
+    (message,) = run_on_ranks(1, partial_optimizer)
+    assert "model.embed_tokens.weight" in message and "hift.freeze" in message
+
+
+def disabled() -> tuple[bool, bool]:
+    from deepspeed import DeepSpeedEngine
+
+    import hift_ds
+
+    case = Case(stage=2)
+    config = tiny.ds_config(case) | {"hift": {"enabled": False}}
+    engine, optimizer, _, _ = hift_ds.initialize(model=tiny.model(), config=config)
+    try:
+        is_stock = isinstance(engine, DeepSpeedEngine) and not isinstance(engine, hift_ds.HiFTEngine)
+        return is_stock, optimizer is engine.optimizer
+    finally:
+        engine.destroy()
+
+
+def test_disabled_is_deepspeed_itself() -> None:
+    """But for how it saves and loads."""
+    assert run_on_ranks(1, disabled) == [(True, True)]
+
+
+def frozen_stay(stage: int) -> tuple[list[str], list[str], int]:
+    """In a rank: what moved, and what was frozen by a pattern or by the user, over a whole cycle."""
+    import hift_ds
+
+    llama = tiny.model()
+    llama.model.norm.requires_grad_(False)
+    config = tiny.ds_config(Case(stage=stage))
+    config["hift"]["freeze"] = ["*layers.1.*", "*q_proj*"]
+    engine = hift_ds.initialize(model=llama, config=config)[0]
+    try:
+        before = tiny.weights(engine)
+        for step in range(2 * len(engine.blocks)):
+            tiny.optimizer_step(engine, step)
+        after = tiny.weights(engine)
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        return moved, [name for name in before if name not in moved], len(engine.blocks)
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_parameters_never_move_and_all_others_do(stage: int) -> None:
+    ((moved, still, blocks),) = run_on_ranks(1, frozen_stay, stage)
+    assert blocks == 5  # embeddings, three layers, head
+    assert all(".layers.1." in name or "q_proj" in name or name == "model.norm.weight" for name in still)
+    assert not any(".layers.1." in name or "q_proj" in name or name == "model.norm.weight" for name in moved)
+
+
+def deepspeed_tools(stage: int, dtype: str, folder: str) -> None:
+    """In a rank: DeepSpeed's per-parameter access and its checkpoint converter see all blocks, active or not."""
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+    )
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    engine = tiny.initialize(Case(stage=stage, dtype=dtype, tied=True))
+    try:
+        for step in range(8):
+            tiny.optimizer_step(engine, step)
+        engine.save_checkpoint(folder)
+        converted = get_fp32_state_dict_from_zero_checkpoint(folder)
+        weights = tiny.weights(engine)
+        assert set(converted) == set(weights) | {"lm_head.weight"}
+        for name, parameter in engine.module.named_parameters():
+            master = safe_get_full_fp32_param(parameter)
+            assert torch.equal(master, converted[name])
+            assert torch.equal(master.to(weights[name].dtype), weights[name])
+            assert safe_get_full_optimizer_state(parameter, "exp_avg").abs().sum() > 0
+            safe_set_full_fp32_param(parameter, torch.zeros_like(master))
+            assert safe_get_full_fp32_param(parameter).abs().sum() == 0
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_deepspeeds_own_tools_see_every_block(stage: int, dtype: str, tmp_path: Path) -> None:
+    run_on_ranks(2, deepspeed_tools, stage, dtype, str(tmp_path))
+
+
+def unused_block() -> str:
+    import hift_ds
+
+    class TwoPaths(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.llama = tiny.model()
+            self.head = torch.nn.Linear(4, 4)
+
+        def forward(self, **batch: Any) -> Any:
+            return self.llama(**batch)
+
+    config = tiny.ds_config(Case()) | {
+        "hift": {"strategy": "top2down", "freeze": ["llama.model.norm*", "llama.lm_head*"]}
+    }
+    engine = hift_ds.initialize(model=TwoPaths(), config=config)[0]
+    try:
+        with pytest.raises(RuntimeError) as error:
+            tiny.optimizer_step(engine, 0)
+        return str(error.value)
+    finally:
+        engine.destroy()
+
+
+def test_a_block_that_the_loss_does_not_use_is_named() -> None:
+    (message,) = run_on_ranks(1, unused_block)
+    assert "head" in message and "hift.freeze" in message and "use_reentrant" in message
+
+
+def warned_of_schedule() -> list[str]:
+    import deepspeed
+
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    deepspeed.utils.logger.addHandler(handler)
+    try:
+        tiny.initialize(Case(scheduler="WarmupDecayLR")).destroy()
+    finally:
+        deepspeed.utils.logger.removeHandler(handler)
+    return said
+
+
+def test_a_schedule_with_an_end_is_explained() -> None:
+    (said,) = run_on_ranks(1, warned_of_schedule)
+    assert any("once a cycle" in line and "24 steps" in line for line in said), said
+
+
+def other_blocks(folder: str) -> list[str]:
+    """In a rank: what a checkpoint says to a run with other blocks, another order, or that was made without HiFT."""
+    messages = []
+    engine = tiny.initialize(Case(stage=1))
+    tiny.optimizer_step(engine, 0)
+    engine.save_checkpoint(folder, tag="hift")
+    engine.destroy()
+    # Stage 0: at others DeepSpeed's files hold an enumeration, which Python 3.11.2 writes as a call: not to be adopted.
+    stock = tiny.initialize(Case(stage=0), stock=True)
+    tiny.optimizer_step(stock, 0)
+    stock.save_checkpoint(folder, tag="stock")
+    stock.destroy()
+    with pytest.raises(ValueError, match=r"(?s)has no manifest\.json.*adopt"):
+        tiny.initialize(Case(stage=0)).load_checkpoint(folder, tag="stock")
+    store.adopt(Path(folder, "stock"))
+    for case, tag in (
+        (Case(stage=1, layers_per_block=2), "hift"),
+        (Case(stage=1, strategy="top2down"), "hift"),
+        (Case(stage=0), "stock"),
+    ):
+        engine = tiny.initialize(case)
+        with pytest.raises(ValueError) as error:
+            engine.load_checkpoint(folder, tag=tag)
+        messages.append(str(error.value))
+        engine.destroy()
+    return messages
+
+
+def test_a_checkpoint_of_another_cut_is_refused(tmp_path: Path) -> None:
+    (messages,) = run_on_ranks(1, other_blocks, str(tmp_path))
+    assert "layers_per_block" in messages[0] and "block order" in messages[1] and "no blocks" in messages[2]

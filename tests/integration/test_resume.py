@@ -1,0 +1,148 @@
+"""A stopped run continues bit for bit: weights, masters, optimizer state, block, cycle and learning rate."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from tests.integration.test_parity import FINER, STAGES, cases, check_update
+from tests.support import tiny
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case, Outcome
+
+FIRST_CYCLE, LATER = 2, 9  # of 12 steps in two cycles: at 2 only two of six blocks have state
+
+
+def interrupted(case: Case, folder: str, stops: tuple[int, ...]) -> tuple[Outcome, list[str]]:
+    """In a rank: a run that saves at each stop, then, for each, a fresh engine that continues it to the same end.
+    Returns the first run and what differed in the others."""
+
+    steps = case.steps  # it makes a model, with a seed of its own
+
+    def train(engine: Any, first: int, saves: tuple[int, ...] = ()) -> tuple[list[Any], Any]:
+        trace = []
+        for step in range(first, steps):
+            if step in saves:
+                assert engine.save_checkpoint(folder, tag=f"step{step}", client_state={"note": step})
+            drawn = random.random(), float(numpy.random.randn()), float(torch.rand(()))
+            place = engine.active_block, engine.cycle, engine.get_lr()[0], engine.global_steps
+            trace.append((*place, *drawn, *tiny.optimizer_step(engine, step)))
+        end = tiny.weights(engine), tiny.tensors(tiny.block_states(engine))
+        return trace, end
+
+    engine = tiny.initialize(case)
+    start = tiny.copies(dict(tiny.model(case.dtype, case.tied).named_parameters()))
+    try:
+        straight, (weights, states) = train(engine, 0, stops)
+        outcome = Outcome(start, weights, [], [], [], tiny.masters(engine) if case.dtype != "fp32" else {})
+    finally:
+        engine.destroy()
+
+    differences = []
+    for stop in stops:
+        other = tiny.model(case.dtype, case.tied)
+        for p in other.parameters():
+            torch.nn.init.normal_(p)  # nothing but the checkpoint can give the right weights
+        engine = tiny.initialize(case, llama=other)
+        try:
+            path, client_state = engine.load_checkpoint(folder, tag=f"step{stop}")
+            if path is None or client_state is None or client_state.get("note") != stop:
+                differences.append(f"from {stop}: loaded {path}, or without its client state")
+            trace, (resumed_weights, resumed_states) = train(engine, stop)
+        finally:
+            engine.destroy()
+        if trace != straight[stop:]:
+            differences.append(
+                f"from {stop}: block, cycle, rate, steps, random numbers, losses were {straight[stop:]}, are {trace}"
+            )
+        for what, ours, truth in (("weight", resumed_weights, weights), ("state", resumed_states, states)):
+            differences += [f"from {stop}: {what} {name} is missing or too much" for name in ours.keys() ^ truth.keys()]
+            differences += [
+                f"from {stop}: {what} {name} differs by {(ours[name].double() - truth[name].double()).abs().max()}"
+                for name in ours.keys() & truth.keys()
+                if not torch.equal(ours[name], truth[name])
+            ]
+    return outcome, differences
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        [Case(stage=stage, ranks=ranks, scheduler="OneCycle") for stage in STAGES for ranks in (1, 2)],
+        [Case(stage=stage, scheduler="torch", dtype="bf16", strategy="random") for stage in STAGES],
+        [Case(stage=stage, scheduler="torch", offload=True) for stage in (1, 2, 3)],
+        [
+            Case(stage=stage, steps_per_block=2, layers_per_block=4, strategy="top2down", cycles=3, decay_groups=True)
+            for stage in STAGES
+        ],
+        [Case(stage=stage, optimizer="momentum", tied=True) for stage in STAGES],
+        [Case(stage=stage, optimizer="Adagrad") for stage in STAGES],
+        [Case(stage=stage, ranks=2, dtype="bf16", offload=True) for stage in (2, 3)],
+        [Case(stage=stage, optimizer="Adafactor", client_optimizer=True) for stage in (0,)],
+        [Case(stage=stage, optimizer="NAdam", client_optimizer=True, scheduler="torch") for stage in (0, 2, 3)],
+    ),
+    ids=str,
+)
+def test_a_stopped_run_continues_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    assert case.steps == 12
+    check_stops(case, tmp_path, (FIRST_CYCLE, LATER))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(stage=s, ranks=r, max_block_numel=FINER, clip=0.005) for s, r in ((0, 1), (1, 2), (2, 1), (3, 2))],
+    ids=str,
+)
+def test_a_stop_between_the_rows_of_a_tensor(case: Case, tmp_path: Path) -> None:
+    assert case.blocks[0] == case.blocks[1], "two blocks share the embeddings"
+    check_stops(case, tmp_path, (1, case.k + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stops_at_every_step(stage: int, ranks: int, dtype: str, offload: bool, tmp_path: Path) -> None:
+    """Every block boundary of two cycles, and (two steps a block) every step between two of them."""
+    if stage == 0 and (offload or dtype == "fp16"):
+        pytest.skip("DeepSpeed has neither at stage 0")
+    case = Case(stage=stage, ranks=ranks, dtype=dtype, offload=offload, scheduler="torch", layers_per_block=2)
+    case = replace(case, steps_per_block=2)
+    check_stops(case, tmp_path, tuple(range(1, case.steps)))
+
+
+def refused(case: Case, other: Case, folder: str) -> str:
+    """In a rank: what is said to a run with other blocks than the checkpoint's."""
+    engine = tiny.initialize(case)
+    try:
+        tiny.optimizer_step(engine, 0)
+        engine.save_checkpoint(folder)
+    finally:
+        engine.destroy()
+    engine = tiny.initialize(other)
+    try:
+        with pytest.raises(ValueError) as error:
+            engine.load_checkpoint(folder)
+        return str(error.value)
+    finally:
+        engine.destroy()
+
+
+def test_a_checkpoint_of_other_blocks_is_refused(tmp_path: Path) -> None:
+    finer = Case(max_block_numel=FINER)
+    for number, (case, other) in enumerate(((Case(), finer), (finer, Case()), (finer, replace(finer, balance=True)))):
+        (message,) = run_on_ranks(1, refused, case, other, str(tmp_path / str(number)))
+        assert "max_block_numel" in message and "it was saved with" in message
+
+
+def check_stops(case: Case, tmp_path: Path, stops: tuple[int, ...]) -> None:
+    results = run_on_ranks(case.ranks, interrupted, case, str(tmp_path), stops)
+    for rank, (_, differences) in enumerate(results):
+        assert not differences, f"rank {rank}: " + "\n".join(differences[:20])
+    if case.ranks == 1 or case.dtype == "fp32":
+        check_update(case, results[0][0])  # saving changed nothing either

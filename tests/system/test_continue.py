@@ -1,0 +1,153 @@
+"""A run that meets a damaged checkpoint, a full disk or a second writer: what it does, and what it says."""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from hift_ds.checkpoint import store
+from hift_ds.launch import train
+from hift_ds.launch.config.settings import load_settings
+from tests.support.paths import REPOSITORY
+from tests.system.test_preemption import Job, alive
+from tests.system.test_train import records, run_tiny, summary
+
+SETTINGS = ("data.eval_examples=0", "training.max_steps=12", "training.save_every=4", "training.keep_last=null")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the exported weights of a run that nothing happened to."""
+    return run_tiny(1, tmp_path_factory.mktemp("straight") / "run", *SETTINGS)["digest"]
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that died after step 10 of 12, with checkpoints of steps 4 and 8."""
+    out = tmp_path / "run"
+    assert run_tiny(1, out, *SETTINGS, stop_after=10)["code"] is None
+    return out
+
+
+def damage(out: Path, tag: str) -> None:
+    path = next((out / "checkpoints" / tag).glob("*model_states.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_newest_whole_checkpoint_is_used(stopped: Path, straight: str) -> None:
+    damage(stopped, "step8")
+    (stopped / "checkpoints" / "latest").write_text("../elsewhere")
+    resumed = run_tiny(1, stopped, *SETTINGS, resume="auto")
+    assert resumed["code"] == 0 and resumed["digest"] == straight
+    assert "continues after step 4" in resumed["printed"]
+    assert [record["step"] for record in records(stopped)] == list(range(1, 13))
+    assert store.main(["verify", str(stopped / "checkpoints")]) == 0  # step8 is a new one
+
+
+@pytest.mark.parametrize("resume", ["yes", "auto"])
+def test_without_a_whole_one_nothing_is_begun(stopped: Path, resume: str) -> None:
+    for tag in ("step4", "step8"):
+        damage(stopped, tag)
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    refused = run_tiny(1, stopped, *SETTINGS, resume=resume)
+    assert refused["code"] == 2 and "step8" in refused["printed"] and "step4" in refused["printed"]
+    assert "damaged" in refused["printed"] and "Nothing was changed" in refused["printed"]
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_are_gone_are_missed(stopped: Path) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    for resume in ("yes", "auto"):
+        refused = run_tiny(1, stopped, *SETTINGS, resume=resume)
+        assert refused["code"] == 2 and "has none" in refused["printed"], refused["printed"]
+    assert len(records(stopped)) == 10
+
+
+def test_another_kind_of_run_is_refused_by_name(tmp_path: Path) -> None:
+    """Ranks, ZeRO stage and blocks: told before anything is loaded."""
+    out = tmp_path / "run"
+    run_tiny(2, out, *SETTINGS, "training.max_steps=4")
+    for ranks, setting, name in (
+        (1, "training.seed=0", "number of ranks: the run has 2, these settings have 1"),
+        (2, "deepspeed.zero_optimization.stage=3", "zero_optimization.stage: the run has 2, these settings have 3"),
+        (2, "deepspeed.hift.layers_per_block=2", "deepspeed.hift.layers_per_block: the run has nothing, these"),
+    ):
+        refused = run_tiny(ranks, out, *SETTINGS, setting, resume="yes")
+        assert refused["code"] == 2 and name in refused["printed"], refused["printed"]
+    assert len(records(out)) == 4
+
+
+def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ("data.eval_examples=0", "training.max_steps=10", "training.save_every=1", "training.keep_every=4")
+    assert run_tiny(1, out, *settings)["code"] == 0
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir() if path.is_dir())
+    assert kept == ["step10", "step4", "step8", "step9"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with Job(out, 1, "training.max_steps=100000", "data.eval_examples=0", "output.export=false") as job:
+        job.wait_for_step(3)
+        before = len(records(out))
+        for resume, more in (("auto", ()), (None, ("output.overwrite=true",)), (None, ())):
+            refused = run_tiny(1, out, *SETTINGS, *more, resume=resume)
+            assert refused["code"] == 2 and f"process {job.process.pid} " in refused["printed"], refused["printed"]
+        job.wait_for_step(before + 3)
+
+
+def full_disks() -> list[tuple[str, int, int]]:
+    """Method, ZeRO stage and KiB of a file system with room for none to five checkpoints of the tiny model."""
+    rng = random.Random(5)
+    return [(("hift", "full")[i % 2], rng.choice((1, 2, 3)), rng.randrange(2500, 9000)) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "size"),
+    [pytest.param(*one, marks=pytest.mark.slow if i > 1 else ()) for i, one in enumerate(full_disks())],
+)
+def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int, tmp_path: Path) -> None:
+    """Both ranks end within a minute, through the launcher, and the run continues when there is room."""
+    out = tmp_path / "run"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(out)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        zero = f"deepspeed.zero_optimization.stage={stage}"
+        settings = (*SETTINGS, "output.export=false", f"method.name={method}", zero, "training.save_every=1")
+        with Job(out, 2, *settings) as job:
+            job.wait_for_step(1)
+            ranks = [job.rank(0), job.rank(1)]
+            assert job.code(300) == 2, job.text()
+            since = time.time() - (out / "metrics.jsonl").stat().st_mtime
+            assert not any(alive(rank) for rank in ranks)
+        assert since < 60, f"ended {since:.0f} s after the last step"
+        print(f"full after {len(records(out))} steps, ended {since:.1f} s after the last one")
+        assert "could not be saved" in job.text() and "No space left" in job.text(), job.text()
+        found = store.find(out / "checkpoints")
+        assert (found.about["step"] if found else 0) == len(records(out)) - 1
+        assert not list((out / "checkpoints").glob(".saving-*"))
+        subprocess.run(["mount", "-o", "remount,size=50m", str(out)], check=True)
+        resumed = run_tiny(2, out, *settings, resume="yes" if found else "auto")
+        assert resumed["code"] == 0 and summary(out)["steps"] == 12, resumed["printed"]
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """The new one is there, and training goes on; on one rank, so that no other would wait for it."""
+    engine = mock.Mock()
+    settings = load_settings(str(REPOSITORY / "configs" / "tiny.yaml"), ["output.dir=runs/none"], 1)
+    prune = mock.patch.object(store, "prune", side_effect=OSError("a device error"))
+    with mock.patch.object(train, "dist", get_rank=lambda: 0), prune:
+        train.save_checkpoint(engine, settings, 4)
+    engine.save_checkpoint.assert_called_once()
+    assert "could not be deleted: a device error" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Ranks are killed at any moment, in training and while saving: the run goes on from its last commit, bit for bit.
+
+Real launcher, two ranks, SIGKILL, which no handler sees. One run is killed again and again; in the end its records and
+its weights are those of a run that nobody touched.
+"""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hift_ds.checkpoint import store
+from tests.system.test_preemption import Job
+from tests.system.test_train import records, run_tiny
+
+KEYS = ("step", "cycle", "block", "loss", "learning_rate", "grad_norm", "tokens", "skipped")
+SETTINGS = ("data.eval_examples=0", "training.lr_schedule=linear", "model.config.attention_dropout=0.1")
+
+
+def committed(out: Path) -> int:
+    """The step of the newest whole checkpoint; 0: there is none."""
+    found = store.find(out / "checkpoints")
+    return found.about["step"] if found is not None else 0
+
+
+def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random) -> tuple[str, int]:
+    """Start or continue the run, and kill a rank of it; where it was hit, and the step that is committed then."""
+    before, rank = committed(out), numbers.randrange(2)
+    in_save = numbers.random() < 0.5
+    with Job(out, 2, *settings, resume="auto") as job:
+        beginning = f"continues after step {before}" if before else "the run begins at its first step"
+        job.until(lambda: beginning in job.text(), what=beginning)  # until then the records are those of the run before
+        job.wait_for_step(before + numbers.randrange(1, 5))
+        if in_save:
+            folder, deadline = out / "checkpoints", time.monotonic() + 60
+            while not any(folder.glob(".saving-*")) and time.monotonic() < deadline:
+                pass
+            time.sleep(numbers.uniform(0, 0.02))
+        else:
+            time.sleep(numbers.uniform(0, 0.2))
+        job.rank(rank).send_signal(signal.SIGKILL)
+        where = "while saving" if any((out / "checkpoints").glob(".saving-*")) else "between saves"
+        assert job.code(120) != 0
+    return where, committed(out)
+
+
+def kills(tmp_path: Path, count: int, stage: int, seed: int) -> None:
+    numbers = random.Random(seed)
+    steps = 6 * count + 6
+    settings = (*SETTINGS, f"training.max_steps={steps}", f"deepspeed.zero_optimization.stage={stage}")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run_tiny(2, straight, *settings)["code"] == 0
+    saving = (*settings, "training.save_every=1")
+    places: list[str] = []
+    for number in range(count):
+        if committed(killed) >= steps - 5:
+            break
+        place, step = kill_once(killed, saving, numbers)
+        places.append(place)
+        print(f"kill {number + 1}: {place}, step {step} is committed", flush=True)
+    assert len(places) == count
+    ended = run_tiny(2, killed, *saving, resume="yes")
+    assert ended["code"] == 0, ended["printed"]
+    assert [[r[key] for key in KEYS] for r in records(killed)] == [[r[key] for key in KEYS] for r in records(straight)]
+    ours, truth = (load_file(out / "model" / "model.safetensors") for out in (killed, straight))
+    assert ours.keys() == truth.keys() and all(ours[name].equal(truth[name]) for name in truth)
+    print(f"{count} of {count} continued, 0 bits different; {places.count('while saving')} of them while saving")
+
+
+def test_killed_twice(tmp_path: Path) -> None:
+    kills(tmp_path, 2, stage=2, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_25_times(tmp_path: Path, stage: int) -> None:
+    kills(tmp_path, 25, stage, seed=stage)

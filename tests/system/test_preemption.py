@@ -1,0 +1,316 @@
+"""Stopping a run from outside, and ranks that die or hang: real processes, real signals, through the real launcher."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hift_ds.launch.runtime.preemption import STOPPED, Preemption
+from hift_ds.launch.runtime.ranks import RANK_LOST
+from tests import ENVIRONMENT
+from tests.support.paths import REPOSITORY
+from tests.support.ranks import free_port
+from tests.system.test_train import arguments, records, run_tiny, summary
+
+ENDLESS = ("training.max_steps=100000", "data.eval_examples=0", "output.export=false")
+
+
+class Job:
+    """A training run in the background, in a process group of its own; nothing of it is left at the end."""
+
+    def __init__(self, out: Path, ranks: int, *overrides: str, resume: str | None = None) -> None:
+        self.out, self.ranks, self.printed = out, ranks, out.with_name(f"{out.name}.{time.monotonic_ns()}.txt")
+        argv = ["launch/train.py", *arguments(out, *overrides, resume=resume)]
+        self.port = ""
+        if ranks > 1:
+            self.port = free_port()
+            script = str(Path(sys.executable).with_name("deepspeed"))
+            argv = [script, "--num_gpus", str(ranks), "--master_port", self.port, *argv]
+        unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        environment = {key: value for key, value in ENVIRONMENT.items() if key not in unset}
+        with self.printed.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *argv],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # Tests that a shell started in the background hand on that it is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        for left in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*") if self.port else ():  # 66 MB for each rank
+            left.unlink(missing_ok=True)
+
+    def text(self) -> str:
+        return self.printed.read_text()
+
+    def until(self, condition: Callable[[], Any], seconds: float = 400, what: str = "the condition") -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"{what} did not come in {seconds} s:\n{self.text()}"
+            time.sleep(0.02)
+        return value
+
+    def wait_for_step(self, step: int) -> None:
+        metrics = self.out / "metrics.jsonl"
+
+        def reached() -> bool:
+            assert self.process.poll() is None, self.text()
+            return metrics.exists() and metrics.read_text().count("\n") >= step
+
+        self.until(reached, what=f"step {step}")
+
+    def rank(self, rank: int) -> psutil.Process:
+        text = self.until(lambda: (log := self.out / "logs" / f"rank{rank}.log").exists() and log.read_text())
+        return psutil.Process(int(re.findall(r"pid (\d+) on", text)[-1]))
+
+    def launcher(self) -> psutil.Process:
+        return self.rank(0).parent()
+
+    def code(self, seconds: float = 60) -> int:
+        return self.process.wait(timeout=seconds)
+
+    def ends(self, processes: list[psutil.Process], seconds: float) -> float:
+        """Seconds until all the processes are gone."""
+        started = time.monotonic()
+        self.until(lambda: not any(alive(process) for process in processes), seconds, f"the end of {processes}")
+        return time.monotonic() - started
+
+    def kill(self, stopped: psutil.Process) -> None:
+        """End a stopped rank, once launch.py has seen that another has exited, as it would itself 30 s later."""
+        self.until(lambda: "Killing subprocess" in self.text(), 30, "launch.py's end")
+        stopped.kill()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[float]]:
+    """The losses of a run that nobody stopped, by its number of ranks."""
+    known: dict[int, list[float]] = {}
+
+    def losses(ranks: int) -> list[float]:
+        if ranks not in known:
+            out = tmp_path_factory.mktemp("unstopped") / "run"
+            settings = ("training.max_steps=60", "data.eval_examples=0", "output.export=false")
+            assert run_tiny(ranks, out, *settings)["code"] == 0
+            known[ranks] = [record["loss"] for record in records(out)]
+        return known[ranks]
+
+    return losses
+
+
+def assert_saved(job: Job, losses: list[float]) -> int:
+    """The job saved its last step, and a resumed run does each later step once, as if nothing had been; that step."""
+    step = len(records(job.out))
+    assert (job.out / "checkpoints" / "latest").read_text() == f"step{step}", job.text()
+    assert [path.name for path in (job.out / "checkpoints").glob("step*")] == [f"step{step}"]
+    assert f"after step {step}; checkpoint {job.out / 'checkpoints' / f'step{step}'}; continue" in job.text()
+    assert 'launch/train.py", line' not in job.text()  # the outer `deepspeed` itself has a traceback after SIGINT
+    resumed = run_tiny(job.ranks, job.out, *ENDLESS[1:], f"training.max_steps={step + 3}", resume="yes")
+    assert resumed["code"] == 0, resumed["printed"]
+    assert [record["step"] for record in records(job.out)] == list(range(1, step + 4))
+    assert [record["loss"] for record in records(job.out)] == losses[: step + 3]
+    return step
+
+
+def to_rank_1(job: Job) -> None:
+    job.rank(1).send_signal(signal.SIGTERM)
+
+
+def to_launch_py(job: Job) -> None:
+    job.launcher().send_signal(signal.SIGTERM)
+
+
+def to_the_group(job: Job) -> None:
+    os.killpg(job.process.pid, signal.SIGINT)
+
+
+def to_deepspeed(job: Job) -> None:
+    job.process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("send", "code", "said"),
+    [
+        (to_rank_1, STOPPED, "SIGTERM"),
+        pytest.param(to_launch_py, 1, "SIGTERM", marks=pytest.mark.slow),  # launch.py knows no other code then
+        pytest.param(to_the_group, -signal.SIGINT, "SIGINT( and SIGTERM)?", marks=pytest.mark.slow),
+        (to_deepspeed, -signal.SIGTERM, "the end of its launcher"),
+    ],
+)
+def test_two_ranks_save_the_same_step(send: Any, code: int, said: str, tmp_path: Path, unstopped: Any) -> None:
+    with Job(tmp_path / "run", 2, *ENDLESS) as job:
+        job.wait_for_step(3)
+        processes = [job.rank(0), job.rank(1), job.launcher()]
+        send(job)
+        assert job.ends(processes, 60) < 30
+        assert job.code() == code, job.text()
+        assert re.search(f"stopped by {said} after step", job.text()), job.text()
+        assert_saved(job, unstopped(2))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_at_seeded_moments(ranks: int, tmp_path: Path, unstopped: Any) -> None:
+    """One of one process by default; 20 of two ranks."""
+    draw, moments = random.Random(ranks), 1 if ranks == 1 else 20
+    seconds, steps = [], []
+    for number in range(moments):
+        with Job(tmp_path / str(number), ranks, *ENDLESS) as job:
+            job.wait_for_step(draw.randrange(1, 20))
+            time.sleep(draw.uniform(0, 0.5))
+            target = job.rank(draw.randrange(ranks)) if ranks == 1 or draw.random() < 0.5 else job.launcher()
+            processes = [job.rank(rank) for rank in range(ranks)]
+            target.send_signal(signal.SIGTERM)
+            seconds.append(job.ends(processes, 60))
+            assert job.code() == (1 if ranks > 1 and target not in processes else STOPPED), job.text()
+            steps.append(assert_saved(job, unstopped(ranks)))
+    print(f"{len(seconds)} of {moments} saved, after steps {steps}; the slowest took {max(seconds):.1f} s")
+    assert max(seconds) < 30
+
+
+def test_before_the_first_step_it_exits_at_once(tmp_path: Path) -> None:
+    with Job(tmp_path / "run", 1, "data.eval_examples=512", "training.eval_batch_size=1") as job:
+        job.rank(0).send_signal(signal.SIGTERM)  # it is loading the model, or evaluating it
+        assert job.code(10) == STOPPED
+        assert "stopped by SIGTERM: nothing was trained yet" in job.text() and "Traceback" not in job.text()
+        assert not (job.out / "metrics.jsonl").exists()
+
+
+def test_in_the_evaluation_after_training_the_last_step_is_saved(tmp_path: Path) -> None:
+    settings = ("training.max_steps=2", "data.eval_examples=48", "training.eval_batch_size=1")
+    with Job(tmp_path / "run", 1, *settings) as job:
+        job.wait_for_step(2)
+        time.sleep(0.5)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.code() == STOPPED, job.text()
+        assert "stopped by SIGTERM after step 2; checkpoint" in job.text()
+    assert not (job.out / "model").exists()
+    assert run_tiny(1, job.out, *settings, resume="yes")["code"] == 0
+    assert len(records(job.out)) == 2 and summary(job.out)["score_n"] == 48 and (job.out / "model").is_dir()
+
+
+@pytest.mark.slow
+def test_a_method_that_cannot_be_continued_says_so(tmp_path: Path) -> None:
+    with Job(tmp_path / "run", 1, *ENDLESS, "method.name=badam") as job:
+        job.wait_for_step(2)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.code() == STOPPED, job.text()
+        assert "nothing was saved: method 'badam' cannot be continued" in job.text()
+        assert not (job.out / "checkpoints").exists()
+
+
+def test_signals_within_five_seconds_count_as_one() -> None:
+    with Preemption(1) as stop:
+        stop.nothing_to_lose = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert stop.reasons == ["SIGTERM", "SIGINT"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_to_a_forked_child_is_the_childs() -> None:
+    """Pools of processes end their workers with SIGTERM."""
+    with Preemption(1) as stop:
+        stop.nothing_to_lose = None
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        time.sleep(0.1)
+        assert not stop.reasons
+
+
+# ---- ranks that die or hang ----------------------------------------------------------------------------------------
+
+
+def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    stop_a_rank(tmp_path / "run", limit=8, stopped=1)
+
+
+@pytest.mark.slow
+def test_ten_stopped_ranks(tmp_path: Path) -> None:
+    draw, limit = random.Random(0), 8
+    seconds = [stop_a_rank(tmp_path / str(n), limit, draw.randrange(2), draw, wait=n < 2) for n in range(10)]
+    print(
+        f"{len(seconds)} of 10 ended with 76, after {min(seconds):.1f} to {max(seconds):.1f} s; the limit is {limit} s"
+    )
+
+
+def stop_a_rank(out: Path, limit: float, stopped: int, draw: Any = None, wait: bool = False) -> float:
+    """SIGSTOP one of two ranks; the seconds until the other has exited. `wait`: for the launcher to end the first."""
+    with Job(out, 2, *ENDLESS, f"training.rank_timeout={limit}") as job:
+        job.wait_for_step(draw.randrange(1, 20) if draw else 3)
+        time.sleep(draw.uniform(0, 0.5) if draw else 0)
+        victim, other, launcher = job.rank(stopped), job.rank(1 - stopped), job.launcher()
+        victim.send_signal(signal.SIGSTOP)
+        seconds = job.ends([other], limit + 30)
+        assert seconds < limit + 10
+        assert re.search(
+            rf"error: rank {stopped} \(pid {victim.pid} on \S+\) is stopped; last sign of life \d+ s ago, after step "
+            rf"\d+: {out / 'logs' / f'rank{stopped}.log'}",
+            job.text(),
+        ), job.text()
+        assert "training.rank_timeout" in job.text() and "Traceback" not in job.text()
+        assert "is stopped" in (out / "logs" / f"rank{1 - stopped}.log").read_text()
+        if not wait:
+            job.kill(victim)
+        job.ends([victim, launcher], 60)  # launch.py kills it 30 s after SIGTERM, which a stopped process does not hear
+        assert job.code() == RANK_LOST
+        return seconds
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    with Job(tmp_path / "run", 2, *ENDLESS) as job:
+        job.wait_for_step(3)
+        victim, other = job.rank(1), job.rank(0)
+        victim.kill()
+        assert job.ends([other], 60) < 20
+        assert f"error: rank 1 (pid {victim.pid} on " in job.text() and "is dead" in job.text(), job.text()
+        assert str(job.out / "logs" / "rank1.log") in job.text() and "Traceback" not in job.text()
+        assert job.code() in (256 - signal.SIGKILL, RANK_LOST)  # of what launch.py saw gone first
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path: Path) -> None:
+    with Job(tmp_path / "run", 2, *ENDLESS) as job:
+        job.wait_for_step(3)
+        victim, other = job.rank(1), job.rank(0)
+        victim.send_signal(signal.SIGSTOP)
+        other.send_signal(signal.SIGTERM)
+        time.sleep(7)
+        assert alive(other)  # in a collective, for up to training.rank_timeout
+        other.send_signal(signal.SIGTERM)
+        assert job.ends([other], 20) < 5
+        assert "SIGTERM again: exiting at once, without saving" in job.text()
+        job.kill(victim)
+        assert job.code() == 128 + signal.SIGTERM

@@ -1,0 +1,566 @@
+"""The training entry point, end to end on the tiny config: through the real launcher, on one and two ranks."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests import ENVIRONMENT
+from tests.support.paths import REPOSITORY
+from tests.support.ranks import free_port, run_on_ranks
+
+TINY = str(REPOSITORY / "configs" / "tiny.yaml")
+STAGES = (0, 1, 2, 3)
+
+
+def arguments(out: Path, *overrides: str, resume: str | None = None) -> list[str]:
+    pairs = [f"output.dir={out}", *overrides]
+    flags = {None: [], "yes": ["--resume"], "auto": ["--resume", "auto"]}[resume]
+    return ["--config", TINY, *(part for pair in pairs for part in ("--set", pair)), *flags]
+
+
+def launch(ranks: int, argv: Sequence[str], port: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
+    script = str(Path(sys.executable).with_name("deepspeed"))
+    command = [
+        sys.executable,
+        script,
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(port or free_port()),
+        "launch/train.py",
+        *argv,
+    ]
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text())
+
+
+# ---- what runs on the ranks ----------------------------------------------------------------------------------------
+
+
+def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dict[str, Any]:
+    """Runs the command line on this rank, and compares the exported folder with the engine's own weights.
+
+    Args:
+        stop_after: raise once that many steps are recorded, as if the process had been killed there.
+    """
+    import deepspeed
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from hift_ds.launch import train
+    from hift_ds.launch.runtime import logs
+
+    seen: dict[str, Any] = {}
+    export, record_step = train.export_model, logs.RunLog.step
+
+    def spy(engine: Any, tokenizer: Any, folder: Path, use_cache: Any) -> None:
+        seen["tensors"] = {}
+        tensors = [*engine.module.named_parameters(remove_duplicate=False), *engine.module.named_buffers()]
+        for name, tensor in tensors:
+            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                seen["tensors"][name] = tensor.detach().cpu().clone()
+        seen["causal"] = "CausalLM" in type(engine.module).__name__
+        export(engine, tokenizer, folder, use_cache)
+        seen["folder"] = folder
+
+    def step_until(log: Any, record: dict[str, Any]) -> None:
+        record_step(log, record)
+        if record["step"] == stop_after:
+            raise KeyboardInterrupt
+
+    code: Any = None
+    printed = io.StringIO()
+    patches: list[Any] = [
+        mock.patch.object(train, "export_model", spy),
+        mock.patch.object(logs.RunLog, "step", step_until),
+    ]
+    with patches[0], patches[1], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.suppress(KeyboardInterrupt):
+            code = train.main(list(argv))
+    result: dict[str, Any] = {"code": code, "printed": printed.getvalue()}
+    if "folder" in seen:
+        kind = AutoModelForCausalLM if seen["causal"] else AutoModelForSequenceClassification
+        loaded = kind.from_pretrained(seen["folder"])
+        exported = {**dict(loaded.named_parameters(remove_duplicate=False)), **dict(loaded.named_buffers())}
+        result["same_names"] = set(exported) == set(seen["tensors"])
+        result["different"] = [
+            name
+            for name, tensor in seen["tensors"].items()
+            if not (tensor.dtype == exported[name].dtype and torch.equal(tensor, exported[name].detach()))
+        ]
+        result["digest"] = {name: tensor.double().sum().item() for name, tensor in seen["tensors"].items()}
+    return result
+
+
+def run_tiny(ranks: int, out: Path, *overrides: str, resume: str | None = None, stop_after: int | None = None) -> Any:
+    """`train_and_compare` on ranks that live through the session; rank 0's result."""
+    return run_on_ranks(ranks, train_and_compare, arguments(out, *overrides, resume=resume), stop_after=stop_after)[0]
+
+
+def assert_complete(out: Path, result: dict[str, Any], method: str = "hift") -> None:
+    """All files are there, they agree with each other, the loss fell, and the export is the trained model."""
+    assert result["code"] == 0, result["printed"]
+    assert result["same_names"] and result["different"] == []
+    steps, final = records(out), summary(out)
+    assert [record["step"] for record in steps] == list(range(1, final["steps"] + 1))
+    assert final["loss_last_mean"] < final["loss_first_mean"] - 0.05
+    assert (final["loss_first"], final["loss_last"]) == (steps[0]["loss"], steps[-1]["loss"])
+    assert final["method"] == method and final["seed"] == 0 and final["dataset"] == "arithmetic"
+    assert final["updates_per_block"] == ([2] * 6 if method == "hift" else [12])
+    assert (final["blocks"], final["cycles"]) == ((6, 2) if method == "hift" else (1, 12))
+    assert final["score_n"] == 8 and 0 <= final["score_before"] <= 1 and 0 <= final["score_after"] <= 1
+    assert final["seconds"] > 0 and final["tokens_per_second"] > 0 and final["peak_memory"] > 2**20
+    assert {"hift_ds", "torch", "deepspeed", "transformers", "python", "git"} <= set(final["versions"])
+    assert not (out / "checkpoints").exists()  # training.save_every is null
+    if method == "hift":
+        assert [record["block"] for record in steps] == [0, 1, 2, 3, 4, 5] * 2
+        assert [record["cycle"] for record in steps] == [0] * 6 + [1] * 6
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [pytest.param(r, s, marks=() if (r, s) in ((1, 2), (2, 3)) else pytest.mark.slow) for r in (1, 2) for s in STAGES],
+)
+def test_through_the_launcher(ranks: int, stage: int, tmp_path: Path) -> None:
+    """The command of the README; by default with the default and the hardest ZeRO stage."""
+    out = tmp_path / "run"
+    done = launch(ranks, arguments(out, f"deepspeed=configs/deepspeed/zero{stage}.json", "logging.every=4"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    final, steps = summary(out), records(out)
+    assert final["ranks"] == ranks and len(steps) == 12
+    assert final["loss_last_mean"] < final["loss_first_mean"] - 0.05
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.use_cache  # switched off for training only
+    assert AutoTokenizer.from_pretrained(out / "model").decode([100]) != ""
+    for text in ("step 12/12", "loss", "exact match before", "exact match after", "of 8 held-out", "tokens/s"):
+        assert text in done.stdout
+    for text in ("updates            2 x embeddings ... head", "answer before training", "answer after training"):
+        assert text in done.stdout
+    assert done.stdout.count("step 12/12") == 1  # rank 0 alone speaks
+
+
+def test_a_port_that_is_in_use_is_said(tmp_path: Path) -> None:
+    """As with two launchers on one machine; the default port is the same for both."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        done = launch(2, arguments(tmp_path / "run"), port := other.getsockname()[1])
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and printed.count(f"error: port {port} of this machine is in use") == 1, printed
+    assert "--master_port" in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+def test_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
+    done = launch(2, arguments(tmp_path / "run", "training.max_stepz=3"))
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("training.max_stepz: unknown key") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_hift(ranks: int, stage: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert_complete(out, run_tiny(ranks, out, f"deepspeed.zero_optimization.stage={stage}"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [pytest.param(r, s, marks=() if (r, s) in ((1, 0), (2, 3)) else pytest.mark.slow) for r in (1, 2) for s in STAGES],
+)
+def test_full(ranks: int, stage: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run_tiny(ranks, out, "method.name=full", f"deepspeed.zero_optimization.stage={stage}")
+    assert_complete(out, result, "full")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_with_an_untied_head(stage: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = ["deepspeed.bf16.enabled=true", "model.config.tie_word_embeddings=false"]
+    result = run_tiny(1, out, *overrides, f"deepspeed.zero_optimization.stage={stage}")
+    assert_complete(out, result)
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_both_methods_see_the_same_data(tmp_path: Path) -> None:
+    """Before the first update the loss is the same; and so are the tokens of every step."""
+    for method in ("hift", "full"):
+        run_tiny(1, tmp_path / method, f"method.name={method}")
+    hift, full = records(tmp_path / "hift"), records(tmp_path / "full")
+    assert hift[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-6)
+    assert [r["tokens"] for r in hift] == [r["tokens"] for r in full]
+    assert [r["trained_tokens"] for r in hift] == [r["trained_tokens"] for r in full]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    for flag in ("true", "false"):
+        run_tiny(1, tmp_path / flag, f"model.gradient_checkpointing={flag}", "data.eval_examples=0")
+    losses = [[r["loss"] for r in records(tmp_path / flag)] for flag in ("true", "false")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert "score_n" not in summary(tmp_path / "true")
+
+
+def test_sequence_classification(tmp_path: Path) -> None:
+    """Text and label from a CSV; the two classes can be told apart by one byte."""
+    rows = ["text,label", *(f"{'yes' if i % 2 else 'no'} number {i},{'good' if i % 2 else 'bad'}" for i in range(64))]
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "held_out.csv").write_text("\n".join([rows[0], *rows[-9:]]) + "\n")
+    out = tmp_path / "run"
+    overrides = ["model.task=sequence-classification", "data.name=csv", f"data.path={tmp_path / 'train.csv'}"]
+    overrides += [f"data.eval_path={tmp_path / 'held_out.csv'}", "data.train_examples=null", "data.eval_examples=null"]
+    result = run_tiny(2, out, *overrides, "training.max_steps=36", "training.eval_batch_size=2")
+    assert result["code"] == 0 and result["same_names"] and result["different"] == []
+    final = summary(out)
+    assert final["score_n"] == 9 and final["score_metric"] == "accuracy"  # an odd number over two ranks: each once
+    assert final["score_after"] == 1
+    assert final["sample_after"]["answer"] == final["sample_after"]["expected"]
+
+
+def test_held_out_loss_of_own_data(tmp_path: Path) -> None:
+    """Prompts and completions have no score: what is told is the held-out loss, as the exported model has it."""
+    from transformers import AutoModelForCausalLM
+
+    from hift_ds.launch.config.settings import load_settings
+    from hift_ds.launch.data.loading import collate, load_data
+    from hift_ds.launch.model import loading
+
+    for name, count in (("train", 16), ("held_out", 9)):
+        lines = [json.dumps({"prompt": f"{name} {i} is", "completion": "one more" * (i % 4 + 1)}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "run"
+    own = ["data.name=jsonl", f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'held_out.jsonl'}"]
+    own += ["data.train_examples=null", "data.eval_examples=null", "training.eval_batch_size=2"]
+    result = run_tiny(2, out, *own, "deepspeed=configs/deepspeed/zero3.json", "training.loss_chunk=5")
+    assert result["code"] == 0, result["printed"]
+    final = summary(out)
+    assert final["held_out_n"] == 9 and "score_after" not in final
+    assert f"held-out after     loss {final['held_out_loss_after']:.4f} (9 examples)" in result["printed"]
+
+    settings = load_settings(TINY, [*own, f"output.dir={out}"])
+    tokenizer = loading.load_tokenizer(settings.model)
+    data = load_data(settings.data, tokenizer, task="causal-lm", seed=0)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        expected = model(**collate(data.eval, tokenizer.pad_token_id)).loss.item()
+    assert final["held_out_loss_after"] == pytest.approx(expected, rel=1e-5)  # sums in another order
+    assert final["held_out_loss_after"] < final["held_out_loss_before"] - 0.1
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
+
+
+def uneven(folder: Path) -> list[str]:
+    """Completions of 1 to 40 tokens, the long ones together, so that a mean of means would be far off."""
+    lengths = [1, 2, 40, 35, 3, 1, 28, 2, 5, 39, 1, 1]
+    rows = [{"prompt": f"Write {n}:", "completion": "abcdefgh"[i % 8] * n} for i, n in enumerate(lengths)]
+    (folder / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data.name=jsonl", f"data.path={folder / 'uneven.jsonl'}", "data.train_examples=null"]
+    return [*overrides, "data.eval_examples=0", "training.batch_size=4", "training.max_steps=7"]
+
+
+@pytest.mark.parametrize("method", ["hift", "full"])
+def test_same_global_batch_has_the_same_loss(method: str, tmp_path: Path) -> None:
+    losses = {}
+    for ranks, micro in ((1, 4), (1, 1), (2, 1), (2, 2)):
+        out = tmp_path / f"{ranks}x{micro}"
+        settings = [f"training.micro_batch_size={micro}", f"method.name={method}", "training.learning_rate=1e-4"]
+        assert run_tiny(ranks, out, *uneven(tmp_path), *settings)["code"] == 0
+        losses[ranks, micro] = [record["loss"] for record in records(out)]
+    for cut, other in losses.items():
+        assert other == pytest.approx(losses[1, 4], rel=1e-6), cut
+
+
+def mean_loss_and_gradient(empty_first: bool) -> list[Any]:
+    """The window's loss and gradients by launch/train.py, where one of two micro-batches may have no trained token."""
+    from hift_ds.launch.model.batch_loss import summed_loss
+
+    class Engine:
+        device = torch.device("cpu")
+
+        def __init__(self, module: torch.nn.Module) -> None:
+            self.module = module
+
+        def __call__(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    from tests.support.tiny import model
+
+    llama = model()
+    ids = torch.arange(24).reshape(2, 12) % 60
+    labels = torch.where(torch.arange(12) > 6, ids, -100)
+    if empty_first:
+        labels[0] = -100
+    loss = torch.zeros(())
+    for row in range(2):
+        batch = {"input_ids": ids[row : row + 1], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
+        part = summed_loss(Engine(llama), batch | {"labels": labels[row : row + 1]}, "causal-lm")
+        part.backward()
+        loss = loss + part.detach()
+    reference = model()
+    logits = reference(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    expected.backward()
+    pairs: Any = zip(llama.parameters(), reference.parameters(), strict=True)
+    worst = max(((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in pairs)
+    return [loss.item(), expected.item(), worst]
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_summed_loss_against_plain_cross_entropy(empty_first: bool) -> None:
+    loss, expected, gradient_error = mean_loss_and_gradient(empty_first)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert gradient_error < 1e-5
+
+
+def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Path) -> None:
+    overrides = ["training.max_steps=15", "training.lr_schedule=linear", "data.eval_examples=0"]
+    run_tiny(1, tmp_path / "hift", *overrides)
+    rates = [record["learning_rate"] for record in records(tmp_path / "hift")]
+    assert rates == pytest.approx([3e-3] * 6 + [2e-3] * 6 + [1e-3] * 3)  # 15 steps of 6 blocks: 3 ticks
+    run_tiny(1, tmp_path / "full", *overrides, "method.name=full")
+    rates = [record["learning_rate"] for record in records(tmp_path / "full")]
+    assert rates == pytest.approx([3e-3 * (15 - t) / 15 for t in range(15)])
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    """Before a weight is loaded, both problems at once, and nothing is written."""
+    settings = ["model.config.max_position_embeddings=64", "training.max_new_tokens=60"]
+    result = run_tiny(1, tmp_path / "run", *settings)
+    assert result["code"] == 2
+    assert "data.max_length: the longest example has" in result["printed"]
+    assert "training.max_new_tokens: the longest held-out prompt" in result["printed"]
+    assert "64 positions" in result["printed"] and not (tmp_path / "run").exists()
+    result = run_tiny(1, tmp_path / "run", settings[0], "data.max_length=64", "data.eval_examples=0", *SHORT)
+    assert result["code"] == 0, result["printed"]
+
+
+def test_diverged_training_stops(tmp_path: Path) -> None:
+    # At stages 1 to 3 DeepSpeed skips a step whose gradients are not finite; at stage 0 they reach the weights.
+    settings = ["training.learning_rate=1e30", "method.name=full", "data.eval_examples=0", "training.max_grad_norm=0"]
+    settings += ["deepspeed.zero_optimization.stage=0"]
+    result = run_tiny(1, tmp_path / "run", *settings)
+    assert result["code"] == 2 and "training has diverged" in result["printed"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(1, 2), (2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1), (1, 0)))]
+)
+def test_resumed_run_equals_the_straight_one(ranks: int, stage: int, tmp_path: Path) -> None:
+    """Stopped after step 10, the last checkpoint being of step 8, in the middle of the second cycle."""
+    settings = ["training.save_every=4", f"deepspeed.zero_optimization.stage={stage}"]
+    settings += ["model.config.attention_dropout=0.1", "training.lr_schedule=linear", "training.keep_last=3"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    expected = run_tiny(ranks, straight, *settings)
+    if ranks == 1:
+        assert run_tiny(ranks, stopped, *settings, stop_after=10)["code"] is None
+        assert len(records(stopped)) == 10
+    else:  # the other ranks would wait in a collective for ever: let them finish, then take back what came after
+        run_tiny(ranks, stopped, *settings, "training.max_steps=12")
+        shutil.rmtree(stopped / "checkpoints" / "step12")
+        (stopped / "summary.json").unlink()
+    resumed = run_tiny(ranks, stopped, *settings, resume="auto")
+    assert resumed["code"] == 0, resumed["printed"]
+    assert resumed["digest"] == expected["digest"]
+    keys = ("step", "cycle", "block", "loss", "learning_rate", "grad_norm", "tokens", "skipped")
+    assert [[r[key] for key in keys] for r in records(stopped)] == [[r[key] for key in keys] for r in records(straight)]
+    assert summary(stopped)["updates_per_block"] == [2] * 6
+    assert summary(stopped)["score_before"] == summary(straight)["score_before"]
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir() if p.is_dir()) == ["step12", "step4", "step8"]
+
+    # Finished: both forms of --resume leave everything as it is, and other settings are refused before that matters.
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    for resume in ("yes", "auto"):
+        again = run_tiny(ranks, stopped, *settings, resume=resume)
+        assert again["code"] == 0 and "nothing to do" in again["printed"]
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+    # Longer: the finished run goes on.
+    longer = run_tiny(ranks, stopped, *settings, "training.max_steps=14", resume="yes")
+    assert longer["code"] == 0 and summary(stopped)["steps"] == 14
+    assert "those of the shorter run until this one ends" in longer["printed"]
+
+
+def test_resume_auto_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["training.max_steps=6", "data.eval_examples=0"]
+    assert run_tiny(1, out, *settings, stop_after=3)["code"] is None
+    assert len(records(out)) == 3
+    assert run_tiny(1, out, *settings, resume="auto")["code"] == 0
+    assert [record["step"] for record in records(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_with_other_blocks_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["training.max_steps=6", "training.save_every=4", "data.eval_examples=0"]
+    run_tiny(1, out, *settings, stop_after=5)
+    for changed in ("deepspeed.hift.layers_per_block=2", "deepspeed.hift.strategy=top2down", "training.seed=1"):
+        result = run_tiny(1, out, *settings, changed, resume="yes")
+        assert result["code"] == 2 and "--resume" in result["printed"], changed
+    assert len(records(out)) == 5
+    assert run_tiny(1, out, *settings, resume="yes")["code"] == 0
+
+
+def test_overwrite_replaces_the_runs_own_files_only(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["training.max_steps=3", "data.eval_examples=0"]
+    run_tiny(1, out, *settings, "training.save_every=2")
+    (out / "notes.txt").write_text("mine")
+    assert run_tiny(1, out, *settings, "output.overwrite=true")["code"] == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "checkpoints").exists() and len(records(out)) == 3
+
+
+# ---- logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run_tiny(1, out, "logging.wandb=offline", "training.max_steps=3", "data.eval_examples=0")
+    assert result["code"] == 0
+    (run,) = (out / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))[0].stat().st_size > 0
+    assert summary(out)["wandb_id"] in run.name
+
+
+def test_wandb_without_a_login_is_a_warning(tmp_path: Path) -> None:
+    result = run_on_ranks(1, _without_wandb_login, arguments(tmp_path / "run", "logging.wandb=online", *SHORT))[0]
+    assert result["code"] == 0
+    assert "warning: Weights & Biases cannot start" in result["printed"]
+    assert "warning: training.max_steps is 2" in result["printed"]  # less than a cycle
+
+
+SHORT = ("training.max_steps=2", "data.eval_examples=0")
+
+
+def _without_wandb_login(argv: Sequence[str]) -> dict[str, Any]:
+    with mock.patch.dict(os.environ, {"HOME": "/nonexistent", "NETRC": "/nonexistent"}):
+        os.environ.pop("WANDB_API_KEY", None)
+        return train_and_compare(argv)
+
+
+def test_wandb_that_fails_later_is_a_warning(tmp_path: Path) -> None:
+    result = run_on_ranks(1, _with_failing_wandb, arguments(tmp_path / "run", "logging.wandb=offline", *SHORT))[0]
+    assert result["code"] == 0
+    assert result["printed"].count("warning: Weights & Biases failed") == 1
+    assert len(records(tmp_path / "run")) == 2
+
+
+def _with_failing_wandb(argv: Sequence[str]) -> dict[str, Any]:
+    import wandb
+
+    service = mock.Mock(id="x")  # the service's side of the SDK
+    service.log.side_effect = ConnectionError("gone")
+    with mock.patch.object(wandb, "init", return_value=service):
+        return train_and_compare(argv)
+
+
+def test_deepspeeds_csv_monitor(tmp_path: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "tiny"}
+    result = run_tiny(1, tmp_path / "run", f"deepspeed.csv_monitor={json.dumps(monitor)}", *SHORT)
+    assert result["code"] == 0
+    assert list((tmp_path / "monitor").rglob("*lr*.csv"))
+
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+# ---- where a model comes from --------------------------------------------------------------------------------------
+
+
+def test_a_trained_folder_can_be_trained_on(tmp_path: Path) -> None:
+    run_tiny(1, tmp_path / "first", "data.eval_examples=0")
+    source = f"model={json.dumps({'name_or_path': str(tmp_path / 'first' / 'model')})}"
+    second = run_tiny(1, tmp_path / "second", source, "training.seed=1")
+    assert second["code"] == 0 and second["same_names"] and second["different"] == []
+    assert summary(tmp_path / "second")["loss_first"] < summary(tmp_path / "first")["loss_first"] - 0.3
+    assert summary(tmp_path / "second")["model"] == str(tmp_path / "first" / "model")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gguf_start(stage: int, tmp_path: Path) -> None:
+    """The weights of the file are those that are trained, and the export no longer needs GGUF."""
+    weights = write_gguf(tmp_path / "tiny.gguf")
+    source = f"model={json.dumps({'name_or_path': str(tmp_path / 'tiny.gguf'), 'tokenizer': 'byte'})}"
+    settings = [source, f"deepspeed.zero_optimization.stage={stage}", "training.learning_rate=1e-12", *SHORT]
+    result = run_tiny(1, tmp_path / "run", *settings)
+    assert result["code"] == 0, result["printed"]
+    assert result["same_names"] and result["different"] == []
+    assert result["digest"]["model.embed_tokens.weight"] == pytest.approx(weights["token_embd.weight"].sum(), rel=1e-5)
+    assert "quantization_config" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+
+
+def write_gguf(path: Path) -> dict[str, Any]:
+    """A one-layer Llama of random weights for the byte tokenizer, unquantized."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    width, vocabulary = 32, 262
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    shapes = {"token_embd": (vocabulary, width), "output_norm": (width,), "output": (vocabulary, width)}
+    shapes |= {"blk.0.attn_norm": (width,), "blk.0.ffn_norm": (width,)}
+    shapes |= {"blk.0.attn_q": (width, width), "blk.0.attn_output": (width, width)}
+    shapes |= {"blk.0.attn_k": (width // 2, width), "blk.0.attn_v": (width // 2, width)}
+    shapes |= {"blk.0.ffn_gate": (2 * width, width), "blk.0.ffn_up": (2 * width, width)}
+    shapes |= {"blk.0.ffn_down": (width, 2 * width)}
+    random = np.random.default_rng(0)
+    tensors = {f"{name}.weight": 0.1 * random.standard_normal(shape, dtype="float32") for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_fp16_keeps_the_loss_scale_in_the_records(tmp_path: Path) -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}  # overflows at first
+    settings = [f"deepspeed.fp16={json.dumps(fp16)}", "data.eval_examples=0", "training.max_steps=20"]
+    assert run_tiny(1, tmp_path / "run", *settings)["code"] == 0
+    steps, final = records(tmp_path / "run"), summary(tmp_path / "run")
+    skipped = [record for record in steps if record["skipped"]]
+    assert skipped and final["steps_skipped"] == len(skipped)
+    assert {record["block"] for record in skipped} == {0}  # an overflow keeps the block
+    assert sum(final["updates_per_block"]) == 20 - len(skipped)
+    assert steps[0]["loss_scale"] > steps[-1]["loss_scale"]
