@@ -14,12 +14,12 @@ SECTION = "hift"
 # Bytes; below this a slice would hold fewer elements than it wastes.
 MIN_BUFFER = 65536
 # Elements of a gradient that its norm takes at a time, each as an fp64 copy.
-NORM_PIECE = 2**22
+NORM_CHUNK = 2**22
 # Bytes, and how many at least: the page-locked buffers between the device and files, half of them in each direction.
 AIO_CHUNK, AIO_BUFFERS = 2**23, 4
 
 
-def noise_piece(device: str) -> int:
+def noise_chunk(device: str) -> int:
     """Elements of MeZO's noise that share a seed, and the most that are computed at a time; another size draws other
     noise. It may depend on the kind of device, as generators do.
 

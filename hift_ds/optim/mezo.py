@@ -2,7 +2,7 @@
 
 Source: Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333, Algorithm 1: the
 slope of the loss along one random direction, from two forward passes, times that direction. The direction is never
-kept: it is drawn again from its seed wherever it is needed, one piece of ``noise_piece`` elements at a time.
+kept: it is drawn again from its seed wherever it is needed, one piece of ``noise_chunk`` elements at a time.
 
 Weights move in place, and rounding must not carry them away. Plain arithmetic, w + e - 2e + e, ends one unit in the
 last place off for every other weight, and over many steps that is a random walk: bf16 weights of standard deviation
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from hift_ds.config import noise_piece
+from hift_ds.config import noise_chunk
 
 _REACH = 6.0  # standard deviations: a normal draw beyond it is not to be expected
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
@@ -192,7 +192,7 @@ class MeZO(torch.optim.Optimizer):
                     generators[parameter.device] = torch.Generator(parameter.device)
                 generator = generators[parameter.device]
                 tensors = [t.detach().view(-1) for t in (parameter, *self.state.get(parameter, {}).values())]
-                size = noise_piece(parameter.device.type)
+                size = noise_chunk(parameter.device.type)
                 for number, start in enumerate(range(0, parameter.numel(), size)):
                     generator.manual_seed(_hash(self.seed, self.steps + self.skipped, index, number))
                     weights, *moments = (t[start : start + size] for t in tensors)

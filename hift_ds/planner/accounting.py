@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hift_ds import config
-from hift_ds.config import NORM_PIECE
+from hift_ds.config import NORM_CHUNK
 from hift_ds.planner.simulation import LiveMemory, StepBase
 
 FP32 = 4  # bytes of an element
@@ -278,7 +278,7 @@ class ZeroStep(Step):
 
     def norms(self) -> None:
         """Each gradient in fp64, one after the other, at most so many elements at a time."""
-        with self.memory.taken("buffers", FP64 * (self.largest if self.setup.stock else min(self.largest, NORM_PIECE))):
+        with self.memory.taken("buffers", FP64 * (self.largest if self.setup.stock else min(self.largest, NORM_CHUNK))):
             pass
 
     def reduce(self) -> None:

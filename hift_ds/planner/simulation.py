@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hift_ds.config import noise_piece
+from hift_ds.config import noise_chunk
 from hift_ds.model.activations import HostCheckpoints
 from hift_ds.model.loss import Targets, classification_loss, default_chunk, summed_loss, why_not
 
@@ -307,7 +307,7 @@ class ForwardStep(StepBase):
 
     def __init__(self, weight: int, largest: int, device: str):
         copies = 4 if weight < 4 else 3  # 16-bit weights have an fp32 one
-        self.nbytes = 4 * copies * min(noise_piece(device), largest)
+        self.nbytes = 4 * copies * min(noise_chunk(device), largest)
 
     def update(self) -> None:
         with self.memory.taken("buffers", self.nbytes):

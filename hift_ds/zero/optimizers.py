@@ -20,7 +20,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm, get_w
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
-from hift_ds.config import NORM_PIECE
+from hift_ds.config import NORM_CHUNK
 from hift_ds.optim.properties import with_initial_state
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState, Piece, has_elements
@@ -52,7 +52,7 @@ def _in_pieces(gradients: Iterable[torch.Tensor], owners: Iterable[Any]) -> tupl
     pairs = []
     real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
     for gradient, owner in zip(real, owners, strict=False):
-        pieces = gradient.reshape(-1).split(NORM_PIECE) if gradient.numel() > NORM_PIECE else [gradient]
+        pieces = gradient.reshape(-1).split(NORM_CHUNK) if gradient.numel() > NORM_CHUNK else [gradient]
         pairs += [(piece, owner) for piece in pieces]
     return [piece for piece, _ in pairs], [owner for _, owner in pairs]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hift_ds.config import noise_piece
+from hift_ds.config import noise_chunk
 from hift_ds.optim import mezo
 from hift_ds.optim.mezo import MeZO
 from hift_ds.planner.simulation import LiveMemory
@@ -22,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 TYPES = (torch.float32, *HALF)
 
 
-def noise(seed: int, step: int, index: int, like: Tensor, piece: int = noise_piece("cpu")) -> Tensor:
+def noise(seed: int, step: int, index: int, like: Tensor, piece: int = noise_chunk("cpu")) -> Tensor:
     """The direction for a whole parameter, as its recipe says, made at once."""
     drawn = []
     for number in range(-(-like.numel() // piece)):
@@ -78,7 +78,7 @@ def on_grid(dtype: torch.dtype, std: float = 0.02) -> tuple[nn.Parameter, MeZO]:
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
 def test_update_is_the_formula(adam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp64, where rounding hides nothing, over four steps, with parameters of several pieces and two groups."""
-    monkeypatch.setattr(mezo, "noise_piece", lambda device: 16)
+    monkeypatch.setattr(mezo, "noise_chunk", lambda device: 16)
     model, reference = network(torch.float64), network(torch.float64)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -220,7 +220,7 @@ def test_small_updates_are_right_on_average(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
 def test_memory_above_the_weights_is_pieces(dtype: torch.dtype, adam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a parameter of forty pieces; during the closure there is nothing."""
-    monkeypatch.setattr(mezo, "noise_piece", lambda device: 1000)
+    monkeypatch.setattr(mezo, "noise_chunk", lambda device: 1000)
     parameter = nn.Parameter(torch.randn(40, 1000).to(dtype))
     optimizer = MeZO([parameter], lr=1e-3, adam=adam)
     memory, during = LiveMemory(), []
