@@ -12,7 +12,6 @@ from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.utils import logger
 
 from hift_ds.optim.lion import Lion
-from hift_ds.state.step import has_elements
 
 _ELEMENTWISE = (
     *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
@@ -116,3 +115,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     trial = with_initial_state(trial)
     trial.step()
     return sum(value.element_size() for value in trial.state[parameter].values() if has_elements(value))
+
+
+def has_elements(value: Any) -> bool:
+    """Return whether a value of optimizer state is a tensor with dimensions, and not a count."""
+    return torch.is_tensor(value) and value.dim() > 0

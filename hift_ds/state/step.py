@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from hift_ds.optim.properties import has_elements
 from hift_ds.state.transfer import HostMemory, Slot, Staging, wait
 
 # Slices of one tensor begin at multiples of this many elements, so that vectorized kernels cut them all alike.
@@ -390,11 +391,6 @@ def _slices(pieces: list[Piece], limit: int | None) -> list[list[Piece]]:
 def _cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The piece of a tensor: the tensor itself with its shape if it is whole, else flat."""
     return tensor if piece.whole else tensor.view(-1)[piece.start : piece.stop]
-
-
-def has_elements(value: Any) -> bool:
-    """Whether a value of optimizer state is more than a count."""
-    return torch.is_tensor(value) and value.dim() > 0
 
 
 def _copied(value: Any) -> Any:

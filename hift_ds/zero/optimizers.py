@@ -21,9 +21,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from hift_ds.config import NORM_CHUNK
-from hift_ds.optim.properties import with_initial_state
+from hift_ds.optim.properties import has_elements, with_initial_state
 from hift_ds.state.ledger import Held
-from hift_ds.state.step import BlockState, Piece, has_elements
+from hift_ds.state.step import BlockState, Piece
 from hift_ds.state.transfer import HostMemory
 
 # What describes, and what must reach, every block.
