@@ -1,15 +1,18 @@
-"""HiFT: full-parameter fine-tuning one block of layers at a time, on DeepSpeed."""
+"""HiFT: full-parameter fine-tuning one block of layers at a time, on DeepSpeed.
+
+Python imports the module of a public name when a program first uses the name. ``import hift_ds`` therefore loads
+neither PyTorch nor DeepSpeed nor transformers.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.blocks.partition import Block, partition_model
-from hift_ds.blocks.schedule import BlockSchedule
-from hift_ds.config import ConfigError, HiFTConfig
-from hift_ds.model.activations import checkpoint_activations
-
 if TYPE_CHECKING:
+    from hift_ds.blocks.partition import Block, partition_model
+    from hift_ds.blocks.schedule import BlockSchedule
+    from hift_ds.config import ConfigError, HiFTConfig
     from hift_ds.engine import HiFTEngine, initialize
+    from hift_ds.model.activations import checkpoint_activations
     from hift_ds.optim.mezo import MeZO
     from hift_ds.planner.command import plan_memory
 
@@ -26,16 +29,25 @@ __all__ = [
     "partition_model",
     "plan_memory",
 ]
-# Loaded when they are asked for: a plan needs no DeepSpeed, and a run needs no planner.
-_LATER = {
+_MODULES = {
+    "Block": "hift_ds.blocks.partition",
+    "BlockSchedule": "hift_ds.blocks.schedule",
+    "ConfigError": "hift_ds.config",
+    "HiFTConfig": "hift_ds.config",
     "HiFTEngine": "hift_ds.engine",
     "MeZO": "hift_ds.optim.mezo",
+    "checkpoint_activations": "hift_ds.model.activations",
     "initialize": "hift_ds.engine",
+    "partition_model": "hift_ds.blocks.partition",
     "plan_memory": "hift_ds.planner.command",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
