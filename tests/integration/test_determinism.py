@@ -17,7 +17,7 @@ from hift_ds.launch.runtime.determinism import deterministic
 from tests.support.comparisons import TINY as COMPARE_TINY
 from tests.support.comparisons import write_data
 from tests.support.ranks import run_on_ranks
-from tests.system.test_train import arguments, records
+from tests.support.training import arguments, records
 
 SETTINGS = ("training.deterministic=true", "training.max_steps=6", "data.eval_examples=0")
 

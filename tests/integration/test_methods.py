@@ -19,7 +19,7 @@ import torch
 
 from hift_ds.launch.methods.table import TRAINED
 from tests.support.ranks import run_on_ranks
-from tests.system.test_train import arguments, records, summary
+from tests.support.training import arguments, records, summary
 
 ALONE = ("prefix", "adapter", "prelayer", "s4", "mezo-prefix")  # exported without the model
 OPTIONS = {

@@ -27,7 +27,7 @@ from tests.integration.test_methods import OPTIONS
 from tests.support import tiny
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
-from tests.system.test_train import arguments
+from tests.support.training import arguments
 
 STEPS = 8  # good ones: more than a cycle of six blocks
 BAD = (0, 3, 4, 8)  # attempts: before there is any state, two in a row, one in the second cycle

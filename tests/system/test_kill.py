@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from hift_ds.checkpoint import store
-from tests.system.test_preemption import Job
-from tests.system.test_train import records, run_tiny
+from tests.support.jobs import Job
+from tests.support.training import records, run_tiny
 
 KEYS = ("step", "cycle", "block", "loss", "learning_rate", "grad_norm", "tokens", "skipped")
 SETTINGS = ("data.eval_examples=0", "training.lr_schedule=linear", "model.config.attention_dropout=0.1")

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from hift_ds.checkpoint import files as checkpoint_files
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import FileEngine, Files
 from hift_ds.checkpoint.store import CheckpointError
-from hift_ds.checkpoint import files as checkpoint_files
 
 
 class Stage(int, Enum):

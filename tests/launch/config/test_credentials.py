@@ -12,7 +12,7 @@ from hift_ds.launch.config.settings import load_settings
 from hift_ds.launch.errors import UserError
 from tests import ENVIRONMENT
 from tests.support.paths import REPOSITORY
-from tests.system.test_train import TINY, arguments
+from tests.support.training import TINY, arguments
 
 # All that the program and its libraries read; an endpoint's key may have any name (--key-env).
 VARIABLES = (

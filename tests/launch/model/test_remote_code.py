@@ -17,7 +17,7 @@ from hift_ds.launch.model import loading
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests import ENVIRONMENT
 from tests.support.paths import REPOSITORY
-from tests.system.test_train import TINY
+from tests.support.training import TINY
 
 CODE = {
     "configuration_strange.py": """

@@ -22,7 +22,7 @@ from hift_ds.launch.runtime import outputs
 from tests import ENVIRONMENT
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_on_ranks
-from tests.system.test_train import arguments, records, summary
+from tests.support.training import arguments, records, summary
 
 SETTINGS = ("training.max_steps=7", "data.eval_examples=0")
 

@@ -1,10 +1,7 @@
-"""A run that meets a damaged checkpoint, a full disk or a second writer: what it does, and what it says."""
+"""A run that meets a damaged checkpoint or a second writer: what it does and what it prints."""
 
 import os
-import random
 import shutil
-import subprocess
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -13,9 +10,9 @@ import pytest
 from hift_ds.checkpoint import store
 from hift_ds.launch import train
 from hift_ds.launch.config.settings import load_settings
+from hift_ds.launch.runtime.outputs import claim
 from tests.support.paths import REPOSITORY
-from tests.system.test_preemption import Job, alive
-from tests.system.test_train import records, run_tiny, summary
+from tests.support.training import records, run_tiny
 
 SETTINGS = ("data.eval_examples=0", "training.max_steps=12", "training.save_every=4", "training.keep_last=null")
 
@@ -92,54 +89,14 @@ def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     assert kept == ["step10", "step4", "step8", "step9"]
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with Job(out, 1, "training.max_steps=100000", "data.eval_examples=0", "output.export=false") as job:
-        job.wait_for_step(3)
-        before = len(records(out))
-        for resume, more in (("auto", ()), (None, ("output.overwrite=true",)), (None, ())):
-            refused = run_tiny(1, out, *SETTINGS, *more, resume=resume)
-            assert refused["code"] == 2 and f"process {job.process.pid} " in refused["printed"], refused["printed"]
-        job.wait_for_step(before + 3)
-
-
-def full_disks() -> list[tuple[str, int, int]]:
-    """Method, ZeRO stage and KiB of a file system with room for none to five checkpoints of the tiny model."""
-    rng = random.Random(5)
-    return [(("hift", "full")[i % 2], rng.choice((1, 2, 3)), rng.randrange(2500, 9000)) for i in range(20)]
-
-
-@pytest.mark.parametrize(
-    ("method", "stage", "size"),
-    [pytest.param(*one, marks=pytest.mark.slow if i > 1 else ()) for i, one in enumerate(full_disks())],
-)
-def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int, tmp_path: Path) -> None:
-    """Both ranks end within a minute, through the launcher, and the run continues when there is room."""
-    out = tmp_path / "run"
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(out)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        zero = f"deepspeed.zero_optimization.stage={stage}"
-        settings = (*SETTINGS, "output.export=false", f"method.name={method}", zero, "training.save_every=1")
-        with Job(out, 2, *settings) as job:
-            job.wait_for_step(1)
-            ranks = [job.rank(0), job.rank(1)]
-            assert job.code(300) == 2, job.text()
-            since = time.time() - (out / "metrics.jsonl").stat().st_mtime
-            assert not any(alive(rank) for rank in ranks)
-        assert since < 60, f"ended {since:.0f} s after the last step"
-        print(f"full after {len(records(out))} steps, ended {since:.1f} s after the last one")
-        assert "could not be saved" in job.text() and "No space left" in job.text(), job.text()
-        found = store.find(out / "checkpoints")
-        assert (found.about["step"] if found else 0) == len(records(out)) - 1
-        assert not list((out / "checkpoints").glob(".saving-*"))
-        subprocess.run(["mount", "-o", "remount,size=50m", str(out)], check=True)
-        resumed = run_tiny(2, out, *settings, resume="yes" if found else "auto")
-        assert resumed["code"] == 0 and summary(out)["steps"] == 12, resumed["printed"]
-    finally:
-        subprocess.run(["umount", "-l", str(out)], check=True)
+def test_a_second_run_in_the_same_folder_is_refused(stopped: Path) -> None:
+    lock = claim(stopped)
+    for resume, more in (("auto", ()), (None, ("output.overwrite=true",)), (None, ())):
+        refused = run_tiny(1, stopped, *SETTINGS, *more, resume=resume)
+        assert refused["code"] == 2 and f"process {os.getpid()} " in refused["printed"], refused["printed"]
+    assert len(records(stopped)) == 10
+    lock.release()
+    assert run_tiny(1, stopped, *SETTINGS, resume="auto")["code"] == 0
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,8 @@
-"""The training entry point, end to end on the tiny config: through the real launcher, on one and two ranks."""
+"""`launch/train.py` on the tiny config, end to end in the test's own ranks: results, losses, checkpoints, logs, sources."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,105 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
-from tests import ENVIRONMENT
-from tests.support.paths import REPOSITORY
-from tests.support.ranks import free_port, run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.training import SHORT, TINY, arguments, records, run_tiny, summary, train_and_compare
 
-TINY = str(REPOSITORY / "configs" / "tiny.yaml")
 STAGES = (0, 1, 2, 3)
-
-
-def arguments(out: Path, *overrides: str, resume: str | None = None) -> list[str]:
-    pairs = [f"output.dir={out}", *overrides]
-    flags = {None: [], "yes": ["--resume"], "auto": ["--resume", "auto"]}[resume]
-    return ["--config", TINY, *(part for pair in pairs for part in ("--set", pair)), *flags]
-
-
-def launch(ranks: int, argv: Sequence[str], port: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
-    script = str(Path(sys.executable).with_name("deepspeed"))
-    command = [
-        sys.executable,
-        script,
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(port or free_port()),
-        "launch/train.py",
-        *argv,
-    ]
-    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def summary(out: Path) -> dict[str, Any]:
-    return json.loads((out / "summary.json").read_text())
-
-
-# ---- what runs on the ranks ----------------------------------------------------------------------------------------
-
-
-def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dict[str, Any]:
-    """Runs the command line on this rank, and compares the exported folder with the engine's own weights.
-
-    Args:
-        stop_after: raise once that many steps are recorded, as if the process had been killed there.
-    """
-    import deepspeed
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from hift_ds.launch import train
-    from hift_ds.launch.runtime import logs
-
-    seen: dict[str, Any] = {}
-    export, record_step = train.export_model, logs.RunLog.step
-
-    def spy(engine: Any, tokenizer: Any, folder: Path, use_cache: Any) -> None:
-        seen["tensors"] = {}
-        tensors = [*engine.module.named_parameters(remove_duplicate=False), *engine.module.named_buffers()]
-        for name, tensor in tensors:
-            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-                seen["tensors"][name] = tensor.detach().cpu().clone()
-        seen["causal"] = "CausalLM" in type(engine.module).__name__
-        export(engine, tokenizer, folder, use_cache)
-        seen["folder"] = folder
-
-    def step_until(log: Any, record: dict[str, Any]) -> None:
-        record_step(log, record)
-        if record["step"] == stop_after:
-            raise KeyboardInterrupt
-
-    code: Any = None
-    printed = io.StringIO()
-    patches: list[Any] = [
-        mock.patch.object(train, "export_model", spy),
-        mock.patch.object(logs.RunLog, "step", step_until),
-    ]
-    with patches[0], patches[1], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        with contextlib.suppress(KeyboardInterrupt):
-            code = train.main(list(argv))
-    result: dict[str, Any] = {"code": code, "printed": printed.getvalue()}
-    if "folder" in seen:
-        kind = AutoModelForCausalLM if seen["causal"] else AutoModelForSequenceClassification
-        loaded = kind.from_pretrained(seen["folder"])
-        exported = {**dict(loaded.named_parameters(remove_duplicate=False)), **dict(loaded.named_buffers())}
-        result["same_names"] = set(exported) == set(seen["tensors"])
-        result["different"] = [
-            name
-            for name, tensor in seen["tensors"].items()
-            if not (tensor.dtype == exported[name].dtype and torch.equal(tensor, exported[name].detach()))
-        ]
-        result["digest"] = {name: tensor.double().sum().item() for name, tensor in seen["tensors"].items()}
-    return result
-
-
-def run_tiny(ranks: int, out: Path, *overrides: str, resume: str | None = None, stop_after: int | None = None) -> Any:
-    """`train_and_compare` on ranks that live through the session; rank 0's result."""
-    return run_on_ranks(ranks, train_and_compare, arguments(out, *overrides, resume=resume), stop_after=stop_after)[0]
 
 
 def assert_complete(out: Path, result: dict[str, Any], method: str = "hift") -> None:
@@ -139,49 +39,6 @@ def assert_complete(out: Path, result: dict[str, Any], method: str = "hift") -> 
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ranks", "stage"),
-    [pytest.param(r, s, marks=() if (r, s) in ((1, 2), (2, 3)) else pytest.mark.slow) for r in (1, 2) for s in STAGES],
-)
-def test_through_the_launcher(ranks: int, stage: int, tmp_path: Path) -> None:
-    """The command of the README; by default with the default and the hardest ZeRO stage."""
-    out = tmp_path / "run"
-    done = launch(ranks, arguments(out, f"deepspeed=configs/deepspeed/zero{stage}.json", "logging.every=4"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    final, steps = summary(out), records(out)
-    assert final["ranks"] == ranks and len(steps) == 12
-    assert final["loss_last_mean"] < final["loss_first_mean"] - 0.05
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(out / "model")
-    assert model.config.use_cache  # switched off for training only
-    assert AutoTokenizer.from_pretrained(out / "model").decode([100]) != ""
-    for text in ("step 12/12", "loss", "exact match before", "exact match after", "of 8 held-out", "tokens/s"):
-        assert text in done.stdout
-    for text in ("updates            2 x embeddings ... head", "answer before training", "answer after training"):
-        assert text in done.stdout
-    assert done.stdout.count("step 12/12") == 1  # rank 0 alone speaks
-
-
-def test_a_port_that_is_in_use_is_said(tmp_path: Path) -> None:
-    """As with two launchers on one machine; the default port is the same for both."""
-    with socket.socket() as other:
-        other.bind(("0.0.0.0", 0))
-        other.listen()
-        done = launch(2, arguments(tmp_path / "run"), port := other.getsockname()[1])
-    printed = done.stdout + done.stderr
-    assert done.returncode == 2 and printed.count(f"error: port {port} of this machine is in use") == 1, printed
-    assert "--master_port" in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
-
-
-def test_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
-    done = launch(2, arguments(tmp_path / "run", "training.max_stepz=3"))
-    assert done.returncode == 2
-    assert (done.stdout + done.stderr).count("training.max_stepz: unknown key") == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -296,48 +153,6 @@ def test_same_global_batch_has_the_same_loss(method: str, tmp_path: Path) -> Non
         losses[ranks, micro] = [record["loss"] for record in records(out)]
     for cut, other in losses.items():
         assert other == pytest.approx(losses[1, 4], rel=1e-6), cut
-
-
-def mean_loss_and_gradient(empty_first: bool) -> list[Any]:
-    """The window's loss and gradients by launch/train.py, where one of two micro-batches may have no trained token."""
-    from hift_ds.launch.model.batch_loss import summed_loss
-
-    class Engine:
-        device = torch.device("cpu")
-
-        def __init__(self, module: torch.nn.Module) -> None:
-            self.module = module
-
-        def __call__(self, **inputs: Any) -> Any:
-            return self.module(**inputs)
-
-    from tests.support.tiny import model
-
-    llama = model()
-    ids = torch.arange(24).reshape(2, 12) % 60
-    labels = torch.where(torch.arange(12) > 6, ids, -100)
-    if empty_first:
-        labels[0] = -100
-    loss = torch.zeros(())
-    for row in range(2):
-        batch = {"input_ids": ids[row : row + 1], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
-        part = summed_loss(Engine(llama), batch | {"labels": labels[row : row + 1]}, "causal-lm")
-        part.backward()
-        loss = loss + part.detach()
-    reference = model()
-    logits = reference(input_ids=ids).logits[:, :-1].flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
-    expected.backward()
-    pairs: Any = zip(llama.parameters(), reference.parameters(), strict=True)
-    worst = max(((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in pairs)
-    return [loss.item(), expected.item(), worst]
-
-
-@pytest.mark.parametrize("empty_first", [False, True])
-def test_summed_loss_against_plain_cross_entropy(empty_first: bool) -> None:
-    loss, expected, gradient_error = mean_loss_and_gradient(empty_first)
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert gradient_error < 1e-5
 
 
 def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Path) -> None:
@@ -459,9 +274,6 @@ def test_wandb_without_a_login_is_a_warning(tmp_path: Path) -> None:
     assert result["code"] == 0
     assert "warning: Weights & Biases cannot start" in result["printed"]
     assert "warning: training.max_steps is 2" in result["printed"]  # less than a cycle
-
-
-SHORT = ("training.max_steps=2", "data.eval_examples=0")
 
 
 def _without_wandb_login(argv: Sequence[str]) -> dict[str, Any]:
