@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hift_ds.blocks.partition import Block, partition_model
+    from hift_ds.blocks.block import Block
+    from hift_ds.blocks.partition import partition_model
     from hift_ds.blocks.schedule import BlockSchedule
     from hift_ds.config import ConfigError, HiFTConfig
     from hift_ds.engine import HiFTEngine, initialize
@@ -30,7 +31,7 @@ __all__ = [
     "plan_memory",
 ]
 _MODULES = {
-    "Block": "hift_ds.blocks.partition",
+    "Block": "hift_ds.blocks.block",
     "BlockSchedule": "hift_ds.blocks.schedule",
     "ConfigError": "hift_ds.config",
     "HiFTConfig": "hift_ds.config",

@@ -23,7 +23,8 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 
 from hift_ds import config as hift_config
-from hift_ds.blocks.partition import numel_of, partition_model
+from hift_ds.blocks.block import numel_of
+from hift_ds.blocks.partition import partition_model
 from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.checkpoint.engine import SavingEngine
 from hift_ds.checkpoint.files import FileEngine

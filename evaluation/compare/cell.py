@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import set_seed
 
-from hift_ds.blocks.partition import numel_of
+from hift_ds.blocks.block import numel_of
 from hift_ds.checkpoint.store import gather
 from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hift_ds
-from hift_ds.blocks.partition import numel_of
+from hift_ds.blocks.block import numel_of
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.plain_loop import PlainHiFT
 from hift_ds.launch.config.settings import Settings, check_settings, problem_list

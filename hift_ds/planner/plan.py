@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hift_ds.blocks.partition import Block, partition_model
+from hift_ds.blocks.block import Block
+from hift_ds.blocks.partition import partition_model
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError
 from hift_ds.model.activations import checkpoint_activations
 from hift_ds.planner import presets

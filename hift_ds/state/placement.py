@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hift_ds.blocks.partition import Block
+from hift_ds.blocks.block import Block
 from hift_ds.config import OffloadConfig, slot_bytes
 from hift_ds.optim.properties import is_elementwise, state_bytes
 from hift_ds.state.transfer import HostMemory

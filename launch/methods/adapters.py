@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hift_ds import partition_model
-from hift_ds.blocks.partition import numel_of
+from hift_ds.blocks.block import numel_of
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapter_modules import (
     MATRICES,

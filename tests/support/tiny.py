@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hift_ds.blocks.partition import Block, partition_model
+from hift_ds.blocks.block import Block
+from hift_ds.blocks.partition import partition_model
 from hift_ds.evaluation.cost.plain_loop import NamedTensors, PlainHiFT
 
 DEVICE = os.environ.get("DS_ACCELERATOR", "cpu")  # of all models and batches

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import nn
 
-from hift_ds.blocks.partition import Block, _check_each_once, frozen_parameter_names, partition_model
+from hift_ds.blocks.block import Block
+from hift_ds.blocks.partition import check_each_in_one_block, frozen_parameter_names, partition_model
 from tests.support.architectures import ARCHITECTURES, Architecture
 
 
@@ -447,7 +448,7 @@ def no_list() -> nn.Module:
     ],
 )
 def test_no_layers_to_be_found(make: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"no hidden layers found in \w+: looked .* nn\.ModuleList"):
+    with pytest.raises(ValueError, match=r"no hidden layers found in \w+: expected, .* nn\.ModuleList"):
         partition_model(make())
 
 
@@ -517,6 +518,6 @@ def test_every_parameter_has_one_block_wherever_it_is(seed: int) -> None:
 def test_a_parameter_in_no_block_or_in_two_is_an_error() -> None:
     one = Block("head", ("a", "b"), 2)
     with pytest.raises(ValueError, match="not in exactly one block: c$"):
-        _check_each_once(["a", "b", "c"], [one])
+        check_each_in_one_block(["a", "b", "c"], [one])
     with pytest.raises(ValueError, match="not in exactly one block: b$"):
-        _check_each_once(["a", "b"], [one, Block("x", ("b",), 1)])
+        check_each_in_one_block(["a", "b"], [one, Block("x", ("b",), 1)])

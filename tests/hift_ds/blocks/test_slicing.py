@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from hift_ds.blocks.partition import Block, partition_model
+from hift_ds.blocks.block import Block
+from hift_ds.blocks.partition import partition_model
 
 
 def names_of(blocks: list[Block]) -> list[str]:
