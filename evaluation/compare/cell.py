@@ -28,7 +28,8 @@ from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.process_memory import peak_memory
 from hift_ds.evaluation.report.resampling import bootstrap_scores, interval
 from hift_ds.evaluation.tasks import metrics
-from hift_ds.evaluation.tasks.loading import Task, TaskData, TaskExample, classification_rows, few_shot, training_rows
+from hift_ds.evaluation.tasks.catalog import Task, TaskExample
+from hift_ds.evaluation.tasks.loading import TaskData, classification_rows, few_shot, training_rows
 from hift_ds.evaluation.tasks.scoring import Predictions, average_log_likelihoods, classify, predict
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.encoding import encode

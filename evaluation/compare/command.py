@@ -34,8 +34,8 @@ from tqdm import tqdm
 from hift_ds.checkpoint.files import write_durably
 from hift_ds.evaluation.compare.cell import Cells, Outcome
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row, TaskEntry, load_comparison
-from hift_ds.evaluation.cost.efficiency import machine
-from hift_ds.evaluation.report.command import write_report
+from hift_ds.evaluation.cost.machine import machine
+from hift_ds.evaluation.report.content import write_report
 from hift_ds.evaluation.report.results import RESULTS, SETTINGS
 from hift_ds.evaluation.report.wandb_report import log_report
 from hift_ds.evaluation.tasks.loading import TaskData, load_task

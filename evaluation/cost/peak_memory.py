@@ -2,7 +2,7 @@
 
     python -m evaluation.efficiency --memory
 
-All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every contestant trains in a
+All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every timed_method trains in a
 process of its own. What counts on a CPU is anonymous memory, sampled from the kernel's own figures: pages of mapped
 files, which the kernel writes out and drops when it needs the room, do not. On a GPU it is what the allocator had given
 out on the device, and HiFT's state is in host memory.
@@ -21,8 +21,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import hift_ds
-from hift_ds.evaluation.cost.contestants import Setup, join_world, make_batch, make_contestant, make_model
 from hift_ds.evaluation.cost.process_memory import peak_memory
+from hift_ds.evaluation.cost.timed_methods import Setup, join_world, make_batch, make_model, make_timed_method
 from hift_ds.launch.errors import UserError
 
 NO_ROOM = "the device's memory is too small for it"
@@ -48,7 +48,7 @@ def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
     # A step on a tiny model first: what a method imports and compiles is not what its training needs.
     with contextlib.suppress(UserError):
         tiny = replace(setup, shape="tiny", batch=1, length=8)
-        first = make_contestant(method, tiny)
+        first = make_timed_method(method, tiny)
         first.step(make_batch("tiny", 0, 1, 8))
         first.destroy()
         del first
@@ -57,12 +57,12 @@ def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
         hift_ds.checkpoint_activations(model)
     with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
         on_cpu = get_accelerator().device_name() == "cpu"
-        contestant = make_contestant(method, setup, model, state_folder=folder if on_cpu else None)
-        for index in range(max(3, contestant.cycle + 1)):
-            contestant.step(make_batch(setup.shape, index, setup.batch, setup.length))
-            contestant.between()
+        timed_method = make_timed_method(method, setup, model, state_folder=folder if on_cpu else None)
+        for index in range(max(3, timed_method.cycle + 1)):
+            timed_method.step(make_batch(setup.shape, index, setup.batch, setup.length))
+            timed_method.between()
         time.sleep(0.01)
-        contestant.destroy()
+        timed_method.destroy()
     return Peak(method, checkpointing, peak.start, peak.highest)
 
 
@@ -74,7 +74,7 @@ def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
             standard error.
     """
     arguments = [method, checkpointing, asdict(setup)]
-    # A fixed threshold: freed tensors go back to the system at once, for every contestant.
+    # A fixed threshold: freed tensors go back to the system at once, for every timed_method.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     command = [sys.executable, "-m", "hift_ds.evaluation.cost.peak_memory", json.dumps(arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)

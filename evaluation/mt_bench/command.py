@@ -241,12 +241,7 @@ def _judge_files(
 
 
 def _run_show(options: argparse.Namespace) -> int:
-    def key_of(where: Place, record: Record) -> Hashable:
-        key = judge.verdict_key(where, record)
-        verdicts.checked(where, record)
-        return key
-
-    summary = verdicts.summarize(read_records(options.verdicts, key_of).values())
+    summary = verdicts.summarize(verdicts.read_verdicts(options.verdicts))
     print(json.dumps(summary, indent=2, ensure_ascii=False) if options.json else verdicts.tables(summary))
     return 0
 

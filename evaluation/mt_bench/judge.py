@@ -15,18 +15,17 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from hift_ds.evaluation import records
 from hift_ds.evaluation.mt_bench.endpoint import Message, Reply, Unanswered
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, Answers, Bench, Prompt, Question
-from hift_ds.evaluation.mt_bench.verdicts import SPENDING
-from hift_ds.evaluation.records import Place, Record, RecordFile
+from hift_ds.evaluation.mt_bench.verdicts import SPENDING, verdict_key
+from hift_ds.evaluation.records import Record, RecordFile
 from hift_ds.launch.errors import UserError
 
 REASK_TEMPERATURE = 0.7  # the first time is greedy; the same again would give the same reply
@@ -224,20 +223,6 @@ class Outcome:
     before: int = 0
     missing: dict[tuple[Any, ...], str] = field(default_factory=dict)
     stopped: str | None = None
-
-
-def verdict_key(where: Place, record: Record) -> Hashable:
-    """The key of a stored verdict, a tuple, or of a record of spending. Raises UserError where it is neither."""
-    if SPENDING in record:
-        return str(records.field(where, record, SPENDING, str, "a text"))
-    names = records.field(where, record, "models", list, "a list of names")
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: 'models': expected a list of names")
-    number, turn = (records.field(where, record, key, int, "a number") for key in ("question_id", "turn"))
-    mode, judge, digest = (
-        records.field(where, record, key, str, "a text") for key in ("mode", "judge", "prompt_sha256")
-    )
-    return (number, turn, mode, tuple(names), judge, digest)
 
 
 def run(

@@ -5,15 +5,43 @@ A failed verdict is counted as failed, and enters no mean and no comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, TEMPERATURES
-from hift_ds.evaluation.records import Place, Record, field
+from hift_ds.evaluation.records import Place, Record, field, read_records
 from hift_ds.launch.errors import UserError
 
 TOTAL = "total"
 SPENDING = "spending"  # the field of a record that is no verdict, only what a reply without one cost
+
+
+def verdict_key(where: Place, record: Record) -> Hashable:
+    """The key of a stored verdict, a tuple, or of a record of spending. Raises UserError where it is neither."""
+    if SPENDING in record:
+        return str(field(where, record, SPENDING, str, "a text"))
+    names = field(where, record, "models", list, "a list of names")
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: 'models': expected a list of names")
+    number, turn = (field(where, record, key, int, "a number") for key in ("question_id", "turn"))
+    mode, judge, digest = (field(where, record, key, str, "a text") for key in ("mode", "judge", "prompt_sha256"))
+    return (number, turn, mode, tuple(names), judge, digest)
+
+
+def read_verdicts(path: Path) -> list[Record]:
+    """Read and check a file of verdicts that `python -m evaluation.mt_bench` wrote.
+
+    Raises:
+        UserError: no such file, or a line is not a verdict; names file and line.
+    """
+
+    def key_of(where: Place, record: Record) -> Hashable:
+        key = verdict_key(where, record)
+        checked(where, record)
+        return key
+
+    return list(read_records(path, key_of).values())
 
 
 def checked(where: Place, record: Record) -> None:

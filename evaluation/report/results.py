@@ -258,6 +258,10 @@ def is_finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def tried_rates(record: Record) -> set[float]:
+    return {trial["learning_rate"] for trial in record["tuning"] or () if is_finite(trial["learning_rate"])}
+
+
 def mean_of(found: Iterable[Record], name: str) -> float | None:
     """The mean of a number over records that have it; None where none has."""
     values = [record[name] for record in found if is_finite(record[name])]

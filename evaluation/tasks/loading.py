@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds.checkpoint.files import sha256_of
-from hift_ds.evaluation.tasks.catalog import TASKS, Task, TaskExample, content_hash, find_task
-from hift_ds.evaluation.tasks.parts import PARTS, divide, draw, merged, of_each_class, shares_of
+from hift_ds.evaluation.tasks.catalog import Task, TaskExample, content_hash
 from hift_ds.evaluation.tasks.publishers import find_published
+from hift_ds.evaluation.tasks.sampling import SETS, divide, draw, merged, of_each_class, shares_of
 from hift_ds.launch.data.encoding import as_question, spaced
 from hift_ds.launch.data.formats import convert, flatten
 from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
 from hift_ds.launch.errors import UserError, looked_in
 
-__all__ = [
-    "PARTS", "TASKS", "Task", "TaskData", "TaskExample", "check_disjoint", "classification_rows", "few_shot",
-    "find_task", "load_task", "training_rows",
-]  # fmt: skip
 SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
 
 
@@ -103,7 +99,7 @@ def load_task(
 
     if unlabeled:
         notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer; they are left out")
-    parts = ("train", "dev") if tested else PARTS
+    parts = ("train", "dev") if tested else SETS
     if k_shot is not None:
         n = k_shot * len(task.labels)
         wanted |= {"train": n, "dev": n if dev_examples else 0}
@@ -147,7 +143,7 @@ def load_task(
         "unlabeled": unlabeled,
         "duplicates": len(unseen) - len(distinct),
         "in_test": in_test,
-        **{part: {"examples": len(drawn[part]), "sha256": _sha256(drawn[part])} for part in PARTS},
+        **{part: {"examples": len(drawn[part]), "sha256": _sha256(drawn[part])} for part in SETS},
         "notes": notes,
     }
     return TaskData(**drawn, report=report)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hift_ds.evaluation.tasks.loading import Task, TaskExample, classification_rows, few_shot
+from hift_ds.evaluation.tasks.catalog import Task, TaskExample
+from hift_ds.evaluation.tasks.loading import classification_rows, few_shot
 from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_pieces
 from hift_ds.launch.data.loading import collate, collate_prompts
 from hift_ds.launch.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hift_ds.evaluation.report.results import read_results
-from hift_ds.evaluation.tasks.loading import TASKS
+from hift_ds.evaluation.tasks.catalog import TASKS
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.runtime.outputs import claim
 from tests.evaluation.tasks.test_publishers import CASES, HELD_OUT, put

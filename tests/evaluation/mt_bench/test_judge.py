@@ -16,9 +16,8 @@ from hift_ds.evaluation.mt_bench import endpoint, judge
 from hift_ds.evaluation.mt_bench.endpoint import Endpoint, Unanswered, seconds_to_wait
 from hift_ds.evaluation.mt_bench.judge import NoVerdict, SpendingLimit, rating, winner
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, read_answers, read_bench
-from hift_ds.evaluation.mt_bench.verdicts import summarize, tables
+from hift_ds.evaluation.mt_bench.verdicts import read_verdicts, summarize, tables, verdict_key
 from hift_ds.evaluation.records import RecordFile, read_records
-from hift_ds.evaluation.report.command import read_verdicts
 from hift_ds.launch.errors import UserError
 from tests.support.judge_stub import Request, Stub, Unit, says, serving, stored, write_answers, write_bench
 
@@ -172,7 +171,7 @@ def run_judge(
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    verdicts = read_records(folder / "verdicts.jsonl", judge.verdict_key).values()
+    verdicts = read_records(folder / "verdicts.jsonl", verdict_key).values()
     total: dict[str, Any] = summarize(verdicts)["single"][0]["categories"]["total"]
     return total
 
@@ -351,7 +350,7 @@ def test_nothing_is_judged_twice_and_a_torn_line_is_repaired(tmp_path: Path) -> 
             before = len(stub.requests)
             verdicts, _ = run_judge(tmp_path, stub)
             assert len(stub.requests) - before == asked
-            assert len(verdicts) == len({judge.verdict_key("", verdict) for verdict in verdicts}) == 8
+            assert len(verdicts) == len({verdict_key("", verdict) for verdict in verdicts}) == 8
         with pytest.raises(UserError, match=r"2 verdicts in it are of other answers.*\(first: question 81, m\)"):
             run_judge(tmp_path, stub, special={(81, 1): "another answer"})
         path.write_bytes(lines[0] + b'{"broken": \n' + lines[1])

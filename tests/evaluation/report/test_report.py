@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hift_ds.evaluation.mt_bench.verdicts import summarize
-from hift_ds.evaluation.report import command as report
-from hift_ds.evaluation.report import paper, plots, results
+from hift_ds.evaluation.report import command, content, paper, plots, results
 from hift_ds.evaluation.report.document import Bold, Items, Paragraph, Table, as_html, markdown
 from hift_ds.launch.errors import UserError
 from tests.support.comparison_records import cell, many, missing
@@ -29,14 +28,14 @@ NASTY = r"""<script>alert("1")</script> a|b *c* `d` _e_ [f](http://g.example/h) 
 
 
 def write(found: list[dict[str, Any]], folder: Path, **options: Any) -> tuple[str, str]:
-    report.write_report(found, folder, "A comparison", **options)
+    content.write_report(found, folder, "A comparison", **options)
     return (folder / "report.md").read_text("utf-8"), (folder / "report.html").read_text("utf-8")
 
 
 def words(found: list[dict[str, Any]]) -> tuple[str, str]:
     """Markdown and HTML without the pictures, which take long to draw."""
     sections = results.arrange(results.checked(found))
-    parts = report.build(sections, "A comparison", summarize(()), [{} for _ in sections])
+    parts = content.build(sections, "A comparison", summarize(()), [{} for _ in sections])
     return markdown(parts), as_html("A comparison", parts, Path())
 
 
@@ -258,7 +257,7 @@ def test_older_pictures_go(tmp_path: Path) -> None:
 def test_a_record_that_lacks_a_key_is_named(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = {name: value for name, value in cell("hift").items() if name != key}
     write_jsonl(tmp_path / "results.jsonl", [cell("full"), broken])
-    assert report.main([str(tmp_path)]) == 2
+    assert command.main([str(tmp_path)]) == 2
     assert f"results.jsonl:2: '{key}': " in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
 
@@ -293,17 +292,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verdict |= {"turn": 1, "status": "ok", "rating": 7, "prompt_sha256": "a"}
     judged = write_jsonl(tmp_path / "verdicts.jsonl", [verdict])
     write_jsonl(tmp_path / "results.jsonl", [cell("full"), cell("hift", curve=[[1, 2, 3, math.nan]])])
-    assert report.main([str(tmp_path), "--title", "Mine", "--verdicts", str(judged)]) == 0
+    assert command.main([str(tmp_path), "--title", "Mine", "--verdicts", str(judged)]) == 0
     assert "report.html" in capsys.readouterr().out
     text = (tmp_path / "report.md").read_text("utf-8")
     assert text.startswith("# Mine\n") and tables(text, "MT-Bench")[0]["hift"] == ["7.00", "7.00", "1", "0"]
     write_jsonl(judged, [verdict | {"rating": 11}])
-    assert report.main([str(tmp_path), "--verdicts", str(judged)]) == 2
+    assert command.main([str(tmp_path), "--verdicts", str(judged)]) == 2
     assert "verdicts.jsonl:1: 'rating'" in capsys.readouterr().err
     (tmp_path / "results.jsonl").write_text("{broken\n", encoding="utf-8")
-    assert report.main([str(tmp_path)]) == 2
+    assert command.main([str(tmp_path)]) == 2
     assert "results.jsonl:1: broken JSON" in capsys.readouterr().err
-    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert command.main([str(tmp_path / "nowhere")]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -322,26 +321,26 @@ def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.Capture
     for seed in (0, 1):
         write_jsonl(tmp_path / str(seed) / "results.jsonl", [one for one in everything if one["seed"] == seed])
     out = tmp_path / "both"
-    assert report.main([str(out), "--add", str(tmp_path / "0"), "--title", "Both"]) == 0
-    assert report.main([str(out), "--add", str(tmp_path / "1"), "--title", "Both"]) == 0
+    assert command.main([str(out), "--add", str(tmp_path / "0"), "--title", "Both"]) == 0
+    assert command.main([str(out), "--add", str(tmp_path / "1"), "--title", "Both"]) == 0
     assert results.read_results(out / "results.jsonl") == everything
     together, _ = write(everything, tmp_path / "together")
     assert (out / "report.md").read_text("utf-8").partition("\n")[2] == together.partition("\n")[2]
 
     before = (out / "results.jsonl").read_bytes()
     capsys.readouterr()
-    assert report.main([str(out), "--add", str(tmp_path / "1"), "--title", "Both"]) == 0  # again: they are there
+    assert command.main([str(out), "--add", str(tmp_path / "1"), "--title", "Both"]) == 0  # again: they are there
     assert (out / "results.jsonl").read_bytes() == before
     write_jsonl(tmp_path / "2" / "results.jsonl", [cell("full", seed=1) | {"score": 0.25}])
     capsys.readouterr()
-    assert report.main([str(out), "--add", str(tmp_path / "2")]) == 2
+    assert command.main([str(out), "--add", str(tmp_path / "2")]) == 2
     assert "results.jsonl:1: the same cell as " in capsys.readouterr().err
-    assert report.main([str(out), "--add", str(tmp_path / "1"), str(tmp_path / "nowhere")]) == 2
+    assert command.main([str(out), "--add", str(tmp_path / "1"), str(tmp_path / "nowhere")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     (out / "compare.json").write_text("[]\n", encoding="utf-8")
-    assert report.main([str(out)]) == 0 and (out / "report.md").read_text("utf-8").startswith(f"# {report.TITLE}")
+    assert command.main([str(out)]) == 0 and (out / "report.md").read_text("utf-8").startswith(f"# {command.TITLE}")
     write_jsonl(tmp_path / "2" / "results.jsonl", [cell("full", seed=2)])
-    assert report.main([str(out), "--add", str(tmp_path / "2")]) == 2
+    assert command.main([str(out), "--add", str(tmp_path / "2")]) == 2
     assert "a comparison runs here" in capsys.readouterr().err
     assert (out / "results.jsonl").read_bytes() == before
 
@@ -558,8 +557,8 @@ def test_wandb_gets_tables_radar_and_pictures_offline(
     verdict |= {"turn": 1, "status": "ok", "rating": 7}
     verdicts = [verdict | {"category": name} for name in ("writing", "math", "coding")]
     judged = write_jsonl(tmp_path / "verdicts.jsonl", [v | {"question_id": i} for i, v in enumerate(verdicts)])
-    command = [str(tmp_path), "--verdicts", str(judged), "--wandb", "offline", "--wandb-project", "mine"]
-    assert report.main(command) == 0 and "warning" not in capsys.readouterr().err
+    argv = [str(tmp_path), "--verdicts", str(judged), "--wandb", "offline", "--wandb-project", "mine"]
+    assert command.main(argv) == 0 and "warning" not in capsys.readouterr().err
     (run,) = runs
     assert (run.group, run.project, run.name) == ("HiFT and others", "mine", "HiFT and others")
     files = list((tmp_path / "wandb").glob("offline-run-*/files/media/**/*.*"))

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from hift_ds.evaluation.tasks import metrics
-from hift_ds.evaluation.tasks.loading import TaskData, TaskExample, find_task, load_task, training_rows
+from hift_ds.evaluation.tasks.catalog import TaskExample, find_task
+from hift_ds.evaluation.tasks.loading import TaskData, load_task, training_rows
 from hift_ds.evaluation.tasks.scoring import predict
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.tokenizer import byte_tokenizer

@@ -12,15 +12,8 @@ import torch
 from tokenizers import processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from hift_ds.evaluation.tasks.loading import (
-    TASKS,
-    TaskData,
-    TaskExample,
-    classification_rows,
-    find_task,
-    load_task,
-    training_rows,
-)
+from hift_ds.evaluation.tasks.catalog import TASKS, TaskExample, find_task
+from hift_ds.evaluation.tasks.loading import TaskData, classification_rows, load_task, training_rows
 from hift_ds.evaluation.tasks.scoring import classify, predict
 from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.data.loading import collate, trained_tokens

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hift_ds.evaluation.compare.settings import _folder_of
-from hift_ds.evaluation.tasks.loading import TaskData, find_task, load_task
+from hift_ds.evaluation.tasks.catalog import find_task
+from hift_ds.evaluation.tasks.loading import TaskData, load_task
 from hift_ds.evaluation.tasks.publishers import PUBLISHERS
 from hift_ds.launch.errors import UserError
 from tests.support.data_fixtures import write_jsonl

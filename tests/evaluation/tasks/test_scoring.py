@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hift_ds.evaluation.tasks.loading import TaskExample, few_shot, find_task, load_task
+from hift_ds.evaluation.tasks.catalog import TaskExample, find_task
+from hift_ds.evaluation.tasks.loading import few_shot, load_task
 from hift_ds.evaluation.tasks.scoring import average_log_likelihoods, predict
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.tokenizer import byte_tokenizer

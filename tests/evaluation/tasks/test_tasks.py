@@ -12,17 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from hift_ds.evaluation.tasks.loading import (
-    PARTS,
-    TASKS,
-    TaskData,
-    TaskExample,
-    check_disjoint,
-    few_shot,
-    find_task,
-    load_task,
-    training_rows,
-)
+from hift_ds.evaluation.tasks.catalog import TASKS, TaskExample, find_task
+from hift_ds.evaluation.tasks.loading import TaskData, check_disjoint, few_shot, load_task, training_rows
+from hift_ds.evaluation.tasks.sampling import SETS
 from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.errors import UserError
 from tests.support.data_fixtures import SHARED, needs_shared, trained_texts, write_jsonl
@@ -264,17 +256,17 @@ def test_labels_of_a_csv_are_texts(label: str, right: bool, tmp_path: Path) -> N
 def test_seeds_draw_parts(name: str) -> None:
     data, again, other = published(name), published(name), published(name, seed=1)
     assert data.report == again.report and everything(data) == everything(again)
-    for part in PARTS:
+    for part in SETS:
         assert data.report[part]["sha256"] != other.report[part]["sha256"], part
         ours, theirs = getattr(data, part), getattr(other, part)
         if part != "test" or len(ours) != data.report["read"]["test"]:  # not all there is
             assert {one.fingerprint for one in ours} != {one.fingerprint for one in theirs}
         assert 0 < len(ours) == len({one.fingerprint for one in ours}) or part == "test"
     assert len(data.train) <= 1000 and len(data.dev) <= 500 and len(data.test) <= 1000
-    fingerprints = [{one.fingerprint for one in getattr(data, part)} for part in PARTS]
+    fingerprints = [{one.fingerprint for one in getattr(data, part)} for part in SETS]
     assert not fingerprints[0] & fingerprints[1] and not (fingerprints[0] | fingerprints[1]) & fingerprints[2]
     if name in ("multirc", "record", "boolq"):
-        passages = [{one.passage for one in getattr(data, part)} for part in PARTS]
+        passages = [{one.passage for one in getattr(data, part)} for part in SETS]
         assert not passages[0] & passages[1] and not (passages[0] | passages[1]) & passages[2]
 
 

@@ -59,7 +59,7 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contestants have in common.
+    """What all timed_methods have in common.
 
     Attributes:
         batch, length: examples a step, tokens an example.
@@ -80,7 +80,7 @@ class Setup:
 
 
 @dataclass
-class Contestant:
+class TimedMethod:
     """Ready to be timed.
 
     Attributes:
@@ -166,7 +166,7 @@ def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> S
     return settings
 
 
-def make_contestant(name: str, setup: Setup, model: Any = None, state_folder: str | None = None) -> Contestant:
+def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: str | None = None) -> TimedMethod:
     """One of `METHOD_SECTIONS`, or "plain".
 
     Args:
@@ -185,7 +185,7 @@ def make_contestant(name: str, setup: Setup, model: Any = None, state_folder: st
             lambda named: torch.optim.AdamW([p for _, p in named], lr=LEARNING_RATE, weight_decay=0.0, foreach=True),
             clip=CLIP,
         )
-        return Contestant(lambda batch: plain.step([batch]), len(blocks))
+        return TimedMethod(lambda batch: plain.step([batch]), len(blocks))
     settings = make_settings(name, setup, state_folder)
     method = METHODS[settings.method.name]
     engine = make_engine(model, settings, 1)
@@ -194,33 +194,33 @@ def make_contestant(name: str, setup: Setup, model: Any = None, state_folder: st
     def step(batch: Batch) -> None:
         method.step(engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch))])
 
-    contestant = Contestant(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
+    timed_method = TimedMethod(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
     if method.engine == "badam":  # a step on each block, as in HiFT's cycle
-        contestant.cycle, contestant.between = len(blocks), engine.optimizer.switch_trainable_params
-    return contestant
+        timed_method.cycle, timed_method.between = len(blocks), engine.optimizer.switch_trainable_params
+    return timed_method
 
 
-def race(
-    contestants: Mapping[str, Contestant], setup: Setup, units: int, cycle: int, stock_every: int = 1
+def time_in_turns(
+    timed_methods: Mapping[str, TimedMethod], setup: Setup, units: int, cycle: int, stock_every: int = 1
 ) -> dict[str, list[float]]:
     """Seconds a step of each, a step each in turn on the same batches: `units` means over `cycle` steps.
 
     Args:
         stock_every: of a cycle, full fine-tuning takes the first step and every so many; its steps all cost the same.
     """
-    means: dict[str, list[float]] = {name: [] for name in contestants}
-    label = f"{setup.dtype} stage {setup.stage}: {', '.join(contestants)}"
+    means: dict[str, list[float]] = {name: [] for name in timed_methods}
+    label = f"{setup.dtype} stage {setup.stage}: {', '.join(timed_methods)}"
     with tqdm(total=units * cycle, desc=label, unit="step", leave=False, disable=None) as bar:
         for unit in range(units):
-            seconds: dict[str, list[float]] = {name: [] for name in contestants}
+            seconds: dict[str, list[float]] = {name: [] for name in timed_methods}
             for step in range(cycle):
                 index = unit * cycle + step
                 data = make_batch(setup.shape, index, setup.batch, setup.length)
-                first = index % len(contestants)
-                for name in [*contestants][first:] + [*contestants][:first]:
+                first = index % len(timed_methods)
+                for name in [*timed_methods][first:] + [*timed_methods][:first]:
                     if name != "full" or step % stock_every == 0:
-                        seconds[name].append(timed(contestants[name].step, data))
-                        contestants[name].between()
+                        seconds[name].append(timed(timed_methods[name].step, data))
+                        timed_methods[name].between()
                 bar.update()
             for name, values in seconds.items():
                 means[name].append(statistics.fmean(values))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hift_ds.evaluation.cost import efficiency, peak_memory
-from hift_ds.evaluation.cost.contestants import Contestant, Setup, make_model, race
+from hift_ds.evaluation.cost import peak_memory, step_time
 from hift_ds.evaluation.cost.flops import forward_flops
 from hift_ds.evaluation.cost.process_memory import STATUS
+from hift_ds.evaluation.cost.timed_methods import Setup, TimedMethod, make_model, time_in_turns
 from hift_ds.launch.methods.table import TRAINED
 from tests.support.ranks import run_on_ranks
 
@@ -25,27 +25,27 @@ def run_benchmark(arguments: list[str]) -> tuple[list[Any], str]:
     import io
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        contests = efficiency.main(arguments)
-    return contests, printed.getvalue()
+        step_times = step_time.main(arguments)
+    return step_times, printed.getvalue()
 
 
 def test_it_times_all_and_prints_a_table(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     arguments = "--model-shape tiny --batch 2 --length 8 --stages 0,3 --dtypes fp32,bf16 --cycles 2"
     arguments += " --stock-every 2 --against full,plain,kept"
-    ((contests, printed),) = run_on_ranks(1, run_benchmark, [*arguments.split(), "--json", str(file)])
-    assert [(c.dtype, c.stage) for c in contests] == [("fp32", 0), ("fp32", 3), ("bf16", 0), ("bf16", 3)]
-    for c in contests:
+    ((step_times, printed),) = run_on_ranks(1, run_benchmark, [*arguments.split(), "--json", str(file)])
+    assert [(c.dtype, c.stage) for c in step_times] == [("fp32", 0), ("fp32", 3), ("bf16", 0), ("bf16", 3)]
+    for c in step_times:
         assert set(c.seconds) == {"hift", "full", "plain", "kept"}
         for values in (*c.seconds.values(), *map(c.ratios, c.seconds)):
             assert len(values) == 2 and min(values) > 0
         assert c.ratios("hift") == [1.0, 1.0]
     assert arguments in printed
-    assert printed.count("\n| ") == 2 + len(contests)
-    assert len(json.loads(file.read_text())["contests"]) == 4
+    assert printed.count("\n| ") == 2 + len(step_times)
+    assert len(json.loads(file.read_text())["step_times"]) == 4
 
 
-def run_methods(arguments: str, file: Path) -> tuple[dict[Any, efficiency.Row], str]:
+def run_methods(arguments: str, file: Path) -> tuple[dict[Any, step_time.Row], str]:
     """Rows by method and stage, after a look at what holds for all of them."""
     common = "--model-shape tiny --batch 2 --length 8 --steps 3 --cycles 2 --json"
     ((rows, printed),) = run_on_ranks(1, run_benchmark, [*arguments.split(), *common.split(), str(file)])
@@ -108,10 +108,10 @@ def test_memory_of_methods_is_set_against_full_fine_tuning(tmp_path: Path) -> No
 def test_steps_are_taken_in_turns_and_averaged_over_a_cycle() -> None:
     taken: list[str] = []
 
-    def contestant(name: str) -> Contestant:
-        return Contestant(lambda batch: taken.append(name), between=lambda: taken.append("after " + name))
+    def timed_method(name: str) -> TimedMethod:
+        return TimedMethod(lambda batch: taken.append(name), between=lambda: taken.append("after " + name))
 
-    seconds = race({name: contestant(name) for name in ("full", "hift")}, TINY, 2, 3, stock_every=2)
+    seconds = time_in_turns({name: timed_method(name) for name in ("full", "hift")}, TINY, 2, 3, stock_every=2)
     full, hift = (["full", "after full"], ["hift", "after hift"])
     # A cycle's steps 0 and 2 are full fine-tuning's too; who begins, changes.
     assert taken == [*full, *hift, *hift, *full, *hift, *hift, *full, *hift, *hift, *full]
@@ -147,6 +147,6 @@ def test_peak_memory_is_of_two_processes_each_with_and_without_checkpointing() -
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        efficiency.main(arguments)
+        step_time.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

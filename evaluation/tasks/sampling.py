@@ -6,12 +6,11 @@ import collections
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hift_ds.evaluation.tasks.loading import TaskExample
+from hift_ds.evaluation.tasks.catalog import TaskExample
 
-PARTS = ("train", "dev", "test")
+SETS = ("train", "dev", "test")
 WEIGHTS = {"train": 2, "dev": 1, "test": 2}  # in which they share a split that is too small: 1,000 to 500 to 1,000
 
 

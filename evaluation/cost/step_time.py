@@ -17,7 +17,6 @@ import datetime
 import gc
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -25,26 +24,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from hift_ds.evaluation.cost import peak_memory
-from hift_ds.evaluation.cost.contestants import (
+from hift_ds.evaluation.cost.machine import machine
+from hift_ds.evaluation.cost.timed_methods import (
     DTYPES,
     NOTES,
     SHAPES,
-    Contestant,
     Setup,
+    TimedMethod,
     join_world,
-    make_contestant,
-    race,
+    make_timed_method,
+    time_in_turns,
 )
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.table import TRAINED
 from hift_ds.launch.runtime import extensions
 
-CONTESTANTS = {
+TITLES = {
     "hift": "HiFT",
     "kept": "HiFT without offload",
     "full": "full fine-tuning",
@@ -54,8 +53,8 @@ STAGES = (0, 1, 2, 3)
 
 
 @dataclass
-class Contest:
-    """Seconds a step of each contestant, one mean for each measured cycle."""
+class StepTimes:
+    """Seconds a step of each timed_method, one mean for each measured cycle."""
 
     dtype: str
     stage: int
@@ -92,18 +91,18 @@ class Row:
     reason: str | None = None
 
 
-def contest(names: Sequence[str], setup: Setup, cycles: int, stock_every: int) -> Contest:
+def time_side_by_side(names: Sequence[str], setup: Setup, cycles: int, stock_every: int) -> StepTimes:
     """Times them side by side for `cycles` cycles, after one on short batches in which all state is made."""
-    contestants: dict[str, Contestant] = {}
+    timed_methods: dict[str, TimedMethod] = {}
     try:
         for name in names:
-            contestants[name] = make_contestant(name, setup)
-            contestants[name].warm_up(setup)
-        seconds = race(contestants, setup, cycles, contestants["hift"].cycle, stock_every)
+            timed_methods[name] = make_timed_method(name, setup)
+            timed_methods[name].warm_up(setup)
+        seconds = time_in_turns(timed_methods, setup, cycles, timed_methods["hift"].cycle, stock_every)
     finally:
-        for contestant in contestants.values():
-            contestant.destroy()
-    return Contest(setup.dtype, setup.stage, seconds)
+        for timed_method in timed_methods.values():
+            timed_method.destroy()
+    return StepTimes(setup.dtype, setup.stage, seconds)
 
 
 def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int, stock_every: int) -> list[Row]:
@@ -133,21 +132,21 @@ def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int,
 
 
 def _timed(
-    row: Row, full: Contestant | None, setup: Setup, cycles: int, steps: int, stock_every: int
-) -> Contestant | None:
+    row: Row, full: TimedMethod | None, setup: Setup, cycles: int, steps: int, stock_every: int
+) -> TimedMethod | None:
     """Fills the row, side by side with full fine-tuning where that fits; returns who was timed, or None and in the row
     the reason."""
-    contestant = None
+    timed_method = None
     with _reason_in(row):
-        contestant = make_contestant(row.method, setup)
-        contestant.warm_up(setup)
-        runners = {row.method: contestant} if full is None else {"full": full, row.method: contestant}
-        units = steps if contestant.cycle == 1 else cycles
-        _fill(row, contestant, setup, race(runners, setup, units, contestant.cycle, stock_every))
-    if row.reason and contestant is not None:
-        contestant.destroy()
-        contestant = None
-    return contestant
+        timed_method = make_timed_method(row.method, setup)
+        timed_method.warm_up(setup)
+        runners = {row.method: timed_method} if full is None else {"full": full, row.method: timed_method}
+        units = steps if timed_method.cycle == 1 else cycles
+        _fill(row, timed_method, setup, time_in_turns(runners, setup, units, timed_method.cycle, stock_every))
+    if row.reason and timed_method is not None:
+        timed_method.destroy()
+        timed_method = None
+    return timed_method
 
 
 @contextlib.contextmanager
@@ -166,12 +165,12 @@ def _free() -> None:
     get_accelerator().empty_cache()
 
 
-def _fill(row: Row, contestant: Contestant, setup: Setup, seconds: dict[str, list[float]]) -> None:
+def _fill(row: Row, timed_method: TimedMethod, setup: Setup, seconds: dict[str, list[float]]) -> None:
     row.seconds, row.full_seconds = seconds[row.method], seconds.get("full", [])
     if row.full_seconds:
-        row.ratios = Contest(row.dtype, row.stage, seconds).ratios("full", row.method)
+        row.ratios = StepTimes(row.dtype, row.stage, seconds).ratios("full", row.method)
     row.tokens_per_second = setup.tokens / statistics.median(row.seconds)
-    row.trained_parameters, row.flops = contestant.trained_parameters, contestant.flops
+    row.trained_parameters, row.flops = timed_method.trained_parameters, timed_method.flops
 
 
 def add_memory(rows: Sequence[Row], setup: Setup) -> None:
@@ -187,29 +186,15 @@ def add_memory(rows: Sequence[Row], setup: Setup) -> None:
             row.peak_ratio = row.peak / full if full else None
 
 
-def machine() -> str:
-    """Kind of machine, and the versions that decide its speed."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    device = get_accelerator().device_name()
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, device {device}, "
-        f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    )
-
-
 def spread(values: Sequence[float], digits: int) -> str:
     middle = f"{statistics.median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(contests: Sequence[Contest]) -> str:
+def table(step_times: Sequence[StepTimes]) -> str:
     """A Markdown table of seconds a step and of ratios."""
-    others = [name for name in contests[0].seconds if name != "hift"]
-    head = ["precision", "stage", *(f"{CONTESTANTS[name]}, s" for name in ("hift", *others))]
+    others = [name for name in step_times[0].seconds if name != "hift"]
+    head = ["precision", "stage", *(f"{TITLES[name]}, s" for name in ("hift", *others))]
     head += [f"HiFT / {name}" for name in others]
     rows = [
         [
@@ -218,7 +203,7 @@ def table(contests: Sequence[Contest]) -> str:
             *(spread(c.seconds[name], 3) for name in ("hift", *others)),
             *(spread(c.ratios(name), 2) for name in others),
         ]
-        for c in contests
+        for c in step_times
     ]
     return markdown(head, rows)
 
@@ -279,7 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", type=methods, help=f"all, or some of {','.join(TRAINED)}: what each costs, against full")
     add(
         "--against",
-        type=comma_separated([name for name in CONTESTANTS if name != "hift"]),
+        type=comma_separated([name for name in TITLES if name != "hift"]),
         help="full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state left on the device "
         "(default: full,plain)",
     )
@@ -305,7 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
     options = parse(arguments)
     extensions.prepare(int(os.environ.get("RANK", "0")))
     given = sys.argv[1:] if arguments is None else arguments
@@ -324,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
     heading += [f"{sizes}, AdamW, median of cycle means (least to greatest) over {units}"]
     print("\n".join(heading), flush=True)
     rows: list[Row] = []
-    contests: list[Contest] = []
+    step_times: list[StepTimes] = []
     for dtype in options.dtypes:
         for stage in options.stages:
             setup = Setup(shape, dtype, stage, *size, stock=not options.methods)
@@ -334,12 +319,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Contest] | list[Row]:
                     add_memory(found, setup)
                 rows += found
             else:
-                contests.append(contest(["hift", *options.against], setup, options.cycles, options.stock_every))
-            gc.collect()  # the engines of one contest go before those of the next come
+                step_times.append(
+                    time_side_by_side(["hift", *options.against], setup, options.cycles, options.stock_every)
+                )
+            gc.collect()  # free these engines before the next ones are made
             # After each, so that a run that is stopped has written what it measured.
-            write_json(options.json, heading, contests=[asdict(c) for c in contests], methods=[asdict(r) for r in rows])
-    print("\n" + (methods_table(rows, options.memory) if rows else table(contests)))
-    return rows or contests
+            write_json(
+                options.json, heading, step_times=[asdict(c) for c in step_times], methods=[asdict(r) for r in rows]
+            )
+    print("\n" + (methods_table(rows, options.memory) if rows else table(step_times)))
+    return rows or step_times
 
 
 def write_json(file: Path | None, heading: Sequence[str], **results: Sequence[dict]) -> None:

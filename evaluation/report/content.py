@@ -1,0 +1,236 @@
+"""The contents of a report: header, a section for each model and budget, MT-Bench, and the paper's own tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE
+from hift_ds.evaluation.mt_bench.verdicts import TOTAL, summarize
+from hift_ds.evaluation.records import Record
+from hift_ds.evaluation.report import paper, plots, results, tables
+from hift_ds.evaluation.report.document import Heading, Items, Paragraph, Part, Picture, Table, as_html, markdown
+from hift_ds.evaluation.report.results import OK, Section, as_text, tried_rates
+from hift_ds.evaluation.report.tables import NOTHING, joined
+from hift_ds.launch.errors import UserError
+
+
+def write_report(records: list[Record], folder: Path, title: str, *, verdicts: list[Record] | None = None) -> None:
+    """Writes folder/report.md, folder/report.html (with its pictures inside) and folder/plots/*.png.
+
+    plots/ is the report's own: older pictures in it are removed.
+
+    Args:
+        records: cells, see results.py.
+        verdicts: of MT-Bench, for its table and radar.
+
+    Raises:
+        UserError: a record lacks something, or the folder cannot be written.
+    """
+    sections = results.arrange(results.checked(records))
+    summary = summarize(verdicts or ())
+    try:
+        drawn, radars = _draw(sections, summary, folder)
+        parts = build(sections, title, summary, drawn, radars)
+        (folder / "report.md").write_text(markdown(parts), encoding="utf-8")
+        (folder / "report.html").write_text(as_html(title, parts, folder), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _draw(
+    sections: Sequence[Section], summary: Mapping[str, Any], folder: Path
+) -> tuple[list[dict[str, list[Picture]]], list[Picture]]:
+    """The pictures of each section, by kind, and those of MT-Bench."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "plots").glob("*.png"):
+        old.unlink()
+    labels = [label for method in _ordered(sections) for label in method]
+    styles = plots.make_styles([*labels, *(one["model"] for one in summary[SINGLE])])
+    drawn = [plots.draw_section(number, section, styles, folder) for number, section in enumerate(sections, 1)]
+    return drawn, plots.draw_verdicts(summary, styles, folder)
+
+
+def build(
+    sections: Sequence[Section],
+    title: str,
+    summary: Mapping[str, Any],
+    drawn: Sequence[Mapping[str, list[Picture]]],
+    radars: Sequence[Picture] = (),
+) -> list[Part]:
+    """The report's parts, with pictures that are drawn already: by kind for each section."""
+    parts: list[Part] = [Heading(title, 1), *_header(sections)]
+    for section, pictures in zip(sections, drawn, strict=True):
+        parts += _section(section, pictures)
+    if summary[SINGLE] or summary[PAIRWISE]:
+        parts += _mt_bench(summary, radars)
+    return [*parts, *_paper(sections)]
+
+
+def _ordered(sections: Sequence[Section]) -> list[list[str]]:
+    """All labels by method, so that a label's style does not hang on the section."""
+    rows = {label: method for section in sections for label, method in section.rows.items()}
+    order = [*results.METHODS, *sorted(set(rows.values()) - set(results.METHODS))]
+    return [[label for label, of in rows.items() if of == method] for method in order]
+
+
+# --- header ---------------------------------------------------------------------------------------------
+
+
+def _fact(record: Record, name: str) -> str:
+    """The commit is a fact of its own: two commits with the same packages are one line of versions."""
+    value = record[name]
+    return as_text({key: one for key, one in value.items() if key != "git"} if isinstance(value, dict) else value)
+
+
+def _header(sections: Sequence[Section]) -> list[Part]:
+    records = [record for section in sections for cell in section.cells.values() for record in cell.values()]
+    good = [record for record in records if record["status"] == OK]
+    if not records:
+        return [Paragraph("There are no records.")]
+    facts = [
+        f"Methods: {'; '.join(label for method in _ordered(sections) for label in method)}.",
+        f"Models: {joined(record['model'] for record in records)}.",
+        f"Tasks: {joined(_task(record) for record in good) or joined(record['task'] for record in records)}.",
+        f"Budgets: {joined(record['budget'] for record in records)}.",
+        f"Seeds: {joined(str(seed) for seed in sorted({record['seed'] for record in records}))}.",
+        f"Cells: {len(records)}, of which {len(good)} have a score.",
+    ]
+    for name, what in (("machine", "Machine"), ("ranks", "Ranks"), ("versions", "Versions"), ("git", "Git")):
+        facts += [f"{what}: {text}." for text in [joined(_fact(record, name) for record in good)] if text]
+    dates = sorted(as_text(record["date"]) for record in good)
+    facts += [f"Date: {dates[0]}" + (f" to {dates[-1]}." if dates[-1] != dates[0] else ".")] if dates else []
+    parts: list[Part] = [Items(facts), Heading("How to read this", 2)]
+    if not good:
+        return [*parts[:1], Paragraph("No cell has a score yet.")]
+    several = any(len(section.seeds) > 1 for section in sections)
+    reading = [
+        "Scores are times 100 (%), on test examples; higher is better.",
+        "± is the sample standard deviation over seeds: of the data drawn, their order and the methods' own randomness."
+        if several
+        else "There is one seed, so there is no ±: what another seed would change is not known.",
+        "Intervals are 95 % percentile intervals of a bootstrap over test examples. They cover the sampling of test "
+        "examples, not that of seeds" + (": that is the ±." if several else "."),
+        "Differences to full fine-tuning are paired: over the seeds that both have, the replicates of each are "
+        "averaged, then subtracted one by one, as the i-th replicate of all methods is of the same test examples.",
+        "Bold is the best of a column, where its paired difference to the second best has an interval without 0. Where "
+        "nothing is bold, the test examples do not tell the best two apart.",
+    ]
+    return [*parts, Items([*reading, _tuning(good)]), *_about_data(good)]
+
+
+def _about_data(good: Sequence[Record]) -> list[Part]:
+    """What became of the examples where it is not what was asked for."""
+    notes: dict[str, None] = {}
+    for record in good:
+        notes |= dict.fromkeys(f"{record['task']}: {note}" for note in record.get("notes") or ())
+    cut: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+    for record in good:
+        for part, count in (record.get("truncated") or {}).items():
+            key = (record["task"], record["label"], part, record.get("test_cut") or "beginning")
+            cut[key] = max(cut.get(key, (0, 0)), (count, record["n"]))
+    for (task, label, part, side), (count, n) in cut.items():
+        if count and part == "test":
+            notes[f"{task}: {label}: up to {count} of {n} test examples lost their {side}."] = None
+        elif count:
+            notes[f"{task}: {label}: up to {count} training examples lost their end."] = None
+    return [Heading("About the data", 2), Items(list(notes))] if notes else []
+
+
+def _tuning(good: Sequence[Record]) -> str:
+    tried: dict[str, set[float]] = {}
+    for record in good:
+        tried.setdefault(record["label"], set()).update(tried_rates(record))
+    grids: dict[str, list[str]] = {}
+    for label, rates in tried.items():
+        if len(rates) > 1:
+            grids.setdefault(", ".join(map(tables.format_rate, sorted(rates))), []).append(label)
+    if not grids:
+        return "Learning rates were not tuned: the table of costs names those that were used."
+    said = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
+    given = [label for label, rates in tried.items() if len(rates) == 1]
+    text = f"Learning rates were chosen by the score on the validation split, never on the test split, from {said}."
+    return text + (f" One rate each was tried of: {'; '.join(given)}." if given else "")
+
+
+def _task(record: Record) -> str:
+    return f"{record['task']} ({record['metric']})"
+
+
+# --- a model and budget ---------------------------------------------------------------------------------
+
+
+def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]:
+    parts: list[Part] = [Heading(f"{section.model}, {section.budget}")]
+    notes = tables.Notes()
+    scores = [Heading("Scores", 3), *tables.scores(section, notes), *notes.parts()]
+    if not section.shown():
+        return [*parts, *scores]
+    scores += tables.other_metrics(section)
+    notes = tables.Notes()
+    differences = [Heading("Differences to full fine-tuning", 3), *tables.differences(section, notes), *notes.parts()]
+    parts += [*scores, *differences, *drawn.get("time", ()), *drawn.get("memory", ()), Heading("Training and cost", 3)]
+    parts += [*tables.costs(section), *drawn.get("parts", ()), Heading("Training loss", 3), *drawn.get("loss", ())]
+    if not drawn.get("loss"):
+        parts.append(Paragraph("No cell has a loss curve."))
+    if drawn.get("ablation"):
+        parts += [Heading("HiFT's strategies and blocks", 3), *drawn["ablation"]]
+    return parts
+
+
+# --- MT-Bench and the paper -----------------------------------------------------------------------------
+
+
+def _mt_bench(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Part]:
+    parts: list[Part] = [Heading("MT-Bench")]
+    for named in dict.fromkeys(one["judge"] for one in summary[SINGLE]):
+        some = [one for one in summary[SINGLE] if one["judge"] == named]
+        categories = list(dict.fromkeys(name for one in some for name in one["categories"]))
+        categories.sort(key=lambda name: name == TOTAL)
+        rows = []
+        for one in some:
+            means = [(one["categories"].get(name) or {}).get("mean") for name in categories]
+            total = one["categories"][TOTAL]
+            shown = [NOTHING if mean is None else f"{mean:.2f}" for mean in means]
+            rows.append([one["model"], *shown, str(total["n"]), str(total["failed"])])
+        parts.append(Paragraph(f"Mean rating, 1 to 10, by {named}, over both turns; failed verdicts enter no mean."))
+        parts.append(Table(["model", *categories, "verdicts", "failed"], rows))
+    parts += pictures
+    for one in summary[PAIRWISE]:
+        first, second = one["models"]
+        counts = ("wins", "ties", "losses", "flips", "failed")
+        rows = [[name, *(str(found[key]) for key in counts)] for name, found in one["categories"].items()]
+        said = f"{first} against {second}, by {one['judge']}: a win is one in both orders; flips are ties because the "
+        parts += [Paragraph(said + "two orders disagree."), Table(["category", *counts], rows)]
+    return parts
+
+
+def _paper(sections: Sequence[Section]) -> list[Part]:
+    """The paper's tables of the tasks that occur; not ours, and of other models."""
+    tables = paper.paper_tables({task for section in sections for task in section.tasks})
+    if not tables:
+        return []
+    ours = joined(section.model for section in sections)
+    parts: list[Part] = [
+        Heading("The paper's, other models"),
+        Paragraph(
+            f"Printed by Liu et al., not measured here: other models (ours: {ours}), data and machines, so their "
+            "numbers are no baseline for ours. (In brackets: standard deviation.) † is a row that they took from "
+            "others' work."
+        ),
+    ]
+    for table in tables:
+        first = table[0]
+        columns = list(dict.fromkeys((value.task, value.metric) for value in table))
+        rows: dict[tuple[str, str], list[str]] = {}
+        for value in table:
+            row = rows.setdefault(
+                (value.method, value.label), [value.label + (" †" if value.cited else ""), value.method]
+            )
+            row.append(value.printed)
+        said = ", ".join(text for text in (first.model, first.setting, first.unit) if text)
+        heads = [f"{task} {metric}" if metric else task for task, metric in columns]
+        parts.append(Paragraph(f"{first.source[0].upper()}{first.source[1:]}: {said}"))
+        parts.append(Table(["the paper's row", "method", *heads], list(rows.values())))
+    return parts

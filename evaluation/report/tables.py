@@ -1,0 +1,272 @@
+"""The tables of one model and budget: scores, other metrics, differences to full fine-tuning, and costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hift_ds.evaluation.records import Record
+from hift_ds.evaluation.report import results
+from hift_ds.evaluation.report.document import Bold, Heading, Items, Paragraph, Part, Table
+from hift_ds.evaluation.report.resampling import paired_difference
+from hift_ds.evaluation.report.results import FAILED, OK, Section, is_finite, mean_of, std_of, tried_rates
+
+MEAN = "mean"
+NOTHING = "-"  # a cell of a table that has no value
+MIB, GIB = 2**20, 2**30
+
+
+def joined(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
+
+
+class Notes:
+    """Footnotes, each once, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"[{self.texts.index(text) + 1}]"
+
+    def parts(self) -> list[Part]:
+        return [Items([f"Note {number}: {text}" for number, text in enumerate(self.texts, 1)])] if self.texts else []
+
+
+# --- scores -------------------------------------------------------------------------------------------
+
+
+def _columns(section: Section) -> dict[str, str]:
+    """Heads of the tasks' columns, and of the mean's where there is more than one task."""
+    heads = {}
+    for task in section.tasks:
+        some = [record for label in section.rows for record in section.ok(label, task)]
+        sizes = sorted({record["n"] for record in some})
+        n = f", n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "") if sizes else ""
+        heads[task] = f"{task}, {section.metric(task)} %{n}" if some else task
+    return heads
+
+
+def _has_mean(section: Section) -> bool:
+    return len(section.common_tasks()) > 1
+
+
+def _about_mean(section: Section) -> list[Part]:
+    common = section.common_tasks()
+    if len(section.tasks) < 2 or not section.shown():
+        return []
+    if not _has_mean(section):
+        return [Paragraph("There is no mean over tasks: no two tasks have a score of every row.")]
+    left = [task for task in section.tasks if task not in common]
+    without = f" It leaves out {joined(left)}, on which not every row has a score." if left else ""
+    return [Paragraph(f"The mean is over {joined(common)}; ± is then of a seed's mean over these.{without}")]
+
+
+def scores(section: Section, notes: Notes) -> list[Part]:
+    if not section.shown():
+        rows = [[label, *(_score(section, label, task, notes) for task in section.tasks)] for label in section.rows]
+        return [Paragraph("No cell has a score."), Table(["method", *section.tasks], rows)]
+    winners = {task: results.best({label: section.ok(label, task) for label in section.rows}) for task in section.tasks}
+    means = {label: section.means(label) for label in section.rows}
+    best_mean = results.best(means)
+    rows_with_mean: list[list[str | Bold]] = []
+    for label in section.rows:
+        row: list[str | Bold] = []
+        for task in section.tasks:
+            text = _score(section, label, task, notes)
+            row.append(Bold(text) if winners[task] == label else text)
+        if _has_mean(section):
+            text = _plus_minus(means[label]) + _seeds(section, means[label]) if means[label] else NOTHING
+            row.append(Bold(text) if best_mean == label else text)
+        rows_with_mean.append([label, *row])
+    head = ["method", *_columns(section).values(), *([f"{MEAN} %"] if _has_mean(section) else [])]
+    what = "Mean ± standard deviation" if len(section.seeds) > 1 else "Score, with its interval over test examples"
+    seeds = f"{len(section.seeds)} seeds" if len(section.seeds) > 1 else f"seed {section.seeds[0]}"
+    return [Paragraph(f"{what}, in %; {seeds}."), Table(head, rows_with_mean), *_about_mean(section)]
+
+
+def other_metrics(section: Section) -> list[Part]:
+    """What the records have beside the score, e.g. the loss on written answers."""
+    columns: dict[tuple[str, str], None] = {}
+    for task in section.tasks:
+        for record in (record for label in section.shown() for record in section.ok(label, task)):
+            names = (name for name, value in record["metrics"].items() if is_finite(value))
+            columns |= dict.fromkeys((task, name) for name in names if name != record["metric"])
+    if not columns:
+        return []
+    rows = []
+    for label in section.shown():
+        values = [[record["metrics"].get(name) for record in section.ok(label, task)] for task, name in columns]
+        rows.append([label, *map(_plain, values)])
+    said = "Mean ± standard deviation, as they are (a share is not times 100). An answer_loss is that of the right "
+    said += "answers' tokens, in nats: lower is better."
+    head = ["method", *(f"{task}, {name}" for task, name in columns)]
+    return [Heading("Other metrics", 3), Paragraph(said), Table(head, rows)]
+
+
+def _plain(values: Sequence[Any]) -> str:
+    known = [value for value in values if is_finite(value)]
+    if not known:
+        return NOTHING
+    return f"{statistics.fmean(known):.3f}" + (f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else "")
+
+
+def _score(section: Section, label: str, task: str, notes: Notes) -> str:
+    """A cell's text: its mean, or what became of it."""
+    every, good = section.at(label, task), section.ok(label, task)
+    if not every:
+        return NOTHING
+    marks = []
+    for record in every:
+        if record["status"] != OK:
+            what = "failed" if record["status"] == FAILED else "not applicable"
+            marks.append(notes.mark(f"{label}: {what}: {record['reason'] or 'no reason is given'}"))
+    mark = " " + " ".join(dict.fromkeys(marks)) if marks else ""
+    if not good:
+        return ("failed" if any(record["status"] == FAILED for record in every) else "n/a") + mark
+    if len(section.seeds) == 1:
+        return _plus_minus(good) + _between(good[0]["interval"])
+    return _plus_minus(good) + _seeds(section, good) + mark
+
+
+def _seeds(section: Section, some: Sequence[Record]) -> str:
+    """How many there are, where some are missing."""
+    return f" ({len(some)} of {len(section.seeds)} seeds)" if len(some) < len(section.seeds) else ""
+
+
+def _plus_minus(some: Sequence[Record]) -> str:
+    std = std_of(some)
+    mean = statistics.fmean(record["score"] for record in some)
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
+
+
+def _between(interval: Any) -> str:
+    if not isinstance(interval, list) or len(interval) != 2 or not all(map(is_finite, interval)):
+        return ""
+    return f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def differences(section: Section, notes: Notes) -> list[Part]:
+    full = section.full
+    if full is None or full not in section.shown():
+        why = "it has no score" if full else "it is not among the records"
+        return [Paragraph(f"There are no differences to full fine-tuning here: {why}.")]
+    rows = []
+    for label in section.shown():
+        if label == full:
+            continue
+        row = [_difference(section.ok(label, task), section.ok(full, task), label, notes) for task in section.tasks]
+        if _has_mean(section):
+            row.append(_difference(section.means(label), section.means(full), label, notes))
+        rows.append([label, *row])
+    if not rows:
+        return [Paragraph("Only full fine-tuning has a score.")]
+    head = ["method", *section.tasks, *([MEAN] if _has_mean(section) else [])]
+    said = f"A method's score minus that of {full}, in % points, with its 95 % interval over test examples."
+    return [Paragraph(said), Table(head, rows)]
+
+
+def _difference(ours: Sequence[Record], theirs: Sequence[Record], label: str, notes: Notes) -> str:
+    found = paired_difference(ours, theirs)
+    if found is None:
+        return NOTHING
+    text = f"{100 * found.mean:+.1f}"
+    if found.low is None or found.high is None:
+        return f"{text} {notes.mark(f'{label}: no interval, because {found.why}')}"
+    return f"{text} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+# --- costs ----------------------------------------------------------------------------------------------
+
+_COSTS = (
+    *("method", "learning rate", "steps", "samples", "training time", "step time", "step time / full's", "tokens/s"),
+    *("trained parameters", "peak memory, measured", "memory, planned", "FLOPs"),
+)
+
+
+def costs(section: Section) -> list[Part]:
+    said = "Means over seeds; of learning rates, all that were chosen. FLOPs are the model's in training"
+    said += ", as a stand-in for energy; memory is that of the seed with the most: of training, or of answering where "
+    said += "nothing is trained."
+    parts: list[Part] = [Paragraph(said)]
+    kinds = joined(
+        f"{record['peak_memory_kind']}"
+        for label in section.rows
+        for task in section.tasks
+        for record in section.ok(label, task)
+        if record["peak_memory_kind"]
+    )
+    if kinds:
+        parts.append(
+            Paragraph(f"Measured memory is: {kinds}. Planned memory is what the planner expects on the device.")
+        )
+    at_end = False
+    for task in section.tasks:
+        some = {label: section.ok(label, task) for label in section.rows if section.ok(label, task)}
+        if not some:
+            continue
+        theirs = {record["seed"]: record for record in some.get(section.full or "", ())}
+        rows = [[label, *_cost(found, theirs)] for label, found in some.items()]
+        at_end = at_end or any(row[1].endswith("*") for row in rows)
+        parts += [Heading(task, 4), Table(_COSTS, rows)]
+    if at_end:
+        said = "* A chosen learning rate is the lowest or highest of those tried: a better one may lie beyond."
+        parts.append(Paragraph(said))
+    return parts
+
+
+def _cost(found: Sequence[Record], full: Mapping[int, Record]) -> list[str]:
+    """The columns after the first, for the seeds of one method and task."""
+    rates = sorted({record["learning_rate"] for record in found if is_finite(record["learning_rate"])})
+    common = [record for record in found if record["seed"] in full]
+    ours, theirs = mean_of(common, "step_seconds"), mean_of([full[one["seed"]] for one in common], "step_seconds")
+    peaks = [record["peak_memory"] for record in found if is_finite(record["peak_memory"])]
+    plans = [record["planned_memory"]["total"] for record in found if record["planned_memory"]]
+    return [
+        (", ".join(map(format_rate, rates)) or NOTHING) + ("*" if any(map(_is_at_end, found)) else ""),
+        _count(mean_of(found, "steps")),
+        _count(mean_of(found, "samples")),
+        _seconds(mean_of(found, "seconds")),
+        _seconds(mean_of(found, "step_seconds")),
+        f"{ours / theirs:.2f}" if ours is not None and theirs else NOTHING,
+        _count(mean_of(found, "tokens_per_second")),
+        _count(mean_of(found, "trained_parameters")),
+        _bytes(max(peaks)) if peaks else NOTHING,
+        _bytes(max(plans)) if plans else NOTHING,
+        _flops(mean_of(found, "flops")),
+    ]
+
+
+def _is_at_end(record: Record) -> bool:
+    rates = tried_rates(record)
+    return len(rates) > 1 and record["learning_rate"] in (min(rates), max(rates))
+
+
+def format_rate(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _count(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return (
+        f"{value:,.1f} s" if value >= 10 else f"{value:.3g} s" if value >= 1 or not value else f"{1000 * value:.3g} ms"
+    )
+
+
+def _bytes(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.1f} MiB"
+
+
+def _flops(value: float | None) -> str:
+    if not value:
+        return NOTHING if value is None else "0"
+    unit, size = next((u, s) for u, s in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if value >= s or s == 1e9)
+    return f"{value / size:,.1f} {unit}"
