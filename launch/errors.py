@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": shown as plain text, never as a traceback."""
+"""Errors that the user can fix: the command prints their message without a traceback. And how messages are worded."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in the settings, the data or the environment; the message says what to do about it."""
+    """A mistake in the settings, the data or the environment; the message names the remedy."""
 
 
 def nearest(value: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown `value`: the known one it resembles, if any."""
+    """Return the end of a message about an unknown `value`: the most similar known one, or nothing."""
     near = difflib.get_close_matches(value, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def expected(found: str, allowed: Iterable[str]) -> str:
+    """Return the end of a message about a value that is not among `allowed`: the list, and the most similar one."""
+    allowed = list(allowed)
+    return f"Expected one of: {', '.join(allowed)}{nearest(found, allowed)}"
+
+
 def looked_in(path: str | Path) -> str:
-    """The end of a message about a path that does not exist: where it was looked for, if it is a relative one."""
+    """Return the end of a message about a missing relative path: the working directory. Empty for absolute paths."""
     return "" if Path(path).expanduser().is_absolute() else f" (looked in {Path.cwd()})"
 
 
 def shown(value: Any) -> str:
-    """A value from the data as it goes into a message: at most 80 characters."""
+    """Format a value from the data for a message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class NotApplicable(UserError):
-    """A training method does not fit a model; the message says why."""
+    """A training method cannot train this model; the message gives the reason."""
 
     def __init__(self, method: str, model: Any, reason: str):
         super().__init__(f"method.name: {method!r} does not fit {type(model).__name__}: {reason}")

@@ -30,7 +30,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import set_seed
 
 import hift_ds
 from hift_ds.checkpoint import store
@@ -38,17 +37,22 @@ from hift_ds.checkpoint.store import Checkpoint, CheckpointError
 from hift_ds.launch.callbacks.held_out import evaluate
 from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.config import credentials
+from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
-from hift_ds.launch.data.loading import Data, collate, load_data, trained_tokens, window_batches
+from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
+from hift_ds.launch.data.loading import Data, load_data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.adapters import ADAPTERS
-from hift_ds.launch.methods.plain import make_plain_engine
-from hift_ds.launch.methods.table import METHODS, schedule_factor
+from hift_ds.launch.methods.engines import make_plain_engine
+from hift_ds.launch.methods.schedules import schedule_factor
+from hift_ds.launch.methods.steps import take_step
+from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.model.batch_loss import summed_loss
-from hift_ds.launch.model.export import export_model
 from hift_ds.launch.runtime import extensions, logs, outputs
-from hift_ds.launch.runtime.determinism import deterministic
+from hift_ds.launch.runtime.determinism import deterministic, seed_generators
+from hift_ds.launch.runtime.export import export_model
 from hift_ds.launch.runtime.preemption import STOPPED, Preemption, Stopped
 from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch, join
 from hift_ds.model import loss as losses
@@ -95,7 +99,7 @@ def train(
         # Dropout depends on the step and the rank alone, so a resumed run draws what the straight one drew.
         torch.manual_seed((training.seed * 1_000_003 + step) * world + rank)
         shares = [functools.partial(loss_share, engine, batch, settings, targets) for batch in batches]
-        own_loss, is_applied = method.step(engine, shares)
+        own_loss, is_applied = take_step(method, engine, shares)
         loss, waited, asked = sum_over_ranks(
             engine.device, own_loss, time.perf_counter() - started, stop_asked(step + 1)
         )
@@ -155,6 +159,7 @@ def run(arguments: argparse.Namespace, stop: Preemption, watch: RankWatch) -> No
     """One run from settings to summary. What can be wrong is checked before a weight is loaded or a file written."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = load_settings(arguments.config, arguments.set, world)
+    check_with_deepspeed(settings.deepspeed, source(arguments.config, arguments.set))
     with deterministic(settings.training.deterministic):
         run_settings(settings, arguments.resume, rank, world, stop, watch)
 
@@ -187,7 +192,7 @@ def run_settings(
     if resume and found is None:
         logs.say(rank, f"{folder}: no checkpoint yet; the run begins at its first step")
     logs.say(rank, logs.data_report(data))
-    set_seed(settings.training.seed)
+    seed_generators(settings.training.seed)
     engine = make_engine(loading.load_model(settings.model, config, settings.dtype), settings, ticks)
     if settings.training.loss_chunk and (problem := losses.why_not(engine.module)):
         raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")

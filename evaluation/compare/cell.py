@@ -18,7 +18,6 @@ from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from transformers import set_seed
 
 from hift_ds.blocks.block import numel_of
 from hift_ds.checkpoint.store import gather
@@ -39,7 +38,7 @@ from hift_ds.launch.methods.adapters import trained_parameters
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.runtime import logs
-from hift_ds.launch.runtime.determinism import deterministic
+from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.train import cycle_steps, make_engine, schedule_ticks, train
 
 POINTS = 200  # of a stored loss curve
@@ -81,7 +80,7 @@ class Cells:
         dtype = _dtype(row) if settings is None else settings.dtype
         if not self._made_anew:
             self._pretrained(dtype)  # before memory is measured, and random numbers are drawn
-        set_seed(seed)
+        seed_generators(seed)
         engine, notes = None, list(data.report["notes"])
         shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
         if row.method == "icl" and len(shown) < row.shots:

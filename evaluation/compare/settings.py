@@ -22,22 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds.evaluation.tasks.catalog import GLUE, Task, find_task
-from hift_ds.launch.config.settings import (
-    LoggingSettings,
-    ModelSettings,
-    Settings,
-    TrainingSettings,
-    build,
-    check_settings,
-    problem_list,
-    read_yaml,
-    setting,
-    source,
-)
+from hift_ds.launch.config.checking import build, problem_list, setting
+from hift_ds.launch.config.deepspeed_section import parser_problems
+from hift_ds.launch.config.reading import read_yaml, source
+from hift_ds.launch.config.settings import LoggingSettings, Settings, TrainingSettings, check_settings
 from hift_ds.launch.data.sources import PUBLISHED
 from hift_ds.launch.errors import UserError, looked_in, nearest
 from hift_ds.launch.methods.table import METHODS, TRAINED
-from hift_ds.launch.model import loading
+from hift_ds.launch.model.settings import ModelSettings
 
 UNLIMITED = 10**9  # steps, where a budget is in seconds
 ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
@@ -188,7 +180,7 @@ def load_comparison(
     comparison = Comparison(
         title=str(raw.get("title") or f"Comparison of fine-tuning methods ({Path(path).stem})"),
         model=model,
-        model_name=str(raw.get("model_name") or loading.describe(model)),
+        model_name=str(raw.get("model_name") or model.describe()),
         data=data,
         tasks=_tasks(raw, data, problems),
         rows=_only(_rows(raw, problems), only, problems),
@@ -351,7 +343,8 @@ def _run_problems(comparison: Comparison, world_size: int) -> list[str]:
         if row.trained and comparison.budgets and comparison.seeds:
             problems: list[str] = []
             raw = comparison._raw(row, comparison.budgets[0], comparison.seeds[0], row.learning_rates[0])
-            check_settings(raw, world_size, problems)
+            settings = check_settings(raw, world_size, problems)
+            problems += parser_problems(settings.deepspeed) if settings is not None else []
             found += [problem if problem.startswith("model") else f"{row.label}: {problem}" for problem in problems]
     return found
 

@@ -20,9 +20,12 @@ import hift_ds
 from hift_ds.blocks.block import numel_of
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.plain_loop import PlainHiFT
-from hift_ds.launch.config.settings import Settings, check_settings, problem_list
-from hift_ds.launch.data.loading import trained_tokens
+from hift_ds.launch.config.checking import problem_list
+from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.settings import Settings, check_settings
+from hift_ds.launch.data.batches import trained_tokens
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.methods.steps import take_step
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.train import loss_share, make_engine
 from hift_ds.planner.presets import PRESETS, load_config
@@ -163,6 +166,7 @@ def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> S
     settings = check_settings(raw, 1, problems)
     if settings is None:
         raise UserError(problem_list(name, problems))
+    check_with_deepspeed(settings.deepspeed, name)
     return settings
 
 
@@ -192,7 +196,7 @@ def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: 
     engine.train()
 
     def step(batch: Batch) -> None:
-        method.step(engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch))])
+        take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch))])
 
     timed_method = TimedMethod(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
     if method.engine == "badam":  # a step on each block, as in HiFT's cycle

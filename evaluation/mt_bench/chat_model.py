@@ -14,11 +14,11 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from hift_ds.evaluation.mt_bench.endpoint import Message, Reply
-from hift_ds.launch.config.settings import ModelSettings, model_problems
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.adapters import SETTINGS as ADAPTER_FILE
 from hift_ds.launch.methods.adapters import load_adapter
 from hift_ds.launch.model.loading import load_config, load_model, load_tokenizer
+from hift_ds.launch.model.settings import ModelSettings
 
 
 class ChatModel:
@@ -48,7 +48,7 @@ class ChatModel:
                 f"{name!r} holds an adapter, not a model; give it as --adapter, and as --model the model that its run "
                 f"began with ({ADAPTER_FILE} names it)"
             )
-        if problems := model_problems(settings):
+        if problems := settings.problems():
             raise UserError("\n".join(text.removeprefix("model.name_or_path: ") for text in problems))
         self._tokenizer: Any = load_tokenizer(settings)
         if not self._tokenizer.chat_template:

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
 from hift_ds.evaluation.tasks.loading import classification_rows, few_shot
+from hift_ds.launch.data.batches import collate, collate_prompts
 from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_pieces
-from hift_ds.launch.data.loading import collate, collate_prompts
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.loading import evaluating
 

@@ -10,8 +10,9 @@ from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
 from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.batches import collate, collate_prompts, trained_tokens
 from hift_ds.launch.data.encoding import EvalExample
-from hift_ds.launch.data.loading import Data, collate, collate_prompts, trained_tokens
+from hift_ds.launch.data.loading import Data
 from hift_ds.launch.data.scores import Score
 from hift_ds.launch.model.batch_loss import summed_loss
 

@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.data.loading import window_batches
+from hift_ds.launch.data.batches import window_batches
 from hift_ds.launch.errors import UserError, shown
 
 

@@ -1,141 +1,25 @@
-"""Data of a training run: settings, the tokenized examples, batches and their order.
+"""Load the data of a run: read rows, convert them to one format, tokenize them.
 
-load_data reads rows (`sources.py`), brings them into one of three formats (`formats.py`) and tokenizes them
-(`encoding.py`).
+`load_data` reads rows with `sources.py`, converts them with `formats.py` and tokenizes them with `encoding.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from hift_ds.checkpoint.files import sha256_of
 from hift_ds.launch.data import scores
-from hift_ds.launch.data.arithmetic import MAX_PROBLEMS, arithmetic_problems
-from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example, choose_template, encode
-from hift_ds.launch.data.formats import (
-    CHOICE_TASKS,
-    COLUMNS,
-    LABEL_TASKS,
-    SOLUTION_TASKS,
-    convert,
-    find_format,
-    flatten,
-    possible_formats,
-)
-from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
-from hift_ds.launch.errors import UserError, looked_in, nearest
+from hift_ds.launch.data.arithmetic import arithmetic_problems
+from hift_ds.launch.data.encoding import EvalExample, Example, choose_template, encode
+from hift_ds.launch.data.formats import CHOICE_TASKS, LABEL_TASKS, SOLUTION_TASKS, convert, find_format, flatten
+from hift_ds.launch.data.settings import DataSettings
+from hift_ds.launch.data.sources import Row, read_file, read_hub
+from hift_ds.launch.errors import UserError
 
 DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # how many built-in problems where the settings do not say
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The `data` section of a run's YAML."""
-
-    # arithmetic (built-in problems) | gsm8k | sst2 | superglue/TASK | json | jsonl | csv | tsv | parquet
-    # (files at `path`) | OWNER/NAME (a data set of the Hugging Face Hub)
-    name: str = "arithmetic"
-    # A file or a folder. For gsm8k, sst2, superglue/TASK the publisher's folder; null = from the Hub.
-    path: str | None = None
-    # The held-out file where `path` is one file. In a folder, and on the Hub, that part is a split.
-    eval_path: str | None = None
-    # Of a Hub data set: its configuration and the git revision.
-    subset: str | None = None
-    revision: str | None = None
-    # prompt-completion | chat | text-label; null = found from the columns
-    format: str | None = None
-    # Our column: the file's column, as in {prompt: question, completion: answer}
-    columns: dict[str, str] = field(default_factory=dict)
-    # The splits to train on and to score; eval_split null = validation, val, dev or test, if there is one.
-    split: str = "train"
-    eval_split: str | None = None
-    # Sizes of seeded subsets; null = all (of the built-in problems 4096 and 256). eval_examples 0 = none.
-    train_examples: int | None = None
-    eval_examples: int | None = None
-    # Tokens of an example; longer ones are cut on the right, counted and reported.
-    max_length: int = 512
-    # true: prompt and completion become a user's and an assistant's turn of the tokenizer's chat template;
-    # false: they are joined, with a space where neither side has whitespace; null = true if there is one.
-    template: bool | None = None
-
-    def problems(self) -> list[str]:
-        """Every mistake that shows before rows are read: a line each, with key, value and remedy."""
-        name = self.name.lower()
-        local, published = name in FILE_KINDS, name in PUBLISHED
-        hub = not local and not published and name != "arithmetic"
-        if hub and (self.name.count("/") != 1 or name.startswith("superglue/")):
-            known = ["arithmetic", *PUBLISHED, *FILE_KINDS]
-            return [  # what else is wrong depends on the name
-                f"data.name: unknown data set {self.name!r}; expected {', '.join(known)}, or OWNER/NAME for a "
-                f"data set of the Hugging Face Hub{nearest(name, known)}"
-            ]
-        found = self._path_problems(local, published)
-        if self.subset is not None and not hub:
-            found.append(f"data.subset: {self.subset!r} is for sets named OWNER/NAME; remove it")
-        if self.revision is not None and not (hub or published and self.path is None):
-            found.append(f"data.revision: {self.revision!r} is for sets from the Hub; remove it")
-        if name == "arithmetic" and (self.split != "train" or self.eval_split not in (None, "test")):
-            found.append(
-                f"data.split, data.eval_split: {self.split!r} and {self.eval_split!r}, but the built-in "
-                "problems are trained on 'train' and scored on 'test'; remove both"
-            )
-        formats = possible_formats(name)
-        if self.format is not None and self.format not in formats:
-            found.append(
-                f"data.format: {self.format!r} does not exist for {self.name!r}; expected "
-                f"{', '.join(formats)}, or null to find it{nearest(self.format, formats)}"
-            )
-        if self.columns and not (local or hub):
-            found.append(f"data.columns: the columns of {self.name!r} are known; remove data.columns")
-        for key in self.columns:
-            if key not in COLUMNS:
-                found.append(
-                    f"data.columns: unknown column {key!r}; keys are ours ({', '.join(COLUMNS)}), values the "
-                    f"file's, as in {{prompt: question}}{nearest(key, COLUMNS)}"
-                )
-        for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                found.append(f"data.{key}: {value} is too small; expected at least {least}")
-            elif value is not None and key != "max_length" and name == "arithmetic" and value > MAX_PROBLEMS:
-                found.append(f"data.{key}: {value} is more than the {MAX_PROBLEMS} built-in problems; lower it")
-        return found
-
-    def _path_problems(self, local: bool, published: bool) -> list[str]:
-        found = []
-        if self.path is None and local:
-            found.append(f"data.path: missing; {self.name!r} reads files: give the file or its folder")
-        if self.path is not None and not (local or published):
-            found.append(
-                f"data.path: {self.path!r} has no meaning with data.name {self.name!r}; to read files set "
-                f"data.name to {', '.join((*FILE_KINDS, *PUBLISHED))}"
-            )
-        if self.eval_path is not None and not local:
-            found.append(
-                f"data.eval_path: {self.eval_path!r} has no meaning with data.name {self.name!r}; use data.eval_split"
-            )
-        if local or published:
-            for key, path in (("path", self.path), ("eval_path", self.eval_path)):
-                if path is not None and not Path(path).expanduser().exists():
-                    found.append(f"data.{key}: {path!r} does not exist{looked_in(path)}")
-        if not found and self.path is not None:
-            try:
-                self.files()
-            except UserError as error:
-                found.append(str(error))
-        return found
-
-    def files(self) -> dict[str, list[Path]]:
-        """The files that `path` and `eval_path` mean: of "train" and, where something is held out, of "eval"."""
-        return find_files(self.name.lower(), str(self.path), self.split, self.eval_path, self.eval_split)
 
 
 @dataclass
@@ -271,87 +155,3 @@ def _find_score(
     if name in (*LABEL_TASKS, *CHOICE_TASKS):
         return lambda texts, examples: scores.leading_words_match(texts, [one.accepted for one in examples])
     return None
-
-
-# Batches ---------------------------------------------------------------------------------------------
-
-
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A right-padded batch of int64 tensors.
-
-    `input_ids` and `attention_mask` have the shape (examples, longest example), and so has
-    `token_type_ids`, where the examples have them. `labels` has it for causal LM; (examples,) for labels, which for
-    regression are float32.
-    """
-    longest = max(len(example.input_ids) for example in examples)
-
-    def padded(sequences: Iterable[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([one + [value] * (longest - len(one)) for one in sequences], dtype=torch.int64)
-
-    batch = {
-        "input_ids": padded((example.input_ids for example in examples), pad_token_id),
-        "attention_mask": padded(([1] * len(example.input_ids) for example in examples), 0),
-    }
-    if examples[0].token_type_ids is not None:
-        batch["token_type_ids"] = padded((example.token_type_ids or [] for example in examples), 0)
-    labels = [example.labels for example in examples]
-    if isinstance(labels[0], int | float):
-        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
-    else:
-        batch["labels"] = padded((one for one in labels if isinstance(one, list)), IGNORED)
-    return batch
-
-
-def collate_prompts(examples: Sequence[EvalExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Left-padded prompts for generation: input_ids, attention_mask; int64, (examples, longest prompt)."""
-    longest = max(len(example.prompt_ids) for example in examples)
-    gaps = [longest - len(example.prompt_ids) for example in examples]
-    ids = [[pad_token_id] * gap + example.prompt_ids for gap, example in zip(gaps, examples, strict=True)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    return {
-        "input_ids": torch.tensor(ids, dtype=torch.int64),
-        "attention_mask": torch.tensor(mask, dtype=torch.int64),
-    }
-
-
-def trained_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Label positions that count in the loss: causal LM, those after the shift by one; labels, one each."""
-    labels = batch["labels"]
-    return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else labels.numel()
-
-
-def window_batches(
-    n_examples: int,
-    seed: int,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    start_step: int = 0,
-) -> Iterator[list[list[int]]]:
-    """Endless: for each step from `start_step`, this rank's micro-batches, as indices of examples.
-
-    All epochs, each a new seeded shuffle that holds every example once, make one stream; step t takes its
-    elements t * global_batch up to (t + 1) * global_batch. So the global batch of a step depends on the
-    seed and the step only, however it is cut over accumulation and ranks, and a resumed run continues
-    exactly where it was.
-    """
-    if min(n_examples, global_batch, micro_batch, world) < 1 or not 0 <= rank < world or start_step < 0:
-        raise ValueError(f"{n_examples=} {global_batch=} {micro_batch=} {rank=} {world=} {start_step=}")
-    if global_batch % (micro_batch * world):
-        raise ValueError(f"{global_batch=} is not a multiple of {micro_batch=} times {world=}")
-
-    @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
-    def epoch_order(epoch: int) -> list[int]:
-        order = list(range(n_examples))
-        random.Random(f"order {seed} {epoch}").shuffle(order)
-        return order
-
-    def windows() -> Iterator[list[list[int]]]:
-        for step in itertools.count(start_step):
-            places = range(step * global_batch, (step + 1) * global_batch)
-            window = [epoch_order(place // n_examples)[place % n_examples] for place in places]
-            starts = range(rank * micro_batch, global_batch, world * micro_batch)
-            yield [window[start : start + micro_batch] for start in starts]
-
-    return windows()

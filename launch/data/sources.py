@@ -11,11 +11,12 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.launch.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import datasets
 
 Row = tuple[str, dict[str, Any]]  # where it comes from (for messages), and its columns
 
@@ -131,6 +132,8 @@ def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
 
 
 def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:
+    import datasets  # takes seconds; settings are checked without it
+
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -205,6 +208,8 @@ def read_hub(
     name: str, subset: str | None, revision: str | None, split: str, eval_split: str | None
 ) -> dict[str, list[Row]]:
     """The rows of "train" and "eval" (empty where nothing is held out); the arguments are those of `data`."""
+    import datasets  # takes seconds; settings are checked without it
+
     published = name.lower() in PUBLISHED
     identity, subset = PUBLISHED.get(name.lower(), (name, subset))
     label = f"{identity} ({subset})" if subset else identity

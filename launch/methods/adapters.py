@@ -6,16 +6,16 @@ has not, the modules beside ``model.base_model``.
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hift_ds import partition_model
 from hift_ds.blocks.block import numel_of
-from hift_ds.launch.errors import NotApplicable, UserError
+from hift_ds.launch.errors import NotApplicable, UserError, expected
 from hift_ds.launch.methods.adapter_modules import (
     MATRICES,
     Bottleneck,
@@ -32,42 +32,10 @@ from hift_ds.launch.methods.adapter_modules import (
     outermost_attention,
     sub_layer_ends,
 )
+from hift_ds.launch.methods.settings import CHOICES, AdapterSettings
 from hift_ds.launch.methods.virtual_tokens import add_hidden_tokens, add_prefixes
 
-__all__ = [
-    "ADAPTERS",
-    "AdapterSettings",
-    "NotApplicable",
-    "load_adapter",
-    "merge",
-    "save_adapter",
-    "trained_parameters",
-]
-
 WEIGHTS, SETTINGS = "adapter.safetensors", "adapter.json"
-KINDS = ("houlsby", "lin")
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """Sizes of the small modules.
-
-    Attributes:
-        lora_rank, lora_alpha: r and alpha of LoRA, whose update is alpha / r times the product of its two matrices; 8
-            and 16 as in MeZO (Malladi et al. 2023).
-        lora_dropout: of the input of LoRA's matrices.
-        prefix_tokens: virtual tokens of "prefix", "prelayer" and "s4"; 5 as in MeZO.
-        adapter_size: width of the bottleneck; of 8, 64 and 256 in Houlsby et al. (2019).
-        adapter_kind: "houlsby" has one after attention and one after the MLP, "lin" one after each layer with a layer
-            norm of its own (Lin et al. 2020).
-    """
-
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    prefix_tokens: int = 5
-    adapter_size: int = 64
-    adapter_kind: str = "houlsby"
 
 
 # --- small modules put in -----------------------------------------------------------------------------------------
@@ -75,16 +43,16 @@ class AdapterSettings:
 
 def lora(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
     """LoRA (Hu et al. 2022) on PEFT's matrices for the architecture: mostly queries and values; else on all."""
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    peft = _import_peft()
     head = _head_modules(model)
-    config = _lora_config(settings, model, known or "all-linear")
-    config.task_type = TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM
+    config = _lora_config(settings, model, _lora_targets(model) or "all-linear")
+    config.task_type = peft.TaskType.SEQ_CLS if head else peft.TaskType.CAUSAL_LM
     config.modules_to_save = head or None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, whose old names PEFT uses
             # PEFT would train 16-bit models with LoRA in fp32.
-            return get_peft_model(model, config, autocast_adapter_dtype=False)
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise NotApplicable("lora", model, str(error)) from None
 
@@ -103,8 +71,10 @@ def prelayer(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
 
 def adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
     """Bottleneck adapters, of either kind; Houlsby et al. also train the layer norms."""
-    if settings.adapter_kind not in KINDS:
-        raise UserError(f"adapter_kind: got {settings.adapter_kind!r}. Expected one of {', '.join(KINDS)}")
+    if settings.adapter_kind not in CHOICES["adapter_kind"]:
+        raise UserError(
+            f"adapter_kind: got {settings.adapter_kind!r}. {expected(settings.adapter_kind, CHOICES['adapter_kind'])}"
+        )
     layers = hidden_layers("adapter", model)
     ends = sub_layer_ends("adapter", model, layers)
     if settings.adapter_kind == "houlsby":
@@ -338,7 +308,7 @@ def _width(matrix: Any) -> int:
 
 def _add_lora(model: Any, paths: Iterable[str], settings: AdapterSettings) -> list[nn.Parameter]:
     """LoRA on PEFT's matrices for the architecture in these layers, else on all of their attention's."""
-    known = tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ()))
+    known = tuple(_lora_targets(model) or ())
     targets = []
     for path in paths:
         layer = model.get_submodule(path)
@@ -346,15 +316,37 @@ def _add_lora(model: Any, paths: Iterable[str], settings: AdapterSettings) -> li
         attention = tuple(f"{name}." for name, _ in outermost_attention(layer))
         chosen = [name for name in matrices if name.rpartition(".")[2] in known]
         targets += [f"{path}.{name}" for name in chosen or [m for m in matrices if m.startswith(attention)]]
-    inject_adapter_in_model(_lora_config(settings, model, targets), model)
+    _import_peft().inject_adapter_in_model(_lora_config(settings, model, targets), model)
     return [p for name, p in model.named_parameters() if ".lora_" in name]
 
 
-def _lora_config(settings: AdapterSettings, model: Any, targets: Any) -> LoraConfig:
-    return LoraConfig(
+def _lora_config(settings: AdapterSettings, model: Any, targets: Any) -> Any:
+    return _import_peft().LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+
+
+def _lora_targets(model: Any) -> Any:
+    """PEFT's default matrices for the model's architecture, by the ends of their names; None if PEFT has none."""
+    return _import_peft().utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+
+
+def _import_peft() -> Any:
+    """Import PEFT at its first use: it takes seconds, and it imports bitsandbytes, which logs a warning of no use here.
+
+    bitsandbytes looks for a 4-bit kernel of the package `kernels`; no method uses 4-bit weights.
+    """
+    ops = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    ops.addFilter(_is_about_other_kernels)
+    try:
+        return importlib.import_module("peft")
+    finally:
+        ops.removeFilter(_is_about_other_kernels)
+
+
+def _is_about_other_kernels(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")

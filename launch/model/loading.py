@@ -19,17 +19,15 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hift_ds
 from hift_ds.checkpoint.files import sha256_of
-from hift_ds.launch.errors import UserError, nearest
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.model.settings import ModelSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from hift_ds.launch.config.settings import ModelSettings
 
 AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
@@ -37,27 +35,6 @@ AUTO_CLASSES = {
 }
 
 T = TypeVar("T")
-
-
-def config_problems(mapping: dict) -> list[str]:
-    """What is wrong with a `model.config` mapping; transformers would keep an unknown key without a word."""
-    rest = dict(mapping)
-    name = rest.pop("model_type")
-    if name not in CONFIG_MAPPING_NAMES:
-        hint = nearest(str(name), CONFIG_MAPPING_NAMES)
-        return [f"model.config.model_type: got {name!r}. Expected an architecture of transformers, e.g. llama{hint}"]
-    default = AutoConfig.for_model(name)
-    problems = []
-    for key in rest:
-        if not hasattr(default, key):
-            hint = nearest(key, vars(default))
-            problems.append(f"model.config.{key}: not a key of {type(default).__name__}, remove it{hint}")
-    if not problems:
-        try:
-            AutoConfig.for_model(name, **rest)
-        except Exception as error:  # transformers checks types and values with exceptions of several libraries
-            problems.append(f"model.config: {' '.join(str(error).split())}")
-    return problems
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -228,13 +205,6 @@ def evaluating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def describe(settings: ModelSettings) -> str:
-    """What the model is, for summaries."""
-    if settings.config is not None:
-        return f"{settings.config['model_type']} from scratch"
-    return str(settings.name_or_path)
 
 
 def _from_config(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:

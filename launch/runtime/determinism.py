@@ -1,14 +1,26 @@
-"""Runs that repeat bit for bit on the same machine (`training.deterministic`)."""
+"""Runs that repeat: seeds, and runs that repeat bit for bit on the same machine (`training.deterministic`)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 
+import numpy
 import torch
 
 from hift_ds.launch.errors import UserError
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch (on all devices).
+
+    It does what `transformers.set_seed` does. Importing that imports PEFT and bitsandbytes.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager

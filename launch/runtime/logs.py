@@ -26,7 +26,6 @@ from hift_ds.launch.config.credentials import redacted
 from hift_ds.launch.config.settings import LoggingSettings, Settings
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import shown
-from hift_ds.launch.model import loading
 from hift_ds.launch.runtime import outputs
 from hift_ds.launch.runtime.tracking import start_wandb
 
@@ -151,7 +150,7 @@ def summarize(
     tokens = sum(record["tokens"] for record in records)
     summary: dict[str, Any] = {
         "method": settings.method.name,
-        "model": loading.describe(settings.model),
+        "model": settings.model.describe(),
         "dataset": settings.data.name,
         "steps": records[-1]["step"],
         "steps_skipped": len(records) - len(applied),

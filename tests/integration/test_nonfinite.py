@@ -22,7 +22,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hift_ds.launch.data.loading import window_batches
+from hift_ds.launch.data.batches import window_batches
 from tests.integration.test_methods import OPTIONS
 from tests.support import tiny
 from tests.support.ranks import run_on_ranks

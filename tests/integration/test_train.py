@@ -106,7 +106,8 @@ def test_held_out_loss_of_own_data(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from hift_ds.launch.config.settings import load_settings
-    from hift_ds.launch.data.loading import collate, load_data
+    from hift_ds.launch.data.batches import collate
+    from hift_ds.launch.data.loading import load_data
     from hift_ds.launch.model import loading
 
     for name, count in (("train", 16), ("held_out", 9)):

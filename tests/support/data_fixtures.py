@@ -14,7 +14,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from hift_ds.launch.data.encoding import IGNORED, Example
-from hift_ds.launch.data.loading import DataSettings, load_data
+from hift_ds.launch.data.loading import load_data
+from hift_ds.launch.data.settings import DataSettings
 from tests.support.paths import REPOSITORY
 
 SHARED = Path(os.environ.get("HIFT_DATA", REPOSITORY.parent / "shared" / "data"))

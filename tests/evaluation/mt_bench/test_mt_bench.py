@@ -31,7 +31,8 @@ from hift_ds.evaluation.mt_bench.questions import (
     read_questions,
 )
 from hift_ds.launch.errors import UserError
-from hift_ds.launch.methods.adapters import ADAPTERS, AdapterSettings, save_adapter
+from hift_ds.launch.methods.adapters import ADAPTERS, save_adapter
+from hift_ds.launch.methods.settings import AdapterSettings
 from hift_ds.launch.model.loading import files_sha256
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests.support.data_fixtures import CHATML, SHARED

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from hift_ds.evaluation.tasks.catalog import TASKS, TaskExample, find_task
 from hift_ds.evaluation.tasks.loading import TaskData, classification_rows, load_task, training_rows
 from hift_ds.evaluation.tasks.scoring import classify, predict
+from hift_ds.launch.data.batches import collate, trained_tokens
 from hift_ds.launch.data.encoding import encode
-from hift_ds.launch.data.loading import collate, trained_tokens
 from hift_ds.launch.errors import UserError
 from hift_ds.model.loss import classification_loss
 from tests.support.data_fixtures import SHARED, bpe, needs_shared, write_jsonl

@@ -277,8 +277,8 @@ def test_the_engine_trains_the_same_bits(case: Case) -> None:
 
 
 def test_the_launcher_takes_it_from_the_settings() -> None:
-    from hift_ds.launch.config.settings import ModelSettings
     from hift_ds.launch.model import loading
+    from hift_ds.launch.model.settings import ModelSettings
 
     config = tiny.model().config
     mapping = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from hift_ds.launch import train
+from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.errors import UserError
-from hift_ds.launch.methods.table import METHODS, TRAINED, schedule_factor
+from hift_ds.launch.methods.schedules import schedule_factor
+from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model import loading
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests.support.paths import REPOSITORY
@@ -21,7 +23,9 @@ TINY = str(CONFIGS / "tiny.yaml")
 
 
 def load(*overrides: str, world_size: int = 1, path: str = TINY) -> Settings:
-    return load_settings(path, overrides, world_size)
+    settings = load_settings(path, overrides, world_size)
+    check_with_deepspeed(settings.deepspeed, path)
+    return settings
 
 
 def problems(*overrides: str, world_size: int = 1, path: str = TINY) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from hift_ds.launch.data.batches import collate, collate_prompts, trained_tokens, window_batches
 from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example
-from hift_ds.launch.data.loading import DataSettings, collate, collate_prompts, trained_tokens, window_batches
+from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.errors import UserError
 from tests.support.data_fixtures import load, load_rows, write_jsonl
 

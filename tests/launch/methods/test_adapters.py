@@ -36,12 +36,12 @@ from hift_ds.evaluation.tasks.scoring import average_log_likelihoods
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapters import (
     ADAPTERS,
-    AdapterSettings,
     load_adapter,
     merge,
     save_adapter,
     trained_parameters,
 )
+from hift_ds.launch.methods.settings import AdapterSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from hift_ds.model import loss as losses
 from tests.support.ranks import run_on_ranks

@@ -11,9 +11,10 @@ import pytest
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hift_ds.launch.config.settings import ModelSettings, load_settings
+from hift_ds.launch.config.settings import load_settings
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model import loading
+from hift_ds.launch.model.settings import ModelSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests import ENVIRONMENT
 from tests.support.paths import REPOSITORY
@@ -119,7 +120,7 @@ def test_the_command_line_tells_it(folder: Path, tmp_path: Path, capsys: pytest.
 PINNED = """
 import sys
 from hift_ds.launch.model import loading
-from hift_ds.launch.config.settings import ModelSettings
+from hift_ds.launch.model.settings import ModelSettings
 for revision in (None, sys.argv[1], sys.argv[2]):
     settings = ModelSettings(name_or_path="some-org/some-model", revision=revision)
     config = loading.load_config(settings, loading.load_tokenizer(settings), None)

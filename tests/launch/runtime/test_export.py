@@ -87,8 +87,8 @@ def export_after_each_block(name: str, stage: int, folder: Path) -> dict[str, An
     """What is wrong with each export, on rank 0; and how many parameters each step changed."""
     from deepspeed import comm as dist
 
-    from hift_ds.launch.model.export import export_model
     from hift_ds.launch.model.tokenizer import byte_tokenizer
+    from hift_ds.launch.runtime.export import export_model
 
     engine, auto = make_engine(name, stage)
     wrong: list[str] = []
@@ -134,8 +134,8 @@ from pathlib import Path
 sys.path.insert(0, os.getcwd())
 from hift_ds.launch.train import world_of_one
 world_of_one()
-from tests.launch.model.test_export import make_engine
-from hift_ds.launch.model import export
+from tests.launch.runtime.test_export import make_engine
+from hift_ds.launch.runtime import export
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 engine, _ = make_engine("llama, tied", 0)
 folder, moment = Path(sys.argv[1]), sys.argv[2]
@@ -176,8 +176,8 @@ def export_to_a_full_disk(folder: Path) -> str:
     import resource
 
     from hift_ds.launch.errors import UserError
-    from hift_ds.launch.model.export import export_model
     from hift_ds.launch.model.tokenizer import byte_tokenizer
+    from hift_ds.launch.runtime.export import export_model
 
     engine, _ = make_engine("llama, tied", 0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

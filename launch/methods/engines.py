@@ -25,7 +25,7 @@ from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import FileEngine, Files
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapter_modules import MATRICES
-from hift_ds.launch.methods.table import MethodSettings
+from hift_ds.launch.methods.settings import MethodSettings
 
 PACKAGES = {"lomo": "lomo-optim", "badam": "badam", "galore": "galore-torch"}
 

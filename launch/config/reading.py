@@ -1,0 +1,139 @@
+"""Read a settings file: YAML with the scalars of YAML 1.2, `--set` overrides, and a DeepSpeed JSON file by its path."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hift_ds.launch.config import credentials
+from hift_ds.launch.config.checking import problem_list
+from hift_ds.launch.errors import UserError, expected
+
+PACKAGE = Path(__file__).parents[2]  # hift_ds; it holds configs/ in a clone and in a wheel
+
+
+def read_yaml(path: str, overrides: Sequence[str], sections: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Read the YAML at `path`, apply the `--set` overrides and replace the path of a DeepSpeed file by its content.
+
+    Args:
+        sections: names of the known sections, for messages.
+
+    Returns:
+        The content, and the problems found so far.
+
+    Raises:
+        UserError: the file cannot be read, or it holds secrets.
+    """
+    problems: list[str] = []
+    raw = _read_mapping(path, sections)
+    for override in overrides:
+        _apply_override(raw, override, problems)
+    if isinstance(raw.get("deepspeed"), str):
+        raw["deepspeed"] = _read_deepspeed_file(raw["deepspeed"], problems)
+    if secrets := credentials.problems(raw):  # alone: other problems may quote the value
+        raise UserError(problem_list(source(path, overrides), secrets))
+    return raw, problems
+
+
+def source(path: str, overrides: Sequence[str]) -> str:
+    """Name the origin of the settings, for the heading of a list of problems."""
+    return f"{path} with --set" if overrides else path
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number and `off` is text. A repeated key is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf)|\.(nan|NaN))$"),
+    list("-+0123456789."),
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def _read_mapping(path: str, sections: Iterable[str]) -> dict:
+    try:
+        content = _yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror}). Expected a YAML file, e.g. configs/tiny.yaml."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected a mapping with the sections {', '.join(sections)}.")
+    return content
+
+
+def _apply_override(raw: dict, override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        problems.append(f"--set {override}: expected KEY=VALUE, e.g. --set training.max_steps=50.")
+        return
+    try:
+        value = _yaml(text)
+    except yaml.YAMLError:
+        problems.append(f"--set {override}: the value is not valid YAML. Quote it if it is text.")
+        return
+    node = raw
+    for depth, part in enumerate(path[:-1]):
+        # `--set deepspeed.hift.seed=1` works on a section that is given as a file too.
+        if depth == 0 and part == "deepspeed" and isinstance(node.get(part), str):
+            node[part] = _read_deepspeed_file(node[part], problems)
+        if node.get(part) is None:
+            node[part] = {}
+        if not isinstance(node[part], dict):
+            problems.append(f"--set {override}: {'.'.join(path[: depth + 1])} is {node[part]!r}, not a section.")
+            return
+        node = node[part]
+    node[path[-1]] = value
+
+
+def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
+    path = Path(name)
+    if not path.exists() and (PACKAGE / name).exists():
+        path = PACKAGE / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        shipped = sorted(str(p.relative_to(PACKAGE)) for p in (PACKAGE / "configs" / "deepspeed").glob("*.json"))
+        problems.append(
+            f"deepspeed: {name!r} cannot be read ({error.strerror}). Expected the path of a DeepSpeed "
+            f"JSON file or the section itself. {expected(name, shipped)}"
+        )
+        return {}
+    except ValueError as error:
+        problems.append(f"deepspeed: {name!r} is not valid JSON: {error}.")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"deepspeed: {name!r} holds a {type(content).__name__}, expected a JSON object.")
+        return {}
+    return content

@@ -1,0 +1,113 @@
+"""The `data` section of a run and its checks. It reads no rows and needs no heavy library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hift_ds.launch.data.arithmetic import MAX_PROBLEMS
+from hift_ds.launch.data.formats import COLUMNS, possible_formats
+from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, find_files
+from hift_ds.launch.errors import UserError, looked_in, nearest
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The `data` section of a run's YAML."""
+
+    # arithmetic (built-in problems) | gsm8k | sst2 | superglue/TASK | json | jsonl | csv | tsv | parquet
+    # (files at `path`) | OWNER/NAME (a data set of the Hugging Face Hub)
+    name: str = "arithmetic"
+    # A file or a folder. For gsm8k, sst2, superglue/TASK the publisher's folder; null = from the Hub.
+    path: str | None = None
+    # The held-out file where `path` is one file. In a folder, and on the Hub, that part is a split.
+    eval_path: str | None = None
+    # Of a Hub data set: its configuration and the git revision.
+    subset: str | None = None
+    revision: str | None = None
+    # prompt-completion | chat | text-label; null = found from the columns
+    format: str | None = None
+    # Our column: the file's column, as in {prompt: question, completion: answer}
+    columns: dict[str, str] = field(default_factory=dict)
+    # The splits to train on and to score; eval_split null = validation, val, dev or test, if there is one.
+    split: str = "train"
+    eval_split: str | None = None
+    # Sizes of seeded subsets; null = all (of the built-in problems 4096 and 256). eval_examples 0 = none.
+    train_examples: int | None = None
+    eval_examples: int | None = None
+    # Tokens of an example; longer ones are cut on the right, counted and reported.
+    max_length: int = 512
+    # true: prompt and completion become a user's and an assistant's turn of the tokenizer's chat template;
+    # false: they are joined, with a space where neither side has whitespace; null = true if there is one.
+    template: bool | None = None
+
+    def problems(self) -> list[str]:
+        """Every mistake that shows before rows are read: a line each, with key, value and remedy."""
+        name = self.name.lower()
+        local, published = name in FILE_KINDS, name in PUBLISHED
+        hub = not local and not published and name != "arithmetic"
+        if hub and (self.name.count("/") != 1 or name.startswith("superglue/")):
+            known = ["arithmetic", *PUBLISHED, *FILE_KINDS]
+            return [  # what else is wrong depends on the name
+                f"data.name: unknown data set {self.name!r}; expected {', '.join(known)}, or OWNER/NAME for a "
+                f"data set of the Hugging Face Hub{nearest(name, known)}"
+            ]
+        found = self._path_problems(local, published)
+        if self.subset is not None and not hub:
+            found.append(f"data.subset: {self.subset!r} is for sets named OWNER/NAME; remove it")
+        if self.revision is not None and not (hub or published and self.path is None):
+            found.append(f"data.revision: {self.revision!r} is for sets from the Hub; remove it")
+        if name == "arithmetic" and (self.split != "train" or self.eval_split not in (None, "test")):
+            found.append(
+                f"data.split, data.eval_split: {self.split!r} and {self.eval_split!r}, but the built-in "
+                "problems are trained on 'train' and scored on 'test'; remove both"
+            )
+        formats = possible_formats(name)
+        if self.format is not None and self.format not in formats:
+            found.append(
+                f"data.format: {self.format!r} does not exist for {self.name!r}; expected "
+                f"{', '.join(formats)}, or null to find it{nearest(self.format, formats)}"
+            )
+        if self.columns and not (local or hub):
+            found.append(f"data.columns: the columns of {self.name!r} are known; remove data.columns")
+        for key in self.columns:
+            if key not in COLUMNS:
+                found.append(
+                    f"data.columns: unknown column {key!r}; keys are ours ({', '.join(COLUMNS)}), values the "
+                    f"file's, as in {{prompt: question}}{nearest(key, COLUMNS)}"
+                )
+        for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                found.append(f"data.{key}: {value} is too small; expected at least {least}")
+            elif value is not None and key != "max_length" and name == "arithmetic" and value > MAX_PROBLEMS:
+                found.append(f"data.{key}: {value} is more than the {MAX_PROBLEMS} built-in problems; lower it")
+        return found
+
+    def _path_problems(self, local: bool, published: bool) -> list[str]:
+        found = []
+        if self.path is None and local:
+            found.append(f"data.path: missing; {self.name!r} reads files: give the file or its folder")
+        if self.path is not None and not (local or published):
+            found.append(
+                f"data.path: {self.path!r} has no meaning with data.name {self.name!r}; to read files set "
+                f"data.name to {', '.join((*FILE_KINDS, *PUBLISHED))}"
+            )
+        if self.eval_path is not None and not local:
+            found.append(
+                f"data.eval_path: {self.eval_path!r} has no meaning with data.name {self.name!r}; use data.eval_split"
+            )
+        if local or published:
+            for key, path in (("path", self.path), ("eval_path", self.eval_path)):
+                if path is not None and not Path(path).expanduser().exists():
+                    found.append(f"data.{key}: {path!r} does not exist{looked_in(path)}")
+        if not found and self.path is not None:
+            try:
+                self.files()
+            except UserError as error:
+                found.append(str(error))
+        return found
+
+    def files(self) -> dict[str, list[Path]]:
+        """The files that `path` and `eval_path` mean: of "train" and, where something is held out, of "eval"."""
+        return find_files(self.name.lower(), str(self.path), self.split, self.eval_path, self.eval_split)

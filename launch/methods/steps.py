@@ -1,0 +1,64 @@
+"""One optimizer step of a method: by gradients, or by forward passes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from hift_ds.launch.methods.table import Method
+
+# Computes a micro-batch's share of the step's loss. Gradient methods call it once, forward-only ones several times.
+Share = Callable[[], torch.Tensor]
+
+
+def take_step(method: Method, engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+    """Take one optimizer step on this rank's micro-batches; every rank calls it.
+
+    Returns:
+        This rank's share of the loss, and whether the weights were updated. Either all ranks update them or none does:
+        a non-finite loss or gradient on one rank prevents the update on all.
+    """
+    return _forward_step(engine, shares) if method.forward_only else _gradient_step(engine, shares)
+
+
+def _gradient_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+    loss = 0.0
+    for number, share in enumerate(shares, start=1):
+        value = share()
+        # DeepSpeed averages over micro-batches and ranks, but the shares are to be summed.
+        engine.backward(value * (len(shares) * dist.get_world_size()))
+        loss += value.item()
+        if number == len(shares) and not _may_step(engine, loss):
+            return loss, False
+        engine.step()
+    return loss, engine.was_step_applied()
+
+
+def _may_step(engine: Any, loss: float) -> bool:
+    """Return whether loss and gradients are finite on all ranks; all ranks get the same answer.
+
+    It checks for DeepSpeed's own engine, which in fp32 ignores non-finite values at stage 0 and looks only at gradients
+    at other stages. Other engines check for themselves. After a refusal the engine cannot continue: its accumulation
+    window stays open.
+    """
+    if getattr(engine, "skips_by_itself", False) or engine.fp16_enabled():
+        return True
+    is_finite = math.isfinite(loss)
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        is_finite &= math.isfinite(torch.nn.utils.get_total_norm(gradients))
+    flag = torch.tensor(float(is_finite), device=engine.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _forward_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+    world = dist.get_world_size()
+    # MeZO divides the sum of the ranks' losses by the sum of the second numbers, which is 1.
+    loss = engine.optimizer.step(lambda: (sum(share().item() for share in shares), 1 / world))
+    engine.step()
+    return loss / world, engine.was_step_applied()
