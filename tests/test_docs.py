@@ -1,4 +1,4 @@
-"""The documentation against the repository: paths, links, commands and keys that it names exist, and none is missing."""
+"""The documentation: every path, link, command and setting that it names exists, and no setting is left out."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The planner: its figures against runs of the engine, its command line, and the figures that docs/memory.md promises."""
+"""The planner: its figures against the engine, its command line, and the figures that docs/memory.md promises."""
 
 import json
 import subprocess
