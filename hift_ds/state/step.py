@@ -258,11 +258,11 @@ class BlockState:
                     self._fetch(number + ahead, known)
                 staged = self._staged.pop(number)
                 wait(staged.ready)
-                pairs, made = self._step_slice(number, staged, known, before, groups, state)
+                pairs, made, has_fresh = self._step_slice(number, staged, known, before, groups, state)
                 is_new |= made
                 written = part.written[number] = self._staging.drain(staged.slot, pairs)
-                if made and written is not None:
-                    written.synchronize()  # new state is in no slot: not to pile up on the device
+                if has_fresh and written is not None:
+                    written.synchronize()  # fresh state is in no slot: it must not pile up on the device
                 del staged, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state
@@ -294,7 +294,7 @@ class BlockState:
         before: list[dict[str, Any]],
         groups: list[dict[str, Any]],
         state: Any,
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool]:
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool, bool]:
         """Step what is on the device; returns what ``_results`` does. A gradient of it does not outlive the call.
 
         Every slice starts from the counts and settings ``known`` and ``before`` the step, so that none counts twice.
@@ -316,7 +316,7 @@ class BlockState:
         optimizer.step()
         for g, after in zip(by_group, optimizer.param_groups, strict=True):
             groups[g].update({key: value for key, value in after.items() if key != "params"})
-        results = self._results(pieces, stand_ins, optimizer.state, state)
+        results = self._results(pieces, stand_ins, optimizer.state, state, known)
         optimizer.param_groups, optimizer.state = groups, state
         return results
 
@@ -331,10 +331,20 @@ class BlockState:
         return stand_ins
 
     def _results(
-        self, pieces: list[Piece], stand_ins: list[torch.nn.Parameter], stepped: Any, state: Any
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool]:
-        """Update weights and counts; returns the pairs (host, device) to be written back, and whether some are new."""
-        pairs, is_new = [], False
+        self,
+        pieces: list[Piece],
+        stand_ins: list[torch.nn.Parameter],
+        stepped: Any,
+        state: Any,
+        known: list[dict[str, Any]],
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool, bool]:
+        """Update weights and counts.
+
+        Returns:
+            The pairs (host, device) to be written back, whether host buffers for new state were made, and whether some
+            state on the device was not ``known`` before the step and so lies outside of the staging area.
+        """
+        pairs, is_new, has_fresh = [], False, False
         for piece, stand_in in zip(pieces, stand_ins, strict=True):
             tensor = self._tensors[piece.number]
             weights = self._owner.weights(piece.number)
@@ -344,10 +354,11 @@ class BlockState:
             for name, value in stepped[stand_in].items():
                 if not has_elements(value):
                     # DeepSpeed's fused optimizers count in one tensor of a call only; no count ever goes down.
-                    known = state[tensor].get(name)
-                    is_less = isinstance(value, int) and isinstance(known, int) and value < known
-                    state[tensor][name] = known if is_less else value
+                    earlier = state[tensor].get(name)
+                    is_less = isinstance(value, int) and isinstance(earlier, int) and value < earlier
+                    state[tensor][name] = earlier if is_less else value
                     continue
+                has_fresh |= name not in known[piece.number]
                 if name not in state[tensor]:
                     is_new = True
                     shape = value.shape if piece.whole else tensor.shape
@@ -357,7 +368,7 @@ class BlockState:
                     if self._is_cut:  # the rows of other parts are not written yet
                         state[tensor][name].zero_()
                 pairs.append((_cut(state[tensor][name], piece), value))
-        return pairs, is_new
+        return pairs, is_new, has_fresh
 
 
 def _by_category(staged: _Staged, stand_ins: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from hift_ds.state.step import BlockState, Piece
 from hift_ds.state.transfer import HostMemory, Lane, Slot, Staging
 from tests.integration.test_parity import STAGES
 from tests.support import tiny
-from tests.support.device_memory import skip_on_a_device
+from tests.support.device_memory import DeviceMemory, skip_on_a_device
 from tests.support.lazy_streams import Event, LazyStreams
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
@@ -209,6 +209,27 @@ def test_no_wait_can_be_taken_out(mutation: str) -> None:
         except AssertionError:
             return
     assert not same(ours, truth), "nobody would notice"
+
+
+@pytest.mark.parametrize("lazy", (False, True))
+def test_new_state_does_not_pile_up_on_the_device(lazy: bool) -> None:
+    """The first step makes the moments outside of the slots; they go to the host chunk by chunk."""
+    elements = 60_000
+    with DeviceMemory() as memory, LazyStreams() if lazy else contextlib.nullcontext():
+        owner = Owner([elements], True, torch.Generator().manual_seed(0))
+        staging = Staging(CPU, SLOTS["streamed"])
+        state = BlockState(owner, HostMemory(), staging, bytes_per_element=12)
+        for label in ("first", "second"):
+            owner.gradients[0].fill_(1.0)
+            memory.reset()
+            before = memory.live["total"]
+            state.step()
+            chunk = SLOTS["streamed"] // 12  # elements, at most
+            # Of a chunk: gradient, two new moments, what AdamW makes for itself. The chunk before may still be there.
+            bound = 2 * (4 + 8 + 8) * chunk
+            assert bound < 8 * elements / 4, "the block is too small to tell a chunk's moments from all of them"
+            assert memory.peak["total"] - before <= bound, label
+        state.settle()
 
 
 @pytest.mark.parametrize("place", ("memory", "files"))
