@@ -164,6 +164,15 @@ def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Pat
     run_tiny(1, tmp_path / "full", *overrides, "method.name=full")
     rates = [record["learning_rate"] for record in records(tmp_path / "full")]
     assert rates == pytest.approx([3e-3 * (15 - t) / 15 for t in range(15)])
+    run_tiny(1, tmp_path / "two", *overrides, "deepspeed.hift.steps_per_block=2")
+    rates = [record["learning_rate"] for record in records(tmp_path / "two")]
+    assert rates == pytest.approx([3e-3] * 12 + [1.5e-3] * 3)  # 15 steps of 6 blocks, two steps each: 2 ticks
+
+
+def test_a_run_shorter_than_a_cycle_warns(tmp_path: Path) -> None:
+    blocks = ("deepspeed.hift.layers_per_block=3", "deepspeed.hift.steps_per_block=2")  # 2 blocks, 4 steps a cycle
+    result = run_tiny(1, tmp_path / "run", *SHORT, *blocks, "training.max_steps=3")
+    assert "training.max_steps is 3" in result["printed"] and "4 steps" in result["printed"], result["printed"]
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:

@@ -110,6 +110,27 @@ def test_accumulation_follows_from_batch_sizes(ranks: int, micro: int, accumulat
     assert settings.deepspeed["gradient_accumulation_steps"] == accumulation
 
 
+def test_every_training_setting_reaches_the_deepspeed_section() -> None:
+    settings = load(
+        "training.batch_size=12",
+        "training.micro_batch_size=2",
+        "training.learning_rate=2e-4",
+        "training.weight_decay=0.03",
+        "training.max_grad_norm=0.7",
+        "training.optimizer=SGD",
+        "deepspeed={}",
+        world_size=2,
+    )
+    assert settings.deepspeed == {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.7,
+        "optimizer": {"type": "SGD", "params": {"lr": 2e-4, "weight_decay": 0.03}},
+        "hift": {"enabled": True},
+    }
+
+
 def test_deepspeed_section_may_agree_or_say_auto() -> None:
     section = {
         "train_batch_size": 4,
@@ -229,6 +250,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "two micro-batch sizes": (["deepspeed.train_micro_batch_size_per_gpu=4"], ["training.micro_batch_size is 2"]),
     "two accumulations": (["deepspeed.gradient_accumulation_steps=7"], ["gradient_accumulation_steps", "7"]),
     "two rates": (["deepspeed.optimizer.params.lr=1e-5"], ["1e-05", "training.learning_rate is 0.003"]),
+    "two decays": (
+        ["deepspeed.optimizer.params.weight_decay=0.1", "training.weight_decay=0.2"],
+        ["deepspeed.optimizer.params.weight_decay", "0.1", "training.weight_decay is 0.2"],
+    ),
     "two optimizers": (["deepspeed.optimizer.type=SGD", "training.optimizer=Lion"], ["'SGD'", "training.optimizer"]),
     "two clippings": (["deepspeed.gradient_clipping=3.0", "training.max_grad_norm=1"], ["3.0", "max_grad_norm is 1.0"]),
     "two schedules": (
