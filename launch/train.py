@@ -37,7 +37,7 @@ from hift_ds.checkpoint.store import Checkpoint, CheckpointError
 from hift_ds.launch.callbacks.held_out import evaluate
 from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.config import credentials
-from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace, stop: Preemption, watch: RankWatch) -> No
     """One run from settings to summary. What can be wrong is checked before a weight is loaded or a file written."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings = load_settings(arguments.config, arguments.set, world)
-    check_with_deepspeed(settings.deepspeed, source(arguments.config, arguments.set))
+    check_with_libraries(settings, source(arguments.config, arguments.set))
     with deterministic(settings.training.deterministic):
         run_settings(settings, arguments.resume, rank, world, stop, watch)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from hift_ds.evaluation.tasks.catalog import GLUE, Task, find_task
 from hift_ds.launch.config.checking import build, problem_list, setting
-from hift_ds.launch.config.deepspeed_section import parser_problems
+from hift_ds.launch.config.library_checks import library_problems
 from hift_ds.launch.config.reading import read_yaml, source
 from hift_ds.launch.config.settings import LoggingSettings, Settings, TrainingSettings, check_settings
 from hift_ds.launch.data.sources import PUBLISHED
@@ -344,7 +344,7 @@ def _run_problems(comparison: Comparison, world_size: int) -> list[str]:
             problems: list[str] = []
             raw = comparison._raw(row, comparison.budgets[0], comparison.seeds[0], row.learning_rates[0])
             settings = check_settings(raw, world_size, problems)
-            problems += parser_problems(settings.deepspeed) if settings is not None else []
+            problems += library_problems(settings) if settings is not None else []
             found += [problem if problem.startswith("model") else f"{row.label}: {problem}" for problem in problems]
     return found
 

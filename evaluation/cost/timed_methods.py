@@ -21,7 +21,7 @@ from hift_ds.blocks.block import numel_of
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.plain_loop import PlainHiFT
 from hift_ds.launch.config.checking import problem_list
-from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.settings import Settings, check_settings
 from hift_ds.launch.data.batches import trained_tokens
 from hift_ds.launch.errors import UserError
@@ -166,7 +166,7 @@ def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> S
     settings = check_settings(raw, 1, problems)
     if settings is None:
         raise UserError(problem_list(name, problems))
-    check_with_deepspeed(settings.deepspeed, name)
+    check_with_libraries(settings, name)
     return settings
 
 

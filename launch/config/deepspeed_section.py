@@ -1,7 +1,4 @@
-"""The `deepspeed` section of a run: fill in what `training` and `method` decide, and check it.
-
-`complete` needs no heavy library. `parser_problems` asks DeepSpeed's own parser, whose import loads the engine.
-"""
+"""The `deepspeed` section of a run: fill in what `training` and `method` decide, and check it without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,8 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hift_ds import config
-from hift_ds.launch.config.checking import problem_list
-from hift_ds.launch.errors import UserError, expected
+from hift_ds.launch.errors import expected
 from hift_ds.launch.methods.settings import MethodSettings
 from hift_ds.launch.methods.table import METHODS
 
@@ -102,19 +98,6 @@ def complete(
     return section
 
 
-def check_with_deepspeed(section: Mapping[str, Any], source: str) -> None:
-    """Check a complete section with DeepSpeed's own parser. It imports DeepSpeed's engine; nothing is written.
-
-    Args:
-        source: origin of the settings, for the message (see `hift_ds.launch.config.reading.source`).
-
-    Raises:
-        UserError: with every problem that the parser reports.
-    """
-    if problems := parser_problems(section):
-        raise UserError(problem_list(source, problems))
-
-
 def _agree(section: dict, path: tuple[str, ...], name: str, value: Any, problems: list[str]) -> None:
     """Fill in one key of the section from `training`, or report that the two disagree."""
     node = section
@@ -149,21 +132,3 @@ def _hift_problems(section: dict) -> list[str]:
                 "never applied; use bf16, or stage 1, 2 or 3"
             )
     return [f"deepspeed.{problem}" for problem in found]
-
-
-def parser_problems(section: Mapping[str, Any]) -> list[str]:
-    """Return the problems that DeepSpeed's own parser finds in a complete section."""
-    from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
-    from pydantic import ValidationError
-
-    candidate = {key: value for key, value in section.items() if key not in ("hift", "train_batch_size")}
-    try:
-        DeepSpeedConfig(copy.deepcopy(candidate))
-    except ValidationError as error:
-        return [
-            f"deepspeed ({error.title}) {'.'.join(map(str, fault['loc']))}: got {fault['input']!r}: {fault['msg']}."
-            for fault in error.errors()
-        ]
-    except (DeepSpeedConfigError, ValueError, AssertionError, KeyError, TypeError) as error:
-        return [f"deepspeed: {error}"]
-    return []

@@ -2,8 +2,7 @@
 
 `load_settings` returns settings that agree with each other, or raises one `UserError` that lists all problems, each
 with the key, the value found, what was expected and a remedy. It loads no weights, writes no file, and imports neither
-PEFT nor DeepSpeed nor a model of transformers. DeepSpeed's own parser checks its section in a second stage
-(`hift_ds.launch.config.deepspeed_section.check_with_deepspeed`).
+torch nor transformers nor DeepSpeed. These libraries check their sections in a second stage (`library_checks.py`).
 """
 
 from __future__ import annotations

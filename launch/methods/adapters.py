@@ -43,7 +43,7 @@ WEIGHTS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 def lora(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
     """LoRA (Hu et al. 2022) on PEFT's matrices for the architecture: mostly queries and values; else on all."""
-    peft = _import_peft()
+    peft = import_peft()
     head = _head_modules(model)
     config = _lora_config(settings, model, _lora_targets(model) or "all-linear")
     config.task_type = peft.TaskType.SEQ_CLS if head else peft.TaskType.CAUSAL_LM
@@ -316,12 +316,12 @@ def _add_lora(model: Any, paths: Iterable[str], settings: AdapterSettings) -> li
         attention = tuple(f"{name}." for name, _ in outermost_attention(layer))
         chosen = [name for name in matrices if name.rpartition(".")[2] in known]
         targets += [f"{path}.{name}" for name in chosen or [m for m in matrices if m.startswith(attention)]]
-    _import_peft().inject_adapter_in_model(_lora_config(settings, model, targets), model)
+    import_peft().inject_adapter_in_model(_lora_config(settings, model, targets), model)
     return [p for name, p in model.named_parameters() if ".lora_" in name]
 
 
 def _lora_config(settings: AdapterSettings, model: Any, targets: Any) -> Any:
-    return _import_peft().LoraConfig(
+    return import_peft().LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -332,10 +332,10 @@ def _lora_config(settings: AdapterSettings, model: Any, targets: Any) -> Any:
 
 def _lora_targets(model: Any) -> Any:
     """PEFT's default matrices for the model's architecture, by the ends of their names; None if PEFT has none."""
-    return _import_peft().utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    return import_peft().utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
     """Import PEFT at its first use: it takes seconds, and it imports bitsandbytes, which logs a warning of no use here.
 
     bitsandbytes looks for a 4-bit kernel of the package `kernels`; no method uses 4-bit weights.

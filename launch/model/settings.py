@@ -1,4 +1,4 @@
-"""The `model` section of a run and its checks, which load nothing and import transformers only for `model.config`."""
+"""The `model` section of a run and its checks. Only `config_problems` imports transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class ModelSettings:
                     f'file, or "byte" for the built-in tokenizer.'
                 )
         if self.config is not None:
-            found += _config_problems(self.config)
+            if "model_type" not in self.config:
+                found.append("model.config.model_type: not set. Expected an architecture of transformers, e.g. llama.")
             if self.tokenizer is None:
                 found.append(
                     "model.tokenizer: not set, and a model.config comes without a tokenizer. Expected "
@@ -95,10 +96,11 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or Path(name).exists()
 
 
-def _config_problems(given: dict[str, Any]) -> list[str]:
-    """Check `model.config` against transformers' configuration class, which would silently keep an unknown key."""
-    if "model_type" not in given:
-        return ["model.config.model_type: not set. Expected an architecture of transformers, e.g. llama."]
+def config_problems(given: dict[str, Any]) -> list[str]:
+    """Check a `model.config` with transformers, and return every problem, one line each.
+
+    The configuration classes of transformers would silently keep an unknown key.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig  # imports torch
 
     rest = dict(given)

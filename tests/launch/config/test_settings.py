@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hift_ds.launch import train
-from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.schedules import schedule_factor
@@ -24,7 +24,7 @@ TINY = str(CONFIGS / "tiny.yaml")
 
 def load(*overrides: str, world_size: int = 1, path: str = TINY) -> Settings:
     settings = load_settings(path, overrides, world_size)
-    check_with_deepspeed(settings.deepspeed, path)
+    check_with_libraries(settings, path)
     return settings
 
 
