@@ -30,16 +30,20 @@ from hift_ds.evaluation.tasks import metrics
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
 from hift_ds.evaluation.tasks.loading import TaskData, classification_rows, few_shot, training_rows
 from hift_ds.evaluation.tasks.scoring import Predictions, average_log_likelihoods, classify, predict
+from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.callbacks.skipped import SkippedSteps
+from hift_ds.launch.callbacks.time_limit import TimeLimit
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.data.loading import Data
+from hift_ds.launch.engine import cycle_steps, make_engine, schedule_ticks
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.loop import train
 from hift_ds.launch.methods.adapters import trained_parameters
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
-from hift_ds.launch.runtime import logs
+from hift_ds.launch.runtime import logs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
-from hift_ds.launch.train import cycle_steps, make_engine, schedule_ticks, train
 
 POINTS = 200  # of a stored loss curve
 
@@ -61,7 +65,7 @@ class Cells:
     def __init__(self, comparison: Comparison, machine: str, progress: Callable[[], object]):
         self.comparison, self.progress = comparison, progress
         self.tokenizer = loading.load_tokenizer(comparison.model)
-        self.versions = logs.versions()
+        self.versions = summary.versions()
         self.machine = machine
         rank0 = dist.get_rank() == 0  # other machines' copies of a model may have other files beside the weights
         self.model_identity = gather(loading.identity(comparison.model) if rank0 else None)[0]
@@ -169,9 +173,14 @@ class Cells:
         engine = make_engine(model, settings, schedule_ticks(settings, model.config))
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
-        seconds = budget.seconds or math.inf
+        can_skip = METHODS[settings.method.name].engine != "deepspeed" or engine.fp16_enabled()
+        callbacks = [
+            recorder,
+            SkippedSteps(engine, settings, len(examples), can_skip),
+            TimeLimit(budget.seconds or math.inf),
+        ]
         with deterministic(settings.training.deterministic):
-            train(engine, only_train, self.tokenizer.pad_token_id, settings, 0, recorder, seconds)  # type: ignore[arg-type]
+            train(engine, only_train, self.tokenizer.pad_token_id, settings, callbacks)
         return engine, recorder.measured(), report | {"longest": max(len(one.input_ids) for one in examples)}
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
@@ -258,8 +267,8 @@ class Cells:
         }
 
 
-class _Recorder:
-    """Takes the loop's records, in place of launch/runtime/logs.py's files."""
+class _Recorder(Callback):
+    """Keep the loop's records."""
 
     def __init__(self, engine: Any, settings: Settings, progress: Callable[[], object]):
         self.engine, self.settings, self.progress = engine, settings, progress
@@ -269,11 +278,12 @@ class _Recorder:
         self._known: dict[Any, tuple[float, float]] = {}
         self._active = trained_names(engine.module)
 
-    def step(self, record: dict[str, Any]) -> None:
-        self.records.append({key: value for key, value in record.items() if key != "memory"})
-        self.flops += self._flops(record)
+    def after_step(self, step: Step, total: float) -> bool:
+        self.records.append({key: value for key, value in step.record.items() if key != "memory"})
+        self.flops += self._flops(step.record)
         self._active = trained_names(self.engine.module)
         self.progress()
+        return False
 
     def _flops(self, record: dict[str, Any]) -> float:
         key = self._active  # as it was before the step

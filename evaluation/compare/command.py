@@ -44,8 +44,8 @@ from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.runtime import extensions, logs, outputs
 from hift_ds.launch.runtime.determinism import deterministic
 from hift_ds.launch.runtime.preemption import STOPPED
+from hift_ds.launch.runtime.process import Parser, report_mistake, run_process, world_of_one
 from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch, join
-from hift_ds.launch.train import Parser, told, world_of_one
 
 ATTEMPTS = 3  # a cell in which the process died as often is not tried again
 
@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not watch.blame(error):
                     raise
                 return RANK_LOST
-        return told(mistake)
+        return report_mistake(mistake)
     except KeyboardInterrupt:
         logs.say(
             int(os.environ["RANK"]),
@@ -352,10 +352,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> None:
     """The process of ``python -m evaluation.compare``: `main`, then its exit."""
-    sys.excepthook = credentials.print_redacted
-    code = main()
-    if code == RANK_LOST:
-        os._exit(code)  # a group that lacks a rank cannot be taken down in order
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    run_process(main)

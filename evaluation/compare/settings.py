@@ -37,7 +37,8 @@ SECTIONS = (
     "title", "model", "model_name", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training",
     "deepspeed", "evaluation", "output", "logging",
 )  # fmt: skip
-DECIDED = ("max_steps", "seed", "learning_rate", "save_every")  # training keys that the comparison sets itself
+# Keys of `training` that the comparison sets itself.
+DECIDED = ("max_steps", "epochs", "seed", "learning_rate", "save_every", "eval_every", "keep_best")
 
 
 @dataclass(frozen=True)

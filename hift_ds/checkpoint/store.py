@@ -114,10 +114,15 @@ def save(
     return folder / tag
 
 
-def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = None) -> list[str]:
+def prune(
+    folder: str | Path, keep_last: int | None, keep_every: int | None = None, keep: Iterable[str] = ()
+) -> list[str]:
     """Delete committed checkpoints but the newest ``keep_last`` and those of every ``keep_every``-th step.
 
     On one rank. The newest stays in any case; None keeps all.
+
+    Args:
+        keep: tags that stay, too; they do not count as one of the newest.
 
     Returns:
         Tags of the deleted ones.
@@ -127,7 +132,7 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
     folder = Path(folder)
     lock = Lock(folder)
     try:
-        known, _ = _candidates(folder)
+        known = [one for one in _candidates(folder)[0] if one.tag not in keep]
         gone = [
             one for one in known[max(keep_last, 1) :] if not (keep_every and one.about.get("step", 1) % keep_every == 0)
         ]

@@ -1,7 +1,8 @@
-"""Held-out examples, shared out over the ranks: the score of greedy answers or of predicted classes, else the loss."""
+"""Evaluation on held-out examples: the score of greedy answers or predicted classes, or the loss."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,42 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
+from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import collate, collate_prompts, trained_tokens
 from hift_ds.launch.data.encoding import EvalExample
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.data.scores import Score
 from hift_ds.launch.model.batch_loss import summed_loss
+
+
+class EvaluationInterrupted(Exception):
+    """A rank was asked to stop during an evaluation."""
+
+
+class HeldOut(Callback):
+    """Evaluate every `training.eval_every` steps, and put the result into the step's record as `held_out`.
+
+    Args:
+        evaluate: evaluates the engine on all ranks and returns what `evaluate` below returns.
+    """
+
+    def __init__(self, every: int | None, last: int, evaluate: Callable[[], dict[str, Any] | None]) -> None:
+        self.every, self.last, self.evaluate = every, last, evaluate
+        self.latest: tuple[int, dict[str, Any] | None] | None = None  # step and result
+
+    def describe(self, step: Step) -> None:
+        """Evaluate, if it is due. An evaluation that a signal interrupts leaves no result."""
+        if self.every and (step.number % self.every == 0 or step.number == self.last):
+            with contextlib.suppress(EvaluationInterrupted):
+                result = self.evaluate()
+                self.latest = step.number, result
+                step.record["held_out"] = {key: value for key, value in (result or {}).items() if key != "sample"}
+
+
+def better(result: dict[str, Any], than: dict[str, Any]) -> bool:
+    """Whether a held-out result is better than another one: a higher score, or a lower loss."""
+    return result["score"] > than["score"] if "score" in result else result["loss"] < than["loss"]
 
 
 @torch.no_grad()
@@ -25,34 +56,36 @@ def evaluate(
     settings: Settings,
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
-    """Score the model on the held-out examples. Every rank must call it.
+    """Score the model on the held-out examples, which the ranks share. Every rank must call it.
 
     Args:
         after_batch: called on every rank after each batch, equally often.
 
     Returns:
-        None where nothing is held out. Where the data has a score: `metric`, `score` (0 to 1), the counts `correct`,
-        `unanswered` and `n`, and `sample`: the first held-out example's `prompt`, `answer` and `expected`. Else `loss`,
-        the mean over all trained tokens in nats, and `n`.
+        None if nothing is held out. If the data has a score: `metric`, `score` (0 to 1), the counts `correct`,
+        `unanswered` and `n`, and `sample`, the first held-out example's `prompt`, `answer` and `expected`. Otherwise
+        `loss`, the mean over all trained tokens in nats, and `n`.
     """
     if not data.eval:
         return None
     rank, world = dist.get_rank(), dist.get_world_size()
     size = settings.training.eval_batch_size or settings.micro_batch_size
     mine = list(data.eval[rank::world])
-    # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples goes on with
-    # one that is then not counted.
+    # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples repeats the
+    # first one and does not count it.
     n_batches = -(-len(data.eval[::world]) // size)
     predict = _generate if settings.model.task == "causal-lm" else _classify
     measure = _loss if data.score is None else predict
     engine.eval()
     results: list[Any] = []
-    for index in range(n_batches):
-        batch = mine[index * size : (index + 1) * size]
-        found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
-        results += found if batch else []
-        after_batch()
-    engine.train()
+    try:
+        for index in range(n_batches):
+            batch = mine[index * size : (index + 1) * size]
+            found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
+            results += found if batch else []
+            after_batch()
+    finally:
+        engine.train()
     if data.score is None:
         sums = torch.tensor([(0.0, 0), *results], dtype=torch.float64, device=engine.device).sum(0)
         dist.all_reduce(sums)
@@ -66,7 +99,7 @@ def evaluate(
 def _loss(
     engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[tuple[float, int]]:
-    """Of the batch as a whole: the summed loss of its trained tokens, in nats, and their number."""
+    """Return the summed loss of the batch's trained tokens, in nats, and their number."""
     inputs = collate(batch, tokenizer.pad_token_id)
     loss = summed_loss(engine, inputs, settings.model.task, settings.training.loss_chunk)
     return [(loss.item(), trained_tokens(inputs))]
@@ -75,7 +108,7 @@ def _loss(
 def _generate(
     engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[str]:
-    """Greedy answers as text. Every rank makes a forward pass a token, as long as any rank still writes."""
+    """Return greedy answers as text. Every rank makes one forward pass per token while any rank still generates."""
     inputs = {key: value.to(engine.device) for key, value in collate_prompts(batch, tokenizer.pad_token_id).items()}
     stop = engine.module.generation_config.eos_token_id
     tokens = engine.module.generate(  # (batch, prompt + new tokens)
@@ -94,7 +127,7 @@ def _generate(
 def _classify(
     engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[int]:
-    """Predicted label ids."""
+    """Return predicted label ids."""
     inputs = {key: value.to(engine.device) for key, value in collate(batch, tokenizer.pad_token_id).items()}
     del inputs["labels"]
     return engine.module(**inputs).logits.argmax(dim=-1).tolist()
@@ -107,6 +140,6 @@ def _sum_over_ranks(score: Score, device: torch.device) -> Score:
 
 
 def _sample(data: Data, prediction: Any) -> dict[str, str]:
-    """The first held-out example; the prediction that belongs to it is rank 0's first."""
+    """Return the first held-out example with its prediction, which is the first of rank 0."""
     answer = prediction if isinstance(prediction, str) else data.report["labels"][prediction]
     return {"prompt": data.eval[0].prompt, "answer": answer, "expected": data.eval[0].reference}

@@ -1,4 +1,4 @@
-"""What a run says, and when it stops, where a loss or a gradient is not finite. No rank has updated anything then."""
+"""Steps that updated nothing because a loss or a gradient was not finite."""
 
 from __future__ import annotations
 
@@ -8,65 +8,71 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import window_batches
 from hift_ds.launch.errors import UserError, shown
 
 
-class SkippedSteps:
-    """Says what is known of a step that updated nothing, and stops the run at one too many in a row.
+class SkippedSteps(Callback):
+    """Describe each skipped step, and end the run when too many follow one another.
 
     Args:
-        settings: of the run; `training.max_skipped_steps` is how many there may be.
-        n_examples: of the training data.
-        may_go_on: the engine can take another step after one that it left out.
+        settings: settings of the run; `training.max_skipped_steps` is the longest series of skipped steps allowed.
+        n_examples: number of training examples.
+        can_continue: whether the engine can take another step after one that it skipped.
     """
 
-    def __init__(self, settings: Settings, n_examples: int, may_go_on: bool) -> None:
-        self.training, self.n_examples = settings.training, n_examples
-        self.limit = settings.training.max_skipped_steps if may_go_on else 0
+    def __init__(self, engine: Any, settings: Settings, n_examples: int, can_continue: bool) -> None:
+        self.engine, self.training, self.n_examples = engine, settings.training, n_examples
+        self.limit = settings.training.max_skipped_steps if can_continue else 0
         self.in_a_row = 0
 
-    def note(self, engine: Any, record: dict[str, Any], own_loss: float) -> None:
-        """Add to the record of a skipped step `not_finite` ("loss" or "gradient"), `ranks` (with such a loss, where it
-        is only some) and `rows` (the batch's examples: indices of the training data). Every rank calls it.
+    def describe(self, step: Step) -> None:
+        """Add to the record of a skipped step:
 
-        fp16's search for a loss scale is not such a step, nor does it count, as long as the scale can fall.
+        `not_finite`: "loss" or "gradient"; `ranks`: the ranks with such a loss, if not all; `rows`: the batch's
+        examples, as indices of the training data.
+
+        Steps that fp16 skips while it searches for a loss scale do not count, as long as the scale can still fall.
         """
+        record = step.record
         if not record["skipped"]:
             self.in_a_row = 0
-        elif record["loss"] is None or not _may_lower_scale(engine):
+        elif record["loss"] is None or not _may_lower_scale(self.engine):
             self.in_a_row += 1
-            ranks = _ranks_with(engine.device, not math.isfinite(own_loss)) if record["loss"] is None else []
-            record |= {"not_finite": "gradient" if record["loss"] is not None else "loss", "rows": self._rows(record)}
+            is_loss = record["loss"] is None
+            ranks = _ranks_with(self.engine.device, not math.isfinite(step.own_loss)) if is_loss else []
+            record |= {"not_finite": "loss" if is_loss else "gradient", "rows": self._rows(step.number)}
             record["ranks"] = ranks if len(ranks) < dist.get_world_size() else []
 
-    def _rows(self, record: dict[str, Any]) -> list[int]:
+    def _rows(self, number: int) -> list[int]:
         size = self.training.batch_size
-        (rows,) = next(window_batches(self.n_examples, self.training.seed, size, size, 0, 1, record["step"] - 1))
+        (rows,) = next(window_batches(self.n_examples, self.training.seed, size, size, 0, 1, number - 1))
         return rows
 
-    def check(self, record: dict[str, Any]) -> None:
-        """Stop the run, on all ranks alike, where the steps in a row are too many.
+    def after_step(self, step: Step, total: float) -> bool:
+        """End the run, on all ranks alike, if too many steps in a row were skipped.
 
         Raises:
             UserError: naming the step, the block and the batch.
         """
         if self.in_a_row <= self.limit:
-            return
+            return False
+        record = step.record
         where = f" on rank {', '.join(map(str, record['ranks']))}" if record["ranks"] else ""
         again = f", and the {self.in_a_row - 1} steps before it were skipped too" if self.in_a_row > 1 else ""
         allowed = (
-            f"Up to training.max_skipped_steps ({self.limit}) in a row are left out."
+            f"training.max_skipped_steps allows {self.limit} skipped steps in a row."
             if self.limit == self.training.max_skipped_steps
             else "With this method the first such step ends the run."
         )
         raise UserError(
-            f"training has diverged: the {record['not_finite']} is not finite{where} at step {record['step']}{again}. "
+            f"training has diverged: the {record['not_finite']} is not finite{where} at step {step.number}{again}. "
             f"Block {record['block']} ({record['block_name']}), learning rate {record['learning_rate']:g}, examples "
-            f"{shown(record['rows'])} of the training data (all in metrics.jsonl). The weights are those of step "
-            f"{record['step'] - self.in_a_row}. Lower training.learning_rate or training.max_grad_norm, look at these "
-            f"examples, or use bf16 or fp32 instead of fp16. {allowed}"
+            f"{shown(record['rows'])} of the training data (the full list is in metrics.jsonl). The weights are those "
+            f"after step {step.number - self.in_a_row}. Lower training.learning_rate or training.max_grad_norm, check "
+            f"these examples, or use bf16 or fp32 instead of fp16. {allowed}"
         )
 
 

@@ -49,6 +49,8 @@ def build(kind: Any, given: Mapping, where: str, problems: list[str]) -> Any:
             problems.append(f"{where}.{key}: unknown key. {expected(key, known)}")
             continue
         fits, value = _fit(value, hints[key])
+        if not fits and value is None and known[key].default is not MISSING:
+            continue  # null stands for the default
         if not fits:
             problems.append(f"{where}.{key}: got {value!r}, expected {_type_name(hints[key])}.")
             continue

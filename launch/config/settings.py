@@ -7,8 +7,9 @@ torch nor transformers nor DeepSpeed. These libraries check their sections in a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hift_ds.launch.config import deepspeed_section
@@ -18,6 +19,7 @@ from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.errors import UserError, expected
 from hift_ds.launch.methods.schedules import SCHEDULES
 from hift_ds.launch.methods.settings import MethodSettings
+from hift_ds.launch.methods.table import TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
 
@@ -26,6 +28,7 @@ class TrainingSettings:
     """The `training` section."""
 
     max_steps: int = setting(100, at_least=1)  # optimizer steps; under HiFT each trains one block
+    epochs: float | None = setting(None, above=0)  # passes over the training data, in place of max_steps
     batch_size: int = setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
     micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank
     learning_rate: float | None = setting(None, above=0)
@@ -42,6 +45,8 @@ class TrainingSettings:
     keep_last: int | None = setting(2, at_least=1)  # checkpoints; older ones are deleted; null = all are kept
     keep_every: int | None = setting(None, at_least=1)  # steps; checkpoints at multiples of it are kept, too
     rank_timeout: float = setting(1800.0, at_least=1)  # seconds without progress after which a rank counts as lost
+    eval_every: int | None = setting(None, at_least=1)  # steps between two held-out evaluations; null = none
+    keep_best: bool = False  # true: the best of these evaluations' checkpoints is kept, and its model is exported
     eval_batch_size: int | None = setting(None, at_least=1)  # examples a rank; default: micro_batch_size
     max_new_tokens: int = setting(64, at_least=1)  # generated for a held-out answer
 
@@ -101,6 +106,16 @@ class Settings:
         """Micro-batches of one optimizer step on one rank."""
         return self.deepspeed["gradient_accumulation_steps"]
 
+    def with_steps(self, n_examples: int) -> Settings:
+        """Return the settings with `training.max_steps` for `training.epochs` over so many examples, if it is set.
+
+        Steps are whole batches: the last step of the last epoch may contain examples of the next one.
+        """
+        if self.training.epochs is None:
+            return self
+        steps = math.ceil(round(self.training.epochs * n_examples / self.training.batch_size, 6))
+        return replace(self, training=replace(self.training, max_steps=max(1, steps)))
+
     def as_dict(self) -> dict:
         """Return the settings as nested dictionaries, for records."""
         return asdict(self)
@@ -158,6 +173,7 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
             f"training.loss_chunk: got {sections['training'].loss_chunk}, but model.task is "
             f"{sections['model'].task!r}, which has few logits. Remove it."
         )
+    problems += _training_problems(sections["training"], sections["method"], raw.get("training"))
     problems += sections["data"].problems()
     fp16 = sections["deepspeed"].get("fp16")
     is_fp16 = isinstance(fp16, Mapping) and bool(fp16.get("enabled"))
@@ -173,3 +189,28 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
         problems=problems,
     )
     return None if problems else Settings(**sections)
+
+
+def _training_problems(training: TrainingSettings, method: MethodSettings, given: Any) -> list[str]:
+    """Return the problems of the training section's keys with each other and with the method.
+
+    Args:
+        given: the section as it is in the YAML.
+    """
+    problems = []
+    if training.epochs is not None and isinstance(given, Mapping) and given.get("max_steps") is not None:
+        problems.append(
+            f"training.epochs: got {training.epochs:g}, and training.max_steps is {training.max_steps}. Expected one "
+            "of them; remove the other, e.g. by --set training.max_steps=null."
+        )
+    if training.keep_best and not training.eval_every:
+        problems.append(
+            "training.keep_best: true, but training.eval_every is not set, so there is nothing to compare. Set "
+            "training.eval_every to the number of steps between two evaluations."
+        )
+    if training.keep_best and method.name in TRAINED and not TRAINED[method.name].resumable:
+        problems.append(
+            f"training.keep_best: true, but {method.name}'s package cannot save all of its state, so it has no "
+            "checkpoints. Set training.keep_best=false."
+        )
+    return problems

@@ -116,6 +116,8 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
     except (OSError, ValueError):
         return False
     exported = not settings.output.export or (folder / "model").is_dir()
+    if settings.training.epochs is not None:
+        return exported and (summary.get("epochs") or 0) >= settings.training.epochs
     return exported and summary.get("steps", 0) >= settings.training.max_steps
 
 

@@ -2,7 +2,7 @@
 
 Before the first step: the process exits at once with 75; nothing was trained.
 In training, and in the evaluation after it: the step or the batch of examples is finished, all ranks agree (with the
-    sum over ranks that a step makes anyway), save the same step, meet, and exit with 75 (launch/train.py).
+    sum over ranks that a step makes anyway), save the same step, meet, and exit with 75 (launch/callbacks/stopping.py).
 During the export: with a checkpoint of the last step, at once, with 75; without one the export is finished, since it
     is then all that is left of the run.
 Signals within 5 s of the first count as one: a launcher and a scheduler often send several (on Ctrl-C a rank hears the

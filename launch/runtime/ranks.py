@@ -27,6 +27,8 @@ from typing import Any
 
 import deepspeed
 import psutil
+import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import DistNetworkError
 
@@ -77,6 +79,13 @@ def join(rank_timeout: float) -> None:
             f"port {port} of this machine is in use, perhaps by another run; give this one a port of its own: "
             f"deepspeed --master_port {port + 1} ..."
         ) from None
+
+
+def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
+    """Return the sum of each value over the ranks, in fp64, by one collective."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 class RankWatch:

@@ -1,0 +1,47 @@
+"""The interface of everything that happens around a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Step:
+    """A step that has just been taken.
+
+    Attributes:
+        number: steps done, this one included.
+        record: the step's line of metrics.jsonl; callbacks may add to it in `describe`.
+        own_loss: this rank's share of the step's loss.
+    """
+
+    number: int
+    record: dict[str, Any]
+    own_loss: float
+
+
+class Callback:
+    """Something that happens around training steps. The methods do nothing; subclasses override what they need.
+
+    `launch.run` lists the callbacks of a run, and `launch.loop` calls them in that order, on every rank. A callback may
+    call collectives in any method: all ranks are in the same one.
+    """
+
+    def before_step(self, number: int) -> None:
+        """Called before step `number` (from 1) is taken."""
+
+    def contribution(self, number: int) -> float:
+        """Return this rank's number for `after_step`; the loop sums it over the ranks together with the loss."""
+        return 0.0
+
+    def describe(self, step: Step) -> None:
+        """Add to `step.record`. Called before `after_step` of any callback."""
+
+    def after_step(self, step: Step, total: float) -> bool:
+        """React to the step, and return whether training ends here.
+
+        Args:
+            total: sum of the ranks' contributions.
+        """
+        return False

@@ -1,0 +1,83 @@
+"""Checkpoints of a run: every so many steps, at the last step, and of the best model so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed import comm as dist
+
+from hift_ds.checkpoint import store
+from hift_ds.checkpoint.store import Checkpoint, CheckpointError
+from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.callbacks.held_out import better
+from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.runtime import logs, outputs
+
+
+class Checkpoints(Callback):
+    """Save a checkpoint when one is due.
+
+    Args:
+        best: step and held-out result of the best model of a run that is continued.
+
+    Attributes:
+        best: `{"step": ..., "held_out": ...}` of the best evaluation so far; None before the first.
+        saved: the step of the last checkpoint that this process saved or loaded.
+    """
+
+    def __init__(self, engine: Any, settings: Settings, saved: int = 0, best: dict[str, Any] | None = None) -> None:
+        self.engine, self.settings, self.saved, self.best = engine, settings, saved, best
+
+    def after_step(self, step: Step, total: float) -> bool:
+        """Save if the step is a multiple of `training.save_every`, the last one, or the best so far."""
+        training, is_best = self.settings.training, False
+        if training.keep_best and (found := step.record.get("held_out")) is not None:
+            is_best = self.best is None or better(found, self.best["held_out"])
+            if is_best:
+                self.best = {"step": step.number, "held_out": found}
+        is_last = step.number == training.max_steps and (training.save_every or training.keep_best)
+        if is_best or is_last or training.save_every and step.number % training.save_every == 0:
+            self.save(step.number)
+        return False
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint of `step` on all ranks, then delete the checkpoints that are not to be kept.
+
+        Raises:
+            UserError: the checkpoint cannot be written; earlier ones are unchanged.
+        """
+        training, folder = self.settings.training, outputs.folder(self.settings) / "checkpoints"
+        state = {"step": step, "best": self.best}
+        try:
+            self.engine.save_checkpoint(str(folder), tag=tag(step), client_state=state)
+        except (CheckpointError, OSError) as error:
+            raise UserError(
+                f"the checkpoint after step {step} could not be saved:\n{error}\nEarlier checkpoints are unchanged; "
+                "make room, then continue with --resume."
+            ) from None
+        self.saved = step
+        if dist.get_rank() == 0:
+            keep = [tag(self.best["step"])] if self.best else []
+            try:
+                store.prune(folder, training.keep_last, training.keep_every, keep)
+            except (CheckpointError, OSError) as error:  # the next save tries again
+                logs.warn(f"an old checkpoint in {folder} could not be deleted: {error}")
+
+
+def tag(step: int) -> str:
+    """Name of the checkpoint after `step` in OUT/checkpoints."""
+    return f"step{step}"
+
+
+def load_checkpoint(engine: Any, found: Checkpoint) -> dict[str, Any]:
+    """Load a verified checkpoint; return its client state: `step`, the steps done, and `best`.
+
+    Raises:
+        UserError: the checkpoint is of another kind of run.
+    """
+    try:
+        _, state = engine.load_checkpoint(str(found.path.parent), tag=found)
+    except ValueError as error:
+        raise UserError(f"--resume: {error}") from error
+    return {"best": None, **state}

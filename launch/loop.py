@@ -1,0 +1,92 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
+from hift_ds.launch.data.loading import Data
+from hift_ds.launch.engine import block_names
+from hift_ds.launch.methods.steps import take_step
+from hift_ds.launch.methods.table import METHODS
+from hift_ds.launch.model.batch_loss import summed_loss
+from hift_ds.launch.runtime.ranks import sum_over_ranks
+
+
+def train(
+    engine: Any,
+    data: Data,
+    pad_token_id: int,
+    settings: Settings,
+    callbacks: Sequence[Callback] = (),
+    first_step: int = 0,
+) -> None:
+    """Train from step `first_step` (0-based) to `training.max_steps`, or until a callback ends training.
+
+    A step takes one global batch of `training.batch_size` examples, cut into micro-batches and over the ranks.
+    """
+    training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
+    windows = window_batches(
+        len(data.train), training.seed, training.batch_size, settings.micro_batch_size, rank, world, first_step
+    )
+    names = block_names(engine)
+    engine.train()
+    for number in range(first_step + 1, training.max_steps + 1):
+        for callback in callbacks:
+            callback.before_step(number)
+        started = time.perf_counter()
+        batches = [collate([data.train[i] for i in indices], pad_token_id) for indices in next(windows)]
+        tokens, targets = sum_over_ranks(
+            engine.device,
+            sum(int(batch["attention_mask"].sum()) for batch in batches),
+            sum(trained_tokens(batch) for batch in batches),
+        )
+        block, cycle = getattr(engine, "active_block", 0), getattr(engine, "cycle", number - 1)
+        learning_rate = engine.basic_optimizer.param_groups[0]["lr"]
+        # Dropout depends only on the step and the rank, so a resumed run draws the same masks.
+        torch.manual_seed((training.seed * 1_000_003 + number - 1) * world + rank)
+        losses = [functools.partial(loss_share, engine, batch, settings, targets) for batch in batches]
+        own_loss, is_applied = take_step(METHODS[settings.method.name], engine, losses)
+        loss, *totals = sum_over_ranks(engine.device, own_loss, *(c.contribution(number) for c in callbacks))
+        seconds = time.perf_counter() - started
+        record = {"step": number, "cycle": cycle, "block": block, "block_name": names[block], "loss": finite(loss)}
+        record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
+        record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "skipped": not is_applied}
+        step = Step(number, record | engine_record(engine), own_loss)
+        for callback in callbacks:
+            callback.describe(step)
+        if any([c.after_step(step, total) for c, total in zip(callbacks, totals, strict=True)]):
+            break
+
+
+def loss_share(engine: Any, batch: dict[str, torch.Tensor], settings: Settings, targets: float) -> torch.Tensor:
+    """Return a micro-batch's share of the mean loss over all `targets` of the step's global batch."""
+    return summed_loss(engine, batch, settings.model.task, settings.training.loss_chunk) / targets
+
+
+def engine_record(engine: Any) -> dict[str, Any]:
+    """Return what the engine knows about the step it has just taken."""
+    norm = engine.get_global_grad_norm()
+    record: dict[str, Any] = {"grad_norm": None if norm is None else finite(float(norm))}
+    if engine.fp16_enabled():
+        record["loss_scale"] = float(engine.optimizer.loss_scale)
+    if hasattr(engine, "memory_ledger"):
+        record["memory"] = engine.memory_ledger()
+    if engine.device.type != "cpu":
+        record["memory_allocated"] = get_accelerator().memory_allocated()  # by the allocator: activations too
+    return record
+
+
+def finite(value: float) -> float | None:
+    """Return the value as JSON can hold it: None for infinities and NaN."""
+    return value if math.isfinite(value) else None

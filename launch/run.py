@@ -1,0 +1,246 @@
+"""A training run from settings to summary, as a list of steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed import comm as dist
+
+from hift_ds.checkpoint import store
+from hift_ds.launch.callbacks.callback import Callback
+from hift_ds.launch.callbacks.checkpoints import Checkpoints, load_checkpoint, tag
+from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
+from hift_ds.launch.callbacks.records import Records, RunLog
+from hift_ds.launch.callbacks.skipped import SkippedSteps
+from hift_ds.launch.callbacks.stopping import Stopping
+from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.reading import source
+from hift_ds.launch.config.settings import Settings, load_settings
+from hift_ds.launch.data.loading import Data, load_data
+from hift_ds.launch.engine import block_names, cycle_steps, make_engine, schedule_ticks
+from hift_ds.launch.errors import UserError
+from hift_ds.launch.loop import train
+from hift_ds.launch.methods.table import METHODS
+from hift_ds.launch.model import loading
+from hift_ds.launch.runtime import extensions, logs, outputs, summary
+from hift_ds.launch.runtime.determinism import deterministic, seed_generators
+from hift_ds.launch.runtime.export import export_model
+from hift_ds.launch.runtime.preemption import Preemption, Stopped
+from hift_ds.launch.runtime.ranks import RankWatch, join
+from hift_ds.model import loss as losses
+
+
+def run(config: str, overrides: list[str], resume: str | None, stop: Preemption, watch: RankWatch) -> None:
+    """Train, evaluate and export as the YAML at `config` says. Every rank calls it.
+
+    Args:
+        overrides: `KEY=VALUE` settings that replace those of the YAML.
+        resume: None for a new run; "yes" or "auto" to continue one.
+        stop: whether this process was asked to stop.
+        watch: this rank's log, which detects ranks that are lost.
+
+    Raises:
+        UserError: the settings, the data or the output folder need a change. Nothing is overwritten by then.
+        Stopped: the run was asked to stop, and what can be saved is saved.
+    """
+    settings = load_settings(config, overrides, int(os.environ["WORLD_SIZE"]))
+    check_with_deepspeed(settings.deepspeed, source(config, overrides))
+    with deterministic(settings.training.deterministic):
+        Run(settings, resume, stop, watch).run()
+
+
+class Run:
+    """One run. Everything that can be wrong is checked before a weight is loaded or a file is written."""
+
+    def __init__(self, settings: Settings, resume: str | None, stop: Preemption, watch: RankWatch) -> None:
+        self.settings, self.resume, self.stop, self.watch = settings, resume, stop, watch
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.folder = outputs.folder(settings)
+
+    def run(self) -> None:
+        """Take all steps in their order."""
+        self.prepare_process()
+        if self.is_finished():
+            self.say(f"{self.folder}: this run is finished; nothing to do.")
+            return
+        self.load_data()
+        self.load_engine()
+        lock = self.claim_folder()
+        self.continue_or_start()
+        with self.saved_if_stopped():
+            train(
+                self.engine,
+                self.data,
+                self.tokenizer.pad_token_id,
+                self.settings,
+                self.callbacks(),
+                self.first_step,
+            )
+            self.cycles = getattr(self.engine, "cycle", self.settings.training.max_steps)
+            self.take_best()
+            after = self.evaluate(self.stopping.after_last_step)
+        self.export()
+        self.summarize(after)
+        if lock is not None:
+            lock.release()
+
+    def prepare_process(self) -> None:
+        """Set up messages and compiled extensions."""
+        logs.quieten(self.settings.logging, self.rank)
+        extensions.prepare(self.rank)
+        if self.settings.zero_stage and not METHODS[self.settings.method.name].uses_deepspeed:
+            self.say(
+                f"note: {self.settings.method.name} trains without DeepSpeed; every rank holds all weights and all "
+                f"state, and ZeRO stage {self.settings.zero_stage} is not used"
+            )
+
+    def is_finished(self) -> bool:
+        """Check the output folder; return whether it holds this run, finished."""
+        if self.rank == 0:
+            outputs.check_free(self.folder)
+        if outputs.check_start(self.folder, self.settings, self.resume):
+            return True
+        outputs.check_writable(self.folder)
+        return False
+
+    def load_data(self) -> None:
+        """Load tokenizer, data and model configuration, and check that they fit each other and the run to continue."""
+        settings = self.settings
+        self.tokenizer = loading.load_tokenizer(settings.model)
+        self.data = load_data(settings.data, self.tokenizer, task=settings.model.task, seed=settings.training.seed)
+        _check_held_out(settings, self.data)
+        self.settings = settings = settings.with_steps(len(self.data.train))
+        self.config = loading.load_config(settings.model, self.tokenizer, len(self.data.report["labels"] or ()) or None)
+        loading.check_length(self.config, *self.data.longest(settings.training.max_new_tokens))
+        self.ticks = schedule_ticks(settings, self.config)
+        self.identity = outputs.identity(settings, self.world, self.data)
+        continues = self.resume and outputs.has_checkpoint(self.folder)
+        self.recorded = outputs.check_same_run(self.folder, self.identity) if continues else {}
+
+    def load_engine(self) -> None:
+        """Join the ranks, find the checkpoint to continue from, and make the engine."""
+        join(self.settings.training.rank_timeout)
+        self.found = outputs.find_checkpoint(self.folder) if self.recorded else None
+        if self.resume and self.found is None:
+            self.say(f"{self.folder}: no checkpoint yet; the run begins at its first step")
+        self.say(summary.data_report(self.data))
+        seed_generators(self.settings.training.seed)
+        model = loading.load_model(self.settings.model, self.config, self.settings.dtype)
+        self.engine = make_engine(model, self.settings, self.ticks)
+        if self.settings.training.loss_chunk and (problem := losses.why_not(self.engine.module)):
+            raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
+
+    def claim_folder(self) -> store.Lock | None:
+        """Keep other runs out of the folder (rank 0 holds the lock), and open this rank's log in it."""
+        lock = outputs.claim(self.folder) if self.rank == 0 else None
+        timeout, keep = self.settings.training.rank_timeout, self.resume is not None
+        self.watch.start(self.folder / outputs.LOGS, self.rank, self.world, timeout, keep=keep)
+        return lock
+
+    def continue_or_start(self) -> None:
+        """Load the checkpoint, or evaluate the untrained model; then open the run's records."""
+        self.first_step, best = 0, None
+        if self.found:
+            state = load_checkpoint(self.engine, self.found)
+            self.first_step, best = state["step"], state["best"]
+            self.say(f"{self.folder}: the run continues after step {self.first_step} ({self.found.path})")
+            if (self.folder / "summary.json").exists():
+                self.say("note: summary.json and model/ are those of the shorter run until this one ends")
+        self.checkpoints = Checkpoints(self.engine, self.settings, self.first_step, best)
+        self.stopping = Stopping(self.settings, self.checkpoints, self.stop, self.watch)
+        self.watch.progress()
+        before = self.recorded["before"] if self.found else self.evaluate(self.watch.progress)
+        self.log = None
+        if self.rank == 0:
+            if not self.found:
+                outputs.clear(self.folder)
+            self.log = RunLog(self.folder, self.settings, self.first_step, self.recorded.get("wandb_id"))
+            self.recorded = {"identity": self.identity, "before": before, "wandb_id": self.log.wandb_id}
+            self.recorded["data"] = self.data.report
+            outputs.write_json(self.folder / "run.json", self.recorded | {"settings": self.settings.as_dict()})
+        steps, a_cycle = self.settings.training.max_steps, cycle_steps(self.engine, self.settings)
+        if steps < a_cycle:
+            self.say(
+                f"warning: the run takes {steps} steps, and a cycle over all blocks takes {a_cycle}: some blocks will "
+                "not be trained. Raise training.max_steps or training.epochs, or deepspeed.hift.layers_per_block."
+            )
+        dist.barrier()
+        self.stop.nothing_to_lose = None
+
+    def callbacks(self) -> list[Callback]:
+        """Return everything that happens around the steps, in the order in which it happens."""
+        method, training = METHODS[self.settings.method.name], self.settings.training
+        can_skip = method.engine != "deepspeed" or self.engine.fp16_enabled()
+        return [
+            HeldOut(training.eval_every, training.max_steps, lambda: self.evaluate(self.stopping.after_batch)),
+            Records(self.log),
+            SkippedSteps(self.engine, self.settings, len(self.data.train), can_skip),
+            self.checkpoints,
+            self.stopping,
+        ]
+
+    @contextlib.contextmanager
+    def saved_if_stopped(self) -> Any:
+        """Close the records when the run is asked to stop; its checkpoint is saved by then."""
+        try:
+            yield
+        except Stopped:
+            self.stop.leaving = True
+            if self.log is not None:
+                self.log.close(None)
+            # Here the ranks also meet: the launcher ends all ranks as soon as one has exited.
+            self.stop.reasons = sorted({reason for own in store.gather(self.stop.reasons) for reason in own})
+            raise
+
+    def take_best(self) -> None:
+        """With `training.keep_best`, load the best checkpoint, so that its model is evaluated and exported."""
+        best = self.checkpoints.best
+        if self.settings.training.keep_best and best and best["step"] != self.settings.training.max_steps:
+            found = store.find(self.folder / "checkpoints", tag(best["step"]))
+            assert found is not None
+            load_checkpoint(self.engine, found)
+            self.say(f"step {best['step']} was the best: its model is evaluated and exported")
+
+    def evaluate(self, after_batch: Callable[[], None]) -> dict[str, Any] | None:
+        """Evaluate the model on the held-out examples."""
+        return evaluate(self.engine, self.data, self.tokenizer, self.settings, after_batch)
+
+    def export(self) -> None:
+        """Write OUT/model, unless `output.export` is false."""
+        last = self.settings.training.max_steps
+        if self.settings.output.export:
+            if self.checkpoints.saved == last:
+                self.stop.nothing_to_lose = f"the checkpoint of step {last} is whole; continue with --resume"
+            export_model(self.engine, self.tokenizer, self.folder / "model", getattr(self.config, "use_cache", None))
+
+    def summarize(self, after: dict[str, Any] | None) -> None:
+        """Write and print the summary."""
+        memory = summary.peak_memory(self.engine.device)
+        if hasattr(self.engine, "memory_ledger"):
+            memory["memory"] = self.engine.memory_ledger(peak=True)
+        if self.log is None:
+            return
+        result = summary.summarize(
+            self.folder, self.settings, self.recorded, after, block_names(self.engine), self.cycles
+        )
+        result |= {"best": self.checkpoints.best} if self.settings.training.keep_best else {}
+        result |= memory
+        self.log.close(result)
+        outputs.write_json(self.folder / "summary.json", result)
+        exported = f"\nmodel              {self.folder / 'model'}" if self.settings.output.export else ""
+        self.say(f"\n{summary.report(result)}{exported}")
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        logs.say(self.rank, text)
+
+
+def _check_held_out(settings: Settings, data: Data) -> None:
+    if settings.training.eval_every and not data.eval:
+        raise UserError(
+            f"training.eval_every: got {settings.training.eval_every}, but the data has no held-out examples. Set "
+            "data.eval_split or data.eval_path, or remove training.eval_every."
+        )

@@ -1,0 +1,195 @@
+"""The summary of a run: summary.json, and the same in plain text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+import hift_ds
+from hift_ds.launch.config.credentials import redacted
+from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.loading import Data
+
+
+def summarize(
+    folder: Path,
+    settings: Settings,
+    recorded: dict[str, Any],
+    after: dict[str, Any] | None,
+    block_names: list[str],
+    cycles: int,
+) -> dict[str, Any]:
+    """Return the run in one mapping, from its metrics.jsonl and what was recorded when it began.
+
+    Args:
+        recorded: the content of run.json.
+        after: the result of the evaluation after training.
+    """
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = [record["loss"] for record in records if record["loss"] is not None]
+    window = max(1, min(10, len(losses) // 2))
+    applied = [record["block"] for record in records if not record["skipped"]]
+    seconds = sum(record["seconds"] for record in records)
+    tokens = sum(record["tokens"] for record in records)
+    summary: dict[str, Any] = {
+        "method": settings.method.name,
+        "model": settings.model.describe(),
+        "dataset": settings.data.name,
+        "steps": records[-1]["step"],
+        "steps_skipped": len(records) - len(applied),
+        "cycles": cycles,
+        "epochs": settings.training.epochs,
+        "blocks": len(block_names),
+        "block_names": block_names,
+        "updates_per_block": [applied.count(block) for block in range(len(block_names))],
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "loss_window": window,
+        "loss_first_mean": sum(losses[:window]) / window if losses else None,
+        "loss_last_mean": sum(losses[-window:]) / window if losses else None,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seed": settings.training.seed,
+        "ranks": dist.get_world_size(),
+        "versions": versions(),
+        "command": redacted(shlex.join([Path(sys.executable).name, *sys.argv])),
+        "wandb_id": recorded["wandb_id"],
+        "data": recorded["data"],
+    }
+    for when, evaluation in (("before", recorded["before"]), ("after", after)):
+        if evaluation is not None and "loss" in evaluation:
+            summary[f"held_out_loss_{when}"] = evaluation["loss"]
+            summary["held_out_n"] = evaluation["n"]
+        elif evaluation is not None:
+            summary[f"score_{when}"] = evaluation["score"]
+            summary[f"score_{when}_correct"] = evaluation["correct"]
+            summary[f"score_{when}_unanswered"] = evaluation["unanswered"]
+            summary[f"sample_{when}"] = evaluation["sample"]
+            summary["score_n"] = evaluation["n"]
+            summary["score_metric"] = evaluation["metric"]
+    return summary
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Return the peak memory so far, in bytes, of the rank that used most, and its kind. Every rank calls it."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        kind = "resident memory of a process, no device"
+    else:
+        peak, kind = get_accelerator().max_memory_allocated(), "allocated on a device"
+    highest = torch.tensor([peak], dtype=torch.int64, device=device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return {"peak_memory": int(highest.item()), "peak_memory_kind": kind}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that decide the numbers. The commit ends in "+" if files of the repository differ from it."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
+    found: dict[str, str | None] = {package: importlib.metadata.version(package) for package in packages}
+    return {"hift_ds": hift_ds.__version__, **found, "python": platform.python_version(), "git": _commit()}
+
+
+def _commit() -> str | None:
+    repository = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(repository), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != repository:
+            return None  # installed inside somebody else's repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def data_report(data: Data) -> str:
+    """Describe the data at the start of a run: the size of both parts, and what was left out or truncated."""
+    lines = []
+    for part, name in (("train", "training data"), ("eval", "held-out data")):
+        counts = data.report[part]
+        lines.append(
+            f"{name}: {counts['used']} examples, {counts['tokens']} tokens, {counts['trained_tokens']} of them "
+            f"with a loss; {counts['truncated']} cut, {counts['skipped_no_target']} skipped"
+        )
+    return "\n".join([*lines, *data.report["notes"]])
+
+
+def report(summary: dict[str, Any]) -> str:
+    """Return the summary in plain text."""
+    s = summary
+    lines = [
+        f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole "
+        f"cycle{'s' * (s['cycles'] != 1)} of "
+        f"{s['blocks']} block{'s' * (s['blocks'] != 1)}",
+        f"loss               {_number(s['loss_first'])} at the first step, {_number(s['loss_last'])} at the last; "
+        f"means of {s['loss_window']}: {_number(s['loss_first_mean'])}, {_number(s['loss_last_mean'])}",
+    ]
+    for when in ("before", "after"):
+        if f"score_{when}" in s:
+            lines.append(
+                f"{s['score_metric'].replace('_', ' ') + ' ' + when:<18} {100 * s[f'score_{when}']:.1f} % "
+                f"({s[f'score_{when}_correct']} of {s['score_n']} held-out examples)"
+            )
+        if f"held_out_loss_{when}" in s:
+            loss, n = s[f"held_out_loss_{when}"], s["held_out_n"]
+            lines.append(f"{'held-out ' + when:<18} loss {_number(loss)} ({n} examples)")
+    lines += [
+        f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
+        f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",
+        *_kept(s.get("memory")),
+        f"updates            {_updates(s['block_names'], s['updates_per_block'])}",
+    ]
+    if s.get("best"):
+        lines.append(f"best               step {s['best']['step']} of {s['steps']}, evaluated and exported")
+    if s["steps_skipped"]:
+        lines.append(f"skipped            {s['steps_skipped']} steps: loss or gradients not finite")
+    if "sample_before" in s:
+        lines.append(_indented("a held-out problem", s["sample_after"]["prompt"]))
+        lines.append(_indented("expected answer", s["sample_after"]["expected"]))
+    for when in ("before", "after"):
+        if f"sample_{when}" in s:
+            lines.append(_indented(f"answer {when} training", s[f"sample_{when}"]["answer"]))
+    return "\n".join(lines)
+
+
+def _kept(memory: dict[str, dict[str, int]] | None) -> list[str]:
+    """Describe the ledger at its peak: `MiB kept           device 516 (parameters 513, ...); host 1539 (...)`."""
+    places = []
+    for place, sizes in (memory or {}).items():
+        parts = [f"{name.replace('_', ' ')} {size / 2**20:.0f}" for name, size in sizes.items() if size >= 2**19]
+        if parts:
+            places.append(f"{place} {sum(sizes.values()) / 2**20:.0f} ({', '.join(parts)})")
+    return [f"MiB kept           {'; '.join(places)}"] if places else []
+
+
+def _updates(names: list[str], counts: list[int]) -> str:
+    """Return `12 x embeddings ... model.layers.3; 11 x head`; neighbors with equal counts are joined."""
+    runs: list[tuple[int, str, str]] = []
+    for name, count in zip(names, counts, strict=True):
+        first = runs.pop()[1] if runs and runs[-1][0] == count else name
+        runs.append((count, first, name))
+    return "; ".join(f"{n} x {first}" + (f" ... {last}" if last != first else "") for n, first, last in runs)
+
+
+def _indented(title: str, text: str) -> str:
+    return "\n".join([f"{title}:", *(f"    {line}" for line in text.splitlines() or ["(empty)"])])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
