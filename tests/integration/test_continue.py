@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from hift_ds.checkpoint import store
-from hift_ds.launch import train
+from hift_ds.launch.callbacks import checkpoints
 from hift_ds.launch.config.settings import load_settings
 from hift_ds.launch.runtime.outputs import claim
 from tests.support.paths import REPOSITORY
@@ -104,7 +104,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(capsys: pytest.Ca
     engine = mock.Mock()
     settings = load_settings(str(REPOSITORY / "configs" / "tiny.yaml"), ["output.dir=runs/none"], 1)
     prune = mock.patch.object(store, "prune", side_effect=OSError("a device error"))
-    with mock.patch.object(train, "dist", get_rank=lambda: 0), prune:
-        train.save_checkpoint(engine, settings, 4)
+    with mock.patch.object(checkpoints, "dist", get_rank=lambda: 0), prune:
+        checkpoints.Checkpoints(engine, settings).save(4)
     engine.save_checkpoint.assert_called_once()
     assert "could not be deleted: a device error" in capsys.readouterr().err

@@ -47,11 +47,13 @@ def train(argv: Sequence[str], stop_after: int | None = None, wrap: Any = contex
     """
     import deepspeed
 
+    from hift_ds.launch import run
     from hift_ds.launch import train as launcher
-    from hift_ds.launch.runtime import logs
+    from hift_ds.launch.callbacks import records as log_records
+    from hift_ds.launch.runtime import process
 
     seen: dict[str, Any] = {}
-    loop, export, record_step = launcher.train, launcher.export_model, logs.RunLog.step
+    loop, export, record_step = run.train, run.export_model, log_records.RunLog.step
 
     def spy_loop(engine: Any, *rest: Any, **named: Any) -> None:
         context = wrap(engine) if wrap is not contextlib.nullcontext else wrap()
@@ -77,10 +79,10 @@ def train(argv: Sequence[str], stop_after: int | None = None, wrap: Any = contex
     printed = io.StringIO()
     clock = types.SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launcher, "train", spy_loop))
-        stack.enter_context(mock.patch.object(launcher, "export_model", spy_export))
-        stack.enter_context(mock.patch.object(logs.RunLog, "step", step_until))
-        stack.enter_context(mock.patch.object(launcher, "time", clock))  # no rank waits for the launcher to end it
+        stack.enter_context(mock.patch.object(run, "train", spy_loop))
+        stack.enter_context(mock.patch.object(run, "export_model", spy_export))
+        stack.enter_context(mock.patch.object(log_records.RunLog, "step", step_until))
+        stack.enter_context(mock.patch.object(process, "time", clock))  # no rank waits for the launcher to end it
         stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(contextlib.redirect_stderr(printed))
         with contextlib.suppress(KeyboardInterrupt):

@@ -198,12 +198,12 @@ def run_with_faults(argv: list[str], bad: Sequence[int], where: str = "both") ->
 
     Returns the message it ended with, its output, and of each step a hash of the weights and the learning rate after.
     """
-    from hift_ds.launch import train
+    from hift_ds.launch import loop, run, train
     from hift_ds.launch.errors import UserError
     from hift_ds.launch.runtime.preemption import Preemption
     from hift_ds.launch.runtime.ranks import RankWatch
 
-    share, last = train.loss_share, torch.distributed.get_world_size() - 1
+    share, last = loop.loss_share, torch.distributed.get_world_size() - 1
     seen: dict[str, Any] = {"weights": [], "rates": [], "message": None}
 
     def spoiled(engine: Any, batch: Any, settings: Any, targets: float) -> torch.Tensor:
@@ -214,19 +214,20 @@ def run_with_faults(argv: list[str], bad: Sequence[int], where: str = "both") ->
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    class Watched(train.SkippedSteps):
-        def note(self, engine: Any, *args: Any) -> None:
-            super().note(engine, *args)
-            held = torch.cat([weights.double().flatten() for weights in tiny.weights(engine).values()])
+    class Watched(run.SkippedSteps):
+        def describe(self, step: Any) -> None:
+            super().describe(step)
+            held = torch.cat([weights.double().flatten() for weights in tiny.weights(self.engine).values()])
             seen["weights"].append(zlib.crc32(held.numpy().tobytes()))
-            seen["rates"].append(engine.basic_optimizer.param_groups[0]["lr"])
+            seen["rates"].append(self.engine.basic_optimizer.param_groups[0]["lr"])
 
     printed = io.StringIO()
-    with mock.patch.object(train, "loss_share", spoiled), mock.patch.object(train, "SkippedSteps", Watched):
+    with mock.patch.object(loop, "loss_share", spoiled), mock.patch.object(run, "SkippedSteps", Watched):
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
                 with Preemption(int(os.environ["RANK"])) as stop, RankWatch() as watch:
-                    train.run(train.parse(argv), stop, watch)
+                    given = train.parse(argv)
+                    run.run(given.config, given.set, given.resume, stop, watch)
             except UserError as error:
                 seen["message"] = str(error)
     return {**seen, "printed": printed.getvalue()}
@@ -278,9 +279,9 @@ def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert [record["skipped"] for record in steps] == [False, True, False, True, True, True]
     assert len(set(seen["weights"][2:])) == 1 and not (tmp_path / "model").exists()
     assert "loss is not finite on rank 1 at step 6, and the 2 steps before it" in seen["message"]
-    assert "those of step 3. Lower training.learning_rate" in seen["message"]
+    assert "those after step 3. Lower training.learning_rate" in seen["message"]
     assert f"Block 2 ({steps[-1]['block_name']}), learning rate 0.003" in seen["message"]
-    assert str(steps[-1]["rows"]) in seen["message"] and "max_skipped_steps (2)" in seen["message"]
+    assert str(steps[-1]["rows"]) in seen["message"] and "max_skipped_steps allows 2 " in seen["message"]
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dic
     import deepspeed
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from hift_ds.launch import train
-    from hift_ds.launch.runtime import logs
+    from hift_ds.launch import run, train
+    from hift_ds.launch.callbacks import records as log_records
 
     seen: dict[str, Any] = {}
-    export, record_step = train.export_model, logs.RunLog.step
+    export, record_step = run.export_model, log_records.RunLog.step
 
     def spy(engine: Any, tokenizer: Any, folder: Path, use_cache: Any) -> None:
         seen["tensors"] = {}
@@ -64,8 +64,8 @@ def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dic
     code: Any = None
     printed = io.StringIO()
     patches: list[Any] = [
-        mock.patch.object(train, "export_model", spy),
-        mock.patch.object(logs.RunLog, "step", step_until),
+        mock.patch.object(run, "export_model", spy),
+        mock.patch.object(log_records.RunLog, "step", step_until),
     ]
     with patches[0], patches[1], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         with contextlib.suppress(KeyboardInterrupt):

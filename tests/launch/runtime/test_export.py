@@ -132,7 +132,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-from hift_ds.launch.train import world_of_one
+from hift_ds.launch.runtime.process import world_of_one
 world_of_one()
 from tests.launch.runtime.test_export import make_engine
 from hift_ds.launch.runtime import export

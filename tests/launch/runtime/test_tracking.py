@@ -30,9 +30,10 @@ SETTINGS = ("training.max_steps=7", "data.eval_examples=0")
 def train_and_disturb(argv: Sequence[str], signal_to_wandb: int = 0, file_size: int | None = None) -> dict[str, Any]:
     """A run on this rank; after three steps W&B's process gets a signal, or files can grow no further."""
     from hift_ds.launch import train
-    from hift_ds.launch.runtime import logs, tracking
+    from hift_ds.launch.callbacks import records as log_records
+    from hift_ds.launch.runtime import tracking
 
-    record_step, limits = logs.RunLog.step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    record_step, limits = log_records.RunLog.step, resource.getrlimit(resource.RLIMIT_FSIZE)
     hit: list[int] = []
 
     def step(log: Any, record: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def train_and_disturb(argv: Sequence[str], signal_to_wandb: int = 0, file_size: 
     printed = io.StringIO()
     try:
         with (
-            mock.patch.object(logs.RunLog, "step", step),
+            mock.patch.object(log_records.RunLog, "step", step),
             mock.patch.object(tracking, "FINISH_SECONDS", 4.0),
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
@@ -68,7 +69,7 @@ def disturbed_alone(out: Path, *settings: str, signal_to_wandb: int) -> dict[str
     """In a process of its own, which must come to its end as well: W&B has something to do at exit."""
     program = (
         "import json, sys; from tests.launch.runtime.test_tracking import train_and_disturb;"
-        "from hift_ds.launch.train import world_of_one;"
+        "from hift_ds.launch.runtime.process import world_of_one;"
         "world_of_one(); print(json.dumps(train_and_disturb(sys.argv[2:], int(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", program, str(signal_to_wandb), *arguments(out, *SETTINGS, *settings)]
