@@ -44,8 +44,11 @@ class HeldOut(Callback):
 
 
 def better(result: dict[str, Any], than: dict[str, Any]) -> bool:
-    """Whether a held-out result is better than another one: a higher score, or a lower loss."""
-    return result["score"] > than["score"] if "score" in result else result["loss"] < than["loss"]
+    """Return whether a held-out result beats an earlier one: by a lower loss, or a score that is at least as high.
+
+    Of equal scores the later one wins: a model that does not answer anything right yet still learns.
+    """
+    return result["score"] >= than["score"] if "score" in result else result["loss"] < than["loss"]
 
 
 @torch.no_grad()

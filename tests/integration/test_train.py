@@ -1,4 +1,4 @@
-"""`launch/train.py` on the tiny config, end to end in the test's own ranks: results, losses, checkpoints, logs, sources."""
+"""`launch/train.py` on the tiny config, end to end in this test's ranks: results, losses, checkpoints, logs."""
 
 import json
 import os
