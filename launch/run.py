@@ -16,7 +16,7 @@ from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
 from hift_ds.launch.callbacks.records import Records, RunLog
 from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.callbacks.stopping import Stopping
-from hift_ds.launch.config.deepspeed_section import check_with_deepspeed
+from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.data.loading import Data, load_data
@@ -47,7 +47,7 @@ def run(config: str, overrides: list[str], resume: str | None, stop: Preemption,
         Stopped: the run was asked to stop, and what can be saved is saved.
     """
     settings = load_settings(config, overrides, int(os.environ["WORLD_SIZE"]))
-    check_with_deepspeed(settings.deepspeed, source(config, overrides))
+    check_with_libraries(settings, source(config, overrides))
     with deterministic(settings.training.deterministic):
         Run(settings, resume, stop, watch).run()
 
