@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -137,15 +138,22 @@ def test_a_file_that_is_missing(two: Path, name: str) -> None:
     assert newest(two) == 1
 
 
+def newest_for_two(folder: Path) -> int | None:
+    """In one of two ranks: `newest`, which all ranks call together."""
+    deepspeed.init_distributed(verbose=False)
+    assert deepspeed.comm.get_world_size() == 2
+    return newest(folder)
+
+
 def test_each_rank_sees_damage_that_another_finds(two: Path) -> None:
     """Two ranks share the files: each hashes some of them, and both hear of all damage."""
-    assert run_on_ranks(2, newest, two) == [2, 2]
+    assert run_on_ranks(2, newest_for_two, two) == [2, 2]
     for name in ("step2/state.pt", "step2/extra/note.json"):
         data = (two / name).read_bytes()
         (two / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-        assert run_on_ranks(2, newest, two) == [1, 1], name
+        assert run_on_ranks(2, newest_for_two, two) == [1, 1], name
         (two / name).write_bytes(data)
-    assert run_on_ranks(2, newest, two) == [2, 2]
+    assert run_on_ranks(2, newest_for_two, two) == [2, 2]
 
 
 @pytest.mark.parametrize("pointer", [None, "", "step1", "nonsense", "../elsewhere", "/etc", "step2\nstep1", "\x00\xff"])
