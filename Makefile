@@ -19,10 +19,11 @@ CHECK_HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint typecheck format bench clean
+.PHONY: help setup quickstart compare test test-slow lint typecheck format bench clean
 
 help:
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
+	@echo "make compare      set up, then compare all methods on a tiny model and built-in tasks, with a report"
 	@echo "make test         set up, then the tests"
 	@echo "make test-slow    set up, then the long proofs that make test leaves out"
 	@echo "make lint         set up, then ruff check, ruff format --check and mypy"
@@ -52,6 +53,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@echo "== quickstart: python launch/quickstart.py $(ARGS)"
 	@$(RUN) python launch/quickstart.py $(ARGS)
+
+compare: $(STAMP)
+	@echo "== compare: python -m evaluation.compare --config configs/compare_tiny.yaml $(ARGS)"
+	@$(RUN) python -m evaluation.compare --config configs/compare_tiny.yaml $(ARGS)
 
 test: $(STAMP)
 	@echo "== test: pytest $(ARGS) (without the long proofs of make test-slow)"

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hift_ds.evaluation.tasks.catalog import GLUE, Task, find_task
+from hift_ds.evaluation.tasks.catalog import GLUE, WITHOUT_DATA, Task, find_task
 from hift_ds.launch.config.checking import build, problem_list, setting
 from hift_ds.launch.config.library_checks import library_problems
 from hift_ds.launch.config.reading import read_yaml, source
@@ -43,7 +43,8 @@ DECIDED = ("max_steps", "epochs", "seed", "learning_rate", "save_every", "eval_e
 
 @dataclass(frozen=True)
 class DataSettings:
-    path: str | None = None  # a folder with the publishers' folders in it; null = from the Hub
+    # A folder that holds the publishers' folders; null = from the Hub. Built-in tasks need neither.
+    path: str | None = None
     train_examples: int = setting(1000, at_least=1)
     dev_examples: int = setting(500, at_least=0)
     test_examples: int = setting(1000, at_least=1)
@@ -214,6 +215,15 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
         except UserError as error:
             problems.append(f"tasks: {error}")
             continue
+        revision = entry.get("revision")
+        if task.built_in:
+            problems += [
+                f"tasks: {task.name}: {key}: {entry[key]!r} is not used, because this task is built in; remove it"
+                for key in ("path", "revision")
+                if entry.get(key) is not None
+            ]
+            found.append(TaskEntry(task, None))
+            continue
         path = entry.get("path") or _folder_of(task, data.path)
         if path is not None and not Path(path).expanduser().exists():
             glue = (
@@ -221,8 +231,9 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
                 if task.data == GLUE and not entry.get("path")
                 else ""
             )
-            problems.append(f"tasks: {task.name}: its folder {path!r} does not exist{looked_in(path)}{glue}")
-        revision = entry.get("revision")
+            problems.append(
+                f"tasks: {task.name}: its folder {path!r} does not exist{looked_in(path)}{glue}; {WITHOUT_DATA}"
+            )
         if path is not None and revision is not None:
             problems.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
         found.append(TaskEntry(task, path, revision))

@@ -13,6 +13,7 @@ from typing import Any
 
 from hift_ds.evaluation.tasks import metrics, templates
 from hift_ds.launch.data import scores
+from hift_ds.launch.data.built_in import BUILT_IN
 from hift_ds.launch.data.formats import LABEL_TASKS
 from hift_ds.launch.errors import UserError, nearest
 
@@ -80,6 +81,11 @@ class Task:
     prompted: bool = True  # whether there is a template
 
     @property
+    def built_in(self) -> bool:
+        """Whether the examples are generated, without files or network."""
+        return self.data in BUILT_IN
+
+    @property
     def has_classes(self) -> bool:
         return bool(self.labels) and not self.regression
 
@@ -138,7 +144,7 @@ def _bleu(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskE
     return metrics.bleu(predictions, [one.references for one in examples])
 
 
-def _gsm8k(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
+def _solutions(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[TaskExample]) -> dict[str, float]:
     score = scores.number_match(predictions, [one.references[0] for one in examples])
     return {score.metric: score.value}
 
@@ -205,6 +211,8 @@ _NLI_WORDS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 TASKS = {
     task.name: task
     for task in (
+        _published("arithmetic", "arithmetic", _solutions, ("exact_match",), max_new_tokens=96),
+        _published("yes-no", "yes-no"),
         _published("sst2", "sst2"),
         _filled_in(
             "sst5",
@@ -294,7 +302,7 @@ TASKS = {
             max_new_tokens=100,
             stop="\n",
         ),
-        _published("gsm8k", "gsm8k", _gsm8k, ("exact_match",), max_new_tokens=320),
+        _published("gsm8k", "gsm8k", _solutions, ("exact_match",), max_new_tokens=320),
         _glue("cola", ("sentence",), metrics.matthews, ("matthews",), ("unacceptable", "acceptable")),
         _glue("mrpc", _PAIR, metrics.accuracy_and_f1, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
         _glue("wnli", _PAIR, metrics.accuracy, ("accuracy",), ("not_entailment", "entailment")),
@@ -321,11 +329,18 @@ TASKS = {
     )
 }
 
+WITHOUT_DATA = " and ".join(name for name, task in TASKS.items() if task.built_in) + " are built in and need no data"
+
 
 def find_task(name: str) -> Task:
-    """The task of that name."""
+    """Return the task of that name.
+
+    Raises:
+        UserError: there is no such task; names all of them.
+    """
     if name.lower() not in TASKS:
-        raise UserError(f"unknown task {name!r}; expected {', '.join(TASKS)}{nearest(name.lower(), TASKS)}")
+        known = f"expected {', '.join(TASKS)}{nearest(name.lower(), TASKS)}"
+        raise UserError(f"unknown task {name!r}; {known} ({WITHOUT_DATA})")
     return TASKS[name.lower()]
 
 

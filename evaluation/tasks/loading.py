@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds.checkpoint.files import sha256_of
-from hift_ds.evaluation.tasks.catalog import Task, TaskExample, content_hash
+from hift_ds.evaluation.tasks.catalog import WITHOUT_DATA, Task, TaskExample, content_hash
 from hift_ds.evaluation.tasks.publishers import find_published
 from hift_ds.evaluation.tasks.sampling import SETS, divide, draw, merged, of_each_class, shares_of
+from hift_ds.launch.data.built_in import MAX_PROBLEMS, built_in_rows
 from hift_ds.launch.data.encoding import as_question, spaced
-from hift_ds.launch.data.formats import convert, flatten
+from hift_ds.launch.data.formats import SOLUTION_TASKS, convert, flatten
 from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
 from hift_ds.launch.errors import UserError, looked_in
 
@@ -81,7 +82,14 @@ def load_task(
             raise UserError(f"{task.name}: {part}_examples is {n}; expected at least {least}")
     if k_shot is not None and (k_shot < 1 or not task.has_classes):
         raise UserError(f"{task.name}: k_shot is {k_shot}; expected at least 1, of a task with classes, or null")
-    rows, files = read_task(task, path, test_split, revision)
+    if k_shot is not None:
+        n = k_shot * len(task.labels)
+        wanted |= {"train": n, "dev": n if dev_examples else 0}
+    files: dict[str, str] = {}
+    if task.built_in:
+        rows = _built_in_rows(task, path or test_split or revision, wanted, seed)
+    else:
+        rows, files = read_task(task, path, test_split, revision)
     if not rows["train"]:
         raise UserError(f"{task.name}: {path or task.data!r} has no training rows; give another path")
     notes: list[str] = []
@@ -100,9 +108,6 @@ def load_task(
     if unlabeled:
         notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer; they are left out")
     parts = ("train", "dev") if tested else SETS
-    if k_shot is not None:
-        n = k_shot * len(task.labels)
-        wanted |= {"train": n, "dev": n if dev_examples else 0}
     shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
     if any(shares[part] < wanted[part] for part in parts):
         notes.append(
@@ -184,12 +189,29 @@ def classification_rows(examples: Sequence[TaskExample]) -> list[Row]:
     return [(one.where, {"text": one.text, "text_pair": one.text_pair, "label": one.target}) for one in examples]
 
 
+def _built_in_rows(task: Task, not_used: str | None, wanted: dict[str, int], seed: int) -> dict[str, list[Row]]:
+    """Generate as many rows as the sets need; the test set's are in no other set, whatever the seeds."""
+    if not_used is not None:
+        raise UserError(f"{task.name}: {not_used!r} is not used, because this task is built in; remove it")
+    counts = {"train": wanted["train"] + wanted["dev"], "test": wanted["test"]}
+    if max(counts.values()) > MAX_PROBLEMS:
+        raise UserError(
+            f"{task.name}: {counts['train']} examples to train on and choose by and {counts['test']} to test on; "
+            f"expected at most {MAX_PROBLEMS} of each"
+        )
+    train, test = (built_in_rows(task.data, split, n, seed) for split, n in counts.items())
+    return {"train": train, "eval": test}
+
+
 def read_task(
     task: Task, path: str | None, test_split: str | None, revision: str | None
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Rows of "train" and "eval" (empty where nothing is held out), and the files' hashes."""
     if path is None:
-        return read_hub(task.data, task.subset, revision, "train", test_split or task.test_split), {}
+        try:
+            return read_hub(task.data, task.subset, revision, "train", test_split or task.test_split), {}
+        except UserError as error:
+            raise UserError(f"{error}; {WITHOUT_DATA}") from error
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{task.name}: {path!r} does not exist{looked_in(path)}")
@@ -242,7 +264,7 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
         references = tuple(dict.fromkeys(row["answers"]))
         if not candidates:
             raise UserError(f"{where}: expected the passage's entities to choose from, found none")
-    elif task.name == "gsm8k":
+    elif task.data in SOLUTION_TASKS:
         prompt, references = as_question(prompt), (completion,)
     passage = next((row[column] for column in ("passage", "paragraph", "context") if column in row), None)
     example = TaskExample(

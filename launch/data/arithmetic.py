@@ -16,15 +16,15 @@ SPLITS = ("train", "test")
 # Far below what the templates can make (times the names and things), so that drawing never stalls.
 MAX_PROBLEMS = 200_000
 
-_NAMES = (
+NAMES = (
     "Ada", "Ben", "Carla", "David", "Emma", "Finn", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo",
     "Maria", "Noah", "Olga", "Paul", "Ruth", "Sam", "Tina", "Victor",
 )  # fmt: skip
-_THINGS = (
+THINGS = (
     "apples", "books", "cards", "coins", "cookies", "eggs", "flowers", "keys", "lemons", "marbles",
     "pencils", "shells", "stamps", "stickers", "stones", "toys",
 )  # fmt: skip
-_PACKS = ("bags", "boxes", "baskets", "jars", "packs", "trays")
+PACKS = ("bags", "boxes", "baskets", "jars", "packs", "trays")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -127,8 +127,8 @@ def arithmetic_problems(split: str, n: int, seed: int) -> list[dict[str, str]]:
         kind = draw.randrange(len(_TEMPLATES))
         template = _TEMPLATES[kind]
         numbers = {key: draw.randint(*bounds) for key, bounds in template.numbers.items()}
-        name, other = draw.sample(_NAMES, 2)
-        words = {"name": name, "other": other, "things": draw.choice(_THINGS), "packs": draw.choice(_PACKS)}
+        name, other = draw.sample(NAMES, 2)
+        words = {"name": name, "other": other, "things": draw.choice(THINGS), "packs": draw.choice(PACKS)}
         in_test = zlib.crc32(f"{kind} {sorted(numbers.items())}".encode()) % 5 == 0
         worked = _work_out(template, numbers)
         if worked is None or in_test != (split == "test"):

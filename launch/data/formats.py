@@ -44,6 +44,12 @@ class LabelTask:
 
 
 LABEL_TASKS = {
+    "yes-no": LabelTask(
+        columns=("passage", "question"),
+        prompt=lambda row: f"{row['passage']} {row['question']} Yes or No?",
+        texts=lambda row: (row["passage"], row["question"]),
+        labels=("no", "yes"),
+    ),
     "sst2": LabelTask(
         columns=("sentence",),
         prompt=lambda row: f"{row['sentence'].strip()} It was",

@@ -12,7 +12,7 @@ from typing import Any
 
 from hift_ds.checkpoint.files import sha256_of
 from hift_ds.launch.data import scores
-from hift_ds.launch.data.arithmetic import arithmetic_problems
+from hift_ds.launch.data.built_in import BUILT_IN, built_in_rows
 from hift_ds.launch.data.encoding import EvalExample, Example, choose_template, encode
 from hift_ds.launch.data.formats import CHOICE_TASKS, LABEL_TASKS, SOLUTION_TASKS, convert, find_format, flatten
 from hift_ds.launch.data.settings import DataSettings
@@ -88,10 +88,9 @@ def _read(settings: DataSettings, seed: int) -> tuple[dict[str, list[Row]], dict
     name = settings.name.lower()
     hashes: dict[str, str] = {}
     splits: dict[str, list[Row]] = {"train": [], "eval": []}
-    if name == "arithmetic":
+    if name in BUILT_IN:
         for part, split, n in (("train", "train", settings.train_examples), ("eval", "test", settings.eval_examples)):
-            problems = arithmetic_problems(split, DEFAULT_PROBLEMS[part] if n is None else n, seed)
-            splits[part] = [(f"built-in {split} problem {i}", one) for i, one in enumerate(problems, 1)]
+            splits[part] += built_in_rows(name, split, DEFAULT_PROBLEMS[part] if n is None else n, seed)
     elif settings.path is not None:
         for part, paths in settings.files().items():
             for path in paths:

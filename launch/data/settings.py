@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hift_ds.launch.data.arithmetic import MAX_PROBLEMS
+from hift_ds.launch.data.built_in import BUILT_IN, MAX_PROBLEMS
 from hift_ds.launch.data.formats import COLUMNS, possible_formats
 from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, find_files
 from hift_ds.launch.errors import UserError, looked_in, nearest
@@ -15,7 +15,7 @@ from hift_ds.launch.errors import UserError, looked_in, nearest
 class DataSettings:
     """The `data` section of a run's YAML."""
 
-    # arithmetic (built-in problems) | gsm8k | sst2 | superglue/TASK | json | jsonl | csv | tsv | parquet
+    # arithmetic | yes-no (both built in) | gsm8k | sst2 | superglue/TASK | json | jsonl | csv | tsv | parquet
     # (files at `path`) | OWNER/NAME (a data set of the Hugging Face Hub)
     name: str = "arithmetic"
     # A file or a folder. For gsm8k, sst2, superglue/TASK the publisher's folder; null = from the Hub.
@@ -45,9 +45,9 @@ class DataSettings:
         """Every mistake that shows before rows are read: a line each, with key, value and remedy."""
         name = self.name.lower()
         local, published = name in FILE_KINDS, name in PUBLISHED
-        hub = not local and not published and name != "arithmetic"
+        hub = not local and not published and name not in BUILT_IN
         if hub and (self.name.count("/") != 1 or name.startswith("superglue/")):
-            known = ["arithmetic", *PUBLISHED, *FILE_KINDS]
+            known = [*BUILT_IN, *PUBLISHED, *FILE_KINDS]
             return [  # what else is wrong depends on the name
                 f"data.name: unknown data set {self.name!r}; expected {', '.join(known)}, or OWNER/NAME for a "
                 f"data set of the Hugging Face Hub{nearest(name, known)}"
@@ -57,7 +57,7 @@ class DataSettings:
             found.append(f"data.subset: {self.subset!r} is for sets named OWNER/NAME; remove it")
         if self.revision is not None and not (hub or published and self.path is None):
             found.append(f"data.revision: {self.revision!r} is for sets from the Hub; remove it")
-        if name == "arithmetic" and (self.split != "train" or self.eval_split not in (None, "test")):
+        if name in BUILT_IN and (self.split != "train" or self.eval_split not in (None, "test")):
             found.append(
                 f"data.split, data.eval_split: {self.split!r} and {self.eval_split!r}, but the built-in "
                 "problems are trained on 'train' and scored on 'test'; remove both"
@@ -80,7 +80,7 @@ class DataSettings:
             value = getattr(self, key)
             if value is not None and value < least:
                 found.append(f"data.{key}: {value} is too small; expected at least {least}")
-            elif value is not None and key != "max_length" and name == "arithmetic" and value > MAX_PROBLEMS:
+            elif value is not None and key != "max_length" and name in BUILT_IN and value > MAX_PROBLEMS:
                 found.append(f"data.{key}: {value} is more than the {MAX_PROBLEMS} built-in problems; lower it")
         return found
 

@@ -20,6 +20,7 @@ from hift_ds.launch.runtime.outputs import claim
 from tests.evaluation.tasks.test_publishers import CASES, HELD_OUT, put
 from tests.support.comparisons import (
     FEW,
+    TINY,
     alone,
     arguments,
     cells_of,
@@ -34,12 +35,21 @@ from tests.support.comparisons import (
 )
 from tests.support.data_fixtures import SHARED, needs_shared, write_jsonl
 
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
 # ---- all methods -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Folder and outcome of configs/compare_tiny.yaml: all methods, two tasks, four steps."""
+    """Folder and outcome of configs/compare_tiny.yaml on published tasks: all methods, two tasks, four steps."""
     out = tmp_path_factory.mktemp("whole")
     return out, once(arguments(data, out), timeout=550)
 
@@ -73,6 +83,44 @@ def test_the_report_is_there(whole: tuple[Path, dict[str, Any]]) -> None:
         text = (out / name).read_text()
         assert all(label in text for label, _ in cells_of(out)), name
     assert list((out / "plots").glob("*.png")) and json.loads((out / "compare.json").read_text())["seeds"] == [0]
+
+
+# ---- without data ----------------------------------------------------------------------------------------------------
+
+
+def without_data(out: Path, *overrides: str) -> list[str]:
+    given = [
+        f"output.dir={out}",
+        "evaluation.bootstrap=50",
+        "data.dev_examples=0",
+        "budgets=[{samples: 8}]",
+        *overrides,
+    ]
+    return ["--config", TINY, *(part for one in given for part in ("--set", one))]
+
+
+def test_the_tiny_comparison_needs_no_data(tmp_path: Path) -> None:
+    """As it is shipped, here with a method of each kind; the last line is the report's path."""
+    rows = "methods=[zero-shot, {name: icl, shots: 2}, hift, mezo-lora]"
+    result = once(without_data(tmp_path, rows))
+    assert result["code"] == 0, result["printed"]
+    found = cells_of(tmp_path)
+    assert len(found) == 8 and {task for _, task in found} == {"arithmetic", "yes-no"}
+    for (label, task), one in found.items():
+        assert one["status"] == "ok" and one["n"] == 8, (label, task, one["reason"])
+        assert one["metric"] == ("exact_match" if task == "arithmetic" else "accuracy")
+        assert ("answer_loss" in one["metrics"]) is (task == "arithmetic")
+    assert not result["leaked"]
+    last = result["printed"].strip().splitlines()[-1]
+    assert last.startswith("report ") and str(tmp_path / "report.md") in last and (tmp_path / "report.md").is_file()
+
+
+def test_a_classification_head_has_a_built_in_task(tmp_path: Path) -> None:
+    overrides = [f"model.config={json.dumps(BERT)}", "model.task=sequence-classification"]
+    result = once(without_data(tmp_path, *overrides, "methods=[hift, linear-probing]", "data.max_length=100"))
+    assert result["code"] == 0, result["printed"]
+    for (_, task), one in cells_of(tmp_path).items():
+        assert one["status"] == ("ok" if task == "yes-no" else "not_applicable"), one["reason"]
 
 
 # ---- stopped and continued -------------------------------------------------------------------------------------------
@@ -325,16 +373,6 @@ def test_data_of_another_kind_is_refused(file: str, content: str | None, expecte
 # ---- ranks, models, budgets ------------------------------------------------------------------------------------------
 
 
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-
-
 def test_a_model_with_a_classification_head(data: Path, tmp_path: Path) -> None:
     overrides = [f"model.config={json.dumps(BERT)}", "model.task=sequence-classification"]
     rows = "methods=[zero-shot, icl, full, hift, lora, linear-probing, badam]"
@@ -361,10 +399,10 @@ def test_every_task_with_a_prompt_is_trained_and_scored(tmp_path: Path) -> None:
     put(tmp_path, "e2e/trainset.csv", "\n".join(["mr,ref", *rows]) + "\n")
     paths = {name: tmp_path / name for name in ("e2e", *(case[0] for case in written.values()))}
     for name, task in TASKS.items():
-        if task.prompted and name not in paths:
+        if task.prompted and name not in paths and not task.built_in:
             paths[name] = SHARED / task.data.partition("/")[0]
     tasks = [{"name": name, "path": str(path)} for name, path in paths.items()]
-    assert {*paths} == {name for name, task in TASKS.items() if task.prompted}
+    assert {*paths} == {name for name, task in TASKS.items() if task.prompted and not task.built_in}
     settings = [f"tasks={json.dumps(tasks)}", "methods=[full]", "budgets=[{samples: 8}]", "data.dev_examples=0"]
     settings += ["data.train_examples=8", "data.test_examples=8", "data.max_length=8192"]
     settings += ["model.config.max_position_embeddings=8192", "model.config.num_hidden_layers=1"]

@@ -23,7 +23,7 @@ def data(tmp_path: Path) -> Path:
 
 def problems(data: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as error:
-        load_comparison(TINY, [f"data.path={data}", *overrides])
+        load_comparison(TINY, [f"data.path={data}", "tasks=[sst2, rte]", *overrides])
     return str(error.value)
 
 
@@ -102,6 +102,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "batch size": (["training.batch_size=eight"], "training.batch_size: got 'eight'"),
     "no batch": (["training.batch_size=0"], "training.batch_size: got 0"),
     "path": (["tasks=[{name: rte, path: 3}]"], "tasks: got {'name': 'rte', 'path': 3}"),
+    "built in": (
+        ["tasks=[{name: yes-no, path: x}]"],
+        "tasks: yes-no: path: 'x' is not used, because this task is built",
+    ),
+    "no folder": (["tasks=[copa, boolq]", "data.path=nowhere"], "arithmetic and yes-no are built in and need no data"),
+    "unknown task": (["tasks=[sst3]"], "unknown task 'sst3'; expected arithmetic, yes-no, sst2"),
     "revision": (["tasks=[{name: rte, revision: main}]"], "tasks: rte: revision: 'main' is for sets from the Hub"),
     "fp16": (["deepspeed.fp16=true"], "deepspeed.fp16: got True"),
     "no methods": (["methods=full"], "methods: got 'full'; expected a list"),
@@ -124,6 +130,11 @@ def test_shipped_settings_hold_together(path: Path, data: Path) -> None:
             for rate in row.learning_rates:
                 settings = comparison.run_settings(row, budget, comparison.seeds[-1], rate, 1)
                 assert settings.training.learning_rate == rate and settings.method.name == row.method
+
+
+def test_built_in_tasks_need_no_path() -> None:
+    comparison = load_comparison(TINY)
+    assert [(one.task.name, one.path) for one in comparison.tasks] == [("arithmetic", None), ("yes-no", None)]
 
 
 def test_a_home_folder_is_found(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

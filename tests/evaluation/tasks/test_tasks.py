@@ -19,7 +19,7 @@ from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.errors import UserError
 from tests.support.data_fixtures import SHARED, needs_shared, trained_texts, write_jsonl
 
-PUBLISHED = {name: task.data for name, task in TASKS.items() if task.convert is None}
+PUBLISHED = {name: task.data for name, task in TASKS.items() if task.convert is None and not task.built_in}
 FOLDERS = {"boolq": "BoolQ", "cb": "CB", "copa": "COPA", "multirc": "MultiRC",
            "record": "ReCoRD", "rte": "RTE", "wic": "WiC", "wsc": "WSC"}  # fmt: skip
 ALL = 10**6  # examples

@@ -31,7 +31,7 @@ def test_problems_are_right_and_in_gsm8k_format() -> None:
 
 def skeleton(question: str) -> str:
     """A problem without its names and things: the template and the numbers."""
-    words = (*arithmetic._NAMES, *arithmetic._THINGS, *arithmetic._PACKS)
+    words = (*arithmetic.NAMES, *arithmetic.THINGS, *arithmetic.PACKS)
     return re.sub("|".join(words), "_", question)
 
 
@@ -48,7 +48,7 @@ def test_problems_are_seeded_distinct_and_varied() -> None:
     assert problems[:100] != arithmetic_problems("train", 100, seed=2)
     assert len({one["question"] for one in problems}) == 3000
     text = " ".join(one["question"] for one in problems)
-    assert all(word in text for word in (*arithmetic._NAMES, *arithmetic._THINGS, *arithmetic._PACKS))
+    assert all(word in text for word in (*arithmetic.NAMES, *arithmetic.THINGS, *arithmetic.PACKS))
     kinds = {re.sub(r"\d+", "0", skeleton(one["question"])) for one in problems}
     assert len(kinds) == len(arithmetic._TEMPLATES)
 
