@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from hift_ds.blocks.partition import partition_model
     from hift_ds.blocks.schedule import BlockSchedule
     from hift_ds.config import ConfigError, HiFTConfig
-    from hift_ds.engine import HiFTEngine, initialize
+    from hift_ds.engine import HiFTEngine
+    from hift_ds.initialization import initialize
     from hift_ds.model.activations import checkpoint_activations
     from hift_ds.optim.mezo import MeZO
     from hift_ds.planner.command import plan_memory
@@ -38,7 +39,7 @@ _MODULES = {
     "HiFTEngine": "hift_ds.engine",
     "MeZO": "hift_ds.optim.mezo",
     "checkpoint_activations": "hift_ds.model.activations",
-    "initialize": "hift_ds.engine",
+    "initialize": "hift_ds.initialization",
     "partition_model": "hift_ds.blocks.partition",
     "plan_memory": "hift_ds.planner.command",
 }

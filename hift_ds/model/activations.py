@@ -45,8 +45,9 @@ def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints
     if not offload:
         return None
     from hift_ds.state import transfer as transfers
+    from hift_ds.state.host import HostMemory
 
-    checkpoints = HostCheckpoints(transfers.HostMemory(), transfers)
+    checkpoints = HostCheckpoints(HostMemory(), transfers)
     checkpoints.install(model)
     return checkpoints
 
@@ -59,7 +60,7 @@ class HostCheckpoints:
     own. The buffers are used again: there are as many as there ever were checkpoints at a time.
 
     Args:
-        host: allocates the buffers, as :class:`hift_ds.state.transfer.HostMemory`.
+        host: allocates the buffers, as :class:`hift_ds.state.host.HostMemory`.
         transfers: has ``Lane``, ``mark`` and ``wait``, as :mod:`hift_ds.state.transfer`.
 
     Attributes:

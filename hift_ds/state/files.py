@@ -1,8 +1,9 @@
-"""Between files and the device by DeepSpeed's asynchronous I/O, past the kernel's page cache.
+"""State between files and the device, by DeepSpeed's asynchronous I/O, which bypasses the kernel's page cache.
 
-Page-locked buffers of a fixed size stand between: reads run ahead of the copies to the device, and copies from it
-ahead of writes. DeepSpeed's handle does not tell whether what it was asked for succeeded (its ``wait`` counts failed
-operations like others), so everything that is written is summed up, and checked when it is next read.
+The data passes through page-locked buffers of a fixed size. Reads run ahead of the copies to the device, and copies
+from the device run ahead of writes. DeepSpeed's handle does not report whether an operation succeeded (``wait`` counts
+failed operations like others). So this module computes a checksum of everything it writes, and checks it at the next
+read.
 """
 
 import ctypes
@@ -26,10 +27,11 @@ from deepspeed.utils import logger
 
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
 
-# Direct I/O wants offsets, sizes and addresses to be multiples of the drive's logical block, which is no larger.
+# Direct I/O needs offsets, sizes and addresses that are multiples of the drive's logical block size, which is at most
+# this many bytes.
 PAGE = 4096
 
-# Where the config has no ``aio`` section: what one handle has in flight is a chunk.
+# Used if the config has no ``aio`` section. The requests that one handle has in flight make up one chunk.
 _DEFAULTS = {
     "block_size": 2**20,
     "queue_depth": AIO_CHUNK // 2**20,
@@ -43,18 +45,25 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @functools.cache
 def library() -> tuple[Any, str]:
-    """DeepSpeed's module, or None and the reason. It is compiled at the first use on a machine."""
+    """Return DeepSpeed's asynchronous I/O module and an empty string, or None and why it is not available.
+
+    DeepSpeed compiles the module at its first use on a machine.
+    """
     try:
         if not AsyncIOBuilder().is_compatible():
             return None, "libaio is not installed for development (Debian and Ubuntu: apt-get install libaio-dev)"
-        logger.info("loading DeepSpeed's asynchronous I/O; its first use on a machine compiles it, which takes minutes")
+        logger.info("loading DeepSpeed's asynchronous I/O; the first use on a machine compiles it, which takes minutes")
         return AsyncIOBuilder().load(verbose=False), ""
-    except Exception as error:  # whatever a compiler, a linker or DeepSpeed's own checks come up with
-        return None, f"it cannot be built or loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
+    except Exception as error:  # compilers, linkers and DeepSpeed's own checks raise many kinds
+        return None, f"it cannot be compiled or loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
-def direct_io(folder: str, settings: Mapping[str, Any] | None) -> "DirectIO | None":
-    """What serves the files of that folder; None where asynchronous I/O does not work, and that is logged."""
+def open_direct_io(folder: str, settings: Mapping[str, Any] | None) -> "DirectIO | None":
+    """Return a :class:`DirectIO` for the files of a folder. If asynchronous I/O does not work, log why and return None.
+
+    Args:
+        settings: DeepSpeed's ``aio`` section with all its keys; None: the defaults of this module.
+    """
     module, reason = library()
     settings = settings or _DEFAULTS
     nbytes = AIO_CHUNK * 2 * _channels(settings)
@@ -63,11 +72,11 @@ def direct_io(folder: str, settings: Mapping[str, Any] | None) -> "DirectIO | No
     elif module is not None:
         try:
             direct = DirectIO(module, settings)
-            direct.try_out(folder)
+            direct.check_folder(folder)
             return direct
         except OSError as error:
             reason = f"it does not work in hift.offload.nvme_path={folder!r}: {error.strerror}"
-    logger.warning(f"state goes through memory-mapped files, not through DeepSpeed's asynchronous I/O: {reason}")
+    logger.warning(f"state uses memory-mapped files instead of DeepSpeed's asynchronous I/O: {reason}")
     return None
 
 
@@ -76,7 +85,7 @@ def _channels(settings: Mapping[str, Any]) -> int:
 
 
 def _can_lock(nbytes: int) -> bool:
-    """DeepSpeed's own allocator ends the process where the system refuses."""
+    """Whether the system page-locks this many bytes. If it did not, DeepSpeed's allocator would end the process."""
     trial, system = torch.empty(nbytes, dtype=torch.uint8), ctypes.CDLL(None)
     refused = system.mlock(ctypes.c_void_p(trial.data_ptr()), ctypes.c_size_t(nbytes))
     system.munlock(ctypes.c_void_p(trial.data_ptr()), ctypes.c_size_t(nbytes))
@@ -84,15 +93,25 @@ def _can_lock(nbytes: int) -> bool:
 
 
 class Job:
-    """An event that a thread of ours has yet to record. What fails there is raised where one waits."""
+    """An event that an I/O thread records later. An error in that thread is raised in whoever waits for the event."""
 
     def __init__(self, future: "Future[Any]"):
         self._future = future
 
     def event(self) -> Any:
+        """Wait until the thread has issued its last copy; return the device event after it (None: already passed).
+
+        Raises:
+            OSError: reading or writing failed.
+        """
         return self._future.result()
 
     def synchronize(self) -> None:
+        """Let the host wait for the event.
+
+        Raises:
+            OSError: reading or writing failed.
+        """
         _synchronize(self.event())
 
 
@@ -102,7 +121,7 @@ def _synchronize(event: Any) -> None:
 
 
 class _Channel:
-    """A page-locked buffer, and the handle that moves one chunk between it and a file."""
+    """A page-locked buffer, and a handle that moves one chunk between this buffer and a file."""
 
     def __init__(self, module: Any, settings: Mapping[str, Any]):
         self._handle = module.aio_handle(
@@ -117,7 +136,7 @@ class _Channel:
             weakref.finalize(self, self._handle.free_cpu_locked_tensor, self.buffer)
         else:
             self.buffer = get_accelerator().pin_memory(torch.empty(AIO_CHUNK, dtype=torch.uint8))
-        self.free: Any = None  # the event after which the device does not read the buffer any more
+        self.free: Any = None  # event after which the device no longer reads the buffer
         self._pending = False
 
     def read(self, fd: int, offset: int, nbytes: int) -> None:
@@ -127,7 +146,7 @@ class _Channel:
         self._begin(self._handle.async_pwrite, fd, offset, nbytes)
 
     def _begin(self, operation: Callable[..., int], fd: int, offset: int, nbytes: int) -> None:
-        # The handle opens files by name, and ours have none.
+        # The handle opens files by name, and the files of `HostMemory` are unlinked.
         if operation(self.buffer[: _whole_pages(nbytes)], f"/proc/self/fd/{fd}", offset):
             raise OSError(errno.EIO, "DeepSpeed's asynchronous I/O refuses a file of hift.offload.nvme_path")
         self._pending = True
@@ -138,25 +157,28 @@ class _Channel:
             self._handle.wait()
 
 
-class _Part(NamedTuple):
-    """At most a chunk of a tensor: its bytes on the device, and where they are in a file."""
+class _Chunk(NamedTuple):
+    """At most ``AIO_CHUNK`` bytes of a tensor: on the device, and in a file."""
 
     device: torch.Tensor
     fd: int
-    offset: int
-    sums: list[int]  # of its tensor's parts, as they were last written; none: that was not by us
-    number: int
+    offset: int  # in the file, in bytes
+    sums: list[int]  # checksums of all chunks of its tensor at their last write; empty: written through the mapping
+    number: int  # index into `sums`
 
 
 class DirectIO:
-    """Reads and writes tensors that lie in files, each in one of its own, in two threads.
+    """Reads and writes tensors in files, one file per tensor, in one thread for each direction.
 
-    Of what the threads write nothing may be looked at through a mapping of the file, and nothing may be written
-    through one, until ``release``: the kernel keeps direct I/O and mappings coherent one after the other, and not
-    side by side.
+    After a tensor was passed to :meth:`write` or :meth:`read`, it must not be used through the file's mapping until
+    :meth:`release`: the kernel keeps direct I/O and mappings coherent only if they do not overlap in time.
+
+    Args:
+        module: DeepSpeed's asynchronous I/O module (see :func:`library`).
+        settings: DeepSpeed's ``aio`` section with all its keys.
 
     Attributes:
-        buffers: page-locked, made once; no more host memory is used, whatever the size of the state.
+        buffers: page-locked, allocated once. No other host memory is used, whatever the size of the state.
     """
 
     def __init__(self, module: Any, settings: Mapping[str, Any]):
@@ -164,18 +186,18 @@ class DirectIO:
         self._reading, self._writing = sides
         self.buffers = [channel.buffer for side in sides for channel in side]
         self._threads = [ThreadPoolExecutor(1, initializer=_use, initargs=(_device(),)) for _ in range(2)]
-        self._files: dict[int, int] = {}  # by the address of the mapping
-        # By the same address and the offset of a piece: its bytes and its chunks' sums, as they were last written.
+        self._files: dict[int, int] = {}  # address of the mapping -> file descriptor
+        # address of the mapping -> offset of a slice -> its bytes, and its chunks' checksums at their last write
         self._sums: dict[int, dict[int, tuple[int, list[int]]]] = {}
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:  # a file for each tensor stays open
+        if soft != hard:  # one file per tensor stays open
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
-    def try_out(self, folder: str) -> None:
-        """Write a page and read it back.
+    def check_folder(self, folder: str) -> None:
+        """Write one page to a file in the folder, and read it back.
 
         Raises:
-            OSError: this does not work there.
+            OSError: direct I/O does not work in this folder.
         """
         with tempfile.NamedTemporaryFile(prefix="hift-", dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, PAGE)
@@ -189,13 +211,18 @@ class DirectIO:
             target.read(fd, 0, PAGE)
             target.finish()
             if not torch.equal(target.buffer[:PAGE], source.buffer[:PAGE]):
-                raise OSError(errno.EIO, "what was written is not what is read")
+                raise OSError(errno.EIO, "data read back differs from data written")
         finally:
             os.close(fd)
 
-    def serve(self, mapped: torch.Tensor, path: str) -> None:
-        """From now on read and write that tensor, the mapping of that file, whose size is a multiple of ``PAGE``."""
-        # Slices must begin at a page, and they begin at multiples of 1,024 elements.
+    def add_file(self, mapped: torch.Tensor, path: str) -> None:
+        """Use direct I/O for a tensor from now on.
+
+        Args:
+            mapped: the memory-mapped contents of the file.
+            path: the file; its size is a multiple of ``PAGE``.
+        """
+        # Slices begin at multiples of 1,024 elements, and must begin at multiples of `PAGE` bytes.
         if mapped.element_size() % 4:
             return
         fd = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -203,20 +230,29 @@ class DirectIO:
         self._files[_address(mapped)] = fd
 
     def read(self, pairs: Sequence[Pair], lane: Any, *events: Any) -> Job:
-        """Fill device tensors with what is in the file: pairs (device, mapped), after the events."""
+        """Copy tensors from their files to the device.
+
+        Args:
+            pairs: (device, mapped): a tensor on the device, and the mapped tensor whose contents it gets.
+            lane: the :class:`~hift_ds.state.transfer.Lane` for copies to the device.
+            events: the copies begin after these.
+        """
         return Job(self._threads[0].submit(self._read, pairs, lane, events))
 
     def write(self, pairs: Sequence[Pair], lane: Any, *events: Any) -> Job:
-        """Write device tensors to the file: pairs (device, mapped), after the events."""
+        """Copy tensors from the device to their files; arguments as in :meth:`read`.
+
+        After :meth:`write`, pass the same slices of a tensor to :meth:`read` and :meth:`write` until :meth:`release`.
+        """
         return Job(self._threads[1].submit(self._write, pairs, lane, events))
 
     def release(self, buffers: Iterable[torch.Tensor]) -> None:
-        """From now on the tensors may be used through their mappings, until they are next read or written here.
+        """Allow the use of tensors through their mappings, until the next :meth:`read` or :meth:`write` of them.
 
-        Nothing may be under way.
+        All earlier reads and writes must be done.
 
         Raises:
-            OSError: they do not hold what was written.
+            OSError: a file does not hold what was written.
         """
         for buffer in buffers:
             flat = _bytes(buffer)
@@ -228,29 +264,30 @@ class DirectIO:
     def _read(self, pairs: Sequence[Pair], lane: Any, events: Sequence[Any]) -> Any:
         with lane.after(*events):
             pass
-        parts, others = self._parts(pairs, self._recorded)
+        chunks, others = self._chunks(pairs, self._recorded)
 
-        def begin(channel: _Channel, part: _Part) -> None:
+        def begin(channel: _Channel, chunk: _Chunk) -> None:
             _synchronize(channel.free)
-            if part.sums:
-                channel.read(part.fd, part.offset, part.device.numel())
+            if chunk.sums:
+                channel.read(chunk.fd, chunk.offset, chunk.device.numel())
                 return
-            # Last written through the mapping, so there is no sum to tell a failure by. The system itself does tell.
-            nbytes = _whole_pages(part.device.numel())
-            done = os.preadv(part.fd, [memoryview(channel.buffer.numpy())[:nbytes]], part.offset)
+            # Last written through the mapping, so there is no checksum that would show a failed read. The system call
+            # does report one.
+            nbytes = _whole_pages(chunk.device.numel())
+            done = os.preadv(chunk.fd, [memoryview(channel.buffer.numpy())[:nbytes]], chunk.offset)
             if done != nbytes:
                 raise OSError(errno.EIO, f"a file of hift.offload.nvme_path ends after {done} of {nbytes} bytes")
 
-        def end(channel: _Channel, part: _Part) -> None:
+        def end(channel: _Channel, chunk: _Chunk) -> None:
             channel.finish()
-            arrived = channel.buffer[: part.device.numel()]
-            if part.sums:
-                _check(arrived, part.sums[part.number])
+            arrived = channel.buffer[: chunk.device.numel()]
+            if chunk.sums:
+                _check(arrived, chunk.sums[chunk.number])
             with lane.after():
-                part.device.copy_(arrived, non_blocking=True)
+                chunk.device.copy_(arrived, non_blocking=True)
             channel.free = lane.mark()
 
-        _in_turns(self._reading, parts, begin, end)
+        _in_turns(self._reading, chunks, begin, end)
         with lane.after():
             for device, mapped in others:
                 device.copy_(mapped, non_blocking=True)
@@ -259,29 +296,29 @@ class DirectIO:
     def _write(self, pairs: Sequence[Pair], lane: Any, events: Sequence[Any]) -> Any:
         with lane.after(*events):
             pass
-        parts, others = self._parts(pairs, self._record)
+        chunks, others = self._chunks(pairs, self._record)
 
-        def begin(channel: _Channel, part: _Part) -> None:
-            leaving = channel.buffer[: part.device.numel()]
+        def begin(channel: _Channel, chunk: _Chunk) -> None:
+            leaving = channel.buffer[: chunk.device.numel()]
             with lane.after():
-                leaving.copy_(part.device, non_blocking=True)
+                leaving.copy_(chunk.device, non_blocking=True)
             _synchronize(lane.mark())
-            part.sums[part.number] = _sum(leaving)
-            channel.write(part.fd, part.offset, part.device.numel())
+            chunk.sums[chunk.number] = _sum(leaving)
+            channel.write(chunk.fd, chunk.offset, chunk.device.numel())
 
-        _in_turns(self._writing, parts, begin, lambda channel, _: channel.finish())
+        _in_turns(self._writing, chunks, begin, lambda channel, _: channel.finish())
         with lane.after():
             for device, mapped in others:
                 mapped.copy_(device, non_blocking=True)
         event = lane.mark()
-        _synchronize(event)  # nothing of the device's is still needed when this thread lets go of it
+        _synchronize(event)  # this thread must not free device tensors that copies still read
         return event
 
-    def _parts(
+    def _chunks(
         self, pairs: Sequence[Pair], sums_of: Callable[[torch.Tensor], list[int]]
-    ) -> tuple[list[_Part], list[Pair]]:
-        """What goes in chunks, and the pairs whose mappings are no files of ours."""
-        parts, others = [], []
+    ) -> tuple[list[_Chunk], list[Pair]]:
+        """Return the chunks of the tensors with direct I/O, and the pairs of the other tensors."""
+        chunks, others = [], []
         for device, mapped in pairs:
             fd = self._files.get(_address(mapped))
             if fd is None:
@@ -289,9 +326,9 @@ class DirectIO:
                 continue
             offset, sums = _offset(mapped), sums_of(mapped)
             assert offset % PAGE == 0
-            for number, chunk in enumerate(_bytes(device).split(AIO_CHUNK)):
-                parts.append(_Part(chunk, fd, offset + number * AIO_CHUNK, sums, number))
-        return parts, others
+            for number, values in enumerate(_bytes(device).split(AIO_CHUNK)):
+                chunks.append(_Chunk(values, fd, offset + number * AIO_CHUNK, sums, number))
+        return chunks, others
 
     def _recorded(self, mapped: torch.Tensor) -> list[int]:
         return self._sums.get(_address(mapped), {}).get(_offset(mapped), (0, []))[1]
@@ -304,22 +341,22 @@ class DirectIO:
 
 def _in_turns(
     channels: Sequence[_Channel],
-    parts: Sequence[_Part],
-    begin: Callable[[_Channel, _Part], None],
-    end: Callable[[_Channel, _Part], None],
+    chunks: Sequence[_Chunk],
+    begin: Callable[[_Channel, _Chunk], None],
+    end: Callable[[_Channel, _Chunk], None],
 ) -> None:
-    """Begin one part after the other, as many at a time as there are channels, and end each in order."""
-    under_way: deque[tuple[_Channel, _Part]] = deque()
+    """Begin and end the chunks in order, with as many in flight as there are channels."""
+    in_flight: deque[tuple[_Channel, _Chunk]] = deque()
     try:
-        for channel, part in zip(itertools.cycle(channels), parts, strict=False):
-            if len(under_way) == len(channels):
-                end(*under_way.popleft())
-            begin(channel, part)
-            under_way.append((channel, part))
-        while under_way:
-            end(*under_way.popleft())
+        for channel, chunk in zip(itertools.cycle(channels), chunks, strict=False):
+            if len(in_flight) == len(channels):
+                end(*in_flight.popleft())
+            begin(channel, chunk)
+            in_flight.append((channel, chunk))
+        while in_flight:
+            end(*in_flight.popleft())
     finally:
-        for channel in channels:  # a handle must not go, nor be used again, with something pending
+        for channel in channels:  # a handle must not be freed or reused while an operation is pending
             channel.finish()
 
 
@@ -340,7 +377,7 @@ def _offset(mapped: torch.Tensor) -> int:
 
 
 def _sum(values: torch.Tensor) -> int:
-    """Of bytes, by eight."""
+    """Return a checksum of bytes: the sum of their 64-bit words."""
     eights = values.numel() // 8 * 8
     return int(values[:eights].view(torch.int64).sum().item()) + int(values[eights:].sum().item())
 
@@ -349,8 +386,9 @@ def _check(values: torch.Tensor, expected: int) -> None:
     if _sum(values) != expected:
         raise OSError(
             errno.EIO,
-            "masters and optimizer state read from hift.offload.nvme_path are not what was written: a read or a write "
-            "failed, or the file was changed. Check the drive (dmesg), and resume from the last checkpoint",
+            "fp32 masters or optimizer state read from hift.offload.nvme_path are not what was written: a read or a "
+            "write failed, or another program changed the file. Check the drive (dmesg), and resume from the last "
+            "checkpoint",
         )
 
 

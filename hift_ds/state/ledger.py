@@ -1,4 +1,4 @@
-"""The ledger: what a run keeps in memory, counted from the live tensors."""
+"""The memory ledger: bytes that a run keeps, by place and category, counted from the live tensors."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.state.transfer import HostMemory
+from hift_ds.state.host import HostMemory
 
 PLACES = ("device", "host", "nvme")
 CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_state", "buffers")
@@ -15,7 +15,13 @@ Ledger = dict[str, dict[str, int]]
 
 
 class Held(NamedTuple):
-    """A tensor that somebody keeps. ``on_host``: DeepSpeed holds it there, which a CPU accelerator does not show."""
+    """A tensor that a run keeps.
+
+    Attributes:
+        category: one of ``CATEGORIES``.
+        tensor: None counts nothing.
+        on_host: DeepSpeed keeps it in host memory. With the CPU accelerator, the tensor's device does not show this.
+    """
 
     category: str
     tensor: torch.Tensor | None
@@ -23,7 +29,14 @@ class Held(NamedTuple):
 
 
 def count(held: Iterable[Held], host: HostMemory | None) -> Ledger:
-    """Bytes by place and category. A storage that several tensors share counts once, for the first of them."""
+    """Return the bytes of the tensors by place and category.
+
+    A storage that several tensors share counts once, in the category of the first.
+
+    Args:
+        held: the tensors.
+        host: the allocator of the buffers; None: there are none.
+    """
     ledger = {place: dict.fromkeys(CATEGORIES, 0) for place in PLACES}
     of_ours = {buffer.data_ptr() for buffer in host.buffers} if host else set()
     place_of_ours = "nvme" if host and host.folder else "host"
@@ -48,5 +61,5 @@ def count(held: Iterable[Held], host: HostMemory | None) -> Ledger:
 
 
 def device_total(ledger: Ledger) -> int:
-    """Bytes on the device, over all categories."""
+    """Return the bytes on the device, over all categories."""
     return sum(ledger["device"].values())

@@ -1,8 +1,8 @@
-"""The step of one block whose masters and optimizer state live off the device.
+"""The optimizer step of one block whose fp32 masters and optimizer state live off the device.
 
-They come to the device in slices, are stepped there by the torch optimizer that was configured, and go back. With one
-slice that holds all, this is the paper's step: the whole block's state on the device. With small ones the device never
-holds even one block's state. An element-wise optimizer does not see the difference, so the result is the same bits.
+They come to the device in chunks. The configured torch optimizer steps each chunk there, and the chunk goes back. With
+one chunk that holds everything, this is the paper's step: the whole block's state is on the device (section 3.1). With
+small chunks the device never holds even one block's state. For an element-wise optimizer both give the same bits.
 """
 
 from collections import defaultdict
@@ -13,47 +13,51 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from hift_ds.optim.properties import has_elements
-from hift_ds.state.transfer import HostMemory, Slot, Staging, wait
+from hift_ds.state.host import HostMemory
+from hift_ds.state.transfer import Slot, Staging, wait
 
-# Slices of one tensor begin at multiples of this many elements, so that vectorized kernels cut them all alike.
-_GRAIN = 1024
-# What a piece takes in a staging area beyond its elements, at most: alignment of its tensors.
-_GAP = 128
+# A tensor is cut into slices at multiples of this many elements, so that vectorized kernels treat all of them alike.
+_SLICE_ALIGNMENT = 1024
+# Elements by which the alignment of tensors in a slot can enlarge a slice, at most.
+_SLICE_OVERHEAD = 128
 
 
-class Piece(NamedTuple):
-    """Elements ``start`` to ``stop`` of the ``number``-th tensor that the optimizer steps; ``whole``: all of it."""
+class Slice(NamedTuple):
+    """Elements ``start`` to ``stop`` of the ``index``-th master; ``whole``: these are all of its elements."""
 
-    number: int
+    index: int
     start: int
     stop: int
     whole: bool
 
 
-class Stepped(Protocol):
-    """What a block's optimizer tells about the tensors that it steps, in order."""
+class SteppedOptimizer(Protocol):
+    """What :class:`BlockState` needs to know of a block's optimizer."""
 
-    optimizer: Any
+    optimizer: Any  # the torch optimizer, whose parameters are the masters
 
-    def stepped(self) -> list[tuple[torch.Tensor, int]]:
-        """Each tensor (fp32 master, or fp32 weights that are their own) and the parameter group it is in."""
+    def masters(self) -> list[tuple[torch.Tensor, int]]:
+        """Return each fp32 master with the index of its parameter group, in order.
+
+        fp32 weights without masters of their own count as masters.
+        """
         ...
 
-    def gradient(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
-        """The fp32 gradient of a piece on the device, with that shape, unscaled and clipped."""
+    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
+        """Return the fp32 gradient of a slice, on the device, in this shape, unscaled and clipped."""
         ...
 
     def weights(self, index: int) -> torch.Tensor | None:
-        """The weights on the device that a master is the fp32 copy of; None where the tensor is the weights."""
+        """Return the weights on the device that belong to a master; None: the master is the weights."""
         ...
 
-    def origin(self) -> int:
-        """Which element of its only parameter the first tensor begins with. Asked for where a parameter is cut."""
+    def first_element(self) -> int:
+        """Return the index of the first master's first element in the only parameter; called if it is cut by rows."""
         ...
 
 
-class _Staged(NamedTuple):
-    """A slice on the device: for each of its pieces the master (None: it never left) and the state by name."""
+class _StagedChunk(NamedTuple):
+    """A chunk on the device: for each slice its master (None: it never left the device) and its state by name."""
 
     slot: Slot
     masters: list[torch.Tensor | None]
@@ -62,19 +66,21 @@ class _Staged(NamedTuple):
 
 
 @dataclass
-class _Part:
-    """What is stepped at a time: all of the block's optimizer, or some rows of its only parameter.
+class _BlockPlan:
+    """How one block is stepped.
+
+    The last three attributes matter only if several blocks share a parameter that is cut by rows. ``optimizer.state``
+    then holds the counts of the block that was stepped last.
 
     Attributes:
-        slices: in which it comes to the device.
-        written: for each slice, the event after which it is in host memory again.
-        counts: of a part of several, by tensor: the state that is no tensor of elements (a step count). It is the
-            part's own, while ``optimizer.state`` has that of the part that was stepped last.
-        settings: of a part of several, by parameter group: what the optimizer itself counts there.
-        is_new: the optimizer has made no state for it so far.
+        chunks: the slices that are on the device at a time.
+        written: for each chunk, the event after which it is in host memory again.
+        counts: for each master, the state without elements (such as a step count).
+        settings: for each parameter group, what the optimizer itself counts there.
+        is_new: the optimizer has not made state for this block yet.
     """
 
-    slices: list[list[Piece]]
+    chunks: list[list[Slice]]
     written: list[Any]
     counts: list[dict[str, Any]] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)
@@ -82,326 +88,346 @@ class _Part:
 
 
 class BlockState:
-    """Masters and optimizer state of one block, in host memory but for the time of a step.
+    """fp32 masters and optimizer state of one block's optimizer, in host memory except during a step.
 
-    Where a parameter is cut by rows, this is the state of the whole parameter, and each block that trains some of its
-    rows is a *part*: stepped by itself, with a step count of its own.
+    If a parameter is cut by rows, this is the state of the whole parameter. The blocks that train slices of it share
+    this state, but each has its own step count: :meth:`select` chooses the block to step.
 
-    ``optimizer.state`` and the masters' ``data`` are the host buffers, and stay so; what is on the device are copies.
+    The tensors in ``optimizer.state`` and the masters' ``data`` are the host buffers. The device only holds copies.
 
     Args:
         owner: the block's optimizer.
-        host: where the state lives.
-        staging: where it stands during a step.
-        bytes_per_element: of state and master; how many elements a slice holds follows from it.
-        parts: first and last (exclusive) element of each part of the only parameter; empty: it is not cut.
+        host: allocates the buffers.
+        staging: holds the state on the device during a step.
+        bytes_per_element: bytes of master and state of one element. With the size of a slot this gives the number of
+            elements in a chunk.
+        slices: for each block that shares the only parameter, the first and last (exclusive) element that it trains;
+            empty: one block trains everything.
 
     Attributes:
-        under_way: during a step, the slice on the device: its masters, state and fp32 gradients by category.
-        watch: called once in each step, when its first slice, which none exceeds, is on the device.
+        staged: while ``on_first_chunk`` runs: category and tensor of the masters, state and fp32 gradients of the
+            first chunk on the device.
+        on_first_chunk: called once in each step, when the first chunk, which is the largest, is on the device.
     """
 
     def __init__(
         self,
-        owner: Stepped,
+        owner: SteppedOptimizer,
         host: HostMemory,
         staging: Staging,
         bytes_per_element: int,
-        parts: Sequence[tuple[int, int]] = (),
+        slices: Sequence[tuple[int, int]] = (),
     ):
         self._owner = owner
         self._host = host
         self._staging = staging
-        self._tensors = [tensor for tensor, _ in owner.stepped()]
-        self._groups = [group for _, group in owner.stepped()]
-        self._off_device = [owner.weights(index) is not None for index in range(len(self._tensors))]
+        self._masters = [master for master, _ in owner.masters()]
+        self._groups = [group for _, group in owner.masters()]
+        self._off_device = [owner.weights(index) is not None for index in range(len(self._masters))]
         limit = None
         if staging.slot_bytes is not None and bytes_per_element:
             limit = staging.slot_bytes // bytes_per_element
-        self._parts = [self._part(pieces, limit) for pieces in self._divided(parts)]
-        self._active = self._parts[0]
+        self._plans = [self._plan(owned, limit) for owned in self._slices_of_blocks(slices)]
+        self._active = self._plans[0]
         self._buffers: dict[tuple[int, str | None], torch.Tensor] = {}
-        self._staged: dict[int, _Staged] = {}
-        self.under_way: list[tuple[str, torch.Tensor]] = []
-        self.watch: Callable[[], None] | None = None
+        self._fetched: dict[int, _StagedChunk] = {}
+        self.staged: list[tuple[str, torch.Tensor]] = []
+        self.on_first_chunk: Callable[[], None] | None = None
         self.to_host()
 
-    def _divided(self, parts: Sequence[tuple[int, int]]) -> list[list[Piece]]:
-        """For each part what it has of each tensor."""
-        whole = [Piece(index, 0, tensor.numel(), True) for index, tensor in enumerate(self._tensors)]
-        if not parts:
+    def _slices_of_blocks(self, slices: Sequence[tuple[int, int]]) -> list[list[Slice]]:
+        """Return for each block the slices of the masters that it trains on this rank."""
+        whole = [Slice(index, 0, master.numel(), True) for index, master in enumerate(self._masters)]
+        if not slices:
             return [whole]
         ((_, _, size, _),) = whole
-        origin = self._owner.origin()
-        divided = []
-        for start, stop in parts:
-            low, high = (min(max(end - origin, 0), size) for end in (start, stop))
-            divided.append([Piece(0, low, high, high - low == size)] if low < high else [])
-        return divided
+        first = self._owner.first_element()
+        owned = []
+        for start, stop in slices:
+            low, high = (min(max(end - first, 0), size) for end in (start, stop))
+            owned.append([Slice(0, low, high, high - low == size)] if low < high else [])
+        return owned
 
-    def _part(self, pieces: list[Piece], limit: int | None) -> _Part:
-        slices = _slices(pieces, limit)
+    def _plan(self, slices: list[Slice], limit: int | None) -> _BlockPlan:
+        chunks = _chunks(slices, limit)
         state = self._owner.optimizer.state
-        counts = [_without_elements(state.get(tensor, {})) for tensor in self._tensors]
+        counts = [_without_elements(state.get(master, {})) for master in self._masters]
         settings: list[dict[str, Any]] = [{} for _ in self._owner.optimizer.param_groups]
-        return _Part(slices, [None] * len(slices), counts, settings, is_new=not any(map(state.get, self._tensors)))
+        is_new = not any(map(state.get, self._masters))
+        return _BlockPlan(chunks, [None] * len(chunks), counts, settings, is_new)
 
     @property
-    def _is_cut(self) -> bool:
-        return len(self._parts) > 1
+    def _is_shared(self) -> bool:
+        """Whether several blocks share the only parameter, which is cut by rows."""
+        return len(self._plans) > 1
 
-    def select(self, part: int) -> None:
-        """Make a part the one that is stepped next; nothing of another one may be fetched."""
-        self._active = self._parts[part]
+    def select(self, block: int) -> None:
+        """Choose the block that is stepped next, by its index in ``slices``. Nothing may be fetched for another."""
+        self._active = self._plans[block]
 
-    def counts(self) -> list[dict[str, Any]]:
-        """What a checkpoint has to hold of the parts of a cut parameter, beside the optimizer's state."""
-        return [{"counts": p.counts, "settings": p.settings, "is_new": p.is_new} for p in self._parts]
+    def step_counts(self) -> list[dict[str, Any]]:
+        """Return each block's counts, for a checkpoint to hold in addition to the optimizer's state."""
+        return [{"counts": plan.counts, "settings": plan.settings, "is_new": plan.is_new} for plan in self._plans]
 
-    def load_counts(self, saved: list[dict[str, Any]]) -> None:
-        """Take over what ``counts`` gave."""
-        for part, entry in zip(self._parts, saved, strict=True):
-            part.counts, part.settings, part.is_new = entry["counts"], entry["settings"], entry["is_new"]
+    def load_step_counts(self, saved: list[dict[str, Any]]) -> None:
+        """Restore what :meth:`step_counts` returned."""
+        for plan, entry in zip(self._plans, saved, strict=True):
+            plan.counts, plan.settings, plan.is_new = entry["counts"], entry["settings"], entry["is_new"]
 
     def to_host(self) -> None:
-        """Take masters and state off the device, into the buffers that they had before if they had any."""
-        for index, tensor in enumerate(self._tensors):
+        """Move masters and state off the device, into their earlier buffers if they have any."""
+        for index, master in enumerate(self._masters):
             if self._off_device[index]:
-                tensor.data = self._kept(index, None, tensor.data)
-            state = self._owner.optimizer.state.get(tensor, {})
+                master.data = self._in_buffer(index, None, master.data)
+            state = self._owner.optimizer.state.get(master, {})
             for name, value in state.items():
                 if has_elements(value):
-                    state[name] = self._kept(index, name, value)
+                    state[name] = self._in_buffer(index, name, value)
 
-    def _kept(self, index: int, name: str | None, value: torch.Tensor) -> torch.Tensor:
+    def _in_buffer(self, index: int, name: str | None, value: torch.Tensor) -> torch.Tensor:
+        """Return the host buffer of a master (name None) or of a state tensor, with this value."""
         buffer = self._buffers.get((index, name))
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self._buffers[index, name] = self._host.empty(value, direct=not self._is_cut)
+            buffer = self._buffers[index, name] = self._host.empty(value, direct=not self._is_shared)
         if buffer.data_ptr() != value.data_ptr():
             buffer.copy_(value)
         return buffer
 
     def prefetch(self) -> None:
-        """Begin to bring the first slices to the device."""
-        known = self._known()
+        """Start to copy the first chunks to the device, one into each slot."""
+        known = self._known_state()
         for number in range(len(self._staging.slots)):
             self._fetch(number, known)
 
     def settle(self) -> None:
-        """Wait until all is in host memory, and forget what was fetched: it may be read and changed there."""
-        self.forget()
-        for part in self._parts:
-            for event in part.written:
+        """Wait until all state is in host memory, and discard prefetched chunks. It can then be read and changed."""
+        self.discard_prefetched()
+        for plan in self._plans:
+            for event in plan.written:
                 if event is not None:
                     event.synchronize()
         if self._host.direct is not None:
             self._host.direct.release(self._buffers.values())
 
-    def forget(self) -> None:
-        """Drop what was fetched and not stepped."""
-        for staged in self._staged.values():
-            wait(staged.ready)
-            self._staging.drain(staged.slot, [])
-        self._staged.clear()
+    def discard_prefetched(self) -> None:
+        """Discard chunks that were fetched and not stepped."""
+        for chunk in self._fetched.values():
+            wait(chunk.ready)
+            self._staging.drain(chunk.slot, [])
+        self._fetched.clear()
 
-    def _known(self) -> list[dict[str, Any]]:
-        """The state of each tensor before the step; empty before the first."""
-        state, part = self._owner.optimizer.state, self._active
-        if not self._is_cut:
-            return [dict(state.get(tensor, {})) for tensor in self._tensors]
-        if part.is_new:
-            return [{} for _ in self._tensors]
-        of_all = [{name: v for name, v in state.get(t, {}).items() if has_elements(v)} for t in self._tensors]
-        return [{**elements, **counts} for elements, counts in zip(of_all, part.counts, strict=True)]
+    def _known_state(self) -> list[dict[str, Any]]:
+        """Return the state of each master before the step; empty dicts before the block's first step."""
+        state, plan = self._owner.optimizer.state, self._active
+        if not self._is_shared:
+            return [dict(state.get(master, {})) for master in self._masters]
+        if plan.is_new:
+            return [{} for _ in self._masters]
+        of_all = [{name: v for name, v in state.get(m, {}).items() if has_elements(v)} for m in self._masters]
+        return [{**elements, **counts} for elements, counts in zip(of_all, plan.counts, strict=True)]
 
     def _fetch(self, number: int, known: list[dict[str, Any]]) -> None:
-        part = self._active
-        if number in self._staged or number >= len(part.slices):
+        """Start to copy a chunk to the device, unless it was fetched already or does not exist."""
+        plan = self._active
+        if number in self._fetched or number >= len(plan.chunks):
             return
         sources: list[torch.Tensor] = []
         places: list[tuple[int, str | None]] = []
-        for position, piece in enumerate(part.slices[number]):
-            tensor = self._tensors[piece.number]
-            if self._off_device[piece.number]:
-                sources.append(_cut(tensor.data, piece))
+        for position, cut in enumerate(plan.chunks[number]):
+            if self._off_device[cut.index]:
+                sources.append(_view(self._masters[cut.index].data, cut))
                 places.append((position, None))
-            for name, value in known[piece.number].items():
+            for name, value in known[cut.index].items():
                 if has_elements(value):
-                    sources.append(_cut(value, piece))
+                    sources.append(_view(value, cut))
                     places.append((position, name))
         slot = self._staging.slots[number % len(self._staging.slots)]
-        copies, ready = self._staging.fill(slot, sources, part.written[number])
-        masters: list[torch.Tensor | None] = [None] * len(part.slices[number])
-        states: list[dict[str, torch.Tensor]] = [{} for _ in part.slices[number]]
+        copies, ready = self._staging.fill(slot, sources, plan.written[number])
+        masters: list[torch.Tensor | None] = [None] * len(plan.chunks[number])
+        states: list[dict[str, torch.Tensor]] = [{} for _ in plan.chunks[number]]
         for (position, key), copy in zip(places, copies, strict=True):
             if key is None:
                 masters[position] = copy
             else:
                 states[position][key] = copy
-        self._staged[number] = _Staged(slot, masters, states, ready)
+        self._fetched[number] = _StagedChunk(slot, masters, states, ready)
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Step the block; True where this made state that was not there before."""
-        optimizer, part = self._owner.optimizer, self._active
-        if not part.slices:  # all of it is on other ranks
+        """Step the selected block.
+
+        Returns:
+            Whether the optimizer made new state, which it does in a block's first step.
+
+        Raises:
+            OSError: state in files could not be read or written.
+        """
+        optimizer, plan = self._owner.optimizer, self._active
+        if not plan.chunks:  # other ranks hold all of it
             return False
         groups, state = optimizer.param_groups, optimizer.state
-        known = self._known()
-        if self._is_cut:
-            self._take_up(part)
+        known = self._known_state()
+        if self._is_shared:
+            self._load_counts_into_optimizer(plan)
         before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         is_new = False
         try:
-            for number in range(len(part.slices)):
+            for number in range(len(plan.chunks)):
                 for ahead in range(len(self._staging.slots)):
                     self._fetch(number + ahead, known)
-                staged = self._staged.pop(number)
-                wait(staged.ready)
-                pairs, made, has_fresh = self._step_slice(number, staged, known, before, groups, state)
-                is_new |= made
-                written = part.written[number] = self._staging.drain(staged.slot, pairs)
-                if has_fresh and written is not None:
-                    written.synchronize()  # fresh state is in no slot: it must not pile up on the device
-                del staged, pairs
+                chunk = self._fetched.pop(number)
+                wait(chunk.ready)
+                pairs, is_host_new, is_device_new = self._step_chunk(number, chunk, known, before, groups, state)
+                is_new |= is_host_new
+                written = plan.written[number] = self._staging.drain(chunk.slot, pairs)
+                if is_device_new and written is not None:
+                    written.synchronize()  # new state is in no slot, and must not pile up on the device
+                del chunk, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state
-        if self._is_cut:
-            part.is_new = False
-            part.counts = [_without_elements(state.get(tensor, {})) for tensor in self._tensors]
-            for group, earlier, settings in zip(groups, before, part.settings, strict=True):
+        if self._is_shared:
+            plan.is_new = False
+            plan.counts = [_without_elements(state.get(master, {})) for master in self._masters]
+            for group, earlier, settings in zip(groups, before, plan.settings, strict=True):
                 settings.update({k: v for k, v in group.items() if k != "params" and earlier.get(k) is not v})
         return is_new
 
-    def _take_up(self, part: _Part) -> None:
-        """Put the counts of a part where its optimizer looks for them, in place of those of the part before."""
+    def _load_counts_into_optimizer(self, plan: _BlockPlan) -> None:
+        """Load this block's counts into ``optimizer.state`` and the parameter groups, in place of another block's."""
         optimizer = self._owner.optimizer
-        for tensor, counts in zip(self._tensors, part.counts, strict=True):
-            if tensor in optimizer.state:
-                elements = {name: value for name, value in optimizer.state[tensor].items() if has_elements(value)}
-                optimizer.state[tensor] = {**elements, **counts}
-        counted = {key for other in self._parts for settings in other.settings for key in settings}
-        for group, settings in zip(optimizer.param_groups, part.settings, strict=True):
+        for master, counts in zip(self._masters, plan.counts, strict=True):
+            if master in optimizer.state:
+                elements = {name: value for name, value in optimizer.state[master].items() if has_elements(value)}
+                optimizer.state[master] = {**elements, **counts}
+        counted = {key for other in self._plans for settings in other.settings for key in settings}
+        for group, settings in zip(optimizer.param_groups, plan.settings, strict=True):
             for key in counted:
                 group.pop(key, None)
             group.update(settings)
 
-    def _step_slice(
+    def _step_chunk(
         self,
         number: int,
-        staged: _Staged,
+        chunk: _StagedChunk,
         known: list[dict[str, Any]],
         before: list[dict[str, Any]],
         groups: list[dict[str, Any]],
         state: Any,
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool, bool]:
-        """Step what is on the device; returns what ``_results`` does. A gradient of it does not outlive the call.
+        """Step one chunk on the device; return what :meth:`_store_results` returns. Its gradients are freed here.
 
-        Every slice starts from the counts and settings ``known`` and ``before`` the step, so that none counts twice.
+        Each chunk starts from the counts (``known``) and the settings (``before``) before the step, so that one step
+        counts once.
         """
-        optimizer, pieces = self._owner.optimizer, self._active.slices[number]
-        stand_ins = self._stand_ins(pieces, staged)
-        if number == 0 and self.watch is not None:
-            self.under_way = _by_category(staged, stand_ins)
-            self.watch()
-            self.under_way = []
+        optimizer, slices = self._owner.optimizer, self._active.chunks[number]
+        parameters = self._chunk_parameters(slices, chunk)
+        if number == 0 and self.on_first_chunk is not None:
+            self.staged = _by_category(chunk, parameters)
+            self.on_first_chunk()
+            self.staged = []
         by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for piece, stand_in in zip(pieces, stand_ins, strict=True):
-            by_group[self._groups[piece.number]].append(stand_in)
+        for cut, parameter in zip(slices, parameters, strict=True):
+            by_group[self._groups[cut.index]].append(parameter)
         optimizer.state = defaultdict(dict)
-        for stand_in, values, piece in zip(stand_ins, staged.states, pieces, strict=True):
-            for name, value in known[piece.number].items():
-                optimizer.state[stand_in][name] = values[name] if name in values else _copied(value)
+        for parameter, values, cut in zip(parameters, chunk.states, slices, strict=True):
+            for name, value in known[cut.index].items():
+                optimizer.state[parameter][name] = values[name] if name in values else _copied(value)
         optimizer.param_groups = [{**before[g], "params": members} for g, members in by_group.items()]
         optimizer.step()
         for g, after in zip(by_group, optimizer.param_groups, strict=True):
             groups[g].update({key: value for key, value in after.items() if key != "params"})
-        results = self._results(pieces, stand_ins, optimizer.state, state, known)
+        results = self._store_results(slices, parameters, optimizer.state, state, known)
         optimizer.param_groups, optimizer.state = groups, state
         return results
 
-    def _stand_ins(self, pieces: list[Piece], staged: _Staged) -> list[torch.nn.Parameter]:
-        """For each piece a parameter on the device, with its gradient."""
-        stand_ins = []
-        for piece, master in zip(pieces, staged.masters, strict=True):
-            values = master if master is not None else _cut(self._tensors[piece.number].data, piece)
-            stand_in = torch.nn.Parameter(values)
-            stand_in.grad = self._owner.gradient(piece, values.shape)
-            stand_ins.append(stand_in)
-        return stand_ins
+    def _chunk_parameters(self, slices: list[Slice], chunk: _StagedChunk) -> list[torch.nn.Parameter]:
+        """Return for each slice a parameter on the device, with its gradient."""
+        parameters = []
+        for cut, master in zip(slices, chunk.masters, strict=True):
+            values = master if master is not None else _view(self._masters[cut.index].data, cut)
+            parameter = torch.nn.Parameter(values)
+            parameter.grad = self._owner.gradient(cut, values.shape)
+            parameters.append(parameter)
+        return parameters
 
-    def _results(
+    def _store_results(
         self,
-        pieces: list[Piece],
-        stand_ins: list[torch.nn.Parameter],
+        slices: list[Slice],
+        parameters: list[torch.nn.Parameter],
         stepped: Any,
         state: Any,
         known: list[dict[str, Any]],
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool, bool]:
-        """Update weights and counts.
+        """Update the weights and the counts after a chunk's step.
+
+        Args:
+            slices, parameters: the chunk.
+            stepped: the optimizer's state of ``parameters``.
+            state: the optimizer's state of the masters, which receives the counts and the buffers of new state.
+            known: the state of the masters before the step.
 
         Returns:
-            The pairs (host, device) to be written back, whether host buffers for new state were made, and whether some
-            state on the device was not ``known`` before the step and so lies outside of the staging area.
+            Pairs (host, device) of tensors to copy back, whether any host tensor is new, and whether any device tensor
+            is new and therefore lies outside of the slot.
         """
-        pairs, is_new, has_fresh = [], False, False
-        for piece, stand_in in zip(pieces, stand_ins, strict=True):
-            tensor = self._tensors[piece.number]
-            weights = self._owner.weights(piece.number)
+        pairs, is_host_new, is_device_new = [], False, False
+        for cut, parameter in zip(slices, parameters, strict=True):
+            master = self._masters[cut.index]
+            weights = self._owner.weights(cut.index)
             if weights is not None:
-                _cut(weights.data, piece).copy_(stand_in.data)
-                pairs.append((_cut(tensor.data, piece), stand_in.data))
-            for name, value in stepped[stand_in].items():
+                _view(weights.data, cut).copy_(parameter.data)
+                pairs.append((_view(master.data, cut), parameter.data))
+            for name, value in stepped[parameter].items():
                 if not has_elements(value):
-                    # DeepSpeed's fused optimizers count in one tensor of a call only; no count ever goes down.
-                    earlier = state[tensor].get(name)
+                    # DeepSpeed's fused optimizers count in only one of the tensors of a call. No count ever decreases.
+                    earlier = state[master].get(name)
                     is_less = isinstance(value, int) and isinstance(earlier, int) and value < earlier
-                    state[tensor][name] = earlier if is_less else value
+                    state[master][name] = earlier if is_less else value
                     continue
-                has_fresh |= name not in known[piece.number]
-                if name not in state[tensor]:
-                    is_new = True
-                    shape = value.shape if piece.whole else tensor.shape
+                is_device_new |= name not in known[cut.index]
+                if name not in state[master]:
+                    is_host_new = True
+                    shape = value.shape if cut.whole else master.shape
                     like = torch.empty(shape, dtype=value.dtype, device="meta")
-                    buffer = self._host.empty(like, direct=not self._is_cut)
-                    state[tensor][name] = self._buffers[piece.number, name] = buffer
-                    if self._is_cut:  # the rows of other parts are not written yet
-                        state[tensor][name].zero_()
-                pairs.append((_cut(state[tensor][name], piece), value))
-        return pairs, is_new, has_fresh
+                    buffer = self._host.empty(like, direct=not self._is_shared)
+                    state[master][name] = self._buffers[cut.index, name] = buffer
+                    if self._is_shared:  # the rows of other blocks are not written yet
+                        state[master][name].zero_()
+                pairs.append((_view(state[master][name], cut), value))
+        return pairs, is_host_new, is_device_new
 
 
-def _by_category(staged: _Staged, stand_ins: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
-    """What a slice has on the device, for the ledger."""
-    found = [("master_weights", master) for master in staged.masters if master is not None]
-    found += [("optimizer_state", value) for state in staged.states for value in state.values()]
-    return found + [("gradients", stand_in.grad) for stand_in in stand_ins if stand_in.grad is not None]
+def _by_category(chunk: _StagedChunk, parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
+    """Return category and tensor of everything that a chunk has on the device, for the ledger."""
+    found = [("master_weights", master) for master in chunk.masters if master is not None]
+    found += [("optimizer_state", value) for state in chunk.states for value in state.values()]
+    return found + [("gradients", parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
-def _slices(pieces: list[Piece], limit: int | None) -> list[list[Piece]]:
-    """Cut pieces of tensors into slices of at most ``limit`` elements; None: all in one."""
-    if limit is None or not pieces:
-        return [pieces] if pieces else []
-    slices: list[list[Piece]] = [[]]
-    room = limit - _GAP
-    for index, start, stop, whole in pieces:
+def _chunks(slices: list[Slice], limit: int | None) -> list[list[Slice]]:
+    """Distribute slices over chunks of at most ``limit`` elements, and cut slices as needed; None: one chunk."""
+    if limit is None or not slices:
+        return [slices] if slices else []
+    chunks: list[list[Slice]] = [[]]
+    room = limit - _SLICE_OVERHEAD
+    for index, start, stop, whole in slices:
         size = stop - start
         while start < stop:
-            taken = stop - start if stop - start <= room else max(room, 0) // _GRAIN * _GRAIN
+            taken = stop - start if stop - start <= room else max(room, 0) // _SLICE_ALIGNMENT * _SLICE_ALIGNMENT
             if taken:
-                slices[-1].append(Piece(index, start, start + taken, whole and taken == size))
+                chunks[-1].append(Slice(index, start, start + taken, whole and taken == size))
                 start += taken
-                room -= taken + _GAP
+                room -= taken + _SLICE_OVERHEAD
             else:
-                assert slices[-1], f"a slice of {limit} elements is too small"
-                slices.append([])
-                room = limit - _GAP
-    return slices
+                assert chunks[-1], f"a chunk of {limit} elements is too small"
+                chunks.append([])
+                room = limit - _SLICE_OVERHEAD
+    return chunks
 
 
-def _cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The piece of a tensor: the tensor itself with its shape if it is whole, else flat."""
-    return tensor if piece.whole else tensor.view(-1)[piece.start : piece.stop]
+def _view(tensor: torch.Tensor, cut: Slice) -> torch.Tensor:
+    """Return a slice of a tensor: flat, or, if the slice is whole, the tensor in its shape."""
+    return tensor if cut.whole else tensor.view(-1)[cut.start : cut.stop]
 
 
 def _copied(value: Any) -> Any:

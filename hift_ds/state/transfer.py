@@ -1,122 +1,21 @@
-"""Host memory and files for the state of inactive blocks, and the way between them and the device.
-
-Nothing here knows which block comes when, nor anything of DeepSpeed but its accelerator interface.
-"""
+"""Copies between host memory or files and the device: streams, events and the staging area on the device."""
 
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger
 
-from hift_ds.state.files import PAGE, DirectIO, Job, direct_io
+from hift_ds.state.files import DirectIO, Job
 
 # Byte offsets inside a staging area are multiples of this, which suits every dtype and every copy engine.
 _ALIGNMENT = 256
 
 
-class HostMemory:
-    """The one allocator of everything that is kept off the device.
-
-    Args:
-        pin_memory: page-lock the buffers, through DeepSpeed's accelerator. Where the system refuses, they stay
-            pageable, and that is said once.
-        folder: keep the buffers in files there instead, mapped into memory: the kernel writes them out and drops
-            their pages as it needs room. The files have no name, so nothing is left behind, whatever ends the process.
-        aio: DeepSpeed's section of that name, with all its keys; None: DeepSpeed's defaults.
-
-    Attributes:
-        buffers: all that was handed out, never more than the run needs and never freed before its end.
-        direct: carries state between the files and the device, where DeepSpeed's asynchronous I/O works. The buffers
-            are then what the state is looked at and changed through between the steps.
-    """
-
-    def __init__(self, pin_memory: bool = True, folder: str | None = None, aio: Mapping[str, Any] | None = None):
-        self._pin_memory = pin_memory and folder is None and get_accelerator().device_name() != "cpu"
-        self.folder = folder
-        self.direct = direct_io(folder, aio) if folder is not None else None
-        self.buffers: list[torch.Tensor] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
-
-    def check_room(self, nbytes: int) -> None:
-        """Refuse before anything is built what could not be held in the end.
-
-        Args:
-            nbytes: that all processes of this machine will ask for together.
-
-        Raises:
-            ValueError: there is less.
-        """
-        if self.folder is not None:
-            free, place = shutil.disk_usage(self.folder).free, f"the drive of hift.offload.nvme_path={self.folder!r}"
-            remedy = "make room there, or name a folder on a larger drive"
-        else:
-            free, place = psutil.virtual_memory().available, "host memory"
-            remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
-        if nbytes > free:
-            raise ValueError(
-                f"masters and optimizer state of all blocks need {nbytes / 2**30:.2f} GiB of {place}, and "
-                f"{free / 2**30:.2f} GiB are free; {remedy}"
-            )
-
-    def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
-        """An uninitialized buffer with the shape and dtype of ``like``.
-
-        Args:
-            direct: if it goes to the device in slices, they begin at multiples of 1,024 elements.
-
-        Raises:
-            OSError: the folder's file system is full or cannot be written.
-        """
-        if self.folder is not None:
-            buffer = self._mapped(like, direct)
-        else:
-            buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-            if self._pin_memory:
-                try:
-                    buffer = get_accelerator().pin_memory(buffer)
-                except RuntimeError as error:
-                    self._pin_memory = False
-                    logger.warning(
-                        f"host buffers cannot be page-locked ({str(error).splitlines()[0]}); they stay pageable, which "
-                        "slows the transfers. Raise the limit (ulimit -l), or set hift.offload.pin_memory=false"
-                    )
-        self.buffers.append(buffer)
-        return buffer
-
-    def _mapped(self, like: torch.Tensor, direct: bool) -> torch.Tensor:
-        assert self.folder is not None
-        if not like.nbytes:
-            return torch.empty(like.shape, dtype=like.dtype)
-        try:
-            with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
-                # Reserved now: a page that finds no room on the disk later would kill the process.
-                os.posix_fallocate(file.fileno(), 0, math.ceil(like.nbytes / PAGE) * PAGE)
-                flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
-                if direct and self.direct is not None:
-                    self.direct.serve(flat, file.name)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: hift.offload.nvme_path={self.folder!r} has to take {like.nbytes} bytes more of "
-                f"masters and optimizer state, beside {self.nbytes} bytes so far; make room there, name another "
-                "folder, or set hift.offload.device='cpu'",
-            ) from error
-        return flat.view(like.shape)
-
-
 class Lane:
-    """A stream of the device for copies in one direction; on a device without streams, copies just happen."""
+    """A stream of the device for copies in one direction. On a device without streams, copies run at once."""
 
     def __init__(self) -> None:
         stream = get_accelerator().Stream
@@ -124,7 +23,7 @@ class Lane:
 
     @contextmanager
     def after(self, *events: Any) -> Iterator[None]:
-        """What is issued inside runs on the lane, not before the events (None: already passed)."""
+        """Issue what runs inside the ``with`` statement on this lane, after the events (None: already passed)."""
         events = tuple(_recorded(event) for event in events)
         if self._stream is None:
             yield
@@ -136,28 +35,29 @@ class Lane:
             yield
 
     def mark(self) -> Any:
-        """An event that passes when everything issued on the lane so far is done."""
+        """Return an event that passes when all work issued on this lane so far is done."""
         return _record(self._stream)
 
     def outlives(self, tensor: torch.Tensor) -> None:
-        """Tell the device's allocator that the lane still uses ``tensor`` when Python lets go of it."""
+        """Tell the device's allocator that this lane still uses ``tensor`` after Python frees it."""
         if self._stream is not None and tensor.device.type != "cpu":
             tensor.record_stream(self._stream)
 
 
 def mark() -> Any:
-    """An event that passes when everything computed on the device so far is done."""
+    """Return an event that passes when all work issued on the device's current stream so far is done."""
     return _record(get_accelerator().current_stream())
 
 
 def wait(event: Any) -> None:
-    """Nothing that is computed on the device from here on begins before the event."""
+    """Let the device's current stream wait for an event. The host does not wait."""
     event = _recorded(event)
     if event is not None:
         get_accelerator().current_stream().wait_event(event)
 
 
 def _recorded(event: Any) -> Any:
+    """Return the device event of a :class:`Job`; any other event is returned as it is."""
     return event.event() if isinstance(event, Job) else event
 
 
@@ -171,22 +71,32 @@ def _record(stream: Any) -> Any:
 
 
 class Slot:
-    """One staging area on the device."""
+    """A staging buffer on the device.
+
+    Attributes:
+        area: its memory, as bytes; None: allocated at each use.
+        free: event that passes when the slot can be filled again: its last contents are written back, or, before the
+            first use, no earlier computation uses its memory.
+    """
 
     def __init__(self, area: torch.Tensor | None):
         self.area = area
-        # Passes when what was last in the area has been written back; at first, when nothing uses its memory any more.
         self.free: Any = mark()
 
 
 class Staging:
-    """Where state stands on the device during a step, shared by all blocks.
+    """The device memory that holds state during a step. All blocks share it.
 
     Args:
-        device: of the staging areas.
-        slot_bytes: two areas of this size, made once, which slices take in turn: while one is stepped the other is
-            filled. None: one area, as large as is asked for and released after the step.
-        direct: carries what lies in files, in threads of its own.
+        device: where the slots are.
+        slot_bytes: allocate two slots of this size, once. Chunks use them in turn: one is filled while the other is
+            stepped. None: one slot, allocated as large as needed and freed after the step.
+        direct: transfers state that lies in files, in its own threads; None: state lies in host memory or in files
+            that are only memory-mapped.
+
+    Attributes:
+        slots: the staging buffers.
+        fetching, storing: the lanes for copies to the device and from it.
     """
 
     def __init__(self, device: torch.device, slot_bytes: int | None, direct: DirectIO | None = None):
@@ -206,16 +116,18 @@ class Staging:
         """Copy host tensors into a slot, each with its shape and dtype.
 
         Args:
-            written: event after which the sources hold what they shall.
+            slot: its size is at least that of the sources together, alignment included.
+            sources: contiguous tensors in host memory or in files.
+            written: event after which the sources hold their current values.
 
         Returns:
-            The copies on the device, and the event after which they may be used.
+            The copies on the device, and the event after which they are ready.
         """
         sizes = [math.ceil(source.nbytes / _ALIGNMENT) * _ALIGNMENT for source in sources]
         ready = None
         if self.slot_bytes is None:
             slot.area = self._area(sum(sizes))
-            ready = mark()  # the memory may be what earlier computations still use
+            ready = mark()  # earlier computations may still use this memory
         assert slot.area is not None and sum(sizes) <= slot.area.numel()
         copies, offset = [], 0
         for source, size in zip(sources, sizes, strict=True):
@@ -230,15 +142,15 @@ class Staging:
         return copies, self.fetching.mark()
 
     def drain(self, slot: Slot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-        """Copy pairs (host, device) to the host, after all that was computed so far, and set the slot free.
+        """Copy pairs (host, device) to the host after all computation issued so far, then free the slot.
 
         Returns:
-            The event after which the host tensors hold the values, which may be in files then.
+            The event after which the host tensors, or their files, hold the values.
         """
         if self._direct is not None:
             job = self._direct.write([(device, host) for host, device in pairs], self.storing, mark())
             if self.slot_bytes is None:
-                job.synchronize()  # a drive is slow: the area would stay on the device during the next forward
+                job.synchronize()  # drives are slow: without this the slot would live into the next forward pass
                 slot.area = None
             slot.free = job
             return job

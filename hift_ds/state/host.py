@@ -1,0 +1,114 @@
+"""Host memory and files for the state of inactive blocks: the one allocator of what is kept off the device."""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+
+from hift_ds.state.files import PAGE, open_direct_io
+
+
+class HostMemory:
+    """The one allocator of everything that is kept off the device.
+
+    Args:
+        pin_memory: page-lock the buffers, through DeepSpeed's accelerator. If the system refuses, the buffers stay
+            pageable and a warning is logged once.
+        folder: keep the buffers in memory-mapped files in this folder instead. The kernel writes their pages to the
+            drive and frees them when it needs memory. The files are unlinked, so nothing remains when the process
+            ends, however it ends.
+        aio: DeepSpeed's ``aio`` section with all its keys; None: the defaults of :mod:`hift_ds.state.files`.
+
+    Attributes:
+        folder: as given; None: the buffers are in host memory.
+        buffers: every buffer handed out. They live as long as the run.
+        direct: moves state between the files and the device, if DeepSpeed's asynchronous I/O works here; else None.
+            The buffers are then only for reading and changing state between steps.
+    """
+
+    def __init__(self, pin_memory: bool = True, folder: str | None = None, aio: Mapping[str, Any] | None = None):
+        self._pin_memory = pin_memory and folder is None and get_accelerator().device_name() != "cpu"
+        self.folder = folder
+        self.direct = open_direct_io(folder, aio) if folder is not None else None
+        self.buffers: list[torch.Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def check_room(self, nbytes: int) -> None:
+        """Check for enough free space before anything is allocated.
+
+        Args:
+            nbytes: bytes that all processes on this machine will allocate together.
+
+        Raises:
+            ValueError: less is free.
+        """
+        if self.folder is not None:
+            free, place = shutil.disk_usage(self.folder).free, f"the drive of hift.offload.nvme_path={self.folder!r}"
+            remedy = "free some space there, or choose a folder on a larger drive"
+        else:
+            free, place = psutil.virtual_memory().available, "host memory"
+            remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
+        if nbytes > free:
+            raise ValueError(
+                f"fp32 masters and optimizer state of all blocks need {nbytes / 2**30:.2f} GiB of {place}, and "
+                f"{free / 2**30:.2f} GiB are free; {remedy}"
+            )
+
+    def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
+        """Return an uninitialized buffer with the shape and dtype of ``like``.
+
+        Args:
+            like: a tensor on any device, ``meta`` included.
+            direct: allow direct I/O for this buffer. It requires that slices of the buffer that travel to the device
+                begin at multiples of 1,024 elements.
+
+        Raises:
+            OSError: the folder's file system is full or not writable.
+        """
+        if self.folder is not None:
+            buffer = self._mapped(like, direct)
+        else:
+            buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+            if self._pin_memory:
+                try:
+                    buffer = get_accelerator().pin_memory(buffer)
+                except RuntimeError as error:
+                    self._pin_memory = False
+                    logger.warning(
+                        f"host buffers cannot be page-locked ({str(error).splitlines()[0]}); they stay pageable, and "
+                        "transfers are slower. Raise the limit (ulimit -l), or set hift.offload.pin_memory=false"
+                    )
+        self.buffers.append(buffer)
+        return buffer
+
+    def _mapped(self, like: torch.Tensor, direct: bool) -> torch.Tensor:
+        """Return a buffer backed by an unlinked file."""
+        assert self.folder is not None
+        if not like.nbytes:
+            return torch.empty(like.shape, dtype=like.dtype)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
+                # Reserve the space now: if the disk were full at a later page fault, the kernel would kill the process.
+                os.posix_fallocate(file.fileno(), 0, math.ceil(like.nbytes / PAGE) * PAGE)
+                flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+                if direct and self.direct is not None:
+                    self.direct.add_file(flat, file.name)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: hift.offload.nvme_path={self.folder!r} needs {like.nbytes} more bytes for fp32 "
+                f"masters and optimizer state, in addition to {self.nbytes} bytes already there; free some space, "
+                "choose another folder, or set hift.offload.device='cpu'",
+            ) from error
+        return flat.view(like.shape)

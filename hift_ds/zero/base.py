@@ -1,0 +1,65 @@
+"""What the optimizers of single blocks share at every ZeRO stage.
+
+DeepSpeed's optimizers assume that each step trains every parameter they own. So each block gets an optimizer of its
+own, of the class that DeepSpeed would use for the whole model. Then DeepSpeed treats one block as it would treat a
+model, and its steps need no changes. The subclasses hold the few places where such an optimizer must know that other
+blocks exist. ``block_optimizers.py`` manages all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hift_ds.optim.properties import has_elements
+from hift_ds.state.ledger import Held
+from hift_ds.state.step import BlockState, SteppedOptimizer
+
+
+class BlockOptimizer:
+    """The optimizer of one block. A subclass for each ZeRO stage implements :class:`SteppedOptimizer`.
+
+    The default methods do nothing. Stages that need them override them.
+
+    Attributes:
+        optimizer: the torch optimizer of the block.
+        block_state: moves masters and optimizer state; None: DeepSpeed keeps them.
+        invalid_loss: skip the next step, because a loss is non-finite on some rank.
+    """
+
+    optimizer: Any
+    block_state: BlockState | None = None
+    invalid_loss = False
+
+    @property
+    def steps_on_host(self) -> bool:
+        """Whether DeepSpeed steps in host memory (``offload_optimizer: cpu``)."""
+        return False
+
+    def set_active(self, is_active: bool) -> None:
+        """Activate or deactivate the block, between two steps."""
+
+    def relink(self: Any) -> None:
+        """Point DeepSpeed's references to state at the current tensors."""
+
+    def staging_numel(self) -> int:
+        """Return the elements of this block's gradient buffers."""
+        return 0
+
+    def share_buffers(self, largest: Any) -> None:
+        """Use the gradient buffers of another optimizer, whose buffers are the largest, instead of separate ones."""
+
+    @staticmethod
+    def share_host_buffers(blocks: Sequence[Any]) -> None:
+        """Allocate the host buffers that only the active block uses, once for all blocks, for DeepSpeed's host step."""
+
+    def held(self: Any) -> Iterator[Held]:
+        """Yield all tensors that this optimizer keeps, except the weights."""
+        stepped: SteppedOptimizer = self
+        for index, (master, _) in enumerate(stepped.masters()):
+            if stepped.weights(index) is not None:
+                yield Held("master_weights", master, self.steps_on_host)
+                yield Held("gradients", master.grad, self.steps_on_host)
+            for value in self.optimizer.state.get(master, {}).values():
+                if has_elements(value):
+                    yield Held("optimizer_state", value, self.steps_on_host)

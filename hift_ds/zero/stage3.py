@@ -1,0 +1,235 @@
+"""ZeRO stage 3: weights, gradients, masters and state are sharded over the ranks."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from hift_ds.optim.properties import with_initial_state
+from hift_ds.state.host import HostMemory
+from hift_ds.state.ledger import Held
+from hift_ds.state.step import Slice
+from hift_ds.zero.base import BlockOptimizer
+from hift_ds.zero.gradients import clear_except, fp32_slice, in_norm_chunks, share_gradients
+
+
+class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
+    """One block's optimizer at ZeRO stage 3.
+
+    Args:
+        first: the first block's optimizer, whose hooks gather and partition the weights of the whole model; None: this
+            is the first block.
+    """
+
+    grad_partitions_flat_buffer: torch.Tensor
+    module: torch.nn.Module
+
+    def __init__(self, *args: Any, first: "Stage3BlockOptimizer | None", **kwargs: Any):
+        self._first = first
+        super().__init__(*args, **kwargs)
+
+    @property
+    def steps_on_host(self) -> bool:
+        """Whether DeepSpeed steps in host memory (``offload_optimizer: cpu``)."""
+        return bool(self.offload_optimizer)
+
+    def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's hooks that gather weights; the first block's optimizer makes them."""
+        hooks = self._first.parameter_offload if self._first else super().initialize_ds_offload(*args, **kwargs)
+        # Backward ends at the active block, so DeepSpeed's trace of which weights to keep after forward differs from
+        # block to block. With another block's trace, DeepSpeed would keep weights that no backward hook releases. No
+        # module has run yet.
+        self._coordinator = copy.copy(hooks.param_coordinator)
+        self._coordinator._clear_trace_structures()
+        return hooks
+
+    def set_active(self, is_active: bool) -> None:
+        """Use the trace that was recorded while this block was active to gather weights."""
+        if is_active:
+            self.parameter_offload.param_coordinator = self._coordinator
+
+    def _link_all_hp_params(self) -> None:
+        if self._first is None:
+            super()._link_all_hp_params()
+        for parameters in self.fp16_groups:
+            for parameter in parameters:
+                parameter._z3_optimizer = self
+
+    # DeepSpeed returns None for a parameter that does not require a gradient, but an inactive block has state, too.
+    def get_full_hp_param(self, param: Any, optim_state_key: str | None = None) -> torch.Tensor | None:
+        """Return a parameter's gathered fp32 master, or its state of that name."""
+        with self._trainable(param):
+            return super().get_full_hp_param(param, optim_state_key)
+
+    def set_full_hp_param(self, value: torch.Tensor, param: Any, optim_state_key: str | None = None) -> None:
+        """Set a parameter's fp32 master, or its state of that name, from a gathered tensor."""
+        with self._trainable(param):
+            super().set_full_hp_param(value, param, optim_state_key)
+
+    def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> torch.Tensor | None:
+        """Return this rank's shard of a parameter's fp32 master, or of its state of that name."""
+        with self._trainable(param):
+            return super().get_local_fp32_param(param, optim_state_key)
+
+    def set_local_hp_param(self, value: torch.Tensor, param: Any, optim_state_key: str | None = None) -> None:
+        """Set this rank's shard of a parameter's fp32 master, or of its state of that name."""
+        with self._trainable(param):
+            super().set_local_hp_param(value, param, optim_state_key)
+
+    @contextmanager
+    def _trainable(self, param: Any) -> Iterator[None]:
+        if self.block_state is not None:
+            self.block_state.settle()
+        before = param.requires_grad
+        param.requires_grad_(before or self.get_param_id(param) in self.grad_position)
+        try:
+            yield
+        finally:
+            param.requires_grad_(before)
+
+    def initialize_optimizer_states(self) -> None:
+        """Let DeepSpeed make state, but keep Adagrad's settings."""
+        if self.offload_optimizer:
+            return  # `share_host_buffers` allocates its gradients
+        if not isinstance(self.optimizer, torch.optim.Adagrad):
+            super().initialize_optimizer_states()
+            return
+        adagrad, self.optimizer = self.optimizer, None
+        super().initialize_optimizer_states()
+        self.optimizer = adagrad
+        self._set_fp32_optimizer_param_groups()
+        self.optimizer = with_initial_state(adagrad)
+        self._clear_fp32_optimizer_param_groups()
+
+    def share_buffers(self, largest: "Stage3BlockOptimizer") -> None:
+        """Use the largest block's buffers for this block's gradient partitions and its reduction bucket."""
+        if self is largest:
+            return
+        flat = largest.grad_partitions_flat_buffer
+        views, offset = {}, 0
+        for parameters in self.fp16_groups:
+            for parameter in parameters:
+                views[parameter.ds_id] = flat.narrow(0, offset, parameter.partition_numel())
+                offset += parameter.partition_numel()
+        self.grad_partitions_flat_buffer = flat.narrow(0, 0, offset)
+        self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = views
+        for dtype, bucket in self.ipg_buckets.items():
+            bucket.buffer = largest.ipg_buckets[dtype].buffer
+
+    def staging_numel(self) -> int:
+        """Return the elements of this rank's gradients."""
+        return self.grad_partitions_flat_buffer.numel()
+
+    @staticmethod
+    def share_host_buffers(blocks: "Sequence[Stage3BlockOptimizer]") -> None:
+        """Allocate the host step's fp32 gradients once: only the active block uses them."""
+        one = blocks[0]
+        if not one.offload_optimizer:
+            return
+        host = HostMemory(one.offload_optimizer_pin_memory)
+        masters = [block.fp32_partitioned_groups_flat for block in blocks]
+        share_gradients(host, masters, one.master_weights_and_grads_dtype)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Finish the reduction, then clear what it did not write.
+
+        The shared buffer still holds another block's gradients for parameters that the loss does not use, and in the
+        padding.
+        """
+        super().independent_gradient_partition_epilogue()
+        if self.micro_step_id == 0:  # later micro-batches add their gradients
+            partitions = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            for parameters in self.fp16_groups:
+                for parameter in parameters:
+                    is_used = parameter.ds_id in self._offload_boundary_param_ids
+                    partitions[parameter.ds_id][self._own_numel(parameter) if is_used else 0 :].zero_()
+
+    def _own_numel(self, parameter: Any) -> int:
+        """Return the elements in this rank's shard of a parameter, without the padding."""
+        begin = self._get_param_partition_rank(parameter) * parameter.partition_numel()
+        return min(max(parameter.ds_numel - begin, 0), parameter.partition_numel())
+
+    def step(self, closure: Any = None) -> None:
+        """Step the block, unless the loss or a gradient is non-finite."""
+        if self.offload_optimizer:
+            for master, parameters in zip(self.fp32_partitioned_groups_flat, self.fp16_groups, strict=True):
+                used = [p for p in parameters if self.get_param_id(p) in self.norm_for_param_grads]
+                starts = [self.grad_position[self.get_param_id(p)][1] for p in used]
+                ends = [start + self._own_numel(p) for start, p in zip(starts, used, strict=True)]
+                clear_except(master.grad, zip(starts, ends, strict=True))
+        super().step(closure)
+
+    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
+        """Compute the norm in chunks, which bounds its memory."""
+        return super().get_grad_norm_direct(*in_norm_chunks(gradients, params), norm_type)
+
+    def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
+        self.overflow = self.invalid_loss  # non-finite gradients have a non-finite norm, which is checked next
+        return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's ``offload_states`` for this block."""
+        # DeepSpeed expects all of the model's parameters in the optimizer's flat buffer, but it only holds one block's.
+        module, self.module = self.module, torch.nn.ParameterList(p for members in self.fp16_groups for p in members)
+        try:
+            super().offload_states(*args, **kwargs)
+        finally:
+            self.module = module
+
+    # DeepSpeed steps one sub-group after another. If `block_state` steps, it steps all of them at the last one.
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: Any) -> None:
+        if self.block_state is None:
+            super()._prepare_sub_group(sub_group_id, timer_names)
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
+        """Unscale and clip a sub-group's gradients, or note the factor for :meth:`gradient`."""
+        if self.block_state is None:
+            super().unscale_and_clip_grads(sub_group_id, total_norm)
+            return
+        self._inverse_scale = 1.0 / self.loss_scale
+        if self.clip_grad > 0.0:
+            clip = torch.clamp(((total_norm / self.loss_scale) + 1e-6) / self.clip_grad, min=1.0)
+            self._inverse_scale = 1.0 / (clip * self.loss_scale)
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        if self.block_state is None:
+            super()._optimizer_step(sub_group_id)
+        elif sub_group_id == len(self.fp16_groups) - 1:
+            self.block_state.step()
+
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
+        if self.block_state is None:
+            super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
+        elif sub_group_id == len(self.fp16_groups) - 1:
+            for sub_group in range(len(self.fp16_groups)):
+                self.averaged_gradients[sub_group] = None
+                self._unflatten_partitioned_parameters(sub_group)
+
+    def masters(self) -> list[tuple[torch.Tensor, int]]:
+        """Return this rank's fp32 masters, each with the index of its parameter group."""
+        groups = self.sub_group_to_group_id
+        return [(master, groups[sub_group]) for sub_group, master in enumerate(self.fp32_partitioned_groups_flat)]
+
+    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
+        """Return the fp32 gradient of a slice, unscaled and clipped."""
+        return fp32_slice(self.averaged_gradients[cut.index], cut, shape).mul_(self._inverse_scale)
+
+    def weights(self, index: int) -> torch.Tensor | None:
+        """Return this rank's weights of a master; None: they are the same tensor, as DeepSpeed may arrange in fp32."""
+        weights = self.fp16_partitioned_groups_flat[index]
+        return None if weights is self.fp32_partitioned_groups_flat[index] else weights
+
+    def first_element(self) -> int:
+        """Return the index of this rank's first element in the block's only parameter."""
+        (parameter,) = self.fp16_groups[0]
+        return dist.get_rank(group=self.dp_process_group) * parameter.partition_numel()
+
+    def held(self) -> Iterator[Held]:
+        """Yield all tensors that this optimizer keeps, except the weights."""
+        yield from super().held()
+        yield Held("gradients", self.grad_partitions_flat_buffer, self.steps_on_host)
+        yield from (Held("buffers", bucket.buffer) for bucket in self.ipg_buckets.values())
