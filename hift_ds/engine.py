@@ -312,7 +312,7 @@ class HiFTEngine(CheckpointingEngine):
             mpu=self.mpu,
         )
 
-    # ---- initialization ------------------------------------------------------------------------------------------------
+    # ---- initialization ----------------------------------------------------------------------------------------
 
     def zero_allow_untested_optimizer(self) -> bool:
         """Return True: `_per_block` checks the optimizer, and accepts more than DeepSpeed's list."""
@@ -337,7 +337,7 @@ class HiFTEngine(CheckpointingEngine):
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         super()._configure_optimizer(client_optimizer, model_parameters)
-        if not isinstance(self.optimizer, BlockOptimizers):  # stage 0 in fp32: DeepSpeed uses the torch optimizer itself
+        if not isinstance(self.optimizer, BlockOptimizers):  # stage 0 in fp32: a torch optimizer
             self.optimizer = self._per_block(self.optimizer, PlainBlockOptimizer, flattens=False)
         self.block_optimizers = self.optimizer
 

@@ -23,9 +23,9 @@ _SLICE_OVERHEAD = 128
 
 
 class Slice(NamedTuple):
-    """Elements ``start`` to ``stop`` of the ``index``-th master; ``whole``: these are all of its elements."""
+    """Elements ``start`` to ``stop`` of the ``number``-th master; ``whole``: these are all of its elements."""
 
-    index: int
+    number: int
     start: int
     stop: int
     whole: bool
@@ -234,10 +234,10 @@ class BlockState:
         sources: list[torch.Tensor] = []
         places: list[tuple[int, str | None]] = []
         for position, cut in enumerate(plan.chunks[number]):
-            if self._off_device[cut.index]:
-                sources.append(_view(self._masters[cut.index].data, cut))
+            if self._off_device[cut.number]:
+                sources.append(_view(self._masters[cut.number].data, cut))
                 places.append((position, None))
-            for name, value in known[cut.index].items():
+            for name, value in known[cut.number].items():
                 if has_elements(value):
                     sources.append(_view(value, cut))
                     places.append((position, name))
@@ -327,10 +327,10 @@ class BlockState:
             self.staged = []
         by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
         for cut, parameter in zip(slices, parameters, strict=True):
-            by_group[self._groups[cut.index]].append(parameter)
+            by_group[self._groups[cut.number]].append(parameter)
         optimizer.state = defaultdict(dict)
         for parameter, values, cut in zip(parameters, chunk.states, slices, strict=True):
-            for name, value in known[cut.index].items():
+            for name, value in known[cut.number].items():
                 optimizer.state[parameter][name] = values[name] if name in values else _copied(value)
         optimizer.param_groups = [{**before[g], "params": members} for g, members in by_group.items()]
         optimizer.step()
@@ -344,7 +344,7 @@ class BlockState:
         """Return for each slice a parameter on the device, with its gradient."""
         parameters = []
         for cut, master in zip(slices, chunk.masters, strict=True):
-            values = master if master is not None else _view(self._masters[cut.index].data, cut)
+            values = master if master is not None else _view(self._masters[cut.number].data, cut)
             parameter = torch.nn.Parameter(values)
             parameter.grad = self._owner.gradient(cut, values.shape)
             parameters.append(parameter)
@@ -372,8 +372,8 @@ class BlockState:
         """
         pairs, is_host_new, is_device_new = [], False, False
         for cut, parameter in zip(slices, parameters, strict=True):
-            master = self._masters[cut.index]
-            weights = self._owner.weights(cut.index)
+            master = self._masters[cut.number]
+            weights = self._owner.weights(cut.number)
             if weights is not None:
                 _view(weights.data, cut).copy_(parameter.data)
                 pairs.append((_view(master.data, cut), parameter.data))
@@ -390,7 +390,7 @@ class BlockState:
                     shape = value.shape if cut.whole else master.shape
                     like = torch.empty(shape, dtype=value.dtype, device="meta")
                     buffer = self._host.empty(like, direct=not self._is_shared)
-                    state[master][name] = self._buffers[cut.index, name] = buffer
+                    state[master][name] = self._buffers[cut.number, name] = buffer
                     if self._is_shared:  # the rows of other blocks are not written yet
                         state[master][name].zero_()
                 pairs.append((_view(state[master][name], cut), value))

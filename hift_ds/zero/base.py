@@ -9,8 +9,6 @@ blocks exist. ``block_optimizers.py`` manages all of them.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from hift_ds.optim.properties import has_elements
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState, SteppedOptimizer

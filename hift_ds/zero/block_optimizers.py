@@ -237,9 +237,7 @@ class BlockOptimizers:
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
-        counts = [
-            block.block_state.step_counts() if block.block_state is not None else [] for block in self.optimizers
-        ]
+        counts = [block.block_state.step_counts() if block.block_state is not None else [] for block in self.optimizers]
         return {**_masters_of_all(blocks), "blocks": blocks, "settings": settings, "counts": counts}
 
     def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:

@@ -52,7 +52,7 @@ class PlainBlockOptimizer(BlockOptimizer):
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
         """Return the gradient of a slice; zeros if there is none."""
-        weights, _ = self._masters[cut.index]
+        weights, _ = self._masters[cut.number]
         if weights.grad is None:
             return torch.zeros(shape, device=weights.device)
         return weights.grad.reshape(-1)[cut.start : cut.stop].view(shape)

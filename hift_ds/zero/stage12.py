@@ -177,7 +177,7 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
         """Return the fp32 gradient of a slice, unscaled and clipped."""
-        gradient = fp32_slice(self.averaged_gradients[cut.index], cut, shape)
+        gradient = fp32_slice(self.averaged_gradients[cut.number], cut, shape)
         self.unscale_and_clip_grads([gradient], self._scaled_norm)
         return gradient
 

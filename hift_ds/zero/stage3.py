@@ -216,7 +216,7 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
         """Return the fp32 gradient of a slice, unscaled and clipped."""
-        return fp32_slice(self.averaged_gradients[cut.index], cut, shape).mul_(self._inverse_scale)
+        return fp32_slice(self.averaged_gradients[cut.number], cut, shape).mul_(self._inverse_scale)
 
     def weights(self, index: int) -> torch.Tensor | None:
         """Return this rank's weights of a master; None: they are the same tensor, as DeepSpeed may arrange in fp32."""

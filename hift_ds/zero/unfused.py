@@ -48,7 +48,7 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
         """Return the fp32 gradient of a slice, clipped; zeros if there is none."""
-        weights = self.weights(cut.index)
+        weights = self.weights(cut.number)
         if weights.grad is None:
             return torch.zeros(shape, device=weights.device)
         return fp32_slice([weights.grad], cut, shape).mul_(1.0 / self._combined_scale)

@@ -14,9 +14,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from hift_ds.checkpoint.files import FileEngine
-from hift_ds.state.transfer import HostMemory
+from hift_ds.state.host import HostMemory
 from hift_ds.zero.block_optimizers import BlockOptimizers
-from hift_ds.zero.optimizers import Zero3BlockOptimizer, ZeroBlockOptimizer
+from hift_ds.zero.stage3 import Stage3BlockOptimizer
+from hift_ds.zero.stage12 import Stage12BlockOptimizer
 from tests.integration.test_parity import STAGES
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory
@@ -147,8 +148,8 @@ def watch_host_step(memory: DeviceMemory, stack: contextlib.ExitStack) -> None:
     DeepSpeed moves tensors to the host and back by ``to(...)``, which does nothing here: masters are declared, block by
     block, and gradients that stage 3 fetches to the device are copied.
     """
-    make, make3, kernel = ZeroBlockOptimizer.__init__, Zero3BlockOptimizer.__init__, DeepSpeedCPUAdam.step
-    partition3 = Zero3BlockOptimizer.partition_grads
+    make, make3, kernel = Stage12BlockOptimizer.__init__, Stage3BlockOptimizer.__init__, DeepSpeedCPUAdam.step
+    partition3 = Stage3BlockOptimizer.partition_grads
 
     def init(block: Any, *args: Any, **kwargs: Any) -> None:
         make(block, *args, **kwargs)
@@ -186,12 +187,12 @@ def watch_host_step(memory: DeviceMemory, stack: contextlib.ExitStack) -> None:
                         assert not torch.is_tensor(tensor) or memory.is_host(tensor), "the host step reads the device"
         return result
 
-    stack.enter_context(mock.patch.object(ZeroBlockOptimizer, "__init__", init))
-    stack.enter_context(mock.patch.object(Zero3BlockOptimizer, "__init__", init3))
-    stack.enter_context(mock.patch.object(Zero3BlockOptimizer, "partition_grads", partition))
+    stack.enter_context(mock.patch.object(Stage12BlockOptimizer, "__init__", init))
+    stack.enter_context(mock.patch.object(Stage3BlockOptimizer, "__init__", init3))
+    stack.enter_context(mock.patch.object(Stage3BlockOptimizer, "partition_grads", partition))
     stack.enter_context(mock.patch.object(DeepSpeedCPUAdam, "step", step))
-    stack.enter_context(memory.placed_on_host(ZeroBlockOptimizer, "async_accumulate_grad_in_cpu_via_gpu"))
-    stack.enter_context(memory.placed_on_host(ZeroBlockOptimizer, "initialize_optimizer_states"))
+    stack.enter_context(memory.placed_on_host(Stage12BlockOptimizer, "async_accumulate_grad_in_cpu_via_gpu"))
+    stack.enter_context(memory.placed_on_host(Stage12BlockOptimizer, "initialize_optimizer_states"))
 
 
 @functools.cache

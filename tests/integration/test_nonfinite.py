@@ -79,7 +79,7 @@ def spoil(gradient: torch.Tensor, value: float) -> torch.Tensor:
 
 def state(engine: Any) -> dict[str, Any]:
     """All that a step may change, but fp16's search for a loss scale: copied tensors by where they are, and numbers."""
-    owners = engine.block_optimizers.owners
+    owners = engine.block_optimizers.optimizers
     found: dict[str, Any] = {f"weights {name}": value for name, value in tiny.weights(engine).items()}
     found |= {f"master {name}": value for name, value in tiny.masters(engine).items()}
     for index, block in enumerate(tiny.block_states(engine)):
@@ -132,7 +132,7 @@ def train(case: Case, fault: Fault | None) -> dict[str, Any]:
             good += not is_bad
             if before is not None:
                 seen["changed"] += differing(state(engine), before)
-        seen["said"] = [line for line in lines if "not finite: no rank updates block" in line]
+        seen["said"] = [line for line in lines if "non-finite" in line and "no rank updates block" in line]
         return {**seen, "counted": engine.skipped_steps, "end": state(engine)}
     finally:
         logger.removeHandler(handler)

@@ -143,7 +143,7 @@ def state_at_the_start(case: Case) -> list[set[str]]:
     """In a rank: the names of each block's state before any step."""
     engine = tiny.initialize(case)
     try:
-        owners = engine.block_optimizers.owners
+        owners = engine.block_optimizers.optimizers
         return [{name for state in owner.optimizer.state.values() for name in state} for owner in owners]
     finally:
         engine.destroy()

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hift_ds.state.files
 import hift_ds.state.transfer
-from hift_ds.state.transfer import HostMemory, Lane
+from hift_ds.state.host import HostMemory
+from hift_ds.state.transfer import Lane
 from tests.support.device_memory import key, skip_on_a_device, tensors
 
 

@@ -14,6 +14,7 @@ import hift_ds
 import hift_ds.model.activations
 from hift_ds.model.activations import HostCheckpoints, checkpoint_activations
 from hift_ds.state import transfer as offload
+from hift_ds.state.host import HostMemory
 from tests.integration.test_parity import STAGES
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory
@@ -51,7 +52,7 @@ def hosted(**changes: Any) -> Callable[[], HostCheckpoints]:
 
     def make() -> HostCheckpoints:
         transfers = {"Lane": offload.Lane, "mark": offload.mark, "wait": offload.wait}
-        return HostCheckpoints(offload.HostMemory(), SimpleNamespace(**{**transfers, **changes}))
+        return HostCheckpoints(HostMemory(), SimpleNamespace(**{**transfers, **changes}))
 
     return make
 

@@ -15,8 +15,9 @@ import torch
 import hift_ds.state.files
 import hift_ds.state.transfer
 from hift_ds.state.files import DirectIO, Job, _Channel
+from hift_ds.state.host import HostMemory
 from hift_ds.state.step import BlockState
-from hift_ds.state.transfer import HostMemory, Lane, Staging, wait
+from hift_ds.state.transfer import Lane, Staging, wait
 from tests.hift_ds.state.test_transfer import CPU, SLOTS, Owner, random_steps, same
 from tests.support.lazy_streams import LazyStreams
 
@@ -239,7 +240,7 @@ def test_a_slot_is_filled_while_others_work(tmp_path: Path) -> None:
 
     with mock.patch.object(_Channel, "finish", at_the_gate):
         state.prefetch()
-        staged = state._staged[0]
+        staged = state._fetched[0]
         assert not staged.ready._future.done()
         gate.set()
         wait(staged.ready)
@@ -309,7 +310,7 @@ def test_without_it_files_are_mapped(tmp_path: Path) -> None:
 def test_it_is_not_used_where_it_does_not_work(what: str, tmp_path: Path) -> None:
     broken: Any = mock.patch.object(hift_ds.state.files, "_can_lock", lambda _: False)
     if what == "folder":
-        broken = mock.patch.object(DirectIO, "try_out", side_effect=OSError(22, "Invalid argument"))
+        broken = mock.patch.object(DirectIO, "check_folder", side_effect=OSError(22, "Invalid argument"))
     with broken, mock.patch.object(hift_ds.state.files, "logger") as logger:
         assert HostMemory(folder=str(tmp_path)).direct is None
     (message,) = (call.args[0] for call in logger.warning.call_args_list)

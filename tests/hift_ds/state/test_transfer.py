@@ -15,10 +15,12 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 import hift_ds.state.files
+import hift_ds.state.host
 import hift_ds.state.step
 import hift_ds.state.transfer
-from hift_ds.state.step import BlockState, Piece
-from hift_ds.state.transfer import HostMemory, Lane, Slot, Staging
+from hift_ds.state.host import HostMemory
+from hift_ds.state.step import BlockState, Slice
+from hift_ds.state.transfer import Lane, Slot, Staging
 from tests.integration.test_parity import STAGES
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory, skip_on_a_device
@@ -42,16 +44,16 @@ class Owner:
         self._tensors: list[torch.Tensor] = self.optimizer.param_groups[0]["params"]
         self.gradients = [torch.zeros_like(weights) for weights in start]
 
-    def stepped(self) -> list[tuple[torch.Tensor, int]]:
+    def masters(self) -> list[tuple[torch.Tensor, int]]:
         return [(tensor, 0) for tensor in self._tensors]
 
-    def gradient(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
-        return self.gradients[piece.number][piece.start : piece.stop].clone()
+    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
+        return self.gradients[cut.number][cut.start : cut.stop].clone()
 
     def weights(self, index: int) -> torch.Tensor | None:
         return self._weights[index] if self._weights else None
 
-    def origin(self) -> int:
+    def first_element(self) -> int:
         return 0
 
     def everything(self) -> list[torch.Tensor]:
@@ -82,7 +84,7 @@ def random_steps(
         if prefetch and action < 0.9:
             state.prefetch()
         if action < 0.1:  # another block comes first after all
-            state.forget()
+            state.discard_prefetched()
             state, owner = states[block - 1], owners[block - 1]
             if prefetch:
                 state.prefetch()
@@ -90,7 +92,7 @@ def random_steps(
             for other in states:
                 other.settle()
             seen += owner.everything()
-            master, _ = owner.stepped()[0]
+            master, _ = owner.masters()[0]
             master.data.mul_(0.5)
         for gradient in owner.gradients:
             gradient.normal_(generator=generator)
@@ -182,10 +184,16 @@ MUTATIONS: dict[str, tuple[str, Callable[[], Any]]] = {
     "a block goes back before it is stepped": ("block", without_waits(Staging, "drain", mark=hift_ds.state.transfer)),
     "a slice is stepped before it is there": ("streamed", without_waits(BlockState, "step", wait=hift_ds.state.step)),
     "a block is stepped before it is there": ("block", without_waits(BlockState, "step", wait=hift_ds.state.step)),
-    "what is forgotten is freed under way": ("block", without_waits(BlockState, "forget", wait=hift_ds.state.step)),
+    "what is forgotten is freed under way": (
+        "block",
+        without_waits(BlockState, "discard_prefetched", wait=hift_ds.state.step),
+    ),
     "what goes back is freed under way": ("block", lambda: mock.patch.object(Lane, "outlives", lambda *_: None)),
     "settled before it is written": ("streamed", lambda: mock.patch.object(Event, "synchronize", lambda _: None)),
-    "settled with what was fetched": ("streamed", lambda: mock.patch.object(BlockState, "forget", lambda _: None)),
+    "settled with what was fetched": (
+        "streamed",
+        lambda: mock.patch.object(BlockState, "discard_prefetched", lambda _: None),
+    ),
     "the areas are in use at first": (
         "streamed",
         lambda: mock.patch.object(hift_ds.state.transfer, "Slot", UnmarkedSlot),
@@ -241,7 +249,7 @@ def test_1000_round_trips_keep_every_bit(step: str, place: str, tmp_path: Path) 
     state = BlockState(owner, host, staging, bytes_per_element=12)
     state.step()
     state.settle()
-    optimizer, masters = owner.optimizer, [tensor for tensor, _ in owner.stepped()]
+    optimizer, masters = owner.optimizer, [tensor for tensor, _ in owner.masters()]
     resident = [tensor.data for tensor in masters]
     resident += [optimizer.state[tensor][name] for tensor in masters for name in ("exp_avg", "exp_avg_sq")]
     for tensor in resident:  # any pattern of bits, NaNs among them
@@ -281,9 +289,9 @@ class CountsInItsGroup(torch.optim.SGD):
 
 def test_slices_of_one_step_count_as_one() -> None:
     owner = Owner([5000], True, torch.Generator().manual_seed(0))
-    owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.stepped()], lr=1.0)
+    owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.masters()], lr=1.0)
     state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12)
-    assert len(state._parts[0].slices) > 1
+    assert len(state._plans[0].chunks) > 1
     for step in range(1, 4):
         state.step()
         assert owner.optimizer.param_groups[0]["step"] == step
@@ -291,9 +299,9 @@ def test_slices_of_one_step_count_as_one() -> None:
 
 def test_parts_of_a_tensor_count_for_themselves() -> None:
     owner = Owner([5000], True, torch.Generator().manual_seed(0))
-    owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.stepped()], lr=1.0)
+    owner.optimizer = CountsInItsGroup([{"params": [tensor]} for tensor, _ in owner.masters()], lr=1.0)
     parts = [(0, 1500), (1500, 5000), (5000, 7000)]  # the last one is on another rank
-    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, parts=parts)
+    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, slices=parts)
     (tensor,) = owner.optimizer.param_groups[0]["params"]
     done = [0, 0, 0]
     for part in (1, 0, 1, 1, 2, 0, 1, 2, 0):
@@ -303,8 +311,8 @@ def test_parts_of_a_tensor_count_for_themselves() -> None:
         if part < 2:
             assert owner.optimizer.param_groups[0]["step"] == done[part]
             assert owner.optimizer.state[tensor]["count"] == done[part]
-    other = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, parts=parts)
-    other.load_counts(state.counts())
+    other = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, slices=parts)
+    other.load_step_counts(state.step_counts())
     other.select(0)
     other.step()
     assert owner.optimizer.param_groups[0]["step"] == owner.optimizer.state[tensor]["count"] == done[0] + 1
@@ -313,8 +321,8 @@ def test_parts_of_a_tensor_count_for_themselves() -> None:
 def test_parts_step_as_tensors_of_their_own() -> None:
     generator = torch.Generator().manual_seed(0)
     owner, parts = Owner([5000], True, generator), [(0, 1111), (1111, 5000)]
-    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, parts=parts)
-    (master,) = owner.stepped()
+    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, slices=parts)
+    (master,) = owner.masters()
     alone = [torch.nn.Parameter(master[0].detach()[start:stop].clone()) for start, stop in parts]
     optimizers = [torch.optim.AdamW([parameter], lr=1e-2) for parameter in alone]
     for part in (1, 1, 0, 1, 0, 1):
@@ -365,8 +373,8 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
         if way.lazy:
             stack.enter_context(LazyStreams())
         if way.pinning_refused:
-            stack.enter_context(mock.patch.object(hift_ds.state.transfer, "get_accelerator", Unpinnable))
-            logger = stack.enter_context(mock.patch.object(hift_ds.state.transfer, "logger"))
+            stack.enter_context(mock.patch.object(hift_ds.state.host, "get_accelerator", Unpinnable))
+            logger = stack.enter_context(mock.patch.object(hift_ds.state.host, "logger"))
         if not way.aio:
             stack.enter_context(mock.patch.object(hift_ds.state.files, "library", lambda: (None, "a test")))
         engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
@@ -580,7 +588,7 @@ def test_a_full_disk_is_named(what: int, tmp_path: Path) -> None:
     host = HostMemory(folder=str(tmp_path))
     kept = host.empty(torch.empty(10))
     with mock.patch("os.posix_fallocate", side_effect=OSError(what, os.strerror(what))):
-        with pytest.raises(OSError, match="4000 bytes more .* beside 40 bytes") as caught:
+        with pytest.raises(OSError, match="4000 more bytes .* in addition to 40 bytes") as caught:
             host.empty(torch.empty(1000))
     assert caught.value.errno == what and str(tmp_path) in str(caught.value)
     assert host.buffers == [kept] and not list(tmp_path.iterdir())
