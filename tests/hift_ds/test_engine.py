@@ -218,7 +218,7 @@ def warned_of_schedule() -> list[str]:
 
 def test_a_schedule_with_an_end_is_explained() -> None:
     (said,) = run_on_ranks(1, warned_of_schedule)
-    assert any("once a cycle" in line and "24 steps" in line for line in said), said
+    assert any("once per cycle" in line and "24 steps" in line for line in said), said
 
 
 def other_blocks(folder: str) -> list[str]:
