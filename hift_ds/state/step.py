@@ -384,7 +384,7 @@ class BlockState:
                     is_less = isinstance(value, int) and isinstance(earlier, int) and value < earlier
                     state[master][name] = earlier if is_less else value
                     continue
-                is_device_new |= name not in known[cut.index]
+                is_device_new |= name not in known[cut.number]
                 if name not in state[master]:
                     is_host_new = True
                     shape = value.shape if cut.whole else master.shape

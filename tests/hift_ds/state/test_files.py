@@ -244,7 +244,7 @@ def test_a_slot_is_filled_while_others_work(tmp_path: Path) -> None:
         assert not staged.ready._future.done()
         gate.set()
         wait(staged.ready)
-    master, _ = owner.stepped()[0]
+    master, _ = owner.masters()[0]
     arrived = staged.masters[0]
     assert arrived is not None
     arrived = arrived.clone()
