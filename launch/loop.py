@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.callbacks.callback import Callback, Step, finite
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
 from hift_ds.launch.data.loading import Data
@@ -85,8 +84,3 @@ def engine_record(engine: Any) -> dict[str, Any]:
     if engine.device.type != "cpu":
         record["memory_allocated"] = get_accelerator().memory_allocated()  # by the allocator: activations too
     return record
-
-
-def finite(value: float) -> float | None:
-    """Return the value as JSON can hold it: None for infinities and NaN."""
-    return value if math.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,3 +46,8 @@ class Callback:
             total: sum of the ranks' contributions.
         """
         return False
+
+
+def finite(value: float) -> float | None:
+    """Return the value as a record can hold it: JSON has no infinities and no NaN, so they become None."""
+    return value if math.isfinite(value) else None

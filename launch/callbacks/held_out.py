@@ -10,7 +10,7 @@ import torch
 from deepspeed import comm as dist
 from transformers import PreTrainedTokenizerBase
 
-from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.callbacks.callback import Callback, Step, finite
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import collate, collate_prompts, trained_tokens
 from hift_ds.launch.data.encoding import EvalExample
@@ -48,7 +48,9 @@ def better(result: dict[str, Any], than: dict[str, Any]) -> bool:
 
     Of equal scores the later one wins: a model that does not answer anything right yet still learns.
     """
-    return result["score"] >= than["score"] if "score" in result else result["loss"] < than["loss"]
+    if "score" in result:
+        return result["score"] >= than["score"]
+    return result["loss"] is not None and (than["loss"] is None or result["loss"] < than["loss"])
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def evaluate(
     Returns:
         None if nothing is held out. If the data has a score: `metric`, `score` (0 to 1), the counts `correct`,
         `unanswered` and `n`, and `sample`, the first held-out example's `prompt`, `answer` and `expected`. Otherwise
-        `loss`, the mean over all trained tokens in nats, and `n`.
+        `loss`, the mean over all trained tokens in nats (None if it is not finite), and `n`.
     """
     if not data.eval:
         return None
@@ -93,7 +95,7 @@ def evaluate(
         sums = torch.tensor([(0.0, 0), *results], dtype=torch.float64, device=engine.device).sum(0)
         dist.all_reduce(sums)
         loss, tokens = sums.tolist()
-        return {"loss": loss / tokens, "n": len(data.eval)}
+        return {"loss": finite(loss / tokens), "n": len(data.eval)}
     score = _sum_over_ranks(data.score(results, mine), engine.device)
     return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
             "unanswered": score.unanswered, "sample": _sample(data, results[0])}  # fmt: skip
