@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hift_ds.initialization import initialize
     from hift_ds.model.activations import checkpoint_activations
     from hift_ds.optim.mezo import MeZO
-    from hift_ds.planner.command import plan_memory
+    from hift_ds.planner.api import plan_memory
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +41,7 @@ _MODULES = {
     "checkpoint_activations": "hift_ds.model.activations",
     "initialize": "hift_ds.initialization",
     "partition_model": "hift_ds.blocks.partition",
-    "plan_memory": "hift_ds.planner.command",
+    "plan_memory": "hift_ds.planner.api",
 }
 
 

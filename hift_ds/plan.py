@@ -1,4 +1,4 @@
-"""``python -m hift_ds.plan``: the memory planner's command (:mod:`hift_ds.planner.command`)."""
+"""The module of ``python -m hift_ds.plan``, the command of the memory planner (:mod:`hift_ds.planner.command`)."""
 
 import sys
 

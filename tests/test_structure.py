@@ -301,7 +301,7 @@ def test_imported_libraries_are_declared():
     for path in SOURCES:
         folder = path.relative_to(ROOT).parts[0]
         allowed = {canonicalize_name(need.name) for need in declared(*extras[folder])}
-        allowed |= {"hift_ds/planner/command.py": {"matplotlib"}, "hift_ds/planner/presets.py": {"peft"}}.get(
+        allowed |= {"hift_ds/planner/picture.py": {"matplotlib"}, "hift_ds/planner/models.py": {"peft"}}.get(
             name_of(path), set()
         )
         for line, name in imports_of(path):

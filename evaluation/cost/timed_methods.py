@@ -29,7 +29,7 @@ from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import loss_share
 from hift_ds.launch.methods.steps import take_step
 from hift_ds.launch.methods.table import METHODS, TRAINED
-from hift_ds.planner.presets import PRESETS, load_config
+from hift_ds.planner.models import PRESETS, load_config
 
 Batch = dict[str, torch.Tensor]
 

@@ -1,7 +1,7 @@
-"""What DeepSpeed and the HiFT engine hold beside autograd in a step, at each ZeRO stage: sizes only, in their order.
+"""The sizes of what DeepSpeed and the HiFT engine allocate around autograd in a step, in their order.
 
-The planner's counterpart of ``zero.py``, ``step.py`` and ``offload.py``, which it must not load: a plan needs neither
-DeepSpeed nor a device.
+The classes mirror ``hift_ds/zero`` and ``hift_ds/state`` without importing them: a plan needs neither DeepSpeed nor a
+device.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from hift_ds.planner.simulation import LiveMemory, StepBase
 FP32 = 4  # bytes of an element
 FP64 = 8
 
-# Tensors of optimizer state in the shape of the weight. Adafactor keeps one row and one column of a matrix instead.
+# Optimizer state, in tensors of the weight's size. Adafactor keeps one row and one column of a matrix instead.
 MOMENTS = {"adamw": 2, "sgd": 0, "sgdm": 1, "adagrad": 1, "lion": 1}
-# Tensors of the weight's size that a step makes for itself: (one tensor after the other, all tensors at once).
+# Temporary tensors of the weight's size in an optimizer step: (one tensor after the other, all tensors at once).
 _SCRATCH = {"adamw": (2, 1), "sgd": (1, 1), "sgdm": (1, 1), "adagrad": (2, 2), "lion": (1, 1), "adafactor": (1, 1)}
-FUSED = ("adamw", "lion")  # DeepSpeed has kernels for a GPU that need none
+FUSED = ("adamw", "lion")  # DeepSpeed has fused GPU kernels for these, which need no temporary tensors
 
 
 def state_numel(optimizer: str, shapes: Iterable[Sequence[int]]) -> int:
-    """Elements of optimizer state for whole weights of these shapes."""
+    """Return the elements of optimizer state for whole weights of these shapes."""
     if optimizer != "adafactor":
         return MOMENTS[optimizer] * sum(math.prod(shape) for shape in shapes)
     numel = 0
@@ -38,32 +38,40 @@ def state_numel(optimizer: str, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def slot_bytes(optimizer: str, blocks: Iterable[Sequence[int]], ranks: int, buffer_size: int) -> int:
-    """Bytes of each of the two staging areas of the streamed step; ``blocks``: elements of each block's parameters."""
-    return config.slot_bytes(blocks, ranks, _per_element(optimizer), buffer_size)
+    """Return the bytes of each of the two staging slots of the streamed step.
+
+    Args:
+        optimizer: a key of ``MOMENTS``.
+        blocks: for each block, the elements of each parameter.
+        ranks: number of ranks that share the blocks.
+        buffer_size: ``hift.offload.buffer_size``.
+    """
+    return config.slot_bytes(blocks, ranks, _bytes_per_element(optimizer), buffer_size)
 
 
-def _per_element(optimizer: str) -> int:
-    """Bytes of master and state of an element, as the engine cuts its slices."""
+def _bytes_per_element(optimizer: str) -> int:
+    """Bytes of master weight and optimizer state of one element in a chunk of the streamed step."""
     return FP32 * (1 + MOMENTS[optimizer])
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the memory of a step beside the model and the batch.
+    """Everything besides the model and the batch that determines the memory of a step.
 
     Attributes:
-        stage, ranks: of ZeRO.
-        weight: bytes of an element of the weights, and of their gradients.
+        stage: ZeRO stage.
+        ranks: number of ranks.
+        weight: bytes of one element of the weights, and of their gradients.
         optimizer: a key of ``_SCRATCH``.
-        gpu: which kernels step: a GPU's or plain PyTorch's on a CPU.
-        stock: DeepSpeed's own step of the whole model, not the engine's of one block.
-        placement: masters and state are on the device for ``block``: the step; ``streamed``: a slice at a time;
-            ``resident``: always; ``host``: never, the step is on the host.
-        bucket: elements that wait for their reduction together.
-        staging: elements of the buffer through which gradients reach the host, at stages 1 and 2.
-        accumulates: gradients of earlier micro-batches are there.
-        slot: bytes of each of the two staging areas of the streamed step.
-        persistent: elements of the parameters that stage 3 keeps whole on every rank.
+        gpu: the optimizer uses a GPU's kernels, not those of PyTorch on a CPU.
+        stock: DeepSpeed steps the whole model itself. Otherwise the engine steps one block.
+        placement: when master weights and optimizer state are on the device. ``block``: during the step; ``streamed``:
+            one chunk at a time; ``resident``: always; ``host``: never, because the host runs the step.
+        bucket: elements of gradients that are reduced together.
+        staging: elements of the buffer through which gradients reach the host, at ZeRO-1 and ZeRO-2.
+        accumulates: gradients of earlier micro-batches exist.
+        slot: bytes of each of the two staging slots of the streamed step.
+        persistent: elements of the parameters that ZeRO-3 keeps whole on every rank.
     """
 
     stage: int
@@ -80,354 +88,392 @@ class Setup:
     persistent: int = 0
 
     def partition(self, numels: Sequence[int]) -> int:
-        """Elements of these parameters that a rank owns."""
+        """Return the elements of these parameters that a rank owns."""
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in numels)
-        if self.stage in (1, 2):  # flat, the start of each rank's part aligned to 4 bytes in 16 bit
+        if self.stage in (1, 2):  # flat; each rank's partition starts at a multiple of 4 bytes in 16 bit
             return -(-sum(numels) // (2 * self.ranks)) * 2
         return sum(numels)
 
     @property
     def has_masters(self) -> bool:
-        """ZeRO copies fp32 weights, too."""
+        """Whether fp32 master weights exist. ZeRO makes them for fp32 weights, too."""
         return self.weight < FP32 or self.stage > 0
 
     @property
-    def comes_to_device(self) -> bool:
-        """State is off the device but for the step, which the engine takes."""
+    def moves_state(self) -> bool:
+        """Whether the engine moves optimizer state to the device for the step."""
         return self.placement in ("block", "streamed")
 
     @property
-    def alone(self) -> bool:
-        """Stages 1 and 2: with nothing to reduce, the engine leaves gradients where autograd put them."""
+    def skips_bucket(self) -> bool:
+        """Whether the engine at ZeRO-1 and ZeRO-2 uses the gradients of autograd, because one rank reduces nothing."""
         return not self.stock and self.ranks == 1 and self.placement != "host"
 
     def masters(self, numels: Sequence[int]) -> int:
-        """Bytes of fp32 master weights on a rank."""
+        """Return the bytes of fp32 master weights on a rank."""
         return FP32 * self.partition(numels) if self.has_masters else 0
 
     def state(self, shapes: Sequence[Sequence[int]]) -> int:
-        """Bytes of optimizer state on a rank, without the step counters."""
+        """Return the bytes of optimizer state on a rank, without the step counts."""
         if self.stage == 0:
             return FP32 * state_numel(self.optimizer, shapes)
         return FP32 * MOMENTS[self.optimizer] * self.partition([math.prod(shape) for shape in shapes])
 
 
 class Step(StepBase):
-    """The way of a block's gradients to its updated weights. Here: stage 0, gradients stay where autograd puts them.
+    """A step at ZeRO-0, which uses the gradients of autograd.
 
-    ``shapes`` are those of the parameters that get gradients, in their order; ``stepped`` those of what is updated,
-    which is less where a parameter is cut by rows.
+    Args:
+        setup: what determines the memory.
+        shapes: shapes of the parameters that get gradients, in order.
+        updated: shapes the optimizer updates; for sliced tensors, the largest slice.
     """
 
-    def __init__(self, setup: Setup, shapes: Sequence[Sequence[int]], stepped: Sequence[Sequence[int]]):
+    def __init__(self, setup: Setup, shapes: Sequence[Sequence[int]], updated: Sequence[Sequence[int]]):
         self.setup = setup
         self.numels = [math.prod(shape) for shape in shapes]
         self.total = sum(self.numels)
         self.partition = setup.partition(self.numels)
         self.masters, self.state = setup.masters(self.numels), setup.state(shapes)
-        self.stepped: int | None = None  # elements, where that is not all
-        if sum(math.prod(shape) for shape in stepped) < self.total:
-            self.stepped = min(self.partition, sum(math.prod(shape) for shape in stepped))
-            self.masters = FP32 * self.stepped if setup.has_masters else 0
-            self.state = FP32 * MOMENTS[setup.optimizer] * self.stepped
+        self.sliced: int | None = None  # elements of the largest slice, if a tensor is cut
+        if sum(math.prod(shape) for shape in updated) < self.total:
+            self.sliced = min(self.partition, sum(math.prod(shape) for shape in updated))
+            self.masters = FP32 * self.sliced if setup.has_masters else 0
+            self.state = FP32 * MOMENTS[setup.optimizer] * self.sliced
         self.parameters: Sequence[Tensor] = ()
-        self.waiting = 0  # elements of gradients in the bucket
+        self.in_bucket = 0  # elements of gradients that wait in the bucket
 
     def begin(self, memory: LiveMemory) -> None:
+        """Allocate the gradients of earlier micro-batches."""
         super().begin(memory)
         if self.setup.accumulates:
-            memory.take("gradients", self.accumulated())
+            memory.allocate("gradients", self.accumulated())
 
     def accumulated(self) -> int:
-        """Bytes of earlier micro-batches' gradients."""
+        """Return the bytes of gradients of earlier micro-batches."""
         return self.setup.weight * self.total
 
     def on_gradient(self, parameter: Tensor) -> None:
+        """Keep the gradient, or add it to the one of earlier micro-batches."""
         if self.setup.accumulates:
-            parameter.grad = None  # added to what is there
+            parameter.grad = None
         else:
             assert parameter.grad is not None
             self.memory.label(parameter.grad, "gradients")
 
     def drop_gradients(self) -> None:
+        """Free the gradients of autograd."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def after_backward(self, parameters: Sequence[Tensor]) -> None:
-        """The all-reduce takes flat copies of up to ``MEMORY_OPT_ALLREDUCE_SIZE`` elements, on one rank too."""
+        """Reduce the gradients, of which DeepSpeed flattens ``MEMORY_OPT_ALLREDUCE_SIZE`` elements at a time."""
         self.parameters = parameters
         bucket: list[int] = []
         for position, numel in enumerate(self.numels, start=1):
             bucket.append(numel)
             if sum(bucket) > 500_000_000 or position == len(self.numels):
                 if len(bucket) > 1:
-                    with self.memory.taken("buffers", self.setup.weight * sum(bucket)):
+                    with self.memory.temporary("buffers", self.setup.weight * sum(bucket)):
                         pass
                 bucket = []
 
     def update(self) -> None:
+        """Compute the gradient norms and run the optimizer's step."""
         if self.setup.weight < FP32:
-            with self.memory.taken("buffers", FP32 * max(self.numels)):  # norms, one parameter at a time
+            with self.memory.temporary("buffers", FP32 * max(self.numels)):  # norm of one parameter at a time
                 pass
-        if self.setup.comes_to_device:
+        if self.setup.moves_state:
             self.step_off_device(self.numels, fp32_gradients=self.setup.weight < FP32)
         elif self.setup.weight == FP32:
             self.optimize(self.numels, fp32_gradients=False)
         else:
-            if self.setup.stock and self.setup.gpu and self.setup.optimizer in FUSED:  # it flattens
-                with self.memory.taken("buffers", FP32 * self.total if len(self.numels) > 1 else 0):
-                    with self.memory.taken("gradients", FP32 * self.total):
+            if (
+                self.setup.stock and self.setup.gpu and self.setup.optimizer in FUSED
+            ):  # DeepSpeed flattens the gradients
+                with self.memory.temporary("buffers", FP32 * self.total if len(self.numels) > 1 else 0):
+                    with self.memory.temporary("gradients", FP32 * self.total):
                         pass
             self.optimize(self.numels)
 
     def step_off_device(self, tensors: Sequence[int], fp32_gradients: bool = True) -> None:
-        """The engine's own step: masters and state come to the device, all at once or a slice after the other.
+        """Move master weights and state to the device, as a whole or in chunks, and step.
 
         Args:
-            tensors: elements of each tensor that the optimizer steps.
-            fp32_gradients: they are made for the step, of the slice.
+            tensors: elements of each tensor that the optimizer updates.
+            fp32_gradients: the step copies the gradients of each chunk to fp32.
         """
         masters, state = self.masters, self.state
-        if self.stepped is not None:  # of a parameter that has it all
-            tensors = [self.stepped]
+        if self.sliced is not None:
+            tensors = [self.sliced]
         if self.setup.placement == "streamed":
-            tensors = [min(sum(tensors), self.setup.slot // _per_element(self.setup.optimizer))]
+            tensors = [min(sum(tensors), self.setup.slot // _bytes_per_element(self.setup.optimizer))]
             masters = FP32 * tensors[0] if self.setup.has_masters else 0
             state = FP32 * MOMENTS[self.setup.optimizer] * tensors[0]
-            # Masters are in their staging area. State is made by the block's first step, outside of it.
-            self.memory.give("buffers", masters)
-        with self.memory.taken("master_weights", masters), self.memory.taken("optimizer_state", state):
+            # The staging slots hold the master weights. A block's first step creates its state outside the slots.
+            self.memory.free("buffers", masters)
+        with self.memory.temporary("master_weights", masters), self.memory.temporary("optimizer_state", state):
             self.optimize(tensors, fp32_gradients)
         if self.setup.placement == "streamed":
-            self.memory.take("buffers", masters)
+            self.memory.allocate("buffers", masters)
 
     def optimize(self, tensors: Sequence[int], fp32_gradients: bool = True) -> None:
-        """The optimizer's own step on tensors of so many elements."""
+        """Run the optimizer on tensors of these numbers of elements."""
         one, every = _SCRATCH[self.setup.optimizer]
         if self.setup.gpu and self.setup.optimizer in FUSED:
             scratch = 0
         elif self.setup.gpu and self.setup.optimizer != "adafactor":
             scratch = every * sum(tensors)
-        else:  # in a loop, whose variables still hold the tensor before
+        else:  # a loop, whose variables still hold the previous tensor
             scratch = max(one * numel + before for numel, before in zip(tensors, [0, *tensors], strict=False))
         if self.setup.optimizer == "adafactor":
-            scratch += self.state // FP32  # means of rows and columns
-        counts = FP64 * 4 * (len(self.numels) + 1)  # norms and step counters, one of each a parameter
+            scratch += self.state // FP32  # means over rows and columns
+        counts = FP64 * 4 * (len(self.numels) + 1)  # a norm and a step count for each parameter
         gradients = FP32 * sum(tensors) if fp32_gradients else 0
-        with self.memory.taken("gradients", gradients), self.memory.taken("buffers", FP32 * scratch + counts):
+        with self.memory.temporary("gradients", gradients), self.memory.temporary("buffers", FP32 * scratch + counts):
             pass
 
 
 class ZeroStep(Step):
-    """Stages 1 and 2: gradients are copied into a bucket, reduced, and copied to the partition's own buffer.
+    """A step at ZeRO-1 or ZeRO-2.
 
-    On one rank the engine does without: gradients stay where autograd puts them.
+    DeepSpeed copies gradients into a bucket, reduces the bucket and copies the result to the partition's buffer. On one
+    rank the engine skips the bucket.
     """
 
     def begin(self, memory: LiveMemory) -> None:
+        """Find the rank that owns most, and allocate what exists before the forward pass."""
         super().begin(memory)
-        self.bucket = self.partitioned = 0  # bytes held
+        self.bucket = self.partitioned = 0  # allocated bytes
         ends = [0]
         for numel in self.numels:
             ends.append(ends[-1] + numel)
-        # DeepSpeed keeps whole parameters where a rank owns a part of them.
+        # DeepSpeed keeps the whole gradient of a parameter of which a rank owns some elements.
         self.owned = 0
-        self.pieces = 1
+        self.tensors = 1  # in the flat buffer of a rank
         for rank in range(self.setup.ranks):
             low, high = rank * self.partition, (rank + 1) * self.partition
             mine = [n for n, start in zip(self.numels, ends, strict=False) if start < high and start + n > low]
             if sum(mine) > self.owned:
                 self.owned, self.largest = sum(mine), min(max(mine), self.partition)
             padding = high > ends[-1]
-            self.pieces = max(self.pieces, len(mine) + padding)
-        if self.setup.placement == "host":  # staging for what is added up on the host
-            memory.take("buffers", self.setup.weight * self.setup.staging)
+            self.tensors = max(self.tensors, len(mine) + padding)
+        if self.setup.placement == "host":  # through which gradients reach the host
+            memory.allocate("buffers", self.setup.weight * self.setup.staging)
 
     def accumulated(self) -> int:
+        """Return the bytes of gradients of earlier micro-batches; the host step keeps them on the host."""
         if self.setup.placement == "host":
             return 0
         is_whole = self.setup.stage == 1 or self.setup.ranks == 1
         return self.setup.weight * (self.total if is_whole else self.partition)
 
     def on_gradient(self, parameter: Tensor) -> None:
-        if self.setup.alone:
+        """Copy the gradient into the bucket at ZeRO-2, or keep it until the end of backward at ZeRO-1."""
+        if self.setup.skips_bucket:
             if self.setup.stage == 1:
                 super().on_gradient(parameter)
-            else:  # added to those before at the end of backward
+            else:  # the end of backward adds it to earlier micro-batches
                 assert parameter.grad is not None
                 self.memory.label(parameter.grad, "gradients")
             return
         self.make_bucket()
         if self.setup.stage == 2:
-            self.into_bucket(parameter)
+            self.add_to_bucket(parameter)
         else:
             super().on_gradient(parameter)
 
     def make_bucket(self) -> None:
+        """Allocate the bucket, once."""
         if not self.bucket:
             self.bucket = self.setup.weight * self.setup.bucket
-            self.memory.take("buffers", self.bucket)
+            self.memory.allocate("buffers", self.bucket)
 
-    def into_bucket(self, parameter: Tensor) -> None:
-        if self.waiting + parameter.numel() > self.setup.bucket:
+    def add_to_bucket(self, parameter: Tensor) -> None:
+        """Copy a gradient into the bucket, and reduce the bucket first if the gradient does not fit."""
+        if self.in_bucket + parameter.numel() > self.setup.bucket:
             self.reduce()
         if parameter.numel() <= self.setup.bucket:
             parameter.grad = None
-        self.waiting += parameter.numel()
+        self.in_bucket += parameter.numel()
 
-    def norms(self) -> None:
-        """Each gradient in fp64, one after the other, at most so many elements at a time."""
-        with self.memory.taken("buffers", FP64 * (self.largest if self.setup.stock else min(self.largest, NORM_CHUNK))):
+    def compute_norms(self) -> None:
+        """Copy gradients to fp64 for their norms: one tensor at a time, or one chunk at a time in the engine."""
+        with self.memory.temporary(
+            "buffers", FP64 * (self.largest if self.setup.stock else min(self.largest, NORM_CHUNK))
+        ):
             pass
 
     def reduce(self) -> None:
-        if not self.waiting:
+        """Reduce the bucket and copy the result to the partition."""
+        if not self.in_bucket:
             return
         if self.setup.ranks > 1:
-            with self.memory.taken("buffers", self.setup.weight * self.waiting):
+            with self.memory.temporary("buffers", self.setup.weight * self.in_bucket):
                 pass
         if self.setup.placement == "host":
             largest = min(max(self.numels), self.partition)
-            with self.memory.taken("buffers", FP64 * largest):
+            with self.memory.temporary("buffers", FP64 * largest):
                 pass
         elif not self.partitioned:
             self.partitioned = self.setup.weight * self.owned
-            self.memory.take("gradients", self.partitioned)
-        self.waiting = 0
+            self.memory.allocate("gradients", self.partitioned)
+        self.in_bucket = 0
 
     def after_backward(self, parameters: Sequence[Tensor]) -> None:
+        """Reduce what is left, and free the bucket."""
         self.parameters = parameters
-        if self.setup.alone:
+        if self.setup.skips_bucket:
             if self.setup.accumulates:
                 self.drop_gradients()
             return
         self.make_bucket()
         if self.setup.stage == 1:
             for parameter in parameters:
-                self.into_bucket(parameter)
+                self.add_to_bucket(parameter)
         self.reduce()
         self.drop_gradients()
-        self.memory.give("buffers", self.bucket)
+        self.memory.free("buffers", self.bucket)
         if self.setup.accumulates:
-            self.memory.give("gradients", self.accumulated())
+            self.memory.free("gradients", self.accumulated())
 
-    def drop_16_bit(self) -> None:
-        """Gradients in the weights' precision are not needed any more."""
+    def drop_unconverted(self) -> None:
+        """Free the gradients in the precision of the weights."""
         self.drop_gradients()
-        self.memory.give("gradients", self.partitioned)
-        if self.setup.alone and self.setup.accumulates:
-            self.memory.give("gradients", self.accumulated())
+        self.memory.free("gradients", self.partitioned)
+        if self.setup.skips_bucket and self.setup.accumulates:
+            self.memory.free("gradients", self.accumulated())
 
     def update(self) -> None:
+        """Compute the gradient norms, convert the gradients to fp32 and run the optimizer's step."""
         if self.setup.placement == "host":
             return
-        self.norms()
-        if self.setup.comes_to_device:
+        self.compute_norms()
+        if self.setup.moves_state:
             self.step_off_device([self.partition])
-            self.drop_16_bit()
+            self.drop_unconverted()
             return
-        flat = self.setup.weight * self.partition if self.pieces > 1 else 0
-        self.memory.take("gradients", flat)
+        flat = self.setup.weight * self.partition if self.tensors > 1 else 0
+        self.memory.allocate("gradients", flat)
         if self.setup.weight < FP32:
-            with self.memory.taken("gradients", FP32 * self.partition):
+            with self.memory.temporary("gradients", FP32 * self.partition):
                 pass
-            self.memory.give("gradients", flat)
-            self.drop_16_bit()
+            self.memory.free("gradients", flat)
+            self.drop_unconverted()
             self.optimize([self.partition])
-        else:  # the flat gradients are the optimizer's, or the one that there is
+        else:  # the optimizer uses the flat gradients, or the only gradient
             if flat:
-                self.drop_16_bit()
+                self.drop_unconverted()
             self.optimize([self.partition], fp32_gradients=False)
 
 
 class Zero3Step(ZeroStep):
-    """Stage 3: the bucket and the partition's gradients are made at set-up, as large as the largest block's."""
+    """A step at ZeRO-3.
 
-    linear_keeps_input = True
+    The bucket and the partition's gradients are allocated once, for the largest block. :meth:`Planner.held` counts
+    them.
+    """
+
+    linear_saves_input = True
 
     def begin(self, memory: LiveMemory) -> None:
+        """Find the largest parameter; nothing is allocated here."""
         Step.begin(self, memory)
-        self.in_bucket = 0
+        self.gradients_in_bucket = 0
         self.largest = max(-(-numel // self.setup.ranks) for numel in self.numels)
 
     def accumulated(self) -> int:
+        """Return 0: the partition's gradients also hold those of earlier micro-batches."""
         return 0
 
     def on_gradient(self, parameter: Tensor) -> None:
-        if self.waiting and self.waiting + parameter.numel() > self.setup.bucket:
+        """Copy the gradient into the bucket if it fits."""
+        if self.in_bucket and self.in_bucket + parameter.numel() > self.setup.bucket:
             self.reduce()
-        if self.waiting + parameter.numel() <= self.setup.bucket:
+        if self.in_bucket + parameter.numel() <= self.setup.bucket:
             parameter.grad = None
-        self.waiting += parameter.numel()
-        self.in_bucket += 1
+        self.in_bucket += parameter.numel()
+        self.gradients_in_bucket += 1
 
     def reduce(self) -> None:
-        flat = self.in_bucket > 1 or self.waiting % self.setup.ranks
-        copies = int(flat) + (not self.setup.gpu)  # gloo makes another one
-        with self.memory.taken("buffers", copies * self.setup.weight * self.waiting):
+        """Reduce the bucket; the result is scattered to the partitions."""
+        flat = self.gradients_in_bucket > 1 or self.in_bucket % self.setup.ranks
+        copies = int(flat) + (not self.setup.gpu)  # gloo makes another copy
+        with self.memory.temporary("buffers", copies * self.setup.weight * self.in_bucket):
             pass
-        if self.setup.placement == "host":  # sums and norms are taken on the device
-            with self.memory.taken("buffers", (FP64 + self.setup.weight) * self.largest):
+        if self.setup.placement == "host":  # the device computes sums and norms
+            with self.memory.temporary("buffers", (FP64 + self.setup.weight) * self.largest):
                 pass
-        self.waiting = self.in_bucket = 0
+        self.in_bucket = self.gradients_in_bucket = 0
 
     def after_backward(self, parameters: Sequence[Tensor]) -> None:
+        """Reduce what is left in the bucket."""
         self.parameters = parameters
         self.reduce()
         self.drop_gradients()
 
     def update(self) -> None:
+        """Partition the persistent parameters, run the optimizer's step, and gather them again."""
         if self.setup.placement == "host":
             return
         whole = self.setup.weight * self.setup.persistent
-        self.memory.give("parameters", whole)
-        self.norms()
-        if self.setup.comes_to_device:
+        self.memory.free("parameters", whole)
+        self.compute_norms()
+        if self.setup.moves_state:
             self.step_off_device([self.partition])
         else:
             flat = self.setup.weight * self.partition if len(self.numels) > 1 else 0
-            with self.memory.taken("gradients", flat):
+            with self.memory.temporary("gradients", flat):
                 if self.setup.weight < FP32:
-                    with self.memory.taken("gradients", FP32 * self.partition):
+                    with self.memory.temporary("gradients", FP32 * self.partition):
                         pass
                 else:
                     self.optimize([self.partition], fp32_gradients=False)
             if self.setup.weight < FP32:
                 self.optimize([self.partition])
-        with self.memory.taken("buffers", whole):  # gathered again
-            self.memory.take("parameters", whole)
+        with self.memory.temporary("buffers", whole):  # gathered again
+            self.memory.allocate("parameters", whole)
 
 
-# Stage 3's defaults, in elements: parameters up to this size stay whole; so much is gathered ahead; and so much of the
-# model is looked ahead for a reason to keep what was gathered.
-_PERSISTENT, _AHEAD, _REUSE = 100_000, 50_000_000, 1_000_000_000
+# Defaults of DeepSpeed's ZeRO-3 settings, all in elements.
+_PERSISTENCE_THRESHOLD = 100_000  # stage3_param_persistence_threshold
+_PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
+_REUSE_DISTANCE = 1_000_000_000  # stage3_max_reuse_distance
 
 
-def persistent(setup: Setup, numels: Iterable[int]) -> int:
-    """Elements of the parameters that stage 3 keeps whole on every rank."""
-    return sum(n for n in numels if n <= _PERSISTENT) if setup.stage == 3 and setup.ranks > 1 else 0
-
-
-def gathered(setup: Setup, numels: Sequence[int], reached: Sequence[int]) -> int:
-    """Elements that stage 3 holds at most of gathered weights: a bound, for which of them is left to timing.
-
-    What backward needs again within ``_REUSE`` elements stays (so at most half of that, from the top of the model),
-    the next ``_AHEAD`` elements are fetched, rounded up to a whole parameter, and fetching copies from a flat buffer.
+def persistent_numel(setup: Setup, numels: Iterable[int]) -> int:
+    """Return the elements of the parameters that ZeRO-3 keeps whole on every rank.
 
     Args:
-        numels: of all parameters.
-        reached: of those that backward passes.
+        setup: gives the stage and the number of ranks.
+        numels: elements of each parameter.
+    """
+    return sum(n for n in numels if n <= _PERSISTENCE_THRESHOLD) if setup.stage == 3 and setup.ranks > 1 else 0
+
+
+def gathered_numel(setup: Setup, numels: Sequence[int], reached: Sequence[int]) -> int:
+    """Return an upper bound of the elements of gathered weights at ZeRO-3. The exact number depends on timing.
+
+    ZeRO-3 keeps weights that it needs again within the reuse distance. Around the turn from forward to backward that is
+    at most half of the distance, from the top of the model. It fetches the next weights up to the prefetch bucket,
+    rounded up to a whole parameter, and copies them from a flat buffer.
+
+    Args:
+        setup: gives the stage, the number of ranks and the bucket.
+        numels: elements of each parameter.
+        reached: elements of each parameter that the backward pass reaches.
     """
     if setup.stage < 3 or setup.ranks == 1:
         return 0
-    partitioned = [n for n in numels if n > _PERSISTENT]
+    partitioned = [n for n in numels if n > _PERSISTENCE_THRESHOLD]
     largest, total = max(partitioned, default=0), sum(partitioned)
-    kept = min(sum(n for n in reached if n > _PERSISTENT), _REUSE // 2)
-    ahead = _AHEAD if setup.stock else min(_AHEAD, setup.bucket)  # the engine's are of the largest block at most
+    kept = min(sum(n for n in reached if n > _PERSISTENCE_THRESHOLD), _REUSE_DISTANCE // 2)
+    ahead = _PREFETCH if setup.stock else min(_PREFETCH, setup.bucket)  # the engine fetches at most the largest block
     return min(total, kept + ahead + 2 * largest) + min(total, ahead + largest)
 
 
-def make_step(setup: Setup, shapes: Sequence[Sequence[int]], stepped: Sequence[Sequence[int]]) -> Step:
+def make_step(setup: Setup, shapes: Sequence[Sequence[int]], updated: Sequence[Sequence[int]]) -> Step:
+    """Return the step of the setup's ZeRO stage; the arguments are those of :class:`Step`."""
     kinds: dict[int, Callable[..., Step]] = {0: Step, 1: ZeroStep, 2: ZeroStep, 3: Zero3Step}
-    return kinds[setup.stage](setup, shapes, stepped)
+    return kinds[setup.stage](setup, shapes, updated)

@@ -1,4 +1,4 @@
-"""The plan of a run, and what makes it: one simulated step for each kind of block, and what is kept around it."""
+"""The plan of a run. The planner simulates one step for each kind of block and adds what exists around the step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,35 @@ from hift_ds.blocks.block import Block
 from hift_ds.blocks.partition import partition_model
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError
 from hift_ds.model.activations import checkpoint_activations
-from hift_ds.planner import presets
-from hift_ds.planner.accounting import FP32, Setup, gathered, make_step, persistent, slot_bytes, state_numel
-from hift_ds.planner.presets import Request
+from hift_ds.planner import models
+from hift_ds.planner.accounting import (
+    FP32,
+    FUSED,
+    Setup,
+    gathered_numel,
+    make_step,
+    persistent_numel,
+    slot_bytes,
+    state_numel,
+)
+from hift_ds.planner.request import Request
 from hift_ds.planner.simulation import CATEGORIES, ForwardStep, LiveMemory, Simulator, StepBase
 
-_STOCK_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
-_NUMBERS = 64  # bytes of single numbers for each parameter: step counts, norms
+_STOCK_BUCKET = 500_000_000  # elements: the default of DeepSpeed's reduce_bucket_size
+_SCALARS = 64  # bytes of step counts, norms and other scalars for each parameter
 
 
 @dataclass
 class BlockPlan:
-    """One block's step: what is on the device when it holds most.
+    """The memory of one block's step.
 
-    ``simulated`` is False for a layer whose figures lie between those of the second and the last layer like it. Their
-    total is an upper bound: the true one is a maximum of straight lines over the layer's position.
+    Attributes:
+        name: the block's name.
+        numel: trained elements.
+        device: bytes on the device by category, at the instant of the highest total.
+        phase: phase of that instant: ``forward``, ``backward`` or ``step``.
+        simulated: False if the figures are interpolated between the second and the last block like this one. Their
+            total is then an upper bound, because the true total is a maximum of linear functions of the position.
     """
 
     name: str
@@ -42,22 +56,36 @@ class BlockPlan:
 
 @dataclass
 class Plan:
-    """Planned bytes of one rank by category; ``device`` at the instant of the highest total, which ``peak`` names."""
+    """The planned memory of one rank.
+
+    Attributes:
+        request: what was planned.
+        total_parameters: elements of all parameters.
+        peak_trainable_parameters: elements of the largest block.
+        blocks: the memory of each block's step.
+        peak: ``block`` (index), ``name`` and ``phase`` of the instant of the highest device total.
+        device: bytes on the device by category, at that instant.
+        host: bytes in host memory by category.
+        nvme: bytes in files by category.
+        notes: what a reader must know about the figures.
+        fit: the answer of :class:`hift_ds.planner.search.Fit`, if a device size was given.
+        fitting: the request with the change that makes it fit, or None.
+    """
 
     request: Request
     total_parameters: int
     peak_trainable_parameters: int
     blocks: list[BlockPlan]
-    peak: dict[str, Any]  # block, name, phase: forward, backward or step
+    peak: dict[str, Any]
     device: dict[str, int]
     host: dict[str, int]
     nvme: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
     notes: list[str] = field(default_factory=list)
     fit: dict[str, Any] | None = None
-    fitting: Request | None = None  # the request, with the change that makes it fit
+    fitting: Request | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; all sizes in bytes."""
+        """Return the plan as plain values for JSON, with all sizes in bytes."""
         inputs = {entry.name: getattr(self.request, entry.name) for entry in fields(Request)}
         inputs |= {"model": self.request.name, "zero_stage": self.request.stage, "placement": self.request.placement}
         blocks = [
@@ -71,69 +99,78 @@ class Plan:
 
 
 def with_total(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return sizes by category with their sum as ``total``."""
     return {**sizes, "total": sum(sizes.values())}
 
 
 @dataclass
-class _Built:
-    """A model made for simulation, and what each step of the method trains."""
+class BuiltModel:
+    """A model built for simulation, and the blocks that steps train. Methods other than HiFT have one block.
+
+    Attributes:
+        simulator: runs steps of the model.
+        shapes: shape of each parameter by name.
+        blocks: what each step trains.
+        longest_input: the most tokens in a sequence, or None for no limit.
+    """
 
     simulator: Simulator
     shapes: dict[str, tuple[int, ...]]
-    units: list[Block]  # what a step trains
+    blocks: list[Block]
     longest_input: int | None
 
-    def unit_shapes(self, unit: int) -> list[tuple[int, ...]]:
-        """Of whole tensors, as which gradients are made."""
-        return [self.shapes[name] for name in self.units[unit].parameter_names]
+    def gradient_shapes(self, block: int) -> list[tuple[int, ...]]:
+        """Return the shapes of a block's gradients, which are those of whole tensors."""
+        return [self.shapes[name] for name in self.blocks[block].parameter_names]
 
-    def stepped_shapes(self, unit: int) -> list[tuple[int, ...]]:
-        """Of what is updated: the rows of a tensor that is cut, for its blocks may differ by one: the most of any."""
-        slices = self.units[unit].slices
+    def updated_shapes(self, block: int) -> list[tuple[int, ...]]:
+        """Return the shapes the optimizer updates; for sliced tensors, the largest slice."""
+        slices = self.blocks[block].slices
         if not slices:
-            return self.unit_shapes(unit)
+            return self.gradient_shapes(block)
         (name,) = slices
-        rows = max(stop - start for other in self.units for start, stop in (other.slices.get(name, (0, 0)),))
+        rows = max(stop - start for other in self.blocks for start, stop in (other.slices.get(name, (0, 0)),))
         return [(rows, *self.shapes[name][1:])]
 
-    def numels(self, unit: int) -> list[int]:
-        return _numels(self.unit_shapes(unit))
+    def numels(self, block: int) -> list[int]:
+        """Return the elements of each gradient of a block."""
+        return _numels(self.gradient_shapes(block))
 
-    def owners(self) -> list[list[tuple[int, ...]]]:
-        """Shapes of what each of DeepSpeed's optimizers has: all blocks of a tensor that is cut share one."""
-        first = {tuple(block.parameter_names): unit for unit, block in reversed(list(enumerate(self.units)))}
-        return [self.unit_shapes(unit) for unit in sorted(first.values())]
+    def optimizer_shapes(self) -> list[list[tuple[int, ...]]]:
+        """Return the shapes of each DeepSpeed optimizer. All blocks that hold rows of one tensor share an optimizer."""
+        first = {tuple(block.parameter_names): index for index, block in reversed(list(enumerate(self.blocks)))}
+        return [self.gradient_shapes(index) for index in sorted(first.values())]
 
-    def reached_from(self, unit: int) -> list[int]:
-        """Elements of each parameter that backward passes on its way to a unit.
+    def reached_from(self, block: int) -> list[int]:
+        """Return the elements of each parameter that backward reaches on its way down to a block.
 
-        For units alike those of the lowest: the rest lies on a line between them, and this would bend it.
+        All blocks of a run get the value of its lowest one, so that the figures of a run stay linear in the position.
         """
-        first = next(run[0] for run in self.alike() if unit in run)
+        first = next(run[0] for run in self.similar_runs() if block in run)
         model = self.simulator.model
         paths = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         tied = {name for name, parameter in model.named_parameters() if paths[id(parameter)] > 1}
-        here_or_above = {name for block in self.units[first:] for name in block.parameter_names}
-        below = {name for block in self.units[:first] for name in block.parameter_names} - here_or_above - tied
+        here_or_above = {name for block in self.blocks[first:] for name in block.parameter_names}
+        below = {name for block in self.blocks[:first] for name in block.parameter_names} - here_or_above - tied
         return _numels(shape for name, shape in self.shapes.items() if name not in below)
 
-    def decisive(self) -> list[int]:
-        """The units whose steps bound those of all."""
-        return sorted({unit for run in self.alike() for unit in (run[0], run[1 % len(run)], run[-1])})
+    def bounding_blocks(self) -> list[int]:
+        """Return the indices of the blocks whose steps bound the memory of all steps."""
+        return sorted({index for run in self.similar_runs() for index in (run[0], run[1 % len(run)], run[-1])})
 
-    def alike(self) -> list[list[int]]:
-        """Units with the same shapes, at even distances."""
+    def similar_runs(self) -> list[list[int]]:
+        """Return runs of blocks with equal shapes at even distances, each run as a list of block indices."""
         kinds: dict[Any, list[int]] = defaultdict(list)
         seen: Counter[str] = Counter()
-        for unit, block in enumerate(self.units):
+        for index, block in enumerate(self.blocks):
             names = block.parameter_names
-            part = seen[names[0]] if block.slices else 0
+            number = seen[names[0]] if block.slices else 0  # of the slice in its tensor
             seen.update(names)
-            kinds[tuple(self.unit_shapes(unit)), tuple(self.stepped_shapes(unit)), part].append(unit)
+            kinds[tuple(self.gradient_shapes(index)), tuple(self.updated_shapes(index)), number].append(index)
         runs: list[list[int]] = []
-        for units in kinds.values():
-            is_even = len({after - before for before, after in pairwise(units)}) <= 1
-            runs += [units] if is_even else [[unit] for unit in units]
+        for indices in kinds.values():
+            is_even = len({after - before for before, after in pairwise(indices)}) <= 1
+            runs += [indices] if is_even else [[index] for index in indices]
         return runs
 
 
@@ -142,40 +179,58 @@ def _numels(shapes: Iterable[Sequence[int]]) -> list[int]:
 
 
 class Planner:
-    """Plans variants of one request for one model; what is built for one is used again for the others."""
+    """Plans one request and variants of it for the same model. Variants share built models and simulated steps.
+
+    Args:
+        request: the first request to plan.
+
+    Attributes:
+        request: the same request.
+        config: the model's transformers configuration.
+        task: ``causal-lm`` or ``sequence-classification``.
+
+    Raises:
+        ConfigError: every problem of the request.
+    """
 
     def __init__(self, request: Request):
         found = request.problems()
         try:
-            self.config = presets.load_config(request.model)
+            self.config = models.load_config(request.model)
         except ConfigError as error:
             found = error.problems + found
         if found:
             raise ConfigError(found)
         self.request = request
-        self.task = request.task or presets.task_of(self.config)
-        self._built: dict[tuple[Any, ...], _Built] = {}
+        self.task = request.task or models.task_of(self.config)
+        self._built: dict[tuple[Any, ...], BuiltModel] = {}
         self._simulated: dict[tuple[Request, int], LiveMemory] = {}
 
     def plan(self, request: Request) -> Plan:
-        """The plan of a request for the same model. One step is simulated for each kind of block, three where there
-        are many: the lowest two and the highest."""
+        """Return the plan of a request for the same model.
+
+        Of a run of similar blocks, this simulates the lowest two and the highest, and interpolates the others.
+
+        Raises:
+            ConfigError: the request cannot be planned.
+        """
         built = self.build(request)
-        units = range(len(built.units))
-        numels = [built.units[unit].numel for unit in units]
+        indices = range(len(built.blocks))
+        numels = [built.blocks[index].numel for index in indices]
         planned: dict[int, BlockPlan] = {}
-        for run in tqdm(built.alike(), desc="simulating steps", leave=False, disable=None):  # None: unless a terminal
-            # Below the first layer nothing needs a gradient, so it does not lie on the line of those above it.
-            for position, unit in enumerate(run):
+        progress = tqdm(built.similar_runs(), desc="simulating steps", leave=False, disable=None)  # on a terminal only
+        for run in progress:
+            # Nothing below the lowest block needs a gradient, so the lowest is not on the line of the others.
+            for position, index in enumerate(run):
                 start, end = (0, 0) if position == 0 else (1, len(run) - 1)
                 ends = self.simulate(request, run[start]), self.simulate(request, run[end])
-                name = built.units[unit].name
-                planned[unit] = _between(name, numels[unit], *ends, position - start, end - start)
-        blocks = [planned[unit] for unit in units]
+                name = built.blocks[index].name
+                planned[index] = _interpolate(name, numels[index], *ends, position - start, end - start)
+        blocks = [planned[index] for index in indices]
         if request.layout == "paper":
-            top = max(units, key=lambda unit: numels[unit])
+            top = max(indices, key=lambda index: numels[index])
         else:
-            top = max(units, key=lambda unit: sum(blocks[unit].device.values()))
+            top = max(indices, key=lambda index: sum(blocks[index].device.values()))
         return Plan(
             request,
             total_parameters=sum(_numels(built.shapes.values())),
@@ -185,41 +240,45 @@ class Planner:
             device=blocks[top].device,
             host=self._off_device(request, built, top, "host") | {"activations": self._checkpoints(request, built)},
             nvme=self._off_device(request, built, top, "nvme"),
-            notes=request.notes(self.task),
+            notes=_notes(request, self.task),
         )
 
-    def simulate(self, request: Request, unit: int) -> LiveMemory:
-        """One step on one unit, run once."""
-        key = (replace(request, model=None), unit)
+    def simulate(self, request: Request, block: int) -> LiveMemory:
+        """Return the memory of one step on a block. Each step is simulated once.
+
+        Raises:
+            ConfigError: the step cannot be simulated.
+        """
+        key = (replace(request, model=None), block)
         if key not in self._simulated:
-            self._simulated[key] = self._simulate(request, unit)
+            self._simulated[key] = self._simulate(request, block)
         return self._simulated[key]
 
-    def _simulate(self, request: Request, unit: int) -> LiveMemory:
+    def _simulate(self, request: Request, block: int) -> LiveMemory:
         built = self.build(request)
         limit = built.longest_input
         if limit is not None and request.seq_len > limit:
             raise ConfigError([f"--seq-len={request.seq_len}: the model has {limit} positions; use at most {limit}"])
-        trained, shapes, step = built.units[unit].parameter_names, built.unit_shapes(unit), StepBase()
+        trained, step = built.blocks[block].parameter_names, StepBase()
         if request.method == "mezo":
             trained, step = (), ForwardStep(request.weight, max(_numels(built.shapes.values())), request.accelerator)
         elif request.layout == "engine":
-            step = make_step(self._setup(request, built), shapes, built.stepped_shapes(unit))
+            step = make_step(self._setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
         chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
         if chunk and (problem := built.simulator.why_no_chunks()):
-            raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use 0"])
-        held = self.holds(request, unit)
+            raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use --loss-chunk 0"])
+        held = self.held(request, block)
         try:
             return built.simulator.run(trained, request.batch_size, request.seq_len, held, step, chunk)
-        except RuntimeError as error:  # an operation that fake tensors do not have, or not so
+        except RuntimeError as error:  # an operation that fake tensors do not support
             reason = " ".join(str(error).split())[:300]
-            where = f"--model={request.name}: its step cannot be simulated with --precision={request.precision}"
-            raise ConfigError([f"{where} ({reason}); try another precision"]) from error
+            problem = f"--model={request.name}: its step cannot be simulated with --precision={request.precision}"
+            raise ConfigError([f"{problem} ({reason}); try another precision"]) from error
 
-    def holds(self, request: Request, unit: int) -> dict[str, int]:
-        """What is on the device all the time of a step on one unit, by category."""
+    def held(self, request: Request, block: int) -> dict[str, int]:
+        """Return the bytes on the device by category that exist throughout a step on a block."""
         built = self.build(request)
-        everything, shapes = list(built.shapes.values()), built.stepped_shapes(unit)
+        everything, shapes = list(built.shapes.values()), built.updated_shapes(block)
         model, active = sum(_numels(everything)), sum(_numels(shapes))
         others = sum(b.numel() * b.element_size() for b in built.simulator.model.buffers())
         if request.method == "mezo":
@@ -229,7 +288,7 @@ class Planner:
             return {
                 "parameters": request.weight * model,
                 "master_weights": FP32 * masters,
-                "gradients": FP32 * sum(built.numels(unit)),
+                "gradients": FP32 * sum(built.numels(block)),
                 "optimizer_state": FP32 * state_numel(request.optimizer, shapes),
             }
         setup = self._setup(request, built)
@@ -237,26 +296,32 @@ class Planner:
         weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + _NUMBERS * len(numels) + 2 * setup.slot,
+            "buffers": others + _SCALARS * len(numels) + 2 * setup.slot,
         }
-        units = built.owners()
+        optimizers = built.optimizer_shapes()
         if setup.stage == 3:
-            held["buffers"] += request.weight * (setup.bucket + gathered(setup, numels, built.reached_from(unit)))
+            held["buffers"] += request.weight * (
+                setup.bucket + gathered_numel(setup, numels, built.reached_from(block))
+            )
             if setup.placement != "host":
-                held["gradients"] = request.weight * max(setup.partition(_numels(owned)) for owned in units)
+                held["gradients"] = request.weight * max(setup.partition(_numels(owned)) for owned in optimizers)
         if setup.placement == "resident":
-            held["master_weights"] = sum(setup.masters(_numels(owned)) for owned in units)
-            held["optimizer_state"] = sum(setup.state(owned) for owned in units)
+            held["master_weights"] = sum(setup.masters(_numels(owned)) for owned in optimizers)
+            held["optimizer_state"] = sum(setup.state(owned) for owned in optimizers)
         return held
 
-    def build(self, request: Request) -> _Built:
-        """The model as a request needs it, made once."""
+    def build(self, request: Request) -> BuiltModel:
+        """Return the model as a request needs it. Each variant is built once.
+
+        Raises:
+            ConfigError: every problem of the request, or the model cannot be built or cut.
+        """
         found = request.problems()
         if found:
             raise ConfigError(found)
         rank = request.lora_rank if request.method == "lora" else None
         cut = (request.layers_per_block, (), request.max_block_numel, request.balance)
-        m = cut if request.method == "hift" else None
+        partition = cut if request.method == "hift" else None
         key = (
             request.weight,
             request.recomputes,
@@ -264,44 +329,44 @@ class Planner:
             request.accelerator,
             request.attention,
             rank,
-            m,
+            partition,
         )
         if key not in self._built:
             dtype = torch.float32 if request.weight == FP32 else torch.bfloat16
             gpu = request.accelerator == "gpu"
-            model: Any = presets.skeleton(self.config, self.task, dtype, request.attention, gpu)
+            model: Any = models.skeleton(self.config, self.task, dtype, request.attention, gpu)
             if request.recomputes:
                 checkpoint_activations(model)
             if rank is not None:
-                model = presets.with_lora(model, rank, self.task)
-            if m is None:
+                model = models.with_lora(model, rank, self.task)
+            if partition is None:
                 trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
                 numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                units = [Block("all" if rank is None else "adapters", trained, numel)]
+                blocks = [Block("all" if rank is None else "adapters", trained, numel)]
             else:
                 try:
-                    units = partition_model(model, *m)
+                    blocks = partition_model(model, *partition)
                 except ValueError as error:
                     raise ConfigError([str(error)]) from error
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            limit = presets.longest_input(model)
+            limit = models.longest_input(model)
             simulator = Simulator(model, self.task, request.checkpoint_offload)
-            self._built[key] = _Built(simulator, shapes, units, limit)
-        if rows := next((block.name for block in self._built[key].units if block.slices), None):
-            self._check_rows(request, rows)
+            self._built[key] = BuiltModel(simulator, shapes, blocks, limit)
+        if sliced := next((block.name for block in self._built[key].blocks if block.slices), None):
+            self._check_slices(request, sliced)
         return self._built[key]
 
-    def _check_rows(self, request: Request, name: str) -> None:
-        """What the engine refuses where tensors are cut by rows."""
+    def _check_slices(self, request: Request, name: str) -> None:
+        """Refuse what the engine refuses for a tensor that is cut by rows; ``name`` is a block with such rows."""
         remedy = "raise --max-block-numel, or leave --balance out"
         if request.optimizer == "adafactor":
-            raise ConfigError([f"{name} is cut by rows, and Adafactor uses the shape of a weight; {remedy}"])
+            raise ConfigError([f"{name} is cut by rows, and Adafactor needs the shape of a weight; {remedy}"])
         if request.placement in ("resident", "host") and request.layout == "engine":
             raise ConfigError([f"{name} is cut by rows, but its state stays in one place; {remedy}"])
 
-    def _setup(self, request: Request, built: _Built) -> Setup:
-        numels = [built.numels(unit) for unit in range(len(built.units))]
-        stepped = [[b.numel] if b.slices else own for b, own in zip(built.units, numels, strict=True)]
+    def _setup(self, request: Request, built: BuiltModel) -> Setup:
+        numels = [built.numels(block) for block in range(len(built.blocks))]
+        updated = [[b.numel] if b.slices else own for b, own in zip(built.blocks, numels, strict=True)]
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
@@ -317,12 +382,12 @@ class Planner:
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
-            slot=slot_bytes(request.optimizer, stepped, ranks, request.buffer_size) if streamed else 0,
+            slot=slot_bytes(request.optimizer, updated, ranks, request.buffer_size) if streamed else 0,
         )
-        return replace(setup, persistent=persistent(setup, _numels(built.shapes.values())))
+        return replace(setup, persistent=persistent_numel(setup, _numels(built.shapes.values())))
 
-    def _off_device(self, request: Request, built: _Built, top: int, place: str) -> dict[str, int]:
-        """Bytes of one rank in host memory or in files: state that is not on the device, in buffers made once."""
+    def _off_device(self, request: Request, built: BuiltModel, top: int, place: str) -> dict[str, int]:
+        """Return the bytes of one rank by category in a place, ``host`` or ``nvme``; ``top``: the block at the peak."""
         sizes = dict.fromkeys(CATEGORIES, 0)
         in_files = request.offload_device == "nvme"
         if request.method == "mezo" or place != ("nvme" if in_files else "host"):
@@ -331,7 +396,7 @@ class Planner:
                 sizes["buffers"] = AIO_CHUNK * AIO_BUFFERS
             return sizes
         if request.layout == "paper":
-            for shapes in (built.stepped_shapes(unit) for unit in range(len(built.units)) if unit != top):
+            for shapes in (built.updated_shapes(block) for block in range(len(built.blocks)) if block != top):
                 if request.precision == "mixed-hi":
                     sizes["master_weights"] += FP32 * sum(_numels(shapes))
                 sizes["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
@@ -339,30 +404,30 @@ class Planner:
         setup = self._setup(request, built)
         if setup.placement == "resident":
             return sizes
-        units = built.owners()
-        partitions = [setup.partition(_numels(shapes)) for shapes in units]
-        sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in units)
-        sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in units)
+        optimizers = built.optimizer_shapes()
+        partitions = [setup.partition(_numels(shapes)) for shapes in optimizers]
+        sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in optimizers)
+        sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in optimizers)
         if setup.placement == "host":
-            own = sum if setup.stock else max  # the engine's blocks share what only the active one needs
+            own = sum if setup.stock else max  # all blocks of the engine share one buffer
             sizes["gradients"] = FP32 * own(partitions)
             if setup.stage == 3:
                 sizes["gradients"] += setup.weight * own(partitions)
-            else:  # the updated weights on their way back, and a buffer for one parameter's gradient
+            else:  # updated weights on their way to the device, and a buffer for the gradient of one parameter
                 sizes["buffers"] = setup.weight * (own(partitions) + setup.staging)
                 if setup.accumulates:
-                    sizes["gradients"] += setup.weight * own(sum(_numels(shapes)) for shapes in units)
+                    sizes["gradients"] += setup.weight * own(sum(_numels(shapes)) for shapes in optimizers)
         return sizes
 
-    def _checkpoints(self, request: Request, built: _Built) -> int:
-        """Bytes of the host buffers for checkpoints, as many as any block needs."""
+    def _checkpoints(self, request: Request, built: BuiltModel) -> int:
+        """Return the bytes of host buffers for activation checkpoints: the most that a step on any block needs."""
         if not request.checkpoint_offload:
             return 0
-        return max(self.simulate(request, unit).host for unit in built.decisive())
+        return max(self.simulate(request, block).host for block in built.bounding_blocks())
 
 
-def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
-    """The figures of a block at ``position`` of ``length`` between two that were simulated."""
+def _interpolate(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
+    """Return the figures of a block at ``position`` of ``length`` between two simulated blocks, rounded up."""
     phases = {}
     for phase, start in low.peaks.items():
         steps = {category: high.peaks[phase][category] - start[category] for category in CATEGORIES}
@@ -371,3 +436,29 @@ def _between(name: str, numel: int, low: LiveMemory, high: LiveMemory, position:
         }
     top = max(phases, key=lambda phase: sum(phases[phase].values()))
     return BlockPlan(name, numel, phases[top], top, simulated=position in (0, length))
+
+
+def _notes(request: Request, task: str) -> list[str]:
+    """Return what a reader of the plan must know."""
+    if request.layout == "paper":
+        return ["the paper's accounting, for the block with the most parameters; activations come from the simulation"]
+    notes = []
+    if request.method == "hift" and request.precision == "mixed":
+        notes.append(
+            "mixed keeps the fp32 master weights of all blocks on the device; the engine trains with mixed-hi instead"
+        )
+    if request.method == "mezo":
+        notes.append("MeZO has no gradients and no optimizer state; options about them have no effect")
+    elif request.accelerator == "gpu" and request.optimizer in FUSED and request.placement != "host":
+        notes.append(
+            "the optimizer step uses DeepSpeed's fused kernel; if it does not compile, PyTorch's step needs one more "
+            "copy of what it updates"
+        )
+    if request.ranks > 1:
+        notes.append(f"sizes are those of one of {request.ranks} ranks; ranks on one machine share its host memory")
+    if request.recomputes:
+        value = '"cpu"' if request.checkpoint_offload else "true"
+        notes.append(f"enable activation checkpointing in the run's YAML: model.gradient_checkpointing: {value}")
+    if task == "causal-lm" and request.seq_len >= 4096 and request.batch_size > 1:
+        notes.append("all sequences have the same length; padding adds attention masks of batch x length x length")
+    return notes

@@ -1,11 +1,11 @@
-"""How much memory a training step holds, found by running it on tensors without data.
+"""Find the memory of a training step by running it on tensors without data.
 
-The model's real forward and backward run under PyTorch's ``FakeTensorMode``: every operation makes tensors of the right
-shape and type, none is computed, and a dispatch mode counts the storages that are alive. What DeepSpeed does beside
-autograd (buckets, flat copies, norms, the optimizer) ``stages.py`` walks through in the same order and sizes.
+The model's real forward and backward pass run under PyTorch's ``FakeTensorMode``: every operation returns tensors of
+the right shape and type and computes nothing. A dispatch mode counts the storages that are alive.
+:mod:`hift_ds.planner.accounting` adds what DeepSpeed and the engine allocate around the passes.
 
-Kernels allocate some scratch memory that a dispatcher does not see (cuBLAS workspaces, the softmax statistics of
-attention); it is tens of MiB, and not counted.
+Some kernels allocate scratch memory that the dispatcher does not see, such as cuBLAS workspaces and the softmax
+statistics of attention. The plan leaves it out; it is tens of MiB.
 """
 
 from __future__ import annotations
@@ -29,20 +29,17 @@ from hift_ds.model.loss import Targets, classification_loss, default_chunk, summ
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
 
 
-# --- counting ----------------------------------------------------------------------------------------------------
-
-
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make inside the mode, until each is freed.
+    """Counts the bytes of all storages that operations allocate inside the mode, until each is freed.
 
-    Storages that are shared (views) count once, those that existed before do not count. A storage belongs to a
-    category of ``CATEGORIES``: ``activations`` at first, another one by :meth:`label`.
+    A storage that several tensors share (views) counts once. Storages that existed before do not count if
+    :meth:`ignore` knows them. A storage is in one of ``CATEGORIES``: ``activations`` until :meth:`label` changes it.
 
     Attributes:
         now: live bytes of each category.
-        peaks: ``now`` at the instant of the highest total, for each phase.
-        phase: set by whoever runs the step: ``forward``, ``backward``, ``step``.
-        host: bytes of the storages that were made in host memory, which nothing else counts.
+        peaks: for each phase, ``now`` at the instant of the highest total.
+        phase: ``forward``, ``backward`` or ``step``; the caller sets it.
+        host: bytes allocated inside :meth:`on_host`. No category includes them.
     """
 
     def __init__(self) -> None:
@@ -54,86 +51,86 @@ class LiveMemory(TorchDispatchMode):
         self._on_host = False
         self._total = 0
         self._highest: dict[str, int] = {}  # phase -> total
-        self._live: dict[int, tuple[int, str, Any]] = {}  # storage -> bytes, category, what tells of its end
+        self._live: dict[int, tuple[int, str, Any]] = {}  # storage -> bytes, category, weak reference
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # asks for a device
+        if func.namespace == "prim":  # returns a device
             return result
         for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(value, Tensor):
-                self._see(value.untyped_storage(), "activations")
+                self.count(value.untyped_storage(), "activations")
         return result
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these storages, also when an operation returns a view of them."""
+        """Leave out the storages of these tensors, also when an operation returns a view of one."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._live[storage._cdata] = (0, "activations", storage)
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """Storages that are made inside are in host memory."""
+        """Count storages that are allocated inside the context as host memory."""
         self._on_host = True
         yield
         self._on_host = False
 
     def label(self, tensor: Tensor, category: str) -> None:
-        """Count the storage of ``tensor`` in another category from now on."""
+        """Move the storage of ``tensor`` to another category."""
         nbytes, before, end = self._live[tensor.untyped_storage()._cdata]
         self._live[tensor.untyped_storage()._cdata] = (nbytes, category, end)
         self.now[before] -= nbytes
         self.now[category] += nbytes
 
-    def take(self, category: str, nbytes: int) -> None:
-        """Count memory that no tensor here stands for."""
+    def allocate(self, category: str, nbytes: int) -> None:
+        """Count memory that no simulated tensor represents."""
         self.now[category] += nbytes
         self._total += nbytes
         if self._total > self._highest.get(self.phase, -1):
             self._highest[self.phase] = self._total
             self.peaks[self.phase] = dict(self.now)
 
-    def give(self, category: str, nbytes: int) -> None:
-        """Undo :meth:`take`."""
+    def free(self, category: str, nbytes: int) -> None:
+        """Undo :meth:`allocate`."""
         self.now[category] -= nbytes
         self._total -= nbytes
 
     @contextmanager
-    def taken(self, category: str, nbytes: int) -> Iterator[None]:
-        self.take(category, nbytes)
+    def temporary(self, category: str, nbytes: int) -> Iterator[None]:
+        """Count memory that is freed at the end of the context."""
+        self.allocate(category, nbytes)
         yield
-        self.give(category, nbytes)
+        self.free(category, nbytes)
 
-    def _see(self, storage: Any, category: str) -> None:
+    def count(self, storage: Any, category: str) -> None:
+        """Count a storage until it is freed, unless it is counted or ignored already."""
         key = storage._cdata
         if key not in self._live:
             nbytes = storage.nbytes()
             if self._on_host:
                 self.host, nbytes = self.host + nbytes, 0
-            self._live[key] = (nbytes, category, weakref.ref(storage, lambda _: self._end(key)))
-            self.take(category, nbytes)
+            self._live[key] = (nbytes, category, weakref.ref(storage, lambda _: self._forget(key)))
+            self.allocate(category, nbytes)
 
-    def _end(self, key: int) -> None:
+    def _forget(self, key: int) -> None:
         nbytes, category, _ = self._live.pop(key)
-        self.give(category, nbytes)
-
-
-# --- one step -----------------------------------------------------------------------------------------------------
+        self.free(category, nbytes)
 
 
 class Simulator:
     """Runs steps of one model on fake tensors.
 
     Args:
-        model: on the meta device (:func:`presets.skeleton`); its parameters and buffers become fake tensors.
-        task: which loss, one of ``TASKS``.
-        offload: checkpoints wait in host memory; activation checkpointing is on.
+        model: a model on the meta device (:func:`hift_ds.planner.models.skeleton`). The simulator replaces its
+            parameters and buffers by fake tensors.
+        task: selects the loss: ``causal-lm`` or ``sequence-classification``.
+        offload: activation checkpoints wait in host memory. The model must have activation checkpointing on.
     """
 
     def __init__(self, model: nn.Module, task: str, offload: bool = False):
         self.model, self.task, self.offload = model, task, offload
         self.mode = FakeTensorMode()
-        made: dict[int, Any] = {}  # so that tied weights stay tied
+        made: dict[int, Any] = {}  # id of the old tensor -> the new one, so that tied weights stay tied
         with self.mode:
             for module in model.modules():
                 stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -146,10 +143,9 @@ class Simulator:
                             is_parameter = isinstance(old, nn.Parameter)
                             made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
                         store[name] = made[id(old)]
-            self._old = list(made)  # ids must stay those of living tensors until here
 
     def why_no_chunks(self) -> str | None:
-        """Why the model's logits cannot be had in chunks, as :func:`hift_ds.model.loss.why_not`."""
+        """Return why the model cannot compute its logits in chunks: see :func:`hift_ds.model.loss.why_not`."""
         with self.mode:
             return why_not(self.model)
 
@@ -158,25 +154,30 @@ class Simulator:
         trained: Sequence[str],
         batch_size: int,
         seq_len: int,
-        holds: Mapping[str, int],
+        held: Mapping[str, int],
         step: StepBase,
         loss_chunk: int | None = None,
     ) -> LiveMemory:
-        """One forward, backward and update.
+        """Run one forward pass, backward pass and update.
 
         Args:
-            trained: names of the parameters that get gradients; where there are none, there is no backward.
-            holds: bytes of each category that are there all the time; weights belong here.
-            step: what happens to gradients and state.
-            loss_chunk: tokens whose logits exist at a time, as in :func:`hift_ds.model.loss.summed_loss`.
+            trained: names of the parameters that get gradients. An empty sequence skips the backward pass.
+            batch_size: sequences in the batch.
+            seq_len: tokens in each sequence.
+            held: bytes of each category that exist throughout the step, including the weights.
+            step: what the method does with gradients and optimizer state.
+            loss_chunk: tokens in a chunk of logits: see :func:`hift_ds.model.loss.summed_loss`.
+
+        Returns:
+            The memory of the step, with its peaks.
         """
         if self.task == "causal-lm" and batch_size * (seq_len - 1) > (loss_chunk or default_chunk(self.model)):
-            self.why_no_chunks()  # asked for the first time here, where what it does is not counted
+            self.why_no_chunks()  # the first call runs the model, which must not count
         parameters = dict(self.model.named_parameters())
         memory = LiveMemory()
         memory.ignore([*parameters.values(), *self.model.buffers()])
-        for category, nbytes in holds.items():
-            memory.take(category, nbytes)
+        for category, nbytes in held.items():
+            memory.allocate(category, nbytes)
         step.begin(memory)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -184,8 +185,8 @@ class Simulator:
         handles = [parameter.register_post_accumulate_grad_hook(step.on_gradient) for parameter in active]
         if self.offload:
             HostCheckpoints(_Host(memory), _Transfers).install(self.model)
-        linear: Any = _keeping_linear if step.linear_keeps_input else F.linear
-        with self.mode, memory, torch.set_grad_enabled(bool(trained)), _linear_is(linear):
+        linear: Any = _input_saving_linear if step.linear_saves_input else F.linear
+        with self.mode, memory, torch.set_grad_enabled(bool(trained)), _replaced_linear(linear):
             loss = self._loss(batch_size, seq_len, loss_chunk)
             if trained:
                 memory.phase = "backward"
@@ -200,9 +201,9 @@ class Simulator:
         return memory
 
     def _loss(self, batch_size: int, seq_len: int, chunk: int | None) -> Tensor:
-        """What ``launch/train.py`` computes on a batch in which every position but the last is trained.
+        """Compute the loss of ``launch/train.py`` on a batch in which every position but the last has a target.
 
-        Without padding, so there is no mask: a run with padded batches holds one of batch x length x length more.
+        The batch has no padding and therefore no mask. A padded batch needs a mask of batch x length x length.
         """
         inputs = {"input_ids": torch.zeros(batch_size, seq_len, dtype=torch.long)}
         if self.task == "sequence-classification":
@@ -213,7 +214,7 @@ class Simulator:
 
 
 class _Host:
-    """Host memory that is counted."""
+    """Replaces :class:`hift_ds.state.transfer.HostMemory`: counts the bytes of host buffers."""
 
     def __init__(self, memory: LiveMemory):
         self._memory = memory
@@ -226,7 +227,7 @@ class _Host:
 
 
 class _Transfers:
-    """What stands for :mod:`hift_ds.state.transfer`, which needs a device: copies are there at once."""
+    """Replaces :mod:`hift_ds.state.transfer`, which needs a device: every copy is complete at once."""
 
     class Lane:
         def after(self, *_: Any) -> AbstractContextManager[None]:
@@ -243,8 +244,8 @@ class _Transfers:
     def wait(event: Any) -> None: ...
 
 
-class _KeepingLinear(torch.autograd.Function):
-    """Stage 3 exchanges ``F.linear`` for one that lets weights go; it keeps inputs even where weights are frozen."""
+class _InputSavingLinear(torch.autograd.Function):
+    """ZeRO-3's replacement of ``F.linear``, which saves its input for backward even if the weight is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -262,12 +263,12 @@ class _KeepingLinear(torch.autograd.Function):
         return of_x, of_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _keeping_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _KeepingLinear.apply(x, weight, bias)
+def _input_saving_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _InputSavingLinear.apply(x, weight, bias)
 
 
 @contextmanager
-def _linear_is(function: Any) -> Iterator[None]:
+def _replaced_linear(function: Any) -> Iterator[None]:
     before, F.linear = F.linear, function
     try:
         yield
@@ -275,40 +276,44 @@ def _linear_is(function: Any) -> Iterator[None]:
         F.linear = before
 
 
-# --- what a method does with gradients ---------------------------------------------------------------------------
-
-
 class StepBase:
-    """What a method does with gradients. Here: nothing, each is dropped when it is there."""
+    """What a method allocates around the passes. The base class drops each gradient as soon as it exists.
 
-    linear_keeps_input = False  # of a linear layer whose weights are frozen
+    Attributes:
+        linear_saves_input: linear layers save their input for backward, also if the weight is frozen.
+    """
+
+    linear_saves_input = False
 
     def begin(self, memory: LiveMemory) -> None:
+        """Allocate what exists before the forward pass."""
         self.memory = memory
 
     def on_gradient(self, parameter: Tensor) -> None:
+        """Handle the gradient that autograd has just added to ``parameter.grad``."""
         parameter.grad = None
 
     def after_backward(self, parameters: Sequence[Tensor]) -> None:
-        """All gradients are there."""
+        """Handle the end of the backward pass; ``parameters`` are all that got gradients."""
 
     def update(self) -> None:
-        """The optimizer's step."""
+        """Run the optimizer's step."""
 
 
 class ForwardStep(StepBase):
-    """MeZO: weights are moved by a random direction, one piece of a parameter at a time, computed in fp32.
+    """MeZO's step, which perturbs the weights in chunks that it computes in fp32.
 
     Args:
         weight: bytes of an element of the weights.
         largest: elements of the largest parameter.
-        device: its kind, on which the size of a piece depends.
+        device: ``cpu`` or ``gpu``; the size of a chunk depends on it.
     """
 
     def __init__(self, weight: int, largest: int, device: str):
-        copies = 4 if weight < 4 else 3  # 16-bit weights have an fp32 one
+        copies = 4 if weight < 4 else 3  # a 16-bit chunk also needs an fp32 copy of the weights
         self.nbytes = 4 * copies * min(noise_chunk(device), largest)
 
     def update(self) -> None:
-        with self.memory.taken("buffers", self.nbytes):
+        """Allocate the chunk's fp32 copies for a moment."""
+        with self.memory.temporary("buffers", self.nbytes):
             pass

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 import hift_ds
 from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import load_comparison
-from hift_ds.planner.presets import load_config
+from hift_ds.planner.models import load_config
 from tests.support.paths import REPOSITORY
 
 CONFIG = LlamaConfig(

@@ -165,8 +165,8 @@ def test_what_cannot_be_cut_is_refused_or_left_whole() -> None:
 class Widest(LiveMemory):
     """Counts tensors as wide as the vocabulary only."""
 
-    def _see(self, storage: Any, category: str) -> None:
-        super()._see(storage, category if storage.nbytes() % VOCABULARY == 0 else "buffers")
+    def count(self, storage: Any, category: str) -> None:
+        super().count(storage, category if storage.nbytes() % VOCABULARY == 0 else "buffers")
 
 
 VOCABULARY = 10007  # a prime, so that nothing else is a multiple of it

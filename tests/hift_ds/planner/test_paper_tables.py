@@ -8,9 +8,9 @@ from functools import cache
 
 import pytest
 
-from hift_ds.planner.command import plan_memory
+from hift_ds.planner.api import plan_memory
 from hift_ds.planner.plan import Planner
-from hift_ds.planner.presets import Request
+from hift_ds.planner.request import Request
 
 MIB, GIB, MILLION = 2**20, 2**30, 10**6
 
@@ -221,9 +221,9 @@ def planned(model: str, optimizer: str, precision: str, method: str) -> tuple[in
     """Trained parameters of the largest block, and the bytes that are there all the time of its step."""
     request = Request(model, method=method, precision=precision, optimizer=optimizer, layout="paper")
     built = planner(model).build(request)
-    numels = [sum(built.numels(unit)) for unit in range(len(built.units))]
+    numels = [sum(built.numels(block)) for block in range(len(built.blocks))]
     largest = max(range(len(numels)), key=numels.__getitem__)
-    return numels[largest], planner(model).holds(request, largest)
+    return numels[largest], planner(model).held(request, largest)
 
 
 def is_met(value: float, printed: float) -> bool:
@@ -282,7 +282,7 @@ def residual(model: str, precision: str, method: str) -> float:
     options = {"batch_size": MODELS[model][1], "seq_len": 512, "attention": "eager", "layout": "paper"}
     request = Request(model, method=method, precision=precision, optimizer="sgd", **options)
     built = planner(model).build(request)
-    largest = max(range(len(built.units)), key=lambda unit: sum(built.numels(unit)))
+    largest = max(range(len(built.blocks)), key=lambda block: sum(built.numels(block)))
     return max(peak["activations"] for peak in planner(model).simulate(request, largest).peaks.values()) / GIB
 
 

@@ -14,9 +14,11 @@ import torch
 
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError, problems
 from hift_ds.planner.accounting import slot_bytes
-from hift_ds.planner.command import main, plan_memory
+from hift_ds.planner.api import plan_memory
+from hift_ds.planner.command import main
+from hift_ds.planner.models import load_config, skeleton, task_of
 from hift_ds.planner.plan import Planner
-from hift_ds.planner.presets import Request, load_config, skeleton, task_of
+from hift_ds.planner.request import Request
 from hift_ds.planner.simulation import CATEGORIES
 from tests.support.device_memory import DeviceMemory
 from tests.support.ranks import run_on_ranks
@@ -184,7 +186,7 @@ def planned_areas(request: Request) -> list[int]:
         return []
     built = Planner(request).build(request)
     ranks = request.ranks if request.stage else 1
-    numels = [built.numels(unit) for unit in range(len(built.units))]
+    numels = [built.numels(block) for block in range(len(built.blocks))]
     return 2 * [slot_bytes(request.optimizer, numels, ranks, request.buffer_size)]
 
 
@@ -288,7 +290,8 @@ def test_fit_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ]
     assert main([*command, "--json", "--write-config", str(file)]) == 0
     shown = capsys.readouterr()
-    assert "with activation checkpointing. Not in it" in shown.err and "gradient_checkpointing: true" in shown.err
+    assert "with activation checkpointing. Set these yourself" in shown.err
+    assert "gradient_checkpointing: true" in shown.err
     fit = json.loads(shown.out)["fit"]
     assert not fit["fits"] and fit["change"] == "activation checkpointing" and fit["device_total"] <= room
     request = replace(whole.request, activation_checkpointing=True)
@@ -382,7 +385,7 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     model.write_text(json.dumps(SMALL))
     assert main(["--model", str(model), "--gpu-memory", "2GiB", "--seq-len", "64", "--plot", str(picture)]) == 0
     shown = capsys.readouterr().out
-    for text in (f"{TOTAL:,} parameters", "optimizer state", "full fine-tuning", "model.layers.0", "it fits"):
+    for text in (f"{TOTAL:,} parameters", "optimizer state", "full fine-tuning", "model.layers.0", "The run fits on"):
         assert text in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -390,7 +393,7 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     small = ["--model", str(model), "--gpu-memory", "1MiB", "--reserve", "0", "--seq-len", "64"]
     assert main([*small, "--write-config", str(config)]) == 2 and not config.exists()
     shown = capsys.readouterr()
-    assert "nor does it with any change" in shown.out and "nothing was written" in shown.err
+    assert "No change that the planner knows makes it fit" in shown.out and "nothing was written" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -421,7 +424,7 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--model", "llama-7b", "--gpu-memory", "1GiB", "--reserve", "2GiB"], ["expected more than the 2.00 GiB"]),
         (["--model", "llama-7b", "--reserve", "2GiB"], ["no effect without --gpu-memory"]),
         (["--model", "llama-7b", "--offload-device", "none", "--offload-step", "block"], ["leave one of them out"]),
-        (["--model", "llama-7b", "--nvme-path", "x"], ["only --offload-device nvme has files"]),
+        (["--model", "llama-7b", "--nvme-path", "x"], ["only --offload-device nvme uses files"]),
         (["--model", "llama-7b", "--offload-device", "nvme", "--write-config", "x.json"], ["nvme_path"]),
         (["--model", "llama-7b", "--method", "mezo", "--write-config", "x.json"], ["no DeepSpeed optimizer"]),
         (
@@ -442,6 +445,19 @@ def test_mistakes_are_named(arguments: list[str], messages: list[str], capsys: p
     assert len([line for line in lines if line.startswith("error: ")]) == len(lines) >= len(messages)
     for message in messages:
         assert message in captured.err
+
+
+def test_a_reader_may_close_the_output_early(tmp_path: Path) -> None:
+    """As in ``python -m hift_ds.plan --json | head -1``, with the reader gone before the first line."""
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(SMALL))
+    command = [sys.executable, "-m", "hift_ds.plan", "--model", str(model), "--seq-len", "64", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0
+    assert "BrokenPipeError" not in errors and "Traceback" not in errors
 
 
 def test_an_operation_that_cannot_be_simulated_is_said() -> None:

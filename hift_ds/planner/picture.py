@@ -1,0 +1,118 @@
+"""Show a plan as a table of text or as a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from itertools import groupby
+
+from hift_ds.config import ConfigError
+from hift_ds.planner.plan import Plan, with_total
+from hift_ds.planner.simulation import CATEGORIES
+
+GIB = 2**30
+_FULL_NOTE = (
+    "full fine-tuning is DeepSpeed without HiFT and without offload; from ZeRO-1 on, its step makes flat copies and "
+    "fp32 copies of all gradients"
+)
+
+
+def table(plan: Plan, full: Plan | None = None) -> str:
+    """Return the plan as text, in GiB, and next to it the plan of full fine-tuning if ``full`` is given."""
+
+    def gib(sizes: Mapping[str, int], key: str = "total") -> str:
+        return f"{with_total(sizes)[key] / GIB:.2f}"
+
+    request, peak = plan.request, plan.peak
+    zero = f"ZeRO-{request.stage} on {request.ranks} rank{'s' * (request.ranks > 1)}"
+    lines = [
+        f"{request.name}: {plan.total_parameters:,} parameters; {request.method}, {request.precision}, "
+        f"{request.optimizer}, batch {request.batch_size} x {request.seq_len} tokens, "
+        + (zero if request.layout == "engine" else "the paper's accounting"),
+        f"A step trains at most {plan.peak_trainable_parameters:,} parameters. The peak is in the {peak['phase']} of "
+        f"block {peak['block']}, {peak['name']}.",
+    ]
+    columns = {"device": plan.device, "host": plan.host}
+    if any(plan.nvme.values()):
+        columns["files"] = plan.nvme
+    if full:
+        columns["full fine-tuning"] = full.device
+    lines.append(f"\n{'GiB':<18}" + "".join(f"{name:>{_width(name)}}" for name in columns))
+    for key in (*CATEGORIES, "total"):
+        row = "".join(f"{gib(sizes, key):>{_width(name)}}" for name, sizes in columns.items())
+        lines.append(f"{key.replace('_', ' '):<18}{row}")
+    wide = max(len("block"), *(min(len(b.name), 60) for b in plan.blocks)) + 2
+    lines.append(f"\n{'block':<{wide}}{'parameters':>14}{'device, GiB':>14}  peak in")
+    rows = [(f"{b.numel:>14,}{gib(b.device):>14}  {b.phase}", b.name) for b in plan.blocks]
+    for row, alike in groupby(rows, key=lambda row: row[0]):
+        names = [name for _, name in alike]
+        shown = names[0] if len(names) == 1 else f"{len(names)} blocks like {names[0]}"
+        lines.append(f"{textwrap.shorten(shown, wide - 2, placeholder=' ...'):<{wide}}{row}")
+    notes = [*plan.notes, _FULL_NOTE] if full else plan.notes
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    return "\n".join([*lines, f"\n{_verdict(plan)}"] if plan.fit else lines)
+
+
+def _verdict(plan: Plan) -> str:
+    """Return a sentence that says whether the plan fits."""
+    assert plan.fit is not None
+    fit = plan.fit
+    device = f"{fit['gpu_memory'] / GIB:g} GiB with {fit['reserve'] / GIB:g} GiB kept free"
+    if "device_total" not in fit:
+        return f"The run does not fit on {device}. No change that the planner knows makes it fit."
+    total = f"{fit['device_total'] / GIB:.2f} GiB"
+    if fit["fits"]:
+        verdict = f"The run fits on {device}: it needs {total}."
+    else:
+        verdict = f"The run does not fit on {device}. It fits with {fit['change']}: it then needs {total}."
+    return (
+        f"{verdict} The longest sequence that fits has {fit['longest_sequence']:,} tokens; the largest micro-batch has "
+        f"{fit['largest_batch']:,} sequences."
+    )
+
+
+def _width(name: str) -> int:
+    return max(12, len(name) + 4)
+
+
+def plot(plan: Plan, full: Plan, path: str) -> None:
+    """Draw the plan as a stacked bar next to the one of full fine-tuning.
+
+    Args:
+        plan: the plan.
+        full: the plan of full fine-tuning.
+        path: file to write; its suffix selects the format.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(["--plot: matplotlib is not installed; install it with: pip install matplotlib"]) from error
+    colors = (
+        "#0072B2",
+        "#56B4E9",
+        "#009E73",
+        "#E69F00",
+        "#CC79A7",
+        "#999999",
+    )  # Okabe and Ito's palette, safe for color-blind readers
+    axes = (figure := Figure(figsize=(7, 5), layout="constrained")).subplots()
+    bars = {"full fine-tuning": full, f"{plan.request.method}, {plan.request.precision}": plan}
+    bottom = [0.0] * len(bars)
+    for category, color in zip(CATEGORIES, colors, strict=True):
+        heights = [entry.device[category] / GIB for entry in bars.values()]
+        axes.bar(list(bars), heights, 0.55, bottom, color=color, edgecolor="white", label=category.replace("_", " "))
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    for position, total in enumerate(bottom):
+        axes.annotate(f"{total:.1f} GiB", (position, total), (0, 4), textcoords="offset points", ha="center")
+    if plan.fit:
+        axes.axhline(plan.fit["gpu_memory"] / GIB, color="black", linestyle="--", linewidth=1, label="the device")
+    request = plan.request
+    axes.set(ylabel="GiB on the device", ylim=(0, max(bottom) * 1.12), xlim=(-0.6, len(bars) - 0.4))
+    axes.set_title(f"{request.name}, {request.optimizer}, {request.batch_size} x {request.seq_len} tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
