@@ -8,10 +8,12 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 # `deepspeed`, and the `ninja` that it builds its C++ operators with, are found through PATH.
 # Compiled for this environment, so kept in it: another checkout would compile them over again.
 RUN := PATH="$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(abspath $(VENV))/torch_extensions"
-RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest
+# Two workers, each with whole files: a worker keeps its ranks alive from one test to the next.
+RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
 	"error: hift_ds needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)
@@ -19,19 +21,20 @@ CHECK_HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test test-slow lint typecheck format bench clean
+.PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench clean
 
 help:
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
 	@echo "make compare      set up, then compare all methods on a tiny model and built-in tasks, with a report"
-	@echo "make test         set up, then the tests"
-	@echo "make test-slow    set up, then the long proofs that make test leaves out"
+	@echo "make test         set up, then the tests, without the long proofs (6 to 10 minutes on two cores)"
+	@echo "make test-fast    set up, then those tests that start no ranks (less than 2 minutes)"
+	@echo "make test-slow    set up, then the long proofs alone (hours); with make test, that is every test"
 	@echo "make lint         set up, then ruff check, ruff format --check and mypy"
 	@echo "make format       set up, then let ruff sort the imports and format the code"
 	@echo "make bench        set up, then step times of HiFT, full fine-tuning and a plain loop"
 	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
 
-setup: $(STAMP)
+setup: $(KERNELS)
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { \
@@ -50,6 +53,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(BIN)/python" -m pip install -c constraints.txt -e '.[all]'
 	@touch "$@"
 
+# A kernel that cannot be compiled is no error here: only what needs it fails.
+$(KERNELS): $(STAMP)
+	@echo "== setup: DeepSpeed's C++ kernels (minutes, once)"
+	@$(RUN) python -m hift_ds.launch.runtime.kernels
+	@touch "$@"
+
 quickstart: $(STAMP)
 	@echo "== quickstart: python launch/quickstart.py $(ARGS)"
 	@$(RUN) python launch/quickstart.py $(ARGS)
@@ -58,11 +67,15 @@ compare: $(STAMP)
 	@echo "== compare: python -m evaluation.compare --config configs/compare_tiny.yaml $(ARGS)"
 	@$(RUN) python -m evaluation.compare --config configs/compare_tiny.yaml $(ARGS)
 
-test: $(STAMP)
+test: $(KERNELS)
 	@echo "== test: pytest $(ARGS) (without the long proofs of make test-slow)"
 	@$(RUN_TESTS) $(ARGS)
 
-test-slow: $(STAMP)
+test-fast: $(KERNELS)
+	@echo "== test-fast: pytest -m fast $(ARGS)"
+	@$(RUN_TESTS) -m fast $(ARGS)
+
+test-slow: $(KERNELS)
 	@echo "== test-slow: pytest -m slow $(ARGS)"
 	@$(RUN_TESTS) -m slow --timeout=3600 $(ARGS)
 

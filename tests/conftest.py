@@ -14,7 +14,26 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 import torch
 
+from tests.support import ranks
+
 torch.set_num_threads(1)
+TESTS = Path(__file__).parent
+NOT_FAST = {"integration", "system", "proofs"}  # folders of tests that start ranks or whole runs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder: what neither starts ranks nor is a long proof is fast."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder == "proofs":
+            item.add_marker(pytest.mark.slow)
+        elif folder not in NOT_FAST and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let only tests that are not fast start ranks."""
+    ranks.refused_to = item.nodeid if item.get_closest_marker("fast") else None
 
 
 @pytest.fixture(scope="session")

@@ -94,10 +94,17 @@ class RankPool:
 
 
 _pools: dict[int, RankPool] = {}
+refused_to: str | None = None  # the fast test that runs now, if one does
 
 
 def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """`RankPool.run` on the session's pool of that size. Skips the test where there are fewer devices."""
+    """`RankPool.run` on the session's pool of that size. Skips the test where there are fewer devices.
+
+    Raises:
+        RankError: the test is marked as fast, because of its folder.
+    """
+    if refused_to is not None:
+        raise RankError(f"{refused_to} starts ranks: move it to tests/integration, or mark it as slow")
     if os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
         from deepspeed.accelerator import get_accelerator
 

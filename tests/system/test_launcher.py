@@ -1,11 +1,16 @@
 """The command of the README through DeepSpeed's launcher, on one and two ranks."""
 
+import importlib.util
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.jobs import launch
+from tests.support.paths import REPOSITORY
 from tests.support.training import arguments, records, summary
 
 STAGES = (0, 1, 2, 3)
@@ -52,3 +57,13 @@ def test_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
     assert (done.stdout + done.stderr).count("training.max_stepz: unknown key") == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_script_without_the_launcher_is_told_so() -> None:
+    """DeepSpeed would ask for mpi4py."""
+    if importlib.util.find_spec("mpi4py"):
+        pytest.skip("with mpi4py, DeepSpeed makes a world of one rank")
+    lines = "import hift_ds, torch; hift_ds.initialize(model=torch.nn.Linear(2, 2), config={'train_batch_size': 1})"
+    outside = {name: v for name, v in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", lines], env=outside, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and "deepspeed --num_gpus 1 script.py" in done.stderr.splitlines()[-1]

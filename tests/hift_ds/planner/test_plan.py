@@ -7,21 +7,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError, problems
-from hift_ds.planner.accounting import slot_bytes
 from hift_ds.planner.api import plan_memory
 from hift_ds.planner.command import main
 from hift_ds.planner.models import load_config, skeleton, task_of
 from hift_ds.planner.plan import Planner
 from hift_ds.planner.request import Request
 from hift_ds.planner.simulation import CATEGORIES
-from tests.support.device_memory import DeviceMemory
-from tests.support.ranks import run_on_ranks
 
 GIB = 2**30
 SMALL = {
@@ -48,146 +44,8 @@ def small(**options: Any) -> Request:
 # --- against the engine ------------------------------------------------------------------------------------------
 
 
-def run_engine(request: Request) -> dict[str, Any]:
-    """In a rank: device peak of each step of the first cycle, bytes off the device after it, and the staging areas."""
-    import hift_ds
-    from hift_ds.launch.model.batch_loss import summed_loss
-    from hift_ds.model.activations import host_buffers
-
-    config = request.deepspeed_config()
-    config["optimizer"]["params"] |= {"lr": 1e-4, "weight_decay": 0.01}
-    config |= {"gradient_clipping": 1.0, "steps_per_print": 10**9}
-    torch.manual_seed(0)
-    peaks = []
-    # Stage 3 exchanges it in the whole process, for ever.
-    plain_linear = mock.patch.object(torch.nn.functional, "linear", torch._C._nn.linear)
-    with plain_linear, DeviceMemory() as memory:
-        dtype = torch.float32 if request.precision == "fp32" else torch.bfloat16
-        model = _model(dtype)
-        if request.recomputes:
-            hift_ds.checkpoint_activations(model, offload=request.checkpoint_offload)
-        engine = hift_ds.initialize(model=model, config=config)[0]
-        try:
-            ids = torch.randint(512, (request.batch_size, request.seq_len))
-            # State that is made in the first cycle and stays on the device is all there in the second.
-            for _ in range(len(engine.blocks) * (2 if request.offload_device == "none" else 1)):
-                memory.reset()
-                for _ in range(request.gradient_accumulation_steps):
-                    given = {"input_ids": ids, "labels": ids}
-                    loss = summed_loss(engine, given, "causal-lm", request.loss_chunk)
-                    engine.backward(loss / ids.numel())
-                    del loss
-                    engine.step()
-                peaks.append(memory.peak["total"])
-            optimizers = engine.block_optimizers
-            areas = [slot.area for slot in optimizers.staging.slots] if optimizers.staging else []
-            return {
-                "peaks": peaks[-len(engine.blocks) :],
-                "off_device": optimizers.host.nbytes if optimizers.host else 0,
-                "checkpoints": sum(buffer.nbytes for buffer in host_buffers(model)),
-                "areas": [area.nbytes for area in areas if area is not None],
-            }
-        finally:
-            engine.destroy()
-
-
-def _model(dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(SMALL)
-    config.use_cache = False
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-
-
-ENGINE_CASES = [
-    {"zero_stage": stage, "precision": precision, "offload_step": step}
-    for stage in (0, 1, 2, 3)
-    for precision in ("fp32", "mixed-hi")
-    for step in ("block", "streamed")
-] + [
-    {"zero_stage": 2, "activation_checkpointing": True},
-    {"zero_stage": 2, "checkpoint_offload": True},
-    {"zero_stage": 2, "loss_chunk": 24},
-    {"zero_stage": 1, "precision": "fp32", "checkpoint_offload": True, "loss_chunk": 40},
-    {"zero_stage": 3, "checkpoint_offload": True, "loss_chunk": 24},
-    {"zero_stage": 1, "gradient_accumulation_steps": 2},
-    {"zero_stage": 2, "gradient_accumulation_steps": 2, "optimizer": "sgdm"},
-    {"zero_stage": 3, "layers_per_block": 2, "optimizer": "sgd"},
-    {"zero_stage": 0, "optimizer": "adafactor"},
-    {"zero_stage": 2, "offload_device": "none"},
-    {"zero_stage": 3, "offload_device": "none", "precision": "fp32"},
-    {"zero_stage": 0, "max_block_numel": 20000, "precision": "fp32"},
-    {"zero_stage": 1, "max_block_numel": 20000, "offload_step": "block"},
-    {"zero_stage": 2, "max_block_numel": 20000},
-    {"zero_stage": 2, "balance": True},
-    {"zero_stage": 3, "max_block_numel": 20000, "offload_step": "block"},
-]
-
-
 def name_of(options: dict[str, Any]) -> str:
     return "-".join(f"{value}" for value in options.values())
-
-
-@pytest.mark.parametrize("options", ENGINE_CASES, ids=name_of)
-def test_planned_as_measured(options: dict[str, Any]) -> None:
-    """State off the device and staging areas exactly; the device's peak never too low, and at most 5 % too high."""
-    request = small(buffer_size=131072, **options)
-    plan = Planner(request).plan(request)
-    (seen,) = run_on_ranks(1, run_engine, request)
-    print(f"{'block':<20}{'largest in':<12}{'planned':>12}{'measured':>12}")
-    for block, peak in zip(plan.blocks, seen["peaks"], strict=True):
-        print(f"{block.name:<20}{block.phase:<12}{sum(block.device.values()):>12,}{peak:>12,}")
-    assert seen["off_device"] == sum(plan.host.values()) - plan.host["activations"]
-    assert seen["checkpoints"] == plan.host["activations"]
-    assert seen["areas"] == planned_areas(request)
-    for block, peak in zip(plan.blocks, seen["peaks"], strict=True):
-        assert peak <= sum(block.device.values()), block
-    assert sum(plan.device.values()) <= 1.05 * max(seen["peaks"])
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_planned_as_measured_on_two_ranks(stage: int) -> None:
-    request = small(buffer_size=131072, zero_stage=stage, ranks=2)
-    plan = Planner(request).plan(request)
-    for seen in run_on_ranks(2, run_engine, request):
-        assert seen["off_device"] == sum(plan.host.values())
-        assert seen["areas"] == planned_areas(request)
-        assert max(seen["peaks"]) <= sum(plan.device.values())
-
-
-def host_ledger(request: Request) -> dict[str, int]:
-    """In a rank: what is in host memory after a cycle of steps on the host."""
-    import hift_ds
-
-    config = request.deepspeed_config()
-    config["optimizer"]["params"] |= {"lr": 1e-4}
-    engine = hift_ds.initialize(model=_model(torch.bfloat16), config=config)[0]
-    try:
-        ids = torch.zeros(1, 8, dtype=torch.long)
-        for _ in range(len(engine.blocks) * request.gradient_accumulation_steps):
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
-            engine.step()
-        return engine.memory_ledger()["host"]
-    finally:
-        engine.destroy()
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_host_memory_of_the_host_step_is_as_planned(stage: int, accumulation: int) -> None:
-    request = small(zero_stage=stage, offload_optimizer="cpu", gradient_accumulation_steps=accumulation)
-    (seen,) = run_on_ranks(1, host_ledger, request)
-    plan = Planner(request).plan(request).host
-    assert {category: nbytes for category, nbytes in plan.items() if nbytes} == {k: n for k, n in seen.items() if n}
-
-
-def planned_areas(request: Request) -> list[int]:
-    if request.placement != "streamed":
-        return []
-    built = Planner(request).build(request)
-    ranks = request.ranks if request.stage else 1
-    numels = [built.numels(block) for block in range(len(built.blocks))]
-    return 2 * [slot_bytes(request.optimizer, numels, ranks, request.buffer_size)]
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"zero_stage": 3}], ids=name_of)

@@ -565,16 +565,6 @@ def refusal(case: Case) -> str:
     return "none"
 
 
-def slot_bytes(case: Case) -> int | None:
-    """In a rank: the size of the areas that a case's engine steps in, after a step."""
-    engine = tiny.initialize(case)
-    try:
-        tiny.optimizer_step(engine, 0)
-        return engine.block_optimizers.staging.slot_bytes
-    finally:
-        engine.destroy()
-
-
 def test_optimizers_that_need_whole_tensors_are_not_streamed() -> None:
     adafactor = Case(optimizer="Adafactor", client_optimizer=True)
     (message,) = run_on_ranks(1, refusal, replace(adafactor, step="streamed"))

@@ -1,9 +1,8 @@
-"""What a failing service or disk does to a run: W&B costs its own records and nothing else, a full disk is told."""
+"""A failing service or disk: a run loses W&B's records and nothing else, and stops where its own disk is full."""
 
 import contextlib
 import io
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -68,7 +67,7 @@ def disturbed(out: Path, *settings: str, **disturbance: Any) -> dict[str, Any]:
 def disturbed_alone(out: Path, *settings: str, signal_to_wandb: int) -> dict[str, Any]:
     """In a process of its own, which must come to its end as well: W&B has something to do at exit."""
     program = (
-        "import json, sys; from tests.launch.runtime.test_tracking import train_and_disturb;"
+        "import json, sys; from tests.integration.test_tracking import train_and_disturb;"
         "from hift_ds.launch.runtime.process import world_of_one;"
         "world_of_one(); print(json.dumps(train_and_disturb(sys.argv[2:], int(sys.argv[1]))))"
     )
@@ -129,12 +128,3 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_p
     before = sorted(tmp_path.iterdir())
     outputs.check_writable(tmp_path / "a" / "b")
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No space left on device.*--resume"):
-        with outputs.writing(tmp_path / "x"), open("/dev/full", "wb", buffering=0) as file:
-            file.write(b"x")
-    with pytest.raises(UserError, match="summary.json: cannot be written"):
-        outputs.write_json(tmp_path / "absent" / "summary.json", {})
-    assert os.listdir(tmp_path) == []

@@ -134,7 +134,7 @@ from pathlib import Path
 sys.path.insert(0, os.getcwd())
 from hift_ds.launch.runtime.process import world_of_one
 world_of_one()
-from tests.launch.runtime.test_export import make_engine
+from tests.integration.test_export import make_engine
 from hift_ds.launch.runtime import export
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 engine, _ = make_engine("llama, tied", 0)
