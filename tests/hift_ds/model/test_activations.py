@@ -229,9 +229,6 @@ def test_a_layer_without_hidden_states_as_its_first_argument_is_refused() -> Non
         hosted()()(lambda **_: None)
 
 
-# --- through the engine ------------------------------------------------------------------------------------------
-
-
 def test_the_launcher_takes_it_from_the_settings() -> None:
     from hift_ds.launch.model import loading
     from hift_ds.launch.model.settings import ModelSettings

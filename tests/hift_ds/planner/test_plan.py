@@ -41,9 +41,6 @@ def small(**options: Any) -> Request:
     return Request(SMALL, **{"batch_size": 2, "seq_len": 64, "accelerator": "cpu", **options})
 
 
-# --- against the engine ------------------------------------------------------------------------------------------
-
-
 def name_of(options: dict[str, Any]) -> str:
     return "-".join(f"{value}" for value in options.values())
 

@@ -5,14 +5,12 @@ import errno
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 import hift_ds.state.files
 import hift_ds.state.host
@@ -21,12 +19,8 @@ import hift_ds.state.transfer
 from hift_ds.state.host import HostMemory
 from hift_ds.state.step import BlockState, Slice
 from hift_ds.state.transfer import Lane, Slot, Staging
-from tests.integration.test_parity import STAGES
-from tests.support import tiny
-from tests.support.device_memory import DeviceMemory, skip_on_a_device
+from tests.support.device_memory import DeviceMemory
 from tests.support.lazy_streams import Event, LazyStreams
-from tests.support.ranks import run_on_ranks
-from tests.support.tiny import Case
 
 CPU = torch.device("cpu")
 
@@ -335,242 +329,6 @@ def test_parts_step_as_tensors_of_their_own() -> None:
         state.step()
     state.settle()
     assert torch.equal(master[0].detach(), torch.cat([parameter.detach() for parameter in alone]))
-
-
-# ---- the engine -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to run a case: where the state is, and what happens on the way."""
-
-    place: str = "cpu"
-    step: str = "auto"
-    prefetch: bool = True
-    lazy: bool = False
-    pinning_refused: bool = False
-    folder: str | None = None
-    aio: bool = True  # where it is available
-    meddle: Callable[[Any], None] | None = None  # before some steps
-
-
-class Unpinnable(CPU_Accelerator):
-    def device_name(self, device_index: Any = None) -> str:
-        return "cuda"
-
-    def pin_memory(self, tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        raise RuntimeError("out of page-locked memory\nwith a long explanation")
-
-
-def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """In a rank: weights and all blocks' state after the run."""
-    import hift_ds
-
-    config = tiny.ds_config(case)
-    offload = config["hift"]["offload"] = {"device": way.place, "step": way.step, "prefetch": way.prefetch}
-    offload |= {"buffer_size": 65536} | ({"nvme_path": way.folder} if way.folder else {})
-    with contextlib.ExitStack() as stack:
-        if way.lazy:
-            stack.enter_context(LazyStreams())
-        if way.pinning_refused:
-            stack.enter_context(mock.patch.object(hift_ds.state.host, "get_accelerator", Unpinnable))
-            logger = stack.enter_context(mock.patch.object(hift_ds.state.host, "logger"))
-        if not way.aio:
-            stack.enter_context(mock.patch.object(hift_ds.state.files, "library", lambda: (None, "a test")))
-        engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
-        stack.callback(engine.destroy)
-        if way.folder:
-            assert (engine.block_optimizers.host.direct is not None) == (way.aio and aio_is_there())
-        for step in range(case.steps):
-            if way.meddle and step % case.k in (1, 2):
-                way.meddle(engine)
-            tiny.optimizer_step(engine, step)
-            assert way.folder is None or not os.listdir(way.folder)
-        if way.pinning_refused:
-            (message,) = (call.args[0] for call in logger.warning.call_args_list)
-            assert "page-locked" in message and "long explanation" not in message
-        return tiny.weights(engine), tiny.block_states(engine)
-
-
-def different(case: Case, truth: Way, *others: Way) -> list[Way]:
-    """In a rank: the ways that do not leave the same bits as the first."""
-    weights, states = run(case, truth)
-    found = []
-    for way in others:
-        our_weights, our_states = run(case, way)
-        pairs = zip(our_states, states, strict=True)
-        if not tiny.identical(our_weights, weights) or not all(tiny.identical(a, b) for a, b in pairs):
-            found.append(way)
-    return found
-
-
-# Two layers to a block: some slices end within a tensor.
-CASES = [Case(stage=stage, dtype=dtype, layers_per_block=2) for dtype in ("fp32", "bf16") for stage in STAGES]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_place_of_state_does_not_matter(case: Case) -> None:
-    ways = Way("none"), Way(step="streamed"), Way(step="block"), Way(step="block", prefetch=False)
-    assert run_on_ranks(1, different, case, *ways) == [[]]
-
-
-def aio_is_there() -> bool:
-    """Asked here first, it is compiled where nobody limits the time."""
-    return hift_ds.state.files.library()[0] is not None
-
-
-@pytest.mark.parametrize("aio", (True, False))
-@pytest.mark.parametrize("case", [Case(stage=0), Case(stage=2, dtype="bf16"), Case(stage=3)], ids=str)
-def test_files_in_place_of_memory(case: Case, aio: bool, tmp_path: Path) -> None:
-    if aio and not aio_is_there():
-        pytest.skip(hift_ds.state.files.library()[1])
-    in_files = Way("nvme", folder=str(tmp_path), aio=aio)
-    assert run_on_ranks(1, different, case, Way(), in_files, replace(in_files, step="block")) == [[]]
-    assert not list(tmp_path.iterdir())
-
-
-def test_pinning_refused_by_the_system() -> None:
-    assert run_on_ranks(1, different, Case(stage=1), Way(), Way(pinning_refused=True)) == [[]]
-
-
-def change_masters_and_moments(engine: Any) -> None:
-    """Through DeepSpeed's own functions, of the block to be stepped, whose state is on the way, and of another."""
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
-
-    for block in (engine.active_block, engine.active_block - 1):
-        for name in engine.blocks[block].parameter_names:
-            weights = engine.module.get_parameter(name)
-            value = safe_get_full_fp32_param(weights) * 1.25
-            safe_set_full_fp32_param(weights, value)
-            assert torch.equal(safe_get_full_fp32_param(weights), value)
-            if engine.cycle:
-                moment = safe_get_full_optimizer_state(weights, "exp_avg") * 3
-                safe_set_full_optimizer_state(weights, moment, "exp_avg")
-                assert torch.equal(safe_get_full_optimizer_state(weights, "exp_avg"), moment)
-
-
-@pytest.mark.parametrize("case", [Case(stage=stage, dtype="bf16") for stage in (1, 2, 3)], ids=str)
-def test_what_is_set_between_steps_is_what_is_stepped(case: Case, tmp_path: Path) -> None:
-    aio_is_there()
-    changed = [Way(place, meddle=change_masters_and_moments) for place in ("none", "cpu")]
-    changed.append(Way(step="block", meddle=change_masters_and_moments))
-    changed.append(Way("nvme", folder=str(tmp_path), meddle=change_masters_and_moments))
-    assert run_on_ranks(1, different, case, *changed) == [[]]
-    assert run_on_ranks(1, different, replace(case, cycles=1), Way(), changed[1]) == [[changed[1]]]
-
-
-@pytest.mark.parametrize("step", ("streamed", "block"))
-def test_lazy_streams_change_no_training(step: str) -> None:
-    skip_on_a_device()
-    case = Case(stage=2, dtype="bf16")
-    ways = [Way(step=step, lazy=lazy, prefetch=lazy, meddle=change_masters_and_moments) for lazy in (False, True)]
-    assert run_on_ranks(1, different, case, *ways) == [[]]
-
-
-def gradients_of_the_host_step(case: Case) -> list[str]:
-    """In a rank: names of parameters whose ``safe_get_full_grad`` before a step is not what autograd gave."""
-    from deepspeed.utils import safe_get_full_grad
-
-    engine, wrong = tiny.initialize(case), []
-    named = dict(engine.module.named_parameters())
-    try:
-        for step in range(case.k + 2):
-            plain = tiny.model(case.dtype)
-            plain.load_state_dict(tiny.weights(engine))
-            for micro in range(tiny.ACCUMULATION):
-                engine.backward(engine(**tiny.micro_batch(step, micro)).loss)
-                (plain(**tiny.micro_batch(step, micro)).loss / tiny.ACCUMULATION).backward()
-                if micro + 1 < tiny.ACCUMULATION:
-                    engine.step()
-            truth = {name: p.grad for name, p in plain.named_parameters()}
-            for block in (engine.active_block, engine.active_block - 1):
-                for name in engine.blocks[block].parameter_names:
-                    try:
-                        gradient = safe_get_full_grad(named[name])
-                    except ValueError:  # it says that there are none now
-                        gradient = None
-                    if block != engine.active_block:
-                        is_right = gradient is None
-                    else:
-                        is_right = torch.allclose(gradient.view_as(truth[name]), truth[name], rtol=1e-4, atol=1e-6)
-                    wrong += [] if is_right else [f"step {step}: {name}"]
-            engine.step()
-        return wrong
-    finally:
-        engine.destroy()
-
-
-@pytest.mark.parametrize("stage", (1, 2, 3))
-def test_gradients_of_the_host_step_are_shown_of_the_active_block_only(stage: int) -> None:
-    assert run_on_ranks(1, gradients_of_the_host_step, Case(stage=stage, offload=True)) == [[]]
-
-
-def offload_and_reload(engine: Any) -> None:
-    """All that DeepSpeed itself can offload here: at stage 3 it wants FusedAdam for masters and state."""
-    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kind
-
-    some = [Kind.lp_params, Kind.lp_grads, Kind.contiguous_grad_buffer]
-    engine.offload_states(include=some if engine.zero_optimization_stage() == 3 else None)
-    engine.reload_states()
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(stage=1, layers_per_block=3),
-        Case(stage=2, dtype="bf16", layers_per_block=3),
-        Case(stage=3, dtype="bf16", layers_per_block=3),
-    ],
-    ids=str,
-)
-def test_offload_states_and_reload_states(case: Case) -> None:
-    assert run_on_ranks(1, different, case, Way(), Way(meddle=offload_and_reload)) == [[]]
-
-
-def host_over_time(steps: int) -> list[tuple[int, int, int]]:
-    """In a rank: bytes and number of host buffers, and of their addresses, from the end of the first cycle on."""
-    import hift_ds
-
-    config = tiny.ds_config(Case(stage=2, layers_per_block=2)) | {"gradient_accumulation_steps": 1}
-    engine = hift_ds.initialize(model=tiny.model(layers=1), config=config)[0]
-    try:
-        seen = []
-        for step in range(len(engine.blocks) + steps):
-            engine.backward(engine(**tiny.micro_batch(0, 0)).loss)
-            engine.step()
-            if step >= len(engine.blocks) - 1:
-                buffers = engine.block_optimizers.host.buffers
-                seen.append((engine.block_optimizers.host.nbytes, len(buffers), len({b.data_ptr() for b in buffers})))
-        return seen
-    finally:
-        engine.destroy()
-
-
-def test_host_memory_is_constant_after_the_first_cycle() -> None:
-    ((first, *others),) = run_on_ranks(1, host_over_time, 500)
-    assert first[0] > 0 and first[1] == first[2]
-    assert set(others) == {first}
-
-
-def refusal(case: Case) -> str:
-    try:
-        tiny.initialize(case).destroy()
-    except ValueError as error:
-        return str(error)
-    return "none"
-
-
-def test_optimizers_that_need_whole_tensors_are_not_streamed() -> None:
-    adafactor = Case(optimizer="Adafactor", client_optimizer=True)
-    (message,) = run_on_ranks(1, refusal, replace(adafactor, step="streamed"))
-    assert "hift.offload.step='streamed'" in message and "Adafactor" in message and "'block'" in message
-    assert run_on_ranks(1, slot_bytes, adafactor) == [None]
-    assert run_on_ranks(1, slot_bytes, Case()) == [65536]
 
 
 @pytest.mark.parametrize("what", (errno.ENOSPC, errno.EROFS))
