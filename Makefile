@@ -1,7 +1,7 @@
-# Every target works on a fresh machine with Python 3.10 to 3.13, pip, git and a C++ compiler: the first one
-# makes $(VENV) and installs the versions pinned in constraints.txt; later ones find the stamp and start at once.
-#   PYTHON=python3.12   which Python the environment is made with
-#   ARGS='...'          more arguments for the command of the target
+# Every target works on a fresh machine with Python 3.10 to 3.13, pip, git and a C++ compiler. The first target creates
+# $(VENV) and installs the versions pinned in constraints.txt. Later targets find the stamp and start at once.
+#   PYTHON=python3.12   the Python that creates the environment
+#   ARGS='...'          additional arguments for the command of the target
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -9,10 +9,10 @@ ARGS ?=
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
-# `deepspeed`, and the `ninja` that it builds its C++ operators with, are found through PATH.
-# Compiled for this environment, so kept in it: another checkout would compile them over again.
+# PATH finds `deepspeed`, and `ninja`, which builds DeepSpeed's C++ operators. The environment keeps the compiled
+# operators, because another environment would compile them again.
 RUN := PATH="$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(abspath $(VENV))/torch_extensions"
-# Two workers, each with whole files: a worker keeps its ranks alive from one test to the next.
+# Two workers, each with whole files, because a worker keeps its ranks alive from one test to the next.
 RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
@@ -26,12 +26,12 @@ CHECK_HEADERS := import os, sys, sysconfig; \
 help:
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
 	@echo "make compare      set up, then compare all methods on a tiny model and built-in tasks, with a report"
-	@echo "make test         set up, then the tests, without the long proofs (6 to 10 minutes on two cores)"
-	@echo "make test-fast    set up, then those tests that start no ranks (less than 2 minutes)"
-	@echo "make test-slow    set up, then the long proofs alone (hours); with make test, that is every test"
-	@echo "make lint         set up, then ruff check, ruff format --check and mypy"
-	@echo "make format       set up, then let ruff sort the imports and format the code"
-	@echo "make bench        set up, then step times of HiFT, full fine-tuning and a plain loop"
+	@echo "make test         set up, then run the tests without the long proofs (6 to 10 minutes on two cores)"
+	@echo "make test-fast    set up, then run the tests that start no ranks (less than 2 minutes)"
+	@echo "make test-slow    set up, then run the long proofs (hours), which make test leaves out"
+	@echo "make lint         set up, then run ruff check, ruff format --check and mypy"
+	@echo "make format       set up, then sort the imports and format the code"
+	@echo "make bench        set up, then measure step times of HiFT, full fine-tuning and a plain loop"
 	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
 
 setup: $(KERNELS)
@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(BIN)/python" -m pip install -c constraints.txt -e '.[all]'
 	@touch "$@"
 
-# A kernel that cannot be compiled is no error here: only what needs it fails.
+# A kernel that cannot be compiled is not an error here. Only the commands that need it fail.
 $(KERNELS): $(STAMP)
 	@echo "== setup: DeepSpeed's C++ kernels (minutes, once)"
 	@$(RUN) python -m hift_ds.launch.runtime.kernels
