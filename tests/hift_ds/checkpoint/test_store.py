@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -406,6 +407,61 @@ def test_killed_while_a_tag_is_replaced(two: Path, monkeypatch: pytest.MonkeyPat
         save(two, 4)
         assert newest(two) == 4 and not list(two.glob(".*-*"))
     assert points > 12
+
+
+def test_what_counts_is_on_the_disk_first(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that survives a loss of power: files, their folders, the new name, its folder, then the pointer.
+
+    A file, or a name in a folder, is on the disk once that file or that folder was synced. A rename takes with it what
+    is below.
+    """
+    done: list[tuple[str, str]] = []
+
+    def path_of(descriptor: int) -> str:
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), two)
+
+    def recorded(name: str, describe: Callable[..., str]) -> None:
+        real = getattr(os, name)
+
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            done.append((name, describe(*args)))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, operation)
+
+    recorded("fsync", path_of)
+    for name in ("rename", "replace"):
+        recorded(name, lambda source, target: os.path.relpath(target, two))
+    save(two, 3)
+    committed = done.index(("rename", "step3"))
+    synced = {what for name, what in done[:committed] if name == "fsync"}
+    inside = {str(path.relative_to(two / "step3")) for path in (two / "step3").rglob("*")}
+    missing = {what for what in inside - {"manifest.json"} if f".saving-step3/{what}" not in synced}
+    assert not missing and ".saving-step3" in synced
+    # The manifest is the last file: it is synced under another name, renamed, and its folder is synced again.
+    (manifest,) = (
+        n for n, (name, what) in enumerate(done) if (name, what) == ("replace", ".saving-step3/manifest.json")
+    )
+    before, after = done[manifest - 1], done[manifest + 1 : committed]
+    assert (
+        before[0] == "fsync" and os.path.dirname(before[1]) == ".saving-step3" and ("fsync", ".saving-step3") in after
+    )
+    assert all(
+        (two / "step3" / what).is_dir() or f".saving-step3/{what}" in {w for _, w in done[: manifest + 1]}
+        for what in inside
+    )
+    pointer = done.index(("replace", "latest"))
+    assert ("fsync", ".") in done[committed + 1 : pointer - 1], "the new name is synced before the pointer names it"
+    assert done[pointer - 1][0] == "fsync" and ("fsync", ".") in done[pointer + 1 :]
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    checkpoint_files.write_durably(path, "old")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.EIO, "the disk is broken")))
+    with pytest.raises(OSError, match="the disk is broken"):
+        checkpoint_files.write_durably(path, "new and longer")
+    assert path.read_text() == "old"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a Linux device")

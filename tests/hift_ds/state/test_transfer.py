@@ -37,11 +37,13 @@ class Owner:
         self.optimizer: Any = torch.optim.AdamW([torch.nn.Parameter(weights) for weights in start], lr=1e-2)
         self._tensors: list[torch.Tensor] = self.optimizer.param_groups[0]["params"]
         self.gradients = [torch.zeros_like(weights) for weights in start]
+        self.asked: list[tuple[int, int, int]] = []  # the gradients that steps took: tensor, first element, end
 
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         return [(tensor, 0) for tensor in self._tensors]
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
+        self.asked.append((cut.number, cut.start, cut.stop))
         return self.gradients[cut.number][cut.start : cut.stop].clone()
 
     def weights(self, index: int) -> torch.Tensor | None:
@@ -267,6 +269,30 @@ def test_1000_round_trips_keep_every_bit(step: str, place: str, tmp_path: Path) 
         expected = before if trip % 2 else [~values for values in before]
         assert same([tensor.view(torch.int32) for tensor in resident], expected), f"trip {trip}"
     assert [tensor.data_ptr() for tensor in resident] == addresses
+
+
+def test_tensors_in_a_slot_are_aligned() -> None:
+    """Kernels and copy engines of a device are fast, or work at all, on aligned addresses."""
+    sources = [torch.arange(n, dtype=dtype) for n in (1, 3, 65, 7) for dtype in (torch.float32, torch.int16)]
+    for slot_bytes in SLOTS.values():
+        staging = Staging(CPU, slot_bytes)
+        slot = staging.slots[0]
+        copies, _ = staging.fill(slot, sources, None)
+        assert slot.area is not None and same(copies, sources)
+        assert [(copy.data_ptr() - slot.area.data_ptr()) % 256 for copy in copies] == [0] * len(copies)
+
+
+def test_chunks_of_a_tensor_begin_where_kernels_cut_it() -> None:
+    """At multiples of 1,024 elements, and each element once: a vectorized kernel then rounds as on the whole tensor."""
+    owner = Owner([5000, 3000, 700], True, torch.Generator().manual_seed(0))
+    state = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12)
+    state.step()
+    state.settle()
+    for number, size in enumerate((5000, 3000, 700)):
+        spans = [(start, stop) for tensor, start, stop in owner.asked if tensor == number]
+        assert all(start % 1024 == 0 for start, _ in spans)
+        assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == size
+    assert len(owner.asked) > 5
 
 
 class CountsInItsGroup(torch.optim.SGD):
