@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
 from hift_ds.evaluation.tasks.loading import classification_rows, few_shot
 from hift_ds.launch.data.batches import collate, collate_prompts
-from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_pieces
+from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_segments
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.loading import evaluating
 
@@ -154,7 +154,7 @@ def average_log_likelihoods(
     cases = []  # tokens of prompt and candidate
     truncated = []
     for prompt, candidate in pairs:
-        prompt_ids, answer = tokenize_pieces(tokenizer, [prompt, spaced(prompt, candidate)])
+        prompt_ids, answer = tokenize_segments(tokenizer, [prompt, spaced(prompt, candidate)])
         kept, cut = _fitted(tokenizer, prompt_ids, max_length and max_length - len(answer))
         truncated.append(cut)
         cases.append((kept, answer))
@@ -204,7 +204,7 @@ def _write(
 ) -> Predictions:
     """Answers up to the task's stop text, without the whitespace around them."""
     limit = max_length and max_length - task.max_new_tokens
-    fitted = [_fitted(tokenizer, tokenize_pieces(tokenizer, [prompt])[0], limit) for prompt in prompts]
+    fitted = [_fitted(tokenizer, tokenize_segments(tokenizer, [prompt])[0], limit) for prompt in prompts]
     cases = [kept for kept, _ in fitted]
     order = sorted(range(len(cases)), key=lambda i: len(cases[i]), reverse=True)
     end = model.generation_config.eos_token_id

@@ -1,8 +1,8 @@
 """Built-in arithmetic word problems in GSM8K's format, for machines without data.
 
 A problem has a question and a worked solution of one to three steps that ends in `#### N`. Training and test
-problems are disjoint by construction: a problem's template and numbers together decide which split it
-belongs to, so no test problem appears in training under other names either.
+problems are disjoint by construction: a problem's template and numbers decide its split, so that no test problem
+appears in training, not even with other names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 
 SPLITS = ("train", "test")
-# Far below what the templates can make (times the names and things), so that drawing never stalls.
+# Far fewer than the templates can produce with all names and things, so that drawing new ones stays fast.
 MAX_PROBLEMS = 200_000
 
 NAMES = (
@@ -32,9 +32,11 @@ _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 class _Template:
     """A kind of problem.
 
-    `question` has the fields name, other (name), things, packs and the drawn numbers a to d; `numbers` gives
-    their bounds, inclusive. `steps` compute x, y, z in turn from numbers and earlier results; in `solution`
-    such a field stands for the whole step, as `3 + 4 = 7`. The last result is the answer.
+    Attributes:
+        question: text with the fields name, other (another name), things, packs and the drawn numbers a to d.
+        solution: text in which a field x, y or z is replaced by the whole step, such as `3 + 4 = 7`.
+        numbers: bounds of the drawn numbers, inclusive.
+        steps: compute x, y and z in turn from numbers and earlier results. The last result is the answer.
     """
 
     question: str
@@ -112,10 +114,13 @@ _TEMPLATES = (
 
 
 def arithmetic_problems(split: str, n: int, seed: int) -> list[dict[str, str]]:
-    """`n` distinct problems of a split ("train" or "test"), each {"question", "answer"} as in GSM8K's files.
+    """Draw `n` distinct problems of a split ("train" or "test"), each {"question", "answer"} as in GSM8K's files.
 
     The first problems are the same for every `n`. About one in five pairs of template and numbers is a test
-    problem, whatever the seed is, so problems drawn with different seeds are disjoint between the splits too.
+    problem. This does not depend on the seed, so the splits of different seeds are disjoint, too.
+
+    Raises:
+        ValueError: an unknown split, or more than `MAX_PROBLEMS`.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -140,7 +145,7 @@ def arithmetic_problems(split: str, n: int, seed: int) -> list[dict[str, str]]:
 
 
 def _work_out(template: _Template, numbers: dict[str, int]) -> tuple[dict[str, str], int] | None:
-    """Each step as text and the last result; None where a result is below 1, which no story here can mean."""
+    """Return each step as text and the last result, or None if a result is below 1, which fits no story."""
     values = dict(numbers)
     texts = {}
     result = 0

@@ -1,6 +1,6 @@
-"""From rows of one format to tokens, and which of them are trained.
+"""Tokenize rows of one format, and mark the tokens to train on.
 
-The loss counts what the model itself must write: a completion or an assistant's turn, with the token that ends it.
+The loss counts what the model must write itself: a completion or an assistant's turn, with the token that ends it.
 """
 
 from __future__ import annotations
@@ -15,38 +15,42 @@ import jinja2
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError
 
-IGNORED = -100  # the label that cross-entropy leaves out
+IGNORED = -100  # the label that cross-entropy ignores
 
 
 @dataclass
 class Example:
     """One tokenized example.
 
-    For causal LM `labels` is as long as `input_ids`, not shifted, and -100 outside what is trained. For
+    For causal language models `labels` is as long as `input_ids`, not shifted, and -100 for tokens without a loss. For
     sequence classification it is the id of the label, for regression the number itself.
     """
 
     input_ids: list[int]
     labels: list[int] | int | float
-    token_type_ids: list[int] | None = None  # where the tokenizer makes them (sentence pairs of BERT)
+    token_type_ids: list[int] | None = None  # only from some tokenizers (sentence pairs of BERT)
 
 
 @dataclass
 class EvalExample(Example):
-    """A held-out example: also what its answer is generated from and scored against."""
+    """A held-out example, with the prompt and the expected answer."""
 
-    prompt_ids: list[int] = field(default_factory=list)  # up to where the answer begins; never cut
-    prompt: str = ""  # the same as text, for printing
+    prompt_ids: list[int] = field(default_factory=list)  # everything before the answer; never truncated
+    prompt: str = ""  # as text, for printing
     reference: str = ""  # the answer; for classification the label's name, for regression the number
-    accepted: tuple[str, ...] = ()  # all answers that are right, for sets scored by label words
+    accepted: tuple[str, ...] = ()  # all correct answers, for data scored by label words
 
 
 def choose_template(wanted: bool | None, format_: str, tokenizer: Any) -> bool:
-    """Whether texts go through the tokenizer's chat template; `wanted` is `data.template`."""
+    """Return whether texts are written with the tokenizer's chat template; `wanted` is `data.template`.
+
+    Raises:
+        UserError: the data needs a template that the tokenizer does not have, or has no use for one.
+    """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if format_ == "text-label":
         if wanted:
-            raise UserError("data.template: true, but texts to classify take no chat template; remove it")
+            raise UserError("data.template: true, but a classifier reads texts without a chat template; remove it")
         return False
     if format_ == "chat" and (wanted is False or not has_template):
         reason = "data.template is false" if has_template else "the tokenizer has none"
@@ -59,7 +63,7 @@ def choose_template(wanted: bool | None, format_: str, tokenizer: Any) -> bool:
     template = has_template if wanted is None else wanted
     if not template and tokenizer.eos_token_id is None:
         raise UserError(
-            "data: the tokenizer has no end-of-sequence token, so no model could learn where a completion ends; "
+            "data: the tokenizer has no end-of-sequence token, so a model could not learn where a completion ends; "
             "use another one (model.tokenizer)"
         )
     return template
@@ -74,14 +78,20 @@ def encode(
     question: bool,
     max_length: int,
 ) -> tuple[list[EvalExample], dict[str, Any]]:
-    """Tokenized rows of one format, and their counts and hash for the report (see `hift_ds.launch.data.loading.Data`).
+    """Tokenize rows of one format.
 
     Args:
-        labels: names in the order of their ids, for sequence classification (a row's label is an id, or a float for
-            regression, whose one name stands for the number); None for causal LM.
-        template: whether prompts and completions go through the chat template; messages always do.
-        question: whether prompts without the chat template are asked as questions.
-        max_length: tokens of an example; what is longer is cut on the right.
+        labels: for sequence classification, the labels' names in the order of their ids. A row's label is an id, or a
+            float for regression, which has one name. None for causal language models.
+        template: whether prompts and completions are written with the chat template; messages always are.
+        question: whether prompts without the chat template are written as questions.
+        max_length: tokens of an example; longer ones are truncated on the right.
+
+    Returns:
+        The examples, and their counts and hash (see `hift_ds.launch.data.loading.Data`).
+
+    Raises:
+        UserError: the chat template cannot write a conversation.
     """
     counts = dict.fromkeys(("read", "used", "truncated", "skipped_no_target", "tokens", "trained_tokens"), 0)
     digest = hashlib.sha256()
@@ -92,16 +102,16 @@ def encode(
             example, length = _label_example(tokenizer, row, labels, max_length)
         else:
             if "messages" in row:
-                pieces = _chat_pieces(tokenizer, row["messages"], where)
+                segments = _chat_segments(tokenizer, row["messages"], where)
             elif template:
                 messages = [
                     {"role": "user", "content": row["prompt"]},
                     {"role": "assistant", "content": row["completion"]},
                 ]
-                pieces = _chat_pieces(tokenizer, messages, where)
+                segments = _chat_segments(tokenizer, messages, where)
             else:
-                pieces = _plain_pieces(row, question)
-            example, length = _token_example(tokenizer, pieces, row, max_length, marked=template)
+                segments = _plain_segments(row, question)
+            example, length = _token_example(tokenizer, segments, row, max_length, marked=template)
         trained = _count_trained(example)
         counts["read"] += 1
         if not trained:
@@ -122,14 +132,14 @@ def _count_trained(example: Example) -> int:
 
 
 def _label_example(tokenizer: Any, row: dict[str, Any], labels: list[str], max_length: int) -> tuple[EvalExample, int]:
-    """The example, and its length before it was cut."""
+    """Return the example, and its length before truncation."""
     text, pair = row["text"], row["text_pair"]
     prompt = text if pair is None else f"{text}\n{pair}"
-    if tokenizer.sep_token_id is None:  # nothing would stand between the two
+    if tokenizer.sep_token_id is None:  # nothing would separate the two
         text, pair = prompt, None
     tokens = tokenizer(text, pair)
     length = len(tokens["input_ids"])
-    if length > max_length:  # the tokenizer cuts such that its special tokens stay
+    if length > max_length:  # the tokenizer keeps its special tokens
         tokens = tokenizer(text, pair, truncation=True, max_length=max_length)
     label = row["label"]
     example = EvalExample(
@@ -144,29 +154,30 @@ def _label_example(tokenizer: Any, row: dict[str, Any], labels: list[str], max_l
 
 
 def _token_example(
-    tokenizer: Any, pieces: list[tuple[str, bool]], row: dict[str, Any], max_length: int, *, marked: bool
+    tokenizer: Any, segments: list[tuple[str, bool]], row: dict[str, Any], max_length: int, *, marked: bool
 ) -> tuple[EvalExample, int]:
-    """The example of pieces of text, each with whether it is trained, and its length before it was cut.
+    """Return the example of consecutive segments of text, and its length before truncation.
 
-    The last piece is a trained one, or none is. `marked`: the text holds the chat template's own marks;
-    else it begins with the beginning-of-sequence token, where the tokenizer sets one, and a trained
-    end-of-sequence token follows.
+    Args:
+        segments: each text with whether it is trained. The last one is trained, or none is.
+        marked: whether the text holds the special tokens of a chat template. If not, the beginning-of-sequence token
+            is put before it, if the tokenizer sets one, and a trained end-of-sequence token after it.
     """
-    texts = [text for text, _ in pieces]
-    segments = tokenize_pieces(tokenizer, texts)
+    texts = [text for text, _ in segments]
+    tokens = tokenize_segments(tokenizer, texts)
     ids: list[int] = []
     if not marked:
         ids = beginning(tokenizer)
-        if pieces[-1][1]:
-            segments[-1].append(tokenizer.eos_token_id)
+        if segments[-1][1]:
+            tokens[-1].append(tokenizer.eos_token_id)
     labels = [IGNORED] * len(ids)
-    for segment, (_, trained) in zip(segments, pieces, strict=True):
+    for segment, (_, trained) in zip(tokens, segments, strict=True):
         ids += segment
         labels += segment if trained else [IGNORED] * len(segment)
     example = EvalExample(
         input_ids=ids[:max_length],
         labels=labels[:max_length],
-        prompt_ids=ids[: len(ids) - len(segments[-1])],
+        prompt_ids=ids[: len(ids) - len(tokens[-1])],
         prompt="".join(texts[:-1]),
         reference=_last_answer(row),
         accepted=row.get("accepted", ()),
@@ -175,7 +186,7 @@ def _token_example(
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer sets one."""
+    """Return the beginning-of-sequence token in a list, or an empty list if the tokenizer sets none."""
     return [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
 
 
@@ -186,28 +197,28 @@ def _last_answer(row: dict[str, Any]) -> str:
     return next((answer for answer in reversed(answers) if answer.strip()), "")
 
 
-def tokenize_pieces(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
-    """The tokens of each piece, such that those of the first pieces are what their text alone gives.
+def tokenize_segments(tokenizer: Any, segments: list[str]) -> list[list[int]]:
+    """Tokenize consecutive segments of a text so that the tokens of a prefix do not depend on what follows.
 
-    So what precedes an answer has the same tokens in training as when the answer is generated. Where no
-    token of the whole text lies across the border of two pieces, the result is the whole text's tokens.
+    So the text before an answer has the same tokens in training and when the answer is generated. If no token of the
+    whole text spans two segments, the result equals the tokens of the whole text.
     """
-    segments: list[list[int]] = []
+    tokens: list[list[int]] = []
     before: list[int] = []
     text = ""
-    for piece in pieces:
-        text += piece
+    for segment in segments:
+        text += segment
         whole = tokenizer(text, add_special_tokens=False).input_ids
         if whole[: len(before)] == before:
-            segments.append(whole[len(before) :])
+            tokens.append(whole[len(before) :])
         else:
-            segments.append(tokenizer(piece, add_special_tokens=False).input_ids)
-        before = before + segments[-1]
-    return segments
+            tokens.append(tokenizer(segment, add_special_tokens=False).input_ids)
+        before = before + tokens[-1]
+    return tokens
 
 
-def _plain_pieces(row: dict[str, Any], question: bool) -> list[tuple[str, bool]]:
-    """Prompt and completion without a chat template; word problems are asked as questions."""
+def _plain_segments(row: dict[str, Any], question: bool) -> list[tuple[str, bool]]:
+    """Return prompt and completion without a chat template; word problems are written as questions."""
     prompt, completion = row["prompt"], row["completion"]
     if question:
         prompt = as_question(prompt)
@@ -215,21 +226,21 @@ def _plain_pieces(row: dict[str, Any], question: bool) -> list[tuple[str, bool]]
 
 
 def as_question(text: str) -> str:
-    """How a word problem is asked."""
+    """Write a word problem as a question to answer."""
     return f"Question: {text}\nAnswer:"
 
 
 def spaced(prompt: str, completion: str) -> str:
-    """The completion as it follows the prompt: after a space, where neither side has whitespace."""
+    """Return the completion as it follows the prompt: after a space, if neither side has whitespace."""
     return completion if not prompt or prompt[-1].isspace() or completion[0].isspace() else " " + completion
 
 
-def _chat_pieces(tokenizer: Any, messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:
-    """A conversation through the chat template, cut where the assistant's turns begin and end.
+def _chat_segments(tokenizer: Any, messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:
+    """Write a conversation with the chat template, cut at the start and end of each assistant's turn.
 
-    A trained piece is what the model itself must write: all that follows the generation prompt up to and
-    with the end-of-turn mark, but not the whitespace that templates put between turns. What follows the
-    last one is left out.
+    A trained segment is what the model must write itself: everything after the generation prompt up to and including
+    the end-of-turn mark, but not the whitespace that templates put between turns. The text after the last assistant's
+    turn is dropped.
     """
 
     def render(n: int, generate: bool) -> str:
@@ -243,7 +254,7 @@ def _chat_pieces(tokenizer: Any, messages: list[dict[str, str]], where: str) -> 
             ) from error
 
     whole = render(len(messages), False)
-    pieces: list[tuple[str, bool]] = []
+    segments: list[tuple[str, bool]] = []
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or not message["content"].strip():
@@ -253,12 +264,12 @@ def _chat_pieces(tokenizer: Any, messages: list[dict[str, str]], where: str) -> 
         if not (after.startswith(before) and whole.startswith(after)):
             raise UserError(
                 f"{where}: the tokenizer's chat template writes earlier turns differently when later ones "
-                f"follow (message {i + 1} of {len(messages)}), so the assistant's tokens cannot be told "
-                "apart; give one-turn conversations, or a tokenizer with another template"
+                f"follow (message {i + 1} of {len(messages)}), so the assistant's tokens cannot be "
+                "found; give one-turn conversations, or a tokenizer with another template"
             )
         turn = after[len(before) :]
         if not turn.rstrip().endswith(message["content"].rstrip()):  # a visible mark ends the turn
             turn = turn.rstrip()
-        pieces += [(whole[done : len(before)], False), (turn, True)]
+        segments += [(whole[done : len(before)], False), (turn, True)]
         done = len(before) + len(turn)
-    return pieces or [(whole, False)]
+    return segments or [(whole, False)]

@@ -13,42 +13,43 @@ from hift_ds.launch.errors import UserError, looked_in, nearest
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The `data` section of a run's YAML."""
+    """The `data` section."""
 
     # arithmetic | yes-no (both built in) | gsm8k | sst2 | superglue/TASK | json | jsonl | csv | tsv | parquet
     # (files at `path`) | OWNER/NAME (a data set of the Hugging Face Hub)
     name: str = "arithmetic"
     # A file or a folder. For gsm8k, sst2, superglue/TASK the publisher's folder; null = from the Hub.
     path: str | None = None
-    # The held-out file where `path` is one file. In a folder, and on the Hub, that part is a split.
+    # The held-out file, if `path` is one file. In a folder and on the Hub, `eval_split` names the held-out split.
     eval_path: str | None = None
-    # Of a Hub data set: its configuration and the git revision.
+    # Configuration and git revision of a data set on the Hub.
     subset: str | None = None
     revision: str | None = None
     # prompt-completion | chat | text-label; null = found from the columns
     format: str | None = None
-    # Our column: the file's column, as in {prompt: question, completion: answer}
+    # Column of the format: column of the file, as in {prompt: question, completion: answer}
     columns: dict[str, str] = field(default_factory=dict)
-    # The splits to train on and to score; eval_split null = validation, val, dev or test, if there is one.
+    # The splits to train on and to score. eval_split null = the first of validation, val, dev and test that is there
+    # and not trained on.
     split: str = "train"
     eval_split: str | None = None
-    # Sizes of seeded subsets; null = all (of the built-in problems 4096 and 256). eval_examples 0 = none.
+    # Sizes of seeded subsets; null = all (4096 and 256 built-in problems). eval_examples 0 = none.
     train_examples: int | None = None
     eval_examples: int | None = None
     # Tokens of an example; longer ones are cut on the right, counted and reported.
     max_length: int = 512
-    # true: prompt and completion become a user's and an assistant's turn of the tokenizer's chat template;
-    # false: they are joined, with a space where neither side has whitespace; null = true if there is one.
+    # true: prompt and completion become a user's and an assistant's turn in the tokenizer's chat template;
+    # false: they are joined, with a space if neither side has whitespace; null = true if there is a template.
     template: bool | None = None
 
     def problems(self) -> list[str]:
-        """Every mistake that shows before rows are read: a line each, with key, value and remedy."""
+        """Return every problem that can be found before rows are read, one line each."""
         name = self.name.lower()
         local, published = name in FILE_KINDS, name in PUBLISHED
         hub = not local and not published and name not in BUILT_IN
         if hub and (self.name.count("/") != 1 or name.startswith("superglue/")):
             known = [*BUILT_IN, *PUBLISHED, *FILE_KINDS]
-            return [  # what else is wrong depends on the name
+            return [  # further checks depend on the name
                 f"data.name: unknown data set {self.name!r}; expected {', '.join(known)}, or OWNER/NAME for a "
                 f"data set of the Hugging Face Hub{nearest(name, known)}"
             ]
@@ -62,6 +63,8 @@ class DataSettings:
                 f"data.split, data.eval_split: {self.split!r} and {self.eval_split!r}, but the built-in "
                 "problems are trained on 'train' and scored on 'test'; remove both"
             )
+        if name not in BUILT_IN and self.path is None and self.eval_split == self.split:
+            found.append(f"data.eval_split: {self.eval_split!r} is trained on (data.split); name another split")
         formats = possible_formats(name)
         if self.format is not None and self.format not in formats:
             found.append(
@@ -73,8 +76,8 @@ class DataSettings:
         for key in self.columns:
             if key not in COLUMNS:
                 found.append(
-                    f"data.columns: unknown column {key!r}; keys are ours ({', '.join(COLUMNS)}), values the "
-                    f"file's, as in {{prompt: question}}{nearest(key, COLUMNS)}"
+                    f"data.columns: unknown column {key!r}; expected {', '.join(COLUMNS)} as keys and the file's "
+                    f"columns as values, as in {{prompt: question}}{nearest(key, COLUMNS)}"
                 )
         for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2)):
             value = getattr(self, key)
@@ -109,5 +112,9 @@ class DataSettings:
         return found
 
     def files(self) -> dict[str, list[Path]]:
-        """The files that `path` and `eval_path` mean: of "train" and, where something is held out, of "eval"."""
+        """Find the files of `path` and `eval_path`: to train on ("train") and, if there are any, held out ("eval").
+
+        Raises:
+            UserError: a named split has no file, or is trained on.
+        """
         return find_files(self.name.lower(), str(self.path), self.split, self.eval_path, self.eval_split)

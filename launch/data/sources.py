@@ -1,7 +1,7 @@
-"""Where rows come from: files and sets of the Hugging Face Hub, and which part of them is trained on or held out.
+"""Read rows from files and from the Hugging Face Hub, and find the splits to train on and to hold out.
 
-Rows come out as they are written, each with its place for messages; launch/data/formats.py makes sense of them.
-`name` is `data.name` in lower case, except for `read_hub`.
+Rows keep the values of their source, and each has its place for messages; `formats.py` converts them. `name` is
+`data.name` in lower case, except for `read_hub`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hift_ds.launch.errors import UserError, shown
 if TYPE_CHECKING:
     import datasets
 
-Row = tuple[str, dict[str, Any]]  # where it comes from (for messages), and its columns
+Row = tuple[str, dict[str, Any]]  # its place (for messages) and its columns
 
 FILE_KINDS = {
     "json": (".json", ".jsonl"),
@@ -27,7 +27,7 @@ FILE_KINDS = {
     "tsv": (".tsv",),
     "parquet": (".parquet",),
 }
-# Home on the Hub (id, configuration); with a `path`, the publisher's own files are read instead.
+# The data set on the Hub (id, configuration). With a `path`, the publisher's own files are read instead.
 PUBLISHED = {
     "gsm8k": ("openai/gsm8k", "main"),
     "sst2": ("stanfordnlp/sst2", None),
@@ -36,7 +36,7 @@ PUBLISHED = {
         for task in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
     },
 }
-# What publishers call the part for scoring during development; `eval_split: null` looks in this order.
+# Publishers' names for the validation split. `eval_split: null` looks for these splits in this order.
 VALIDATION = ("validation", "val", "dev")
 HELD_OUT = (*VALIDATION, "test")
 
@@ -44,16 +44,23 @@ HELD_OUT = (*VALIDATION, "test")
 def find_files(
     name: str, path: str, split: str, eval_path: str | None, eval_split: str | None
 ) -> dict[str, list[Path]]:
-    """The files of "train" and, where something is held out, of "eval"; the arguments are those of `data`."""
+    """Find the files to train on ("train") and, if there are any, the held-out ones ("eval").
+
+    Args:
+        name, path, split, eval_path, eval_split: the keys of the `data` section.
+
+    Raises:
+        UserError: a named split has no file, or a file is in both splits.
+    """
     suffixes = FILE_KINDS.get(name, (".tsv",) if name == "sst2" else (".jsonl",))
     place = Path(path).expanduser()
     if name.startswith("superglue/") and place.is_dir():
-        # The folder of the task, or the one above with a folder for each task.
+        # The folder of the task, or its parent with one folder for each task.
         task = name.partition("/")[2]
         place = next((one for one in sorted(place.iterdir()) if one.is_dir() and one.name.lower() == task), place)
     if place.is_file():
         if name not in FILE_KINDS:
-            raise UserError(f"data.path: {str(place)!r} is a file; {name!r} wants the folder it is in")
+            raise UserError(f"data.path: {str(place)!r} is a file; {name!r} needs its folder")
         if split != "train" or eval_path is None and eval_split is not None:
             raise UserError(
                 f"data.split, data.eval_split: {split!r} and {eval_split!r}, but data.path "
@@ -66,20 +73,30 @@ def find_files(
         if not found["train"]:
             raise _no_split("split", split, place, suffixes)
     held_out = place if eval_path is None else Path(eval_path).expanduser()
+    trained = {one.resolve() for one in found["train"]}
     if held_out.is_dir():
         for candidate in _eval_splits(name, eval_split):
-            if files := _split_files(held_out, candidate, suffixes):
-                return {**found, "eval": files}
+            files = _split_files(held_out, candidate, suffixes)
+            if trained.isdisjoint(one.resolve() for one in files):
+                if files:
+                    return {**found, "eval": files}
+            elif eval_split is not None:
+                raise UserError(
+                    f"data.eval_split: {eval_split!r} is {files[0]}, which is trained on; name another split, or set "
+                    "data.eval_examples to 0"
+                )
         if eval_split is not None or eval_path is not None:
             wanted = eval_split or " or ".join(HELD_OUT)
             raise _no_split("eval_split", wanted, held_out, suffixes)
     elif eval_path is not None:
+        if held_out.resolve() in trained:
+            raise UserError(f"data.eval_path: {eval_path!r} is trained on; name another file, or remove data.eval_path")
         return {**found, "eval": [held_out]}
     return found
 
 
 def _split_files(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
-    """SPLIT.jsonl, or the shards SPLIT-*.jsonl as the Hub writes them."""
+    """Find SPLIT.jsonl, or the shards SPLIT-*.jsonl as the Hub writes them."""
     for name in _spellings(split):
         for suffix in suffixes:
             if (folder / f"{name}{suffix}").is_file():
@@ -105,19 +122,19 @@ def _spellings(split: str) -> tuple[str, ...]:
 def _eval_splits(name: str, eval_split: str | None) -> tuple[str, ...]:
     if eval_split is not None:
         return (eval_split,)
-    # The test parts of sst2 and of SuperGLUE are published without labels.
+    # The test splits of SST-2 and SuperGLUE are published without labels.
     return VALIDATION if name == "sst2" or name.startswith("superglue/") else HELD_OUT
 
 
 def read_file(path: Path, name: str) -> list[Row]:
-    """The rows of a file, values exactly as they are written, each with its file and line."""
+    """Read the rows of a file with the values as they are written, each with its file and line."""
     if path.stat().st_size == 0:
         return []
     if name == "parquet":
         rows = _load_file("parquet", path).to_list()
         return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
-    # As lines: the json and csv readers of `datasets` guess types. They turn texts that look like dates
-    # or numbers into dates and numbers, "null" into nothing, a mixed column's "false" into a truth value.
+    # Read lines, because the json and csv readers of `datasets` guess types: text that looks like a date or a number
+    # becomes one, "null" becomes None, and "false" in a mixed column becomes a bool.
     lines = read_lines(path)
     if name in ("csv", "tsv", "sst2"):
         return _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2")
@@ -125,7 +142,7 @@ def read_file(path: Path, name: str) -> list[Row]:
 
 
 def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
-    """The lines of a text, with their ends."""
+    """Read the lines of a text file, with their line ends."""
     if path.stat().st_size == 0:
         return []
     return list(_load_file("text", path, encoding=encoding, keep_linebreaks=True)["text"])
@@ -137,7 +154,7 @@ def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        # A cache of its own: no rank waits for another's lock, and no copy of the data stays behind.
+        # Use a temporary cache, so that no rank waits for another's lock and no copy of the data remains.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.load_dataset(
                 builder,
@@ -155,9 +172,9 @@ def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:
 
 
 def _parse_json(path: Path, lines: Sequence[str]) -> list[Row]:
-    """JSON lines, or one list of objects."""
+    """Parse JSON lines, or one list of objects."""
     first = next((line.lstrip() for line in lines if line.strip()), "")
-    number = 0  # the line; 0 in a list, where the parser knows it
+    number = 0  # of the line; 0 in a list, where the parser counts
     try:
         if first.startswith("["):
             rows = [(f"{path} element {i}", one) for i, one in enumerate(json.loads("".join(lines)), 1)]
@@ -178,7 +195,7 @@ def _parse_json(path: Path, lines: Sequence[str]) -> list[Row]:
 
 
 def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bool) -> list[Row]:
-    """Rows of texts. Not `quoted`: quotation marks are ordinary characters, as in GLUE's files."""
+    """Parse rows of texts. Unless `quoted`, quotation marks are ordinary characters, as in GLUE's files."""
     csv.field_size_limit(1 << 30)
     reader = csv.reader(
         iter(lines),
@@ -207,7 +224,15 @@ def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bo
 def read_hub(
     name: str, subset: str | None, revision: str | None, split: str, eval_split: str | None
 ) -> dict[str, list[Row]]:
-    """The rows of "train" and "eval" (empty where nothing is held out); the arguments are those of `data`."""
+    """Read the rows of "train" and "eval" from the Hub; "eval" is empty if nothing is held out.
+
+    Args:
+        name, subset, revision, split, eval_split: the keys of the `data` section.
+
+    Raises:
+        UserError: the Hub cannot be reached, the data set cannot be loaded, or a named split is not there or is trained
+            on.
+    """
     import datasets  # takes seconds; settings are checked without it
 
     published = name.lower() in PUBLISHED
@@ -227,15 +252,20 @@ def read_hub(
             f"data.subset and data.revision, or {remedy}"
         ) from error
     splits: dict[str, list[Row]] = {"train": [], "eval": []}
+    trained: str | None = None  # the split to train on
     for part, key, asked, wanted in (
         ("train", "split", split, (split,)),
         ("eval", "eval_split", eval_split, _eval_splits(name.lower(), eval_split)),
     ):
-        spellings = [spelling for one in wanted for spelling in _spellings(one)]
-        found = next((one for one in spellings if one in loaded), None)
-        if found is not None:
-            rows = loaded[found].to_list()
-            splits[part] = [(f"{label} {found} row {i}", row) for i, row in enumerate(rows, 1)]
+        present = [spelling for one in wanted for spelling in _spellings(one) if spelling in loaded]
+        if asked is None:
+            present = [one for one in present if one != trained]
+        if present[:1] == [trained]:
+            raise UserError(f"data.eval_split: {present[0]!r} of {label} is trained on; name another split")
+        if present:
+            trained = trained or present[0]
+            rows = loaded[present[0]].to_list()
+            splits[part] = [(f"{label} {present[0]} row {i}", row) for i, row in enumerate(rows, 1)]
         elif asked is not None:
             raise UserError(f"data.{key}: {label} has no split {asked!r}; it has {', '.join(loaded)}")
     return splits

@@ -21,12 +21,14 @@ from tests.support.data_fixtures import load, load_rows, write_jsonl
 
 def test_good_settings_have_no_problems(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{}])
+    (tmp_path / "other").mkdir()
+    write_jsonl(tmp_path / "other" / "train.jsonl", [{}])
     for settings in (
         DataSettings(),
         DataSettings(name="gsm8k"),
         DataSettings(name="superglue/BoolQ", format="text-label"),
         DataSettings(name="someone/something", subset="main", revision="main", columns={"text": "sentence"}),
-        DataSettings(name="jsonl", path=str(path), eval_path=str(tmp_path), eval_split="train"),
+        DataSettings(name="jsonl", path=str(path), eval_path=str(tmp_path / "other"), eval_split="train"),
         DataSettings(name="json", path=str(tmp_path)),
         DataSettings(name="gsm8k", path=str(tmp_path), eval_examples=0),
     ):
@@ -41,7 +43,7 @@ def test_good_settings_have_no_problems(tmp_path: Path) -> None:
         ({"name": "a/b/c"}, "unknown data set 'a/b/c'"),
         ({"name": "jsonl"}, "data.path: missing"),
         ({"name": "jsonl", "path": "nowhere"}, "data.path: 'nowhere' does not exist"),
-        ({"name": "sst2", "path": "{file}"}, "is a file; 'sst2' wants the folder"),
+        ({"name": "sst2", "path": "{file}"}, "is a file; 'sst2' needs its folder"),
         ({"name": "sst2", "path": "{folder}"}, r"data.split: no file train with the ending .tsv.*rows.jsonl"),
         ({"path": "{file}"}, "data.path: .* has no meaning with data.name 'arithmetic'"),
         ({"name": "a/b", "path": "{file}"}, "has no meaning with data.name 'a/b'"),
@@ -49,6 +51,17 @@ def test_good_settings_have_no_problems(tmp_path: Path) -> None:
         ({"name": "gsm8k", "eval_path": "{file}"}, "data.eval_path: .* use data.eval_split"),
         ({"name": "jsonl", "path": "{file}", "split": "test"}, "one file, which has no splits"),
         ({"name": "jsonl", "path": "{file}", "eval_split": "test"}, "held-out file as data.eval_path"),
+        ({"name": "gsm8k", "eval_split": "train"}, "data.eval_split: 'train' is trained on"),
+        ({"name": "a/b", "split": "test", "eval_split": "test"}, "data.eval_split: 'test' is trained on"),
+        ({"name": "jsonl", "path": "{file}", "eval_path": "{file}"}, "data.eval_path: .*rows.jsonl' is trained on"),
+        (
+            {"name": "jsonl", "path": "{folder}", "split": "rows", "eval_split": "rows"},
+            "data.eval_split: 'rows' is .*rows.jsonl, which is trained on",
+        ),
+        (
+            {"name": "jsonl", "path": "{file}", "eval_path": "{folder}", "eval_split": "rows"},
+            "data.eval_split: 'rows' is .*rows.jsonl, which is trained on",
+        ),
         ({"name": "gsm8k", "subset": "main"}, "data.subset: 'main'"),
         ({"name": "jsonl", "path": "{file}", "revision": "x"}, "data.revision: 'x'"),
         ({"split": "validation"}, "built-in problems are trained on 'train'"),

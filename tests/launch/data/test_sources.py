@@ -64,6 +64,21 @@ def test_splits_of_a_folder(plain_tokenizer: Any, tmp_path: Path) -> None:
         load(plain_tokenizer, **folder, split="all")
 
 
+def test_the_split_to_train_on_is_never_held_out(plain_tokenizer: Any, tmp_path: Path) -> None:
+    """Without `eval_split` the search passes over the training split, under each of its names."""
+    rows = [{"prompt": str(i), "completion": "x"} for i in range(10)]
+    folder: dict[str, Any] = {"name": "jsonl", "path": str(tmp_path)}
+    write_jsonl(tmp_path / "train.jsonl", rows[:4])
+    assert load(plain_tokenizer, **folder).eval == []
+    write_jsonl(tmp_path / "validation.jsonl", rows[4:7])
+    assert load(plain_tokenizer, **folder, split="validation").eval == []
+    with pytest.raises(UserError, match="data.eval_split: 'dev' is .*validation.jsonl, which is trained on"):
+        load(plain_tokenizer, **folder, split="val", eval_split="dev")
+    write_jsonl(tmp_path / "test.jsonl", rows[7:9])
+    data = load(plain_tokenizer, **folder, split="dev")
+    assert [len(data.train), len(data.eval)] == [3, 2]
+
+
 def test_quotation_marks_in_glue_files_are_ordinary(plain_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text('sentence\tlabel\n"good\t1\nno" , "yes"\t0\n')
     data = load(plain_tokenizer, name="sst2", path=str(tmp_path))
@@ -155,10 +170,19 @@ def test_hub_sets(hub_folder: Any, plain_tokenizer: Any) -> None:
 
     hub_folder("me/chats", "default", {"train": [{"prompt": "a", "completion": "b"}]})
     assert len(load(plain_tokenizer, name="me/chats").train) == 1
+    assert load(plain_tokenizer, name="me/chats").eval == []
     with pytest.raises(UserError, match="data.split: me/chats has no split 'all'; it has train"):
         load(plain_tokenizer, name="me/chats", split="all")
     with pytest.raises(UserError, match=r"me/chats \(none\) cannot be loaded.*data.subset"):
         load(plain_tokenizer, name="me/chats", subset="none")
+
+
+def test_the_hubs_split_to_train_on_is_never_held_out(hub_folder: Any, plain_tokenizer: Any) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    hub_folder("me/chats", "default", {"train": [row], "validation": [row] * 2, "test": [row] * 3})
+    assert len(load(plain_tokenizer, name="me/chats", split="validation").eval) == 3
+    with pytest.raises(UserError, match="data.eval_split: 'validation' of me/chats is trained on"):
+        load(plain_tokenizer, name="me/chats", split="val", eval_split="dev")
 
 
 def test_an_unreachable_hub_is_said_clearly(plain_tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
