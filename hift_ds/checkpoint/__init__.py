@@ -1,1 +1,1 @@
-"""Checkpoints: commit, verify, load and adopt."""
+"""Checkpoints: save, verify, load, delete and adopt."""

@@ -1,4 +1,4 @@
-"""How an engine saves and loads: DeepSpeed's files, committed and verified by ``checkpoint.py``."""
+"""How an engine saves and loads: DeepSpeed writes the files, and :mod:`hift_ds.checkpoint.store` commits them."""
 
 import os
 from typing import Any
@@ -10,11 +10,16 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from hift_ds.checkpoint import store
-from hift_ds.checkpoint.files import FileEngine, Files, generators, restore_generators
+from hift_ds.checkpoint.files import FileEngine, Files
+from hift_ds.checkpoint.generators import generator_states, restore_generator_states
 
 
 class SavingEngine(DeepSpeedEngine):
-    """DeepSpeed's engine, whose checkpoints are whole or not there, and never run code (``checkpoint.py``)."""
+    """DeepSpeed's engine with atomic, verified checkpoints that are safe to read.
+
+    Attributes:
+        checkpoint_engine: writes and reads the files.
+    """
 
     checkpoint_engine: FileEngine
 
@@ -26,19 +31,29 @@ class SavingEngine(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """DeepSpeed's ``save_checkpoint``, with the random generators. All ranks have it in the end, or none.
+        """DeepSpeed's ``save_checkpoint``, with the states of the random generators. All ranks call it.
+
+        Args:
+            save_dir: folder of checkpoints.
+            tag: the checkpoint's name; None: ``global_step`` and the number of the step.
+            client_state: the caller's own values: tensors, numbers, strings, and lists and dicts of them.
+            save_latest: let the file ``latest`` name this checkpoint.
+            exclude_frozen_parameters: do not save frozen weights.
+
+        Returns:
+            True.
 
         Raises:
-            hift_ds.checkpoint.store.CheckpointError: (a ValueError) on every rank, if it cannot be written; earlier
-                checkpoints are as they were.
+            hift_ds.checkpoint.files.CheckpointError: (a ValueError) on every rank, if it cannot be written on any rank.
+                Earlier checkpoints are unchanged.
         """
         if not save_dir:
-            raise ValueError(f"save_dir={save_dir!r}: expected a folder's path")
+            raise ValueError(f"save_dir={save_dir!r}: expected the path of a folder")
 
         def write(folder: str, name: str) -> Files:
             state = {**(client_state or {}), **self.position()}
             super(SavingEngine, self).save_checkpoint(folder, name, state, False, exclude_frozen_parameters)
-            self.checkpoint_engine.save(generators(), os.path.join(folder, name, self._generators_file()))
+            self.checkpoint_engine.save(generator_states(), os.path.join(folder, name, self._generators_file()))
             return self.checkpoint_engine.finish()
 
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
@@ -55,17 +70,24 @@ class SavingEngine(DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """DeepSpeed's ``load_checkpoint``, of files that are as they were written.
+        """DeepSpeed's ``load_checkpoint``, after the files were verified. All ranks call it.
 
         Args:
-            tag: None: the newest whole one. What ``hift_ds.checkpoint.store.find`` gave is not verified again.
+            load_dir: folder of checkpoints.
+            tag: the checkpoint's name; None: the newest intact one. What ``hift_ds.checkpoint.store.find`` returned is
+                not verified again.
+            load_module_strict: raise an error if the weights' names differ.
+            load_optimizer_states: False: load only the weights.
+            load_lr_scheduler_states: load the learning-rate schedule.
+            load_module_only: load only the weights.
+            custom_load_fn: loads the weights instead of ``load_state_dict``.
 
         Returns:
-            (None, None) where there is none.
+            The checkpoint's path and its client state; (None, None): there is no checkpoint.
 
         Raises:
-            hift_ds.checkpoint.store.CheckpointError: (a ValueError) it is damaged, or there is no whole one.
-            ValueError: it was made by another number of ranks, or another ZeRO stage.
+            hift_ds.checkpoint.files.CheckpointError: (a ValueError) it is damaged, or none is intact.
+            ValueError: another number of ranks, ZeRO stage or dtype saved it.
         """
         found = tag if isinstance(tag, store.Checkpoint) else store.find(load_dir, tag)
         if found is None:
@@ -75,8 +97,9 @@ class SavingEngine(DeepSpeedEngine):
         if continues:
             self._check_same(found)
         elif self.zero_optimization_partition_weights() and store.pointed(folder) != found.path.name:
-            raise ValueError(  # DeepSpeed reads the weights of stage 3 from where `latest` points
-                f"weights alone can be loaded at stage 3 only from the checkpoint that {str(folder / 'latest')!r} names"
+            raise ValueError(  # for this, DeepSpeed reads the checkpoint that `latest` names, not the given one
+                f"at ZeRO stage 3, weights can be loaded without the rest only from the checkpoint that "
+                f"{str(folder / 'latest')!r} names"
             )
         path, client_state = super().load_checkpoint(
             str(folder),
@@ -90,11 +113,11 @@ class SavingEngine(DeepSpeedEngine):
         if path is not None and client_state is not None and continues:
             self.restore_position(str(load_dir), client_state)
             if (file := found.path / self._generators_file()).exists():
-                restore_generators(self.checkpoint_engine.load(str(file), map_location="cpu"))
+                restore_generator_states(self.checkpoint_engine.load(str(file), map_location="cpu"))
         return path, client_state
 
     def about(self) -> dict[str, Any]:
-        """What a manifest says of the run."""
+        """Return the description of this run for the manifest."""
         return {
             "step": self.global_steps,
             "world_size": dist.get_world_size(),
@@ -106,38 +129,50 @@ class SavingEngine(DeepSpeedEngine):
         }
 
     def place(self) -> dict[str, Any]:
-        """Where in its cycles a run is, for the manifest."""
+        """Return the position of the run for the manifest; here none."""
         return {}
 
     def position(self) -> dict[str, Any]:
-        """What goes into the client state beside the user's own."""
+        """Return entries for the client state in addition to the caller's; here none."""
         return {}
 
     def restore_position(self, where: str, client_state: dict[str, Any]) -> None:
-        """Take it out of the client state again."""
+        """Remove the entries of :meth:`position` from a loaded client state, and continue there."""
 
     def _check_same(self, found: store.Checkpoint) -> None:
         now = self.about()
-        remedies = {"world_size": "ranks", "zero_stage": "zero_optimization.stage", "dtype": "dtype of the weights"}
+        settings = {
+            "world_size": "number of ranks",
+            "zero_stage": "zero_optimization.stage",
+            "dtype": "dtype of the weights",
+        }
         differing = [
-            f"{name} is {now[key]}, the checkpoint's {found.about[key]}"
-            for key, name in remedies.items()
+            f"{name}: {now[key]} now, {found.about[key]} in the checkpoint"
+            for key, name in settings.items()
             if key in found.about and found.about[key] != now[key]
         ]
         if differing:
             raise ValueError(
-                f"{str(found.path)!r} was made by another kind of run: {'; '.join(differing)}; resume as it was made, "
-                "or load its weights alone with load_module_only=True"
+                f"another kind of run saved {str(found.path)!r}: {'; '.join(differing)}; resume with the same "
+                "settings, or load only its weights with load_module_only=True"
             )
-        self.check_cut(str(found.path), found.about.get("blocks"))
+        self.check_blocks(str(found.path), found.about.get("blocks"))
 
-    def check_cut(self, where: str, saved: list[list[Any]] | None) -> None:
-        """Raise ValueError where the blocks that a checkpoint holds, if it says so, are not this run's."""
+    def check_blocks(self, where: str, saved: list[list[Any]] | None) -> None:
+        """Check that a checkpoint holds this run's blocks.
+
+        Args:
+            where: the checkpoint, for the message.
+            saved: name and number of elements of each block; None: the checkpoint does not list them.
+
+        Raises:
+            ValueError: the blocks differ.
+        """
         ours = self.place().get("blocks")
         if saved is not None and ours is not None and saved != ours:
             raise ValueError(
                 f"the checkpoint in {where!r} holds the blocks {_shortened(saved)}, this run has {_shortened(ours)}; "
-                "resume with the layers_per_block, max_block_numel, balance and freeze it was saved with"
+                "resume with the layers_per_block, max_block_numel, balance and freeze of the run that saved it"
             )
 
     def _generators_file(self) -> str:
@@ -146,4 +181,4 @@ class SavingEngine(DeepSpeedEngine):
 
 def _shortened(cut: list[list[Any]]) -> str:
     shown = ", ".join(f"{name} ({numel})" for name, numel in cut[:3])
-    return f"{shown}{' ...' if len(cut) > 3 else ''} ({len(cut)} in all)"
+    return f"{shown}{' ...' if len(cut) > 3 else ''} ({len(cut)} in total)"

@@ -1,22 +1,19 @@
-"""Files of a checkpoint: each hashed on its way to the disk, and none that runs code when it is read."""
+"""Files of a checkpoint: hashed while they are written, durable, and safe to read: reading them runs no code."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from deepspeed.accelerator import get_accelerator
 
-# What is in DeepSpeed's files beside tensors and plain containers. None of these runs code when it is read.
+# Classes in DeepSpeed's files, in addition to tensors and plain containers. Reading them runs no code.
 _CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -28,17 +25,18 @@ Files = dict[str, dict[str, Any]]  # name in the checkpoint -> {"size": bytes, "
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or must not be read; nothing was changed."""
+    """A checkpoint cannot be written, or must not be read. Nothing was changed."""
 
 
 class FileEngine:
-    """Writes and reads files of tensors as a checkpoint engine of DeepSpeed: hashed, on the disk, and free of code.
+    """Writes and reads files of tensors, with the interface of DeepSpeed's checkpoint engines.
 
-    An error of the file system must not leave other ranks alone in DeepSpeed's barriers: it is kept until ``finish``.
+    Errors while writing are kept until :meth:`finish`, because an exception on one rank would leave the other ranks in
+    DeepSpeed's barriers.
 
     Args:
-        mmap: tensors that are loaded stay in the file until they are copied: for who copies all, and then needs no
-            second place for them in host memory.
+        mmap: map loaded files into memory. This saves the host memory for a second copy, if the caller copies every
+            loaded tensor.
     """
 
     def __init__(self, mmap: bool = False) -> None:
@@ -47,29 +45,36 @@ class FileEngine:
         self._problem: str | None = None
 
     def create(self, info: Any) -> None:
-        """DeepSpeed is about to write."""
+        """Begin a checkpoint: DeepSpeed calls it before it writes."""
         self._files, self._problem = {}, None
 
     def commit(self, info: Any) -> bool:
-        """DeepSpeed has written this rank's files."""
+        """Return True: DeepSpeed calls it after it wrote this rank's files."""
         return True
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Create a folder; an error is kept until :meth:`finish`."""
         with self.errors_kept(path):
             os.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Write a file of tensors and plain values; an error is kept until :meth:`finish`."""
         with self.errors_kept(path):
             with _HashedFile(path) as file:
                 torch.save(_plain(state_dict), file)  # type: ignore[arg-type]
             if unsafe := unsafe_classes(path):
                 raise CheckpointError(
-                    f"client_state holds objects of {', '.join(unsafe)}; put tensors, numbers, strings, lists and "
-                    "dicts of them in it"
+                    f"client_state holds objects of {', '.join(unsafe)}; it may only hold tensors, numbers, strings, "
+                    "and lists and dicts of them"
                 )
             self._files[os.path.basename(path)] = file.entry
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        """Read a file of tensors and plain values.
+
+        Raises:
+            CheckpointError: it cannot be read, or reading it would run code.
+        """
         mmap = self._mmap and map_location in ("cpu", torch.device("cpu"))
         try:
             with torch.serialization.safe_globals([_class(name) for name in _CLASSES]):
@@ -81,20 +86,21 @@ class FileEngine:
 
     @contextmanager
     def errors_kept(self, path: str) -> Iterator[None]:
+        """Keep an error inside the ``with`` statement until :meth:`finish`, with the name of the file."""
         try:
             yield
         except Exception as error:
-            # torch closes its archive after a failed write, and that fails in its own way.
+            # After a failed write, torch closes its archive, which raises another error. Report the first one.
             reason: BaseException | None = error
             while reason is not None and not isinstance(reason, OSError):
                 reason = reason.__context__
             self._problem = self._problem or f"{path}: {reason or error}"
 
     def finish(self) -> Files:
-        """What was written since ``create``.
+        """Return sizes and hashes of the files written since :meth:`create`.
 
         Raises:
-            CheckpointError: the first thing that went wrong.
+            CheckpointError: the first error while writing.
         """
         if self._problem:
             raise CheckpointError(self._problem)
@@ -102,7 +108,7 @@ class FileEngine:
 
 
 def _plain(value: Any) -> Any:
-    """With values for members of enumerations, such as DeepSpeed's ZeRO stage: some Pythons write a call for them."""
+    """Replace members of enumerations, such as DeepSpeed's ZeRO stage: some Python versions pickle them as a call."""
     if isinstance(value, Enum):
         return value.value
     if type(value) is dict:
@@ -111,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 
 class _HashedFile:
-    """A new file: what is written to it is hashed, and is on the disk when it closes."""
+    """A new file that hashes what is written to it. When it closes, the data is on the disk."""
 
     def __init__(self, path: str):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
@@ -120,7 +126,7 @@ class _HashedFile:
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         done = 0
-        while done < len(view):  # a file may take less than it is given
+        while done < len(view):  # the system may write only some of the bytes
             written = self._file.write(view[done:])
             if not written:
                 raise OSError(f"only {self._size + done} bytes could be written")
@@ -149,39 +155,15 @@ class _HashedFile:
         return {"size": self._size, "sha256": self._hash.hexdigest()}
 
 
-# ---- random numbers --------------------------------------------------------------------------------------------
-
-
-def generators() -> dict[str, Any]:
-    """The state of Python's, NumPy's, torch's and the device's generators of this process."""
-    kind, keys, *rest = numpy.random.get_state(legacy=True)
-    state = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(numpy.int64)), *rest),  # type: ignore[union-attr]
-        "torch": torch.get_rng_state(),
-    }
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state()
-    return state
-
-
-def restore_generators(state: Mapping[str, Any]) -> None:
-    """Take over what ``generators`` gave."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype(numpy.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "device" in state and get_accelerator().device_name() != "cpu":
-        get_accelerator().set_rng_state(state["device"])
-
-
 def unsafe_classes(path: str) -> list[str]:
-    """Names of what would be called when the file is read, beyond what is known to be harmless. A file that cannot be
-    read safely at all counts, too."""
+    """Return the names of classes and functions that reading a file would call, except the known harmless ones.
+
+    A file that is not in torch's current format gives one entry with the reason.
+    """
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception as error:  # torch: an old format, a script, no zip ...
-        return [f"not a file of torch.save ({str(error).splitlines()[0]})"]
+    except Exception as error:  # an old format, a script, not a zip archive ...
+        return [f"torch.save did not write it ({str(error).splitlines()[0]})"]
     return sorted(set(found) - set(_CLASSES))
 
 
@@ -191,6 +173,7 @@ def _class(name: str) -> Any:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -199,6 +182,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -207,7 +191,7 @@ def fsync(path: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Whole or not at all, and on the disk."""
+    """Write a text file, or replace it, in one atomic step, and flush it to the disk."""
     beside = path.with_name(f".{path.name}.new")
     with _HashedFile(str(beside)) as file:
         file.write(text.encode("utf-8"))

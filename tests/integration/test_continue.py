@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from hift_ds.checkpoint import store
+from hift_ds.checkpoint import command, store
 from hift_ds.launch.callbacks import checkpoints
 from hift_ds.launch.config.settings import load_settings
 from hift_ds.launch.runtime.outputs import claim
@@ -45,7 +45,7 @@ def test_the_newest_whole_checkpoint_is_used(stopped: Path, straight: str) -> No
     assert resumed["code"] == 0 and resumed["digest"] == straight
     assert "continues after step 4" in resumed["printed"]
     assert [record["step"] for record in records(stopped)] == list(range(1, 13))
-    assert store.main(["verify", str(stopped / "checkpoints")]) == 0  # step8 is a new one
+    assert command.main(["verify", str(stopped / "checkpoints")]) == 0  # step8 is a new one
 
 
 @pytest.mark.parametrize("resume", ["yes", "auto"])

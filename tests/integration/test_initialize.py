@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hift_ds.checkpoint import store
+from hift_ds.checkpoint import manifest
 from tests.support import tiny
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
@@ -220,7 +220,7 @@ def other_blocks(folder: str) -> list[str]:
     stock.destroy()
     with pytest.raises(ValueError, match=r"(?s)has no manifest\.json.*adopt"):
         tiny.initialize(Case(stage=0)).load_checkpoint(folder, tag="stock")
-    store.adopt(Path(folder, "stock"))
+    manifest.adopt(Path(folder, "stock"))
     for case, tag in (
         (Case(stage=1, layers_per_block=2), "hift"),
         (Case(stage=1, strategy="top2down"), "hift"),

@@ -20,8 +20,8 @@ import deepspeed
 import pytest
 import torch
 
+from hift_ds.checkpoint import command, generators, manifest, store
 from hift_ds.checkpoint import files as checkpoint_files
-from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import FileEngine, Files
 from hift_ds.checkpoint.store import CheckpointError
 from tests.support.ranks import run_on_ranks
@@ -203,12 +203,12 @@ def reseal(folder: Path, **changes: Any) -> None:
     about = old["about"] | changes.pop("about", {})
     path.unlink()
     files: dict[str, Any] = {}
-    store._complete(folder, files, about)
+    manifest.write_manifest(folder, files, about)
     if changes:
         plain = json.loads(path.read_text())
         plain.pop("sha256 of the rest")
         plain["files"] |= changes["files"]
-        path.write_text(store._sealed(plain))
+        path.write_text(manifest._sealed(plain))
 
 
 def test_code_in_a_checkpoint_never_runs(two: Path, tmp_path: Path) -> None:
@@ -231,13 +231,13 @@ def test_a_foreign_checkpoint_is_adopted_by_name(two: Path, tmp_path: Path) -> N
     (two / "step2" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)has no manifest.json.*adopt"):
         store.find(two, "step2")
-    assert store.main(["adopt", str(two / "step2")]) == 2, "any folder would do"
+    assert command.main(["adopt", str(two / "step2")]) == 2, "any folder would do"
     (two / "step2" / "state.pt").rename(two / "step2" / "mp_rank_00_model_states.pt")
-    assert store.main(["adopt", str(two / "step2")]) == 0
+    assert command.main(["adopt", str(two / "step2")]) == 0
     assert store.find(two, "step2") is not None
     torch.save(Evil(tmp_path / "it_ran"), two / "step1" / "mp_rank_00_model_states.pt")
     (two / "step1" / "manifest.json").unlink()
-    assert store.main(["adopt", str(two / "step1")]) == 2
+    assert command.main(["adopt", str(two / "step1")]) == 2
     assert not (tmp_path / "it_ran").exists()
 
 
@@ -560,17 +560,17 @@ def test_generators_continue() -> None:
         return [random.random(), float(numpy.random.rand()), float(numpy.random.randn()), float(torch.rand(()))]
 
     numpy.random.randn()  # so that the second of a pair is waiting
-    state = checkpoint_files.generators()
+    state = generators.generator_states()
     expected = draw()
     draw()
-    checkpoint_files.restore_generators(state)
+    generators.restore_generator_states(state)
     assert draw() == expected
 
 
 def test_verify_on_the_command_line(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert store.main(["verify", str(two)]) == 0
+    assert command.main(["verify", str(two)]) == 0
     assert "step2: step 2, 2 files" in capsys.readouterr().out
     (two / "step2" / "state.pt").write_bytes(b"")
-    assert store.main(["verify", str(two)]) == 1
+    assert command.main(["verify", str(two)]) == 1
     assert "0 bytes" in capsys.readouterr().out
-    assert store.main(["verify", str(two / "nothing")]) == 2
+    assert command.main(["verify", str(two / "nothing")]) == 2
