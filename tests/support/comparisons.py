@@ -115,6 +115,44 @@ def fabricated(argv: Sequence[str], template: dict[str, Any], dev: dict[float, f
     return _recorded(command, argv, ran, stub, cell.make_engine)
 
 
+def constructed(
+    argv: Sequence[str],
+    right: dict[tuple[str, float], set[str]],
+    losses: dict[tuple[str, float], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Run the command line with real trainings and made-up answers.
+
+    Args:
+        right: by method and learning rate, the prompts that are answered rightly; all others are answered wrongly.
+        losses: by method and learning rate, the loss of the right answer to each prompt.
+    """
+    from hift_ds.evaluation.compare import cell
+    from hift_ds.evaluation.tasks.scoring import Predictions
+
+    train, trained = cell.train, []
+
+    def noted(*arguments: Any) -> Any:
+        settings = arguments[3]
+        trained.append((settings.method.name, settings.training.learning_rate))
+        return train(*arguments)
+
+    def predict(task: Any, model: Any, tokenizer: Any, examples: Any, **options: Any) -> Predictions:
+        known = right[trained[-1]]
+        if task.max_new_tokens:
+            return Predictions([one.completion if one.prompt in known else "?" for one in examples], 0)
+        return Predictions([one.label if one.prompt in known else 1 - one.label for one in examples], 0)
+
+    def log_likelihoods(model: Any, tokenizer: Any, pairs: Any, *rest: Any) -> Any:
+        found = (losses or {})[trained[-1]]
+        return [-found[prompt] for prompt, _ in pairs], [False] * len(pairs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cell, "train", noted))
+        stack.enter_context(mock.patch.object(cell, "predict", predict))
+        stack.enter_context(mock.patch.object(cell, "average_log_likelihoods", log_likelihoods))
+        return compare(argv)
+
+
 def _recorded(command: Any, argv: Sequence[str], ran: list[Any], run: Any, engine_of: Any) -> dict[str, Any]:
     from hift_ds.evaluation.compare import cell
 

@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hift_ds.evaluation.report.results import read_results
-from hift_ds.evaluation.tasks.catalog import TASKS
+from hift_ds.evaluation.tasks.catalog import TASKS, find_task
+from hift_ds.evaluation.tasks.loading import load_task
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.runtime.outputs import claim
 from tests.evaluation.tasks.test_publishers import CASES, HELD_OUT, put
@@ -24,6 +25,7 @@ from tests.support.comparisons import (
     alone,
     arguments,
     cells_of,
+    constructed,
     fabricated,
     heavy,
     lasting,
@@ -297,7 +299,7 @@ def test_a_rate_is_chosen_on_the_validation_part(
     """With the first seed; the others take it. On the test part another one is better."""
     template = lines(whole[0] / "results.jsonl")[3]
     overrides = ["methods=[full]", "tasks=[rte]", "seeds=[0, 1]", "learning_rates=[1e-3, 1e-4, 1e-5]"]
-    dev = {1e-3: 0.2, 1e-4: 0.9, 1e-5: 0.1}
+    dev = {1e-3: 0.2, 1e-4: 0.9, 1e-5: 0.9}  # of equal ones the first counts
     argv = arguments(data, tmp_path, *overrides)
     result = once(argv, function=fabricated, template=template, dev=dev)
     assert result["code"] == 0, result["printed"]
@@ -308,6 +310,67 @@ def test_a_rate_is_chosen_on_the_validation_part(
     assert first["learning_rate"] == second["learning_rate"] == 1e-4
     assert first["score"] == pytest.approx(0.1)
     assert first["tuning"] == [{"learning_rate": rate, "score": score} for rate, score in dev.items()]
+
+
+GOOD, BAD = 1e-3, 1e-4  # rates: the first is better on the validation set, the second on the test set
+SIZES = {"train_examples": 8, "dev_examples": 7, "test_examples": 4}
+
+
+def constructed_comparison(
+    out: Path, task: str, *settings: str, **answers: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A built-in task with a validation set that is larger than the test set: what happened, and the results."""
+    sizes = [f"data.{name}={n}" for name, n in SIZES.items()]
+    given = [
+        f"output.dir={out}",
+        f"tasks=[{task}]",
+        "budgets=[{samples: 8}]",
+        "evaluation.bootstrap=50",
+        *sizes,
+        *settings,
+    ]
+    argv = ["--config", TINY, *(part for one in given for part in ("--set", one))]
+    result = once(argv, function=constructed, **answers)
+    assert result["code"] == 0, result["printed"]
+    return result, read_results(out / "results.jsonl")
+
+
+@pytest.mark.parametrize("task", ["yes-no", "arithmetic"])
+def test_validation_examples_alone_decide_the_rate(task: str, tmp_path: Path) -> None:
+    """One rate is right on all of the validation set and wrong on all of the test set; the other the other way round.
+
+    Written answers are chosen by their loss: on the validation set 1 and 2, on the test set 4 and 3.
+    """
+    data = load_task(find_task(task), seed=0, **SIZES)
+    dev, test = ({one.prompt for one in examples} for examples in (data.dev, data.test))
+    right = {("full", GOOD): dev, ("full", BAD): test}
+    losses = {
+        ("full", GOOD): dict.fromkeys(dev, 1.0) | dict.fromkeys(test, 4.0),
+        ("full", BAD): dict.fromkeys(dev, 2.0) | dict.fromkeys(test, 3.0),
+    }
+    rows = f"methods=[{{name: full, learning_rates: [{BAD}, {GOOD}]}}]"
+    _, (record,) = constructed_comparison(tmp_path, task, rows, right=right, losses=losses)
+    assert record["learning_rate"] == GOOD and record["score"] == 0 and record["n"] == len(test)
+    scores = [0, 1] if task == "yes-no" else [-2, -1]
+    assert record["tuning"] == [
+        {"learning_rate": rate, "score": score} for rate, score in zip((BAD, GOOD), scores, strict=True)
+    ]
+    if task == "arithmetic":
+        assert record["metrics"]["answer_loss"] == 4
+
+
+def test_methods_share_their_resamples(tmp_path: Path) -> None:
+    """Where one method is right another one is wrong, so on each resample their scores add up to 1."""
+    data = load_task(find_task("yes-no"), seed=0, **SIZES)
+    prompts = [one.prompt for one in data.test]
+    right = {("full", GOOD): set(prompts[:3]), ("hift", GOOD): set(prompts[3:])}
+    _, records = constructed_comparison(
+        tmp_path, "yes-no", "methods=[full, hift]", f"learning_rates=[{GOOD}]", right=right
+    )
+    one, other = records
+    assert (one["score"], other["score"]) == (0.75, 0.25)
+    assert [a + b for a, b in zip(one["bootstrap"], other["bootstrap"], strict=True)] == [1] * 50
+    assert len(set(one["bootstrap"])) > 2
 
 
 def test_tuning_looks_at_the_validation_part_only(data: Path, tmp_path: Path) -> None:

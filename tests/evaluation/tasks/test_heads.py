@@ -217,6 +217,16 @@ def test_predictions_are_those_of_one_text_at_a_time(name: str, make: Any) -> No
             assert found.values == expected and len(set(expected)) > 1
 
 
+def test_of_equal_logits_the_first_class_is_chosen() -> None:
+    model = bert(3)
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    examples = texts("cb")
+    assert classify(find_task("cb"), model, tokenizer(), examples, batch_size=4).values == [0] * len(examples)
+    model.classifier.bias.data[0] = -1
+    assert classify(find_task("cb"), model, tokenizer(), examples, batch_size=4).values == [1] * len(examples)
+
+
 def test_long_texts_are_cut_as_in_training() -> None:
     task, model = find_task("stsb"), bert(1)
     examples = texts("stsb")

@@ -118,6 +118,18 @@ def test_choices_do_not_depend_on_the_batch(start: str) -> None:
     assert len(seen) > 2  # the models do not always choose the same
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_of_equally_likely_candidates_the_first_is_chosen(batch_size: int) -> None:
+    ties = [("no", "no"), ("yes it was", "yes it was", "yes it was"), ("red", "blue", "red"), ("blue", "red", "red")]
+    examples = [TaskExample(f"rows:{i}", "the good answer is", "", words, 0) for i, words in enumerate(ties)]
+    model, tokenizer = llama(), bpe()
+    red_wins = one_by_one(model, tokenizer, "the good answer is", "red") > one_by_one(
+        model, tokenizer, "the good answer is", "blue"
+    )
+    found = predict(find_task("copa"), model, tokenizer, examples, batch_size=batch_size)
+    assert found.values == ([0, 0, 0, 1] if red_wins else [0, 0, 1, 0])
+
+
 @torch.no_grad()
 def greedy(model: Any, tokenizer: Any, prompt: str, n: int, stop: str) -> str:
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
