@@ -1,9 +1,9 @@
-"""A model's figures by lm-evaluation-harness: its own prompts, metrics and task definitions, on local files.
+"""Evaluate a model with lm-evaluation-harness: its prompts, metrics and task definitions, on local files.
 
     python -m evaluation.harness --model FOLDER --tasks gsm8k,rte --data FOLDER --output FILE.json
 
-They compare with figures that others publish from it. Each task is the harness's own YAML, included by one that only
-says where the data is; rows are brought into the columns of the Hub's copies, which the harness expects.
+The results are comparable with published results of the harness. Each task is the harness's YAML, included by a YAML
+that only sets the location of the data. Rows are converted to the columns of the Hub's copies, which the harness reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hift_ds.launch.data.formats import LABEL_TASKS, convert, flatten
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError, looked_in, nearest
 
-# Our name -> the harness's YAML, and the columns it reads. Its ReCoRD needs a module that transformers 5 has not.
+# Our name -> the harness's YAML and the columns it reads. ReCoRD needs a module that transformers 5 lacks.
 HARNESS = {
     "gsm8k": ("gsm8k/gsm8k.yaml", ("question", "answer")),
     "sst2": ("glue/sst2/default.yaml", ("sentence", "label")),
@@ -60,18 +60,18 @@ def run(
     Args:
         model: the folder of a causal language model with its tokenizer, or an `lm_eval.api.model.LM`, such as an `HFLM`
             around a loaded model.
-        tasks: names of `HARNESS`.
-        data: a folder with a folder for each task, or with `superglue`, which has them; in each the publisher's files
-            (gsm8k, sst2, SuperGLUE's), or files of the splits in the Hub's columns.
-        limit: examples of each task, the first ones; None = all.
-        num_fewshot: solved examples before each; None = as many as the harness's definition says.
+        tasks: names from `HARNESS`.
+        data: a folder with a subfolder for each task, directly or in `superglue`. A subfolder has the publisher's files
+            (gsm8k, sst2, SuperGLUE), or a file per split with the Hub's columns.
+        limit: evaluate only the first examples of each task; None = all.
+        num_fewshot: solved examples in the prompt; None = the number in the harness's task definition.
 
     Returns:
-        `lm_eval` (its version), `limit`, and by task in `tasks`: its name there (`task`) and `version`, `examples`,
-        `num_fewshot`, `files` (path -> sha256) and `metrics` by the harness's names, 0 to 1.
+        `lm_eval` (its version), `limit`, and for each task in `tasks`: its name in the harness (`task`), `version`,
+        `examples`, `num_fewshot`, `files` (path -> sha256) and `metrics` by the harness's names, from 0 to 1.
 
     Raises:
-        UserError: lm-evaluation-harness is not installed, or a task, the model or the data is not there.
+        UserError: lm-evaluation-harness is not installed, or a task, the model or the data does not exist.
     """
     try:
         from lm_eval import evaluator
@@ -88,7 +88,7 @@ def run(
     if isinstance(model, str | Path):
         folder = Path(model).expanduser()
         if not (folder / "config.json").is_file():
-            raise UserError(f"--model: {str(model)!r} is no folder with a config.json{looked_in(model)}")
+            raise UserError(f"--model: {str(model)!r} is not a folder with a config.json{looked_in(model)}")
         device = get_accelerator().current_device_name()
         model = HFLM(pretrained=str(folder), device=device, dtype="auto", batch_size=batch_size)
     with tempfile.TemporaryDirectory() as place:
@@ -105,7 +105,7 @@ def run(
             log_samples=False,
             bootstrap_iters=0,
         )
-    assert found is not None  # this is rank 0
+    assert found is not None  # None only on ranks other than 0
     report: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": limit, "tasks": {}}
     for name, (task, files) in written.items():
         metrics = {
@@ -125,17 +125,17 @@ def run(
 
 
 def _define(name: str, data: Path, root: Path, place: Path) -> tuple[str, dict[str, str]]:
-    """Write the data and a task that reads it; the harness's name of the task, and the files' hashes."""
+    """Write the data and a task that reads it; return the harness's name of the task and the files' SHA-256."""
     definition = root / HARNESS[name][0]
     theirs = _definition(definition)
     rows, files = read_task(find_task(name), str(_folder(name, data)), None, None)
     if not rows["eval"]:
-        raise UserError(f"{name}: {_folder(name, data)} has no held-out file; the harness scores on one with labels")
+        raise UserError(f"{name}: {_folder(name, data)} has no held-out file with labels to score on")
     splits = {"train": theirs.get("training_split"), "eval": theirs.get("test_split") or theirs["validation_split"]}
     paths = {}
     for part, split in splits.items():
         if split is not None and rows[part]:
-            paths[split] = str(place / f"{name}-{split}.parquet")  # with types, which the reader of JSON would guess
+            paths[split] = str(place / f"{name}-{split}.parquet")  # parquet keeps the types
             datasets.Dataset.from_list(_columns(name, rows[part])).to_parquet(paths[split])
     task = theirs["task"]
     ours = {
@@ -150,7 +150,7 @@ def _define(name: str, data: Path, root: Path, place: Path) -> tuple[str, dict[s
 
 
 def _definition(path: Path) -> dict[str, Any]:
-    """The plain values of a task's YAML, and of those it includes; its functions are left to the harness."""
+    """Read the plain values of a task's YAML and of the files it includes, without its functions."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -161,19 +161,19 @@ def _definition(path: Path) -> dict[str, Any]:
 
 
 def _folder(name: str, data: Path) -> Path:
-    """The task's folder, whatever the case of its letters."""
+    """Find the task's folder, ignoring letter case."""
     if not data.is_dir():
-        raise UserError(f"--data: {str(data)!r} is no folder{looked_in(data)}")
+        raise UserError(f"--data: {str(data)!r} is not a folder{looked_in(data)}")
     for above in (data, data / "superglue"):
         if above.is_dir():
             for one in sorted(above.iterdir()):
                 if one.is_dir() and one.name.lower() == name:
                     return one
-    raise UserError(f"--data: {str(data)!r} has no folder {name!r}, neither has a folder 'superglue' in it")
+    raise UserError(f"--data: {str(data)!r} has no folder {name!r}, directly or in 'superglue'")
 
 
 def _columns(name: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows in the columns of the Hub's copy."""
+    """Convert rows to the columns of the Hub's copy."""
     source = TASKS[name].data
     flat = [(where, one) for where, row in rows for one in flatten(source, row, where)]
     if source in LABEL_TASKS:
@@ -187,21 +187,27 @@ def _columns(name: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         columns = HARNESS[name][1]
         if missing := [column for column in columns if column not in row]:
             raise UserError(f"{where}: expected the columns {', '.join(columns)}; {', '.join(missing)} missing")
-        if row.get("label") != -1:  # a row that nobody labelled
+        if row.get("label") != -1:  # skip unlabelled rows
             found.append({column: row[column] for column in columns})
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments`; return the exit code: 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.harness", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="a causal language model with its tokenizer")
     add("--tasks", required=True, help=f"comma-separated: {', '.join(HARNESS)}")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="with a folder for each task")
+    add("--data", type=Path, required=True, metavar="FOLDER", help="has a folder for each task")
     add("--limit", type=_positive, metavar="N", help="only the first N examples of each task")
-    add("--num-fewshot", type=_natural, metavar="K", help="solved examples before each; default: the definition's")
+    add(
+        "--num-fewshot",
+        type=_natural,
+        metavar="K",
+        help="solved examples in the prompt; default: the task's",
+    )
     add("--batch-size", type=_positive, default=8, metavar="N")
-    add("--output", type=Path, required=True, metavar="FILE", help="where the figures go, as JSON")
+    add("--output", type=Path, required=True, metavar="FILE", help="write the results to this JSON file")
     options = parser.parse_args(arguments)
     try:
         report = run(

@@ -1,7 +1,7 @@
-"""Files of JSON lines: reading them with the line of what is wrong, and appending records that survive a kill.
+"""Files of JSON lines: read them with errors that name the line, and append records durably.
 
-A record has a key, and a file holds each key once. Appending is durable: a record is on the drive before `add`
-returns. What a killed process left half written, a last line without its end, is cut off on the next start.
+Each record has a key that is unique in the file. A record is on the drive when `add` returns. If a killed process left
+an incomplete last line, the next start removes it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Place = str  # FILE:LINE, for messages
 
 
 def read_json_lines(path: Path) -> list[tuple[Place, Record]]:
-    """The objects of a file, one a line; blank lines are passed over.
+    """Read the objects of a file, one per line; blank lines are skipped.
 
     Raises:
-        UserError: no such file, or a line that is not a JSON object; names file and line.
+        UserError: no such file, or a line is not a JSON object; names file and line.
     """
     return list(_parse(path, _bytes_of(path)))
 
 
 def field(where: Place, record: Record, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
-    """`record[name]`, which must be of a kind; a truth value is not a number.
+    """Return `record[name]` if it has the type `kind`; a boolean is not a number.
 
     Raises:
-        UserError: absent or of another kind; names file and line.
+        UserError: the field is missing or has another type; names file and line.
     """
     value = record.get(name)
     if name not in record or not isinstance(value, kind) or isinstance(value, bool):
-        got = f"got {shown(value)}" if name in record else f"it has only {', '.join(map(repr, record)) or 'nothing'}"
+        got = f"got {shown(value)}" if name in record else f"it has only {', '.join(map(repr, record)) or 'no field'}"
         raise UserError(f"{where}: {name!r}: expected {expected}, {got}")
     return value
 
@@ -47,11 +47,11 @@ class RecordFile:
     """An open file of records with unique keys, for one process at a time and any number of its threads.
 
     Args:
-        key_of: a record's key; raises UserError, given the record's place, where the record has none.
+        key_of: returns the key of a record; takes the record's place and the record; raises UserError if it has no key.
 
     Raises:
-        UserError: the file cannot be written, another process has it open, a line is wrong, or two lines have one
-            key.
+        UserError: the file cannot be written, another process has it open, a line is invalid, or two lines have the
+            same key.
     """
 
     def __init__(self, path: Path, key_of: Callable[[Place, Record], Hashable]) -> None:
@@ -67,7 +67,7 @@ class RecordFile:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
-                    f"{path}: another process is writing to it; wait for it, or give another file"
+                    f"{path}: another process is writing to it; wait for it to end, or give another file"
                 ) from None
             self._size = _repair(path, self._fd)
             self.records = _unique(path, key_of)
@@ -75,24 +75,24 @@ class RecordFile:
             os.close(self._fd)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # a file that was just made has its name on the drive, too
+        os.fsync(folder)  # makes the name of a new file durable
         os.close(folder)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self.records
 
     def add(self, record: Record) -> None:
-        """Append a record; it is on the drive when this returns, or not in the file at all.
+        """Append a record. When this returns, the record is on the drive; if it raises, the file is unchanged.
 
         Raises:
-            ValueError: its key is there already.
+            ValueError: the file already has a record with this key.
             UserError: the drive is full or failing.
         """
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         key = self._key_of("a new record", record)
         with self._lock:
             if key in self.records:
-                raise ValueError(f"{self.path} has a record with the key {key} already")
+                raise ValueError(f"{self.path} already has a record with the key {key}")
             try:
                 rest = memoryview(line)
                 while rest:
@@ -100,7 +100,7 @@ class RecordFile:
                 os.fsync(self._fd)
             except OSError as error:
                 os.ftruncate(self._fd, self._size)
-                raise UserError(f"{self.path}: cannot be written: {error.strerror}; what is in it stays") from None
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}; the file is unchanged") from None
             self._size += len(line)
             self.records[key] = record
 
@@ -114,10 +114,10 @@ class RecordFile:
 
 
 def read_records(path: Path, key_of: Callable[[Place, Record], Hashable]) -> dict[Hashable, Record]:
-    """The records of a file by their keys, without changing it; a half-written last line is passed over.
+    """Read the records of a file by key, without changing it; an incomplete last line is skipped.
 
     Raises:
-        UserError: as `RecordFile`.
+        UserError: as in `RecordFile`.
     """
     return _unique(path, key_of)
 
@@ -140,7 +140,7 @@ def _parse(path: Path, content: bytes) -> Iterator[tuple[Place, Record]]:
             raise UserError(f"{where}: not UTF-8 ({error.reason}, byte {error.start + 1} of the line)") from None
         except (json.JSONDecodeError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deeply")
-            raise UserError(f"{where}: broken JSON ({reason}); expected one object a line") from None
+            raise UserError(f"{where}: broken JSON ({reason}); expected one object per line") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, got {shown(record)}")
         yield where, record
@@ -160,7 +160,7 @@ def _unique(path: Path, key_of: Callable[[Place, Record], Hashable]) -> dict[Has
 
 
 def _repair(path: Path, fd: int) -> int:
-    """End the last line, or cut it off where it is only half there; the size of the file in bytes."""
+    """Complete the last line with a line break, or remove it if it is incomplete; return the file's size in bytes."""
     content = _bytes_of(path)
     whole = content.rfind(b"\n") + 1
     last = content[whole:]
@@ -176,7 +176,7 @@ def _repair(path: Path, fd: int) -> int:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line without its end is a whole record: no part of an object is an object."""
+    """Whether a line without a line break is a complete record: no prefix of a JSON object is valid JSON."""
     try:
         return isinstance(json.loads(line.decode("utf-8")), dict)
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""One cell of a comparison: a method trained on a task by one seed and one learning rate, evaluated and measured.
+"""Run one cell of a comparison: train a method on a task with one seed and learning rate, then evaluate it.
 
-Every rank runs it alike; what it returns is the same on all ranks but for times and memory, of which rank 0's count.
+All ranks run a cell together and return the same record, except for times and memory. Rank 0's record is stored.
 """
 
 from __future__ import annotations
@@ -45,21 +45,28 @@ from hift_ds.launch.model import loading
 from hift_ds.launch.runtime import logs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 
-POINTS = 200  # of a stored loss curve
+POINTS = 200  # at most about so many points of a loss curve are stored
 
 
 @dataclass
 class Outcome:
-    """What a cell gave: its record for the results, and the score on the validation part that rates are chosen by."""
+    """The result of one training.
+
+    Attributes:
+        record: the cell's record for results.jsonl.
+        dev_score: the score on the validation set, by which the learning rate is chosen; higher is better.
+    """
 
     record: dict[str, Any]
-    dev_score: float | None = None  # higher is better
+    dev_score: float | None = None
 
 
 class Cells:
-    """Runs cells of a comparison; what they share is loaded once.
+    """Runs the cells of a comparison. The tokenizer and pretrained weights are loaded once for all cells.
 
-    `progress` is called after each step and each batch that is evaluated.
+    Args:
+        machine: a description of the machine for the records.
+        progress: called after each training step and each evaluated batch.
     """
 
     def __init__(self, comparison: Comparison, machine: str, progress: Callable[[], object]):
@@ -67,39 +74,41 @@ class Cells:
         self.tokenizer = loading.load_tokenizer(comparison.model)
         self.versions = summary.versions()
         self.machine = machine
-        rank0 = dist.get_rank() == 0  # other machines' copies of a model may have other files beside the weights
+        rank0 = dist.get_rank() == 0  # copies on other machines may have additional files next to the weights
         self.model_identity = gather(loading.identity(comparison.model) if rank0 else None)[0]
         self._loaded: dict[str, Any] = {}
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
     def run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
-        """Train and evaluate; with `tune` on the validation part too.
+        """Train on the training set and evaluate on the test set; with `tune`, evaluate on the validation set too.
 
         Raises:
-            NotApplicable: the method does not fit the model or the task.
+            NotApplicable: the method does not apply to the model or the task.
         """
         world = dist.get_world_size()
         settings = self.comparison.run_settings(row, budget, seed, rate, world) if row.trained else None
         dtype = _dtype(row) if settings is None else settings.dtype
         if not self._made_anew:
-            self._pretrained(dtype)  # before memory is measured, and random numbers are drawn
+            self._pretrained(dtype)  # load before memory is measured and random numbers are drawn
         seed_generators(seed)
         engine, notes = None, list(data.report["notes"])
         shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
         if row.method == "icl" and len(shown) < row.shots:
-            notes.append(f"{row.label}: {len(shown)} demonstrations; there are no more training examples")
+            notes.append(f"{row.label}: only {len(shown)} demonstrations, because there are no more training examples")
         with contextlib.ExitStack() as measuring:
             peak = measuring.enter_context(peak_memory())
             if settings is not None:
                 engine, measured, encoded = self._train(row, settings, task, data, budget)
-                measuring.close()  # of what is trained that counts; where nothing is, answering
+                measuring.close()  # the peak of training; methods without training report the peak of evaluation
                 measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
                 if left_out := encoded["skipped_no_target"]:
                     length = self.comparison.data.max_length
-                    notes.append(f"{left_out} training examples have no trained token within data.max_length {length}")
+                    notes.append(
+                        f"{left_out} training examples were left out: no trained token within data.max_length {length}"
+                    )
                 if measured["steps"] < (cycle := cycle_steps(engine, settings)):
-                    notes.append(f"{row.label}: a cycle takes {cycle} steps, so some blocks were not trained")
+                    notes.append(f"{row.label}: some blocks were not trained, because a cycle takes {cycle} steps")
                 model = engine.module
             else:
                 measured, encoded = _untrained(), {"truncated": 0}
@@ -138,29 +147,29 @@ class Cells:
         if losses:
             record["metrics"]["answer_loss"] = statistics.fmean(losses[-len(data.test) :])
         if dev is not None:
-            # Greedy answers of a small model are nearly all wrong; how likely the right ones are tells rates apart.
+            # A small model writes few right answers, so exact match cannot rank rates; the loss of the answers can.
             dev_score = -statistics.fmean(losses[: len(data.dev)]) if losses else score(dev, data.dev)[task.metrics[0]]
         return Outcome(record, dev_score)
 
     def not_run(self, row: Row, task: Task, budget: Budget, seed: int, status: str, reason: str) -> dict[str, Any]:
-        """The record of a cell that has no result."""
+        """Return the record of a cell without a result."""
         identity = _identity(row, task, budget, seed, self.comparison.model_name)
         return {**identity, "status": status, "reason": reason, "versions": self.versions, "machine": self.machine}
 
     def why_not(self, row: Row, task: Task) -> str | None:
-        """Why a method has no result on a task with any model of this kind; None where it may have one."""
+        """Return why a method does not apply to a task with this kind of model, or None if it applies."""
         if self.classifies and not task.labels:
-            return f"{task.name} has no classes, and the model has a classification head"
+            return f"{task.name} has no classes for the model's classification head"
         if not self.classifies and not task.prompted:
-            return f"the paper has no prompt for {task.name}; it is for models with a classification head"
+            return f"{task.name} has no prompt; it needs a model with a classification head"
         if self.classifies and not row.trained:
-            return "a new classification head knows nothing before it is trained"
+            return "a new classification head has random weights and must be trained"
         return None
 
     def _train(
         self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """The engine, what was measured, and of the examples `encode`'s counts and `longest`, in tokens."""
+        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` (tokens) added."""
         rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
         labels = list(task.labels) if self.classifies else None
         length = self.comparison.data.max_length
@@ -184,31 +193,31 @@ class Cells:
         return engine, recorder.measured(), report | {"longest": max(len(one.input_ids) for one in examples)}
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
-        """For sequences of one length, the longest training example's; once for a row, a task and a length."""
+        """Plan the memory for sequences of `length` tokens, once for each row, task and length, on rank 0."""
         key = (row.label, task.name, length)
         if key not in self._plans and dist.get_rank() == 0:
             labels = len(task.labels) if self.classifies else None
             config = loading.load_config(self.comparison.model, self.tokenizer, labels)
             try:
                 self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
-            except Exception as error:  # a training that is done is not lost for it
+            except Exception as error:  # the finished training must not be lost
                 logs.warn(f"{task.name}, {row.label}: memory could not be planned: {error}")
                 self._plans[key] = None
         return self._plans.get(key)
 
     def _model(self, task: Task, dtype: str) -> Any:
-        """A fresh model; one with new weights draws them from torch's generator."""
+        """Return an untrained model; new weights are drawn from torch's generator."""
         if self._made_anew:
             return self._load(task, dtype)
         return copy.deepcopy(self._pretrained(dtype))
 
     @property
     def _made_anew(self) -> bool:
-        """Whether a model has new weights, which are drawn for each run."""
+        """Whether some weights are new, and so drawn for each run."""
         return self.classifies or self.comparison.model.config is not None
 
     def _pretrained(self, dtype: str) -> Any:
-        """Kept as it is loaded; runs train copies of it."""
+        """Load the model once; runs train copies of it."""
         if dtype not in self._loaded:
             self._loaded[dtype] = self._load(None, dtype)
         return self._loaded[dtype]
@@ -232,7 +241,7 @@ class Cells:
     def _answer_losses(
         self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
     ) -> list[float]:
-        """Of tasks with written answers: for each example the mean loss of the reference answer's tokens."""
+        """Return the mean loss of each reference answer's tokens; an empty list for tasks without written answers."""
         if self.classifies or not task.max_new_tokens:
             return []
         before = few_shot(shown)
@@ -244,8 +253,8 @@ class Cells:
     def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
         score = functools.partial(task.score, classified=self.classifies)
         found, headline = score(values, examples), task.metrics[0]
-        # Answers to one question are one thing to draw. In an order of their own: seeds that share their test examples
-        # then share the resamples, too, and averages over seeds are as uncertain as the examples make them.
+        # Answers to the same question are drawn together. They are sorted by content, so that seeds with the same test
+        # examples have the same resamples too; otherwise averages over seeds would look too certain.
         units: dict[str, list[int]] = {}
         for index, one in enumerate(examples):
             units.setdefault(one.question or f"{one.fingerprint} {one.where}", []).append(index)
@@ -286,15 +295,15 @@ class _Recorder(Callback):
         return False
 
     def _flops(self, record: dict[str, Any]) -> float:
-        key = self._active  # as it was before the step
-        if key not in self._known:  # FLOPs a token, and in the head a predicted token
+        key = self._active  # the parameters that this step has trained
+        if key not in self._known:  # FLOPs per token, and per predicted token in the head
             count = functools.partial(step_flops, self.engine, self.settings, key)
             self._known[key] = (count(1, 0), count(0, 1))
         return self._known[key][0] * record["tokens"] + self._known[key][1] * record["trained_tokens"]
 
     def measured(self) -> dict[str, Any]:
         records = self.records
-        losses = [record["loss"] for record in records if record["loss"] is not None]  # None: it was not finite
+        losses = [record["loss"] for record in records if record["loss"] is not None]  # None: non-finite
         seconds, tokens, curve = 0.0, 0, []
         every = max(1, len(records) // POINTS)
         for record in records:
@@ -318,7 +327,7 @@ class _Recorder(Callback):
 
 
 def _trained(engine: Any, settings: Settings) -> tuple[int, int]:
-    """Weights that the method trains, and the most of them in one step."""
+    """Return how many weights the method trains, and the most that one step trains."""
     now = trained_parameters(engine.module)
     if hasattr(engine, "blocks"):
         names = {name for block in engine.blocks for name in block.parameter_names}
@@ -336,7 +345,7 @@ def _untrained() -> dict[str, Any]:
 
 
 def _dtype(row: Row) -> str:
-    """Of the weights of a row that trains nothing."""
+    """Return the weights' precision for a row without training."""
     return "bfloat16" if row.sections["deepspeed"].get("bf16", {}).get("enabled") else "float32"
 
 

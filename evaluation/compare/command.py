@@ -1,14 +1,19 @@
-"""Compare fine-tuning methods: methods x tasks x seeds x learning rates, in one process or under the launcher.
+"""Compare fine-tuning methods on tasks, over seeds and learning rates, in one process or under the launcher.
 
     python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]... [--only ROW...]
     deepspeed --num_gpus N --module hift_ds.evaluation.compare.command --config ...
 
-Writes into output.dir: runs.jsonl, one record a training, as soon as it is done; results.jsonl, one record a cell:
-the run of the learning rate that was best on the validation part; report.md, report.html and plots/. A rate is chosen
-with the first seed and kept for the others. Started again, it runs only what is missing.
+A cell is a method on a task with one seed. The learning rate of a cell is the one with the best score on the validation
+set; it is chosen with the first seed and kept for the others. The command writes into output.dir:
 
-Exit codes: 0 all cells have a result or do not apply, 1 some failed, 2 the settings need a change, 75 stopped by
-SIGTERM or SIGINT, 76 another rank is lost.
+    runs.jsonl     one record per training, appended when it finishes
+    results.jsonl  one record per cell, of the chosen learning rate
+    report.md, report.html, plots/
+
+The same command continues an interrupted comparison: it runs only what is missing.
+
+Exit codes: 0 every cell has a result or does not apply, 1 some cells failed, 2 the settings need a change, 75 stopped
+by SIGTERM or SIGINT, 76 another rank was lost.
 """
 
 from __future__ import annotations
@@ -47,50 +52,52 @@ from hift_ds.launch.runtime.preemption import STOPPED
 from hift_ds.launch.runtime.process import Parser, report_mistake, run_process, world_of_one
 from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch, join
 
-ATTEMPTS = 3  # a cell in which the process died as often is not tried again
+ATTEMPTS = 3  # give up on a cell after the process has died in it this often
 
 
 class Runs:
-    """The trainings that are done, by key; a line of runs.jsonl each, written by rank 0."""
+    """The finished trainings by key, one line of runs.jsonl each. Rank 0 writes the file."""
 
     def __init__(self, folder: Path, rank: int):
         self.path, self.rank = folder / "runs.jsonl", rank
         self.begun_path = folder / "begun.jsonl"
         self.done = {run["key"]: run for run in self._lines(self.path)}
-        self.asked: set[str] = set()  # keys of this command's trainings
-        self.tries: Counter[str] = Counter()  # by this command
-        # How often the process ended in a training without a word: begun, and not told to stop.
+        self.asked: set[str] = set()  # keys of the trainings that this command needs
+        self.tries: Counter[str] = Counter()  # attempts of this command
+        # How often the process died in a training: the training began, and no stop was recorded.
         self.deaths: Counter[str] = Counter()
         for line in self._lines(self.begun_path):
             self.deaths[line["key"]] += -1 if line.get("stopped") else 1
 
     def begin(self, key: str) -> str:
-        """The name of this try, for `RankWatch`."""
+        """Record that a training begins; return the name of this attempt for `RankWatch`."""
         self.tries[key] += 1
         self._append(self.begun_path, {"key": key})
         return f"{key} {self.tries[key]}"
 
     def stop(self, key: str) -> None:
+        """Record that a training was stopped on purpose, so that it does not count as a death."""
         self._append(self.begun_path, {"key": key, "stopped": True})
 
     def add(self, key: str, run: dict[str, Any]) -> None:
+        """Store a finished training."""
         self.done[key] = run
         self._append(self.path, {"key": key, **run})
 
     def _lines(self, path: Path) -> list[dict[str, Any]]:
-        """The whole lines of a file; the last may have been cut by a kill, and is then removed."""
+        """Read the complete lines of a file, and remove an incomplete last line, which a killed process leaves."""
         if not path.exists():
             return []
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
         if cut and self.rank == 0:
-            write_durably(path, whole + "\n" if whole else "")  # at once: other ranks are reading it
+            write_durably(path, whole + "\n" if whole else "")  # atomically: other ranks read it
         found = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 found.append(json.loads(line))
             except ValueError as error:
                 raise UserError(
-                    f"{path}:{number}: broken JSON ({error}); delete the line, and its run is done again"
+                    f"{path}:{number}: broken JSON ({error}); delete the line, and its training runs again"
                 ) from None
         return found
 
@@ -103,14 +110,14 @@ class Runs:
 
 
 def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
-    """Run what is missing; all cells' records, in the order of the settings."""
+    """Run what is missing, and return the records of all cells in the order of the settings."""
     join(comparison.rank_timeout)
-    world, remedy = dist.get_world_size(), "The same command runs what is missing."
+    world, remedy = dist.get_world_size(), "The same command continues with what is missing."
     watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
     runs = Runs(comparison.folder, rank)
     if runs.done:
-        logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are done; only what is missing is run")
-    dist.barrier()  # all ranks have read what rank 0 is about to add to
+        logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are finished; this run does the missing ones")
+    dist.barrier()  # all ranks have read the file before rank 0 appends to it
     loaded = _load(comparison, watch.progress)
     for entry, parts in zip(comparison.tasks, loaded, strict=True):
         for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
@@ -144,14 +151,14 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWa
                             if bar.disable:
                                 print(_line(records[-1]), flush=True)
     if others := len(runs.done.keys() - runs.asked):
-        kept = f"{runs.path} keeps {others} further trainings, of other settings or rows"
-        logs.say(rank, f"note: {kept}; {RESULTS} and the report are without them")
+        kept = f"{runs.path} has {others} more trainings, of other settings or rows"
+        logs.say(rank, f"note: {kept}; {RESULTS} and the report leave them out")
     return records
 
 
 @dataclass(frozen=True)
 class Training:
-    """One entry of runs.jsonl: what decides a run, and its result."""
+    """One training: everything that decides its result."""
 
     row: Row
     entry: TaskEntry
@@ -159,10 +166,10 @@ class Training:
     budget: Budget
     seed: int
     rate: float
-    tune: bool  # its score on the validation part is wanted, too
+    tune: bool  # whether to score it on the validation set too
 
     def key(self, cells: Cells) -> str:
-        """A hash of all that decides the result: a run is known again only where all of it is the same."""
+        """Hash everything that decides the result. A stored training is reused only if all of it is the same."""
         comparison = cells.comparison
         training = {key: value for key, value in self.row.sections["training"].items() if key != "rank_timeout"}
         parts = {
@@ -184,12 +191,12 @@ class Training:
 
 
 def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed: bool) -> dict[str, Any]:
-    """One training: from runs.jsonl if it is there, else run and written."""
+    """Return the stored record of a training, or run it and store its record."""
     key, task = one.key(cells), one.entry.task
     runs.asked.add(key)
     known = runs.done.get(key)
     if known is not None and not (retry_failed and known["status"] == "failed"):
-        return known | {"label": one.row.label, "budget": str(one.budget)}  # the same run may count for several rows
+        return known | {"label": one.row.label, "budget": str(one.budget)}  # several rows may share a run
 
     def not_run(status: str, reason: str) -> dict[str, Any]:
         return cells.not_run(one.row, task, one.budget, one.seed, status, reason)
@@ -197,14 +204,14 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
     if (reason := cells.why_not(one.row, task)) is not None:
         run = not_run("not_applicable", reason)
     elif runs.deaths[key] >= ATTEMPTS and not retry_failed:
-        run = not_run("failed", f"the process ended {ATTEMPTS} times in this cell without a message (out of memory?)")
+        run = not_run("failed", f"the process died {ATTEMPTS} times in this cell without a message (out of memory?)")
     else:
         name = runs.begin(key)
         train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
         try:
             run = _guarded(train, not_run, watch, name)
         except KeyboardInterrupt:
-            # Else it is the launcher that ends this rank, since another one has exited.
+            # Otherwise the launcher ends this rank because another one has exited.
             if not watch.any_fails(f"{name} ") and not watch.any_lost():
                 runs.stop(key)
             watch.stop()
@@ -217,10 +224,10 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
 def _guarded(
     run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]], watch: RankWatch, name: str
 ) -> dict[str, Any]:
-    """The record of a run, whatever happens in it.
+    """Run a training and return its record, also if it fails.
 
     Raises:
-        Exception: of one rank alone: the others wait for it in a collective, and would pair it with the next cell's.
+        Exception: only this rank failed. The others wait in a collective, so the comparison cannot go on.
     """
     began = time.monotonic()
     try:
@@ -230,7 +237,7 @@ def _guarded(
         place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         place_hash = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
         if not watch.fails_everywhere(f"{name} {place_hash}", time.monotonic() - began, error):
-            print("error: not all ranks fail alike; the same command tries this cell again", file=sys.stderr)
+            print("error: only some ranks failed; the same command tries this cell again", file=sys.stderr)
             raise
         if isinstance(error, NotApplicable):
             return not_run("not_applicable", str(error))
@@ -242,14 +249,18 @@ def _guarded(
 
 
 def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The run with the best validation score; of several the first. Without an ok one, the first."""
+    """Return the run with the best validation score, the first of equal ones; if none is ok, the first run."""
     ok = [run for run in tried if run["status"] == "ok"]
     scored = [run for run in ok if run.get("dev_score") is not None and run["dev_score"] == run["dev_score"]]
     return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
 
 
 def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[int, TaskData]]:
-    """Each task's data by seed, before anything is trained; what is wrong with several tasks is said at once."""
+    """Load the data of each task by seed, before any training.
+
+    Raises:
+        UserError: with the problems of all tasks.
+    """
     data, problems = comparison.data, []
     loaded: list[dict[int, TaskData]] = []
     sizes = {name: getattr(data, name) for name in ("train_examples", "dev_examples", "test_examples", "k_shot")}
@@ -276,18 +287,19 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
+    """Load the settings, run the comparison and write its report; return the exit code."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     comparison = load_comparison(arguments.config, arguments.set, world, arguments.only)
     logs.quieten(comparison.logging, rank)
     extensions.prepare(rank)
     if comparison.folder.exists() and not comparison.folder.is_dir():
-        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder, or a name that is free")
+        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder or a new name")
     lock = None
     if rank == 0:
         lock = outputs.claim(comparison.folder)
         (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
     wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
-    with deterministic(wanted):  # all rows: the accelerator is set up for it once
+    with deterministic(wanted):  # one setting for all rows: the accelerator is set up once
         records = compare(comparison, rank, arguments.retry_failed, watch)
     if rank == 0:
         write_report(records, comparison.folder, comparison.title)
@@ -313,7 +325,7 @@ def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`; the exit code."""
+    """Run the command line `argv` and return its exit code."""
     world_of_one()
     parser = Parser(
         prog="python -m evaluation.compare",
@@ -322,10 +334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the comparison's YAML, e.g. configs/compare_tiny.yaml")
+    add("--config", required=True, metavar="FILE", help="the YAML of the comparison, e.g. configs/compare_tiny.yaml")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
-    add("--only", nargs="+", default=[], metavar="ROW", help="only rows of these labels, or methods")
-    add("--retry-failed", action="store_true", help="run cells that failed before again")
+    add("--only", nargs="+", default=[], metavar="ROW", help="run only the rows with these labels or methods")
+    add("--retry-failed", action="store_true", help="run failed cells again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
     try:
@@ -342,8 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logs.say(
             int(os.environ["RANK"]),
-            "stopped; finished trainings are kept, and the same command goes on. A report of what "
-            "there is: python -m evaluation.report OUT",
+            "stopped; finished trainings are kept, and the same command continues. For a report on the finished "
+            "cells: python -m evaluation.report OUT",
         )
         return STOPPED
     finally:

@@ -1,4 +1,4 @@
-"""What the planner expects of a training's memory, beside what was measured."""
+"""Ask the planner for the memory of a training, to compare with the measured peak."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from deepspeed.accelerator import get_accelerator
 import hift_ds
 from hift_ds.launch.config.settings import Settings
 
-METHODS = ("hift", "full", "lora", "mezo")  # that the planner knows
+METHODS = ("hift", "full", "lora", "mezo")  # the methods that the planner knows
 OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "adafactor": "adafactor", "adagrad": "adagrad", "lion": "lion"}
 
 
 def planned_memory(settings: Settings, config: Any, length: int, ranks: int) -> dict[str, int] | None:
-    """The planner's bytes on the device of a rank at the peak, by category; None for what it does not plan.
+    """Return the planned bytes on a rank's device at the peak, by category; None if the planner cannot plan the run.
 
     Args:
-        config: the model's, of transformers.
+        config: the model's transformers config.
         length: tokens of each sequence.
     """
     method, hift = settings.method.name, hift_ds.HiFTConfig.from_dict(settings.deepspeed["hift"])
@@ -61,7 +61,7 @@ def planned_memory(settings: Settings, config: Any, length: int, ranks: int) -> 
 
 
 def _optimizer(settings: Settings) -> str | None:
-    """The planner's name; None where it has none."""
+    """Return the planner's name of the optimizer, or None if it has none."""
     section = settings.deepspeed["optimizer"]
     kind = section["type"].lower()
     if kind == "sgd":

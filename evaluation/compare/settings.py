@@ -1,14 +1,14 @@
-"""The settings of a comparison: one YAML, checked whole before anything is loaded, in the style of launch/config.
+"""The settings of a comparison: one YAML file. All of it is checked before anything is loaded, as in launch/config.
 
-title, model_name: of the report
-model:        as in a run's YAML
+title, model_name: the report's title and its name for the model
+model:        as in the YAML of a training run
 data:         {path, train_examples, dev_examples, test_examples, k_shot, max_length}
-tasks:        [sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
+tasks:        [yes-no, sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
 methods:      [full, {name: hift, label: "HiFT, m = 4", deepspeed: {hift: {layers_per_block: 4}}}]
 seeds:        [0, 1, 2]
-budgets:      [{samples: 1024}, {seconds: 60}]      of training, for each cell
-learning_rates: [1e-5, 1e-4]                        the grid of methods without one of their own
-training, deepspeed, logging: as in a run's YAML
+budgets:      [{samples: 1024}, {seconds: 60}]      the training budgets; each cell runs once with each
+learning_rates: [1e-5, 1e-4]                        the grid for methods that do not set their own
+training, deepspeed, logging: as in the YAML of a training run
 evaluation:   {batch_size, shots, bootstrap}
 output:       {dir}
 """
@@ -31,41 +31,50 @@ from hift_ds.launch.errors import UserError, looked_in, nearest
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
-UNLIMITED = 10**9  # steps, where a budget is in seconds
+UNLIMITED = 10**9  # steps for a budget in seconds
 ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
 SECTIONS = (
     "title", "model", "model_name", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training",
     "deepspeed", "evaluation", "output", "logging",
 )  # fmt: skip
 # Keys of `training` that the comparison sets itself.
-DECIDED = ("max_steps", "epochs", "seed", "learning_rate", "save_every", "eval_every", "keep_best")
+DECIDED = ("max_steps", "seed", "learning_rate", "save_every")  # training keys that only the comparison sets
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    # A folder that holds the publishers' folders; null = from the Hub. Built-in tasks need neither.
+    """The `data` section: where the tasks' files are, and the sizes of their sets."""
+
+    # A folder that holds the publishers' folders; null = the Hugging Face Hub. Built-in tasks need neither.
     path: str | None = None
     train_examples: int = setting(1000, at_least=1)
     dev_examples: int = setting(500, at_least=0)
     test_examples: int = setting(1000, at_least=1)
-    k_shot: int | None = setting(None, at_least=1)  # examples of each class to train on and for dev, instead of theirs
-    max_length: int = setting(512, at_least=2)  # tokens of an example; training ones are cut on the right
+    # Examples of each class in the training and validation sets, instead of train_examples and dev_examples.
+    k_shot: int | None = setting(None, at_least=1)
+    max_length: int = setting(512, at_least=2)  # tokens of a training example; longer ones are cut on the right
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    batch_size: int = setting(16, at_least=1)  # sequences at a time
-    shots: int = setting(8, at_least=1)  # demonstrations of in-context learning
-    bootstrap: int = setting(500, at_least=50)  # resamples of the test examples
+    """The `evaluation` section."""
+
+    batch_size: int = setting(16, at_least=1)  # sequences in a batch
+    shots: int = setting(8, at_least=1)  # demonstrations for in-context learning
+    bootstrap: int = setting(500, at_least=50)  # resamples of the test set
 
 
 @dataclass(frozen=True)
 class OutputSettings:
+    """The `output` section."""
+
     dir: str | None = None
 
 
 @dataclass(frozen=True)
 class TaskEntry:
+    """A task and where its data comes from; `path` None = the Hub or built in."""
+
     task: Task
     path: str | None
     revision: str | None = None  # on the Hub
@@ -73,7 +82,7 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class Budget:
-    """What each training may cost: samples, or seconds of training (then the learning rate must be constant)."""
+    """The budget of each training: samples, or seconds (then the learning rate must be constant)."""
 
     samples: int | None = None
     seconds: float | None = None
@@ -82,26 +91,30 @@ class Budget:
         return f"{self.samples} samples" if self.samples else f"{self.seconds:g} s"
 
     def steps(self, batch_size: int) -> int:
+        """Return the number of optimizer steps; practically unlimited for a budget in seconds."""
         return math.ceil(self.samples / batch_size) if self.samples else UNLIMITED
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method with its options, as one row of the tables."""
+    """A method with its options: one row of the tables."""
 
     label: str
     method: str
-    learning_rates: tuple[float, ...]  # (0.0,) where nothing is trained
+    learning_rates: tuple[float, ...]  # (0.0,) for methods without training
     shots: int
-    sections: dict[str, dict]  # method, training and deepspeed, as in a run's YAML
+    sections: dict[str, dict]  # method, training and deepspeed, as in the YAML of a run
 
     @property
     def trained(self) -> bool:
+        """Whether the method trains anything (zero-shot and ICL do not)."""
         return self.method in TRAINED
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """All settings of a comparison, checked."""
+
     title: str
     model: ModelSettings
     model_name: str
@@ -117,13 +130,13 @@ class Comparison:
 
     @property
     def rank_timeout(self) -> float:
-        """Seconds without progress after which a rank counts as lost: of the most patient row."""
+        """Seconds without progress after which a rank counts as lost: the largest value of all rows."""
         default = TrainingSettings.rank_timeout
         rows = [row.sections["training"] for row in self.rows if row.trained]
         return max((training.get("rank_timeout", default) for training in rows), default=default)
 
     def run_settings(self, row: Row, budget: Budget, seed: int, learning_rate: float, world_size: int) -> Settings:
-        """Of one training; `load_comparison` has found that they hold together."""
+        """Return the settings of one training, which `load_comparison` has checked."""
         problems: list[str] = []
         found = check_settings(self._raw(row, budget, seed, learning_rate), world_size, problems)
         if found is None:
@@ -133,13 +146,14 @@ class Comparison:
     def _raw(self, row: Row, budget: Budget, seed: int, learning_rate: float) -> dict[str, Any]:
         training = dict(row.sections["training"])
         size = training.get("batch_size", TrainingSettings.batch_size)
-        steps = budget.steps(size) if isinstance(size, int) and size > 0 else 1  # else it is a problem of its own
+        steps = budget.steps(size) if isinstance(size, int) and size > 0 else 1  # otherwise another check reports it
         training |= {"max_steps": steps, "seed": seed}
         training["learning_rate"] = learning_rate
         sections = row.sections | {"training": training, "method": row.sections["method"] | {"name": row.method}}
         return self.base | sections | {"output": {"dir": str(self.folder)}}
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the settings for compare.json."""
         return {
             "title": self.title,
             "model": asdict(self.model),
@@ -156,10 +170,10 @@ class Comparison:
 def load_comparison(
     path: str, overrides: Sequence[str] = (), world_size: int = 1, only: Sequence[str] = ()
 ) -> Comparison:
-    """Read the YAML at `path` with its `--set` overrides and check everything.
+    """Read the YAML at `path`, apply the `--set` overrides and check everything.
 
     Args:
-        only: the rows that are wanted, by label, or by method where that is no label; none means all.
+        only: the rows to run, by label, or by method if no row has that label; empty = all rows.
 
     Raises:
         UserError: with every problem found, one a line.
@@ -238,12 +252,12 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
             problems.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
         found.append(TaskEntry(task, path, revision))
     names = [one.task.name for one in found]
-    problems += [f"tasks: {name} is given twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
+    problems += [f"tasks: {name} is listed twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
     return found
 
 
 def _folder_of(task: Task, path: str | None) -> str | None:
-    """Where a task is in the folder of all data: superglue/TASK's is found in superglue, GLUE's may be in glue."""
+    """Return a task's folder inside `path`: "superglue" for SuperGLUE's tasks, and possibly "glue" for GLUE's."""
     if path is None:
         return None
     folder = Path(path).expanduser()
@@ -276,13 +290,13 @@ def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
                 own[key] = {}
         problems += _decided(own["training"], f"methods: {label}: training")
         if "name" in own["method"]:
-            problems.append(f"methods: {label}: method.name: the row's own `name` says it; remove it")
+            problems.append(f"methods: {label}: method.name: the row's `name` already sets it; remove it")
         sections = {"method": dict(own["method"])}
         for key in ("training", "deepspeed"):
             sections[key] = _merged(raw.get(key) or {}, own[key])
         own_shots = entry.get("shots", shots)
         if "shots" in entry and (not _is_whole(own_shots) or own_shots < 1):
-            problems.append(f"methods: {label}: shots: got {own_shots!r}; expected a whole number from 1")
+            problems.append(f"methods: {label}: shots: got {own_shots!r}; expected an integer from 1")
         rates = _numbers(entry, "learning_rates", grid, float, None, problems, f"methods: {label}: ")
         trained = name in TRAINED
         if not trained and "learning_rates" in entry:
@@ -291,7 +305,7 @@ def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
     labels = [row.label for row in found]
     for label in sorted(set(labels)):
         if labels.count(label) > 1:
-            problems.append(f"methods: the label {label!r} is used twice; give each row a `label` of its own")
+            problems.append(f"methods: the label {label!r} is used twice; give each row a different `label`")
     return found
 
 
@@ -301,7 +315,7 @@ def _only(rows: list[Row], wanted: Sequence[str], problems: list[str]) -> list[R
     for name in wanted:
         if name not in known:
             expected = f"expected {'; '.join(dict.fromkeys(known))}{nearest(name, known)}"
-            problems.append(f"--only: {name!r} is neither the label of a row nor the method of one; {expected}")
+            problems.append(f"--only: {name!r} is neither the label nor the method of a row; {expected}")
     methods = set(wanted) - set(labels)
     return [row for row in rows if not wanted or row.label in wanted or row.method in methods]
 
@@ -318,7 +332,7 @@ def _budgets(raw: Mapping[str, Any], problems: list[str]) -> list[Budget]:
         else:
             problems.append(f"budgets: got {given!r}; expected {{samples: 1024}} or {{seconds: 60}}")
     names = [str(one) for one in found]
-    problems += [f"budgets: {name} is given twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
+    problems += [f"budgets: {name} is listed twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
     return found
 
 
@@ -327,9 +341,11 @@ def _problems_together(comparison: Comparison) -> list[str]:
     grids = {len(row.learning_rates) for row in comparison.rows if row.trained}
     if len(grids) > 1:
         sizes = ", ".join(f"{row.label} {len(row.learning_rates)}" for row in comparison.rows if row.trained)
-        found.append(f"learning_rates: every method must choose among equally many; these have {sizes}")
+        found.append(f"learning_rates: every method must choose among the same number of rates; these have {sizes}")
     if max(grids, default=1) > 1 and comparison.data.dev_examples == 0:
-        found.append("data.dev_examples: 0, but a learning rate is chosen on them; set it, or give one learning rate")
+        found.append(
+            "data.dev_examples: 0, but these examples decide the learning rate; raise it, or give one learning rate"
+        )
     without = [one.task.name for one in comparison.tasks if not one.task.has_classes]
     if comparison.data.k_shot is not None and without:
         found.append(
@@ -349,7 +365,7 @@ def _problems_together(comparison: Comparison) -> list[str]:
 
 
 def _run_problems(comparison: Comparison, world_size: int) -> list[str]:
-    """What launch/config/settings.py has against the run of any row."""
+    """Return the problems that launch/config/settings.py finds in the training runs of the rows."""
     found: list[str] = []
     for row in comparison.rows:
         if row.trained and comparison.budgets and comparison.seeds:
@@ -390,21 +406,21 @@ def _numbers(
     problems: list[str],
     where: str = "",
 ) -> list[Any]:
-    """A list of different numbers: whole ones from `least`, or any above 0."""
+    """Read a list of distinct numbers: integers from `least`, or any numbers above 0 if `least` is None."""
     value = raw.get(key, default)
     good = isinstance(value, list) and value and len(set(map(str, value))) == len(value)
     for one in value if good else ():
         is_number = isinstance(one, (int, kind)) and not isinstance(one, bool)
         good = good and is_number and (0 < one < math.inf if least is None else one >= least)
     if not good:
-        expected = "numbers above 0" if least is None else f"whole numbers from {least}"
-        problems.append(f"{where}{key}: got {value!r}; expected a list of different {expected}")
+        expected = "numbers above 0" if least is None else f"integers from {least}"
+        problems.append(f"{where}{key}: got {value!r}; expected a list of distinct {expected}")
         return default
     return [kind(one) for one in value]
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section."""
+    """Return `base` with the values of `over`, merged section by section."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

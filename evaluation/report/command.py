@@ -1,10 +1,10 @@
-"""The report of a comparison of fine-tuning methods: tables and pictures, as Markdown and as one HTML file.
+"""Write the report of a comparison of fine-tuning methods: tables and pictures, as Markdown and as one HTML file.
 
     python -m evaluation.report OUT [--add FOLDER...] [--verdicts verdicts.jsonl] [--title TITLE] [--wandb offline]
 
-OUT is a folder with results.jsonl; report.md, report.html and plots/ are written into it. --add puts the cells of other
-comparisons into OUT/results.jsonl first: seeds or tasks that ran on other machines or days. The title is by default
-the comparison's own; it is also the group of runs at Weights & Biases.
+OUT is a folder with results.jsonl. The command writes report.md, report.html and plots/ into it. --add first copies the
+cells of other comparisons into OUT/results.jsonl, e.g. seeds or tasks that ran on another machine. The default title is
+the title of the comparison; it is also the name of the group of runs at Weights & Biases.
 """
 
 from __future__ import annotations
@@ -34,20 +34,26 @@ class _Parser(argparse.ArgumentParser):
 def _title(folder: Path) -> str:
     try:
         return str(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["title"])
-    except (OSError, ValueError, KeyError, TypeError):  # joined results have no settings
+    except (OSError, ValueError, KeyError, TypeError):  # results made by --add have no settings
         return TITLE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`; the exit code: 0, or 2 for a mistake of the user's."""
+    """Run the command line `argv`; return the exit code: 0, or 2 for a user error."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="python -m evaluation.report", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("out", type=Path, metavar="OUT", help=f"folder with {RESULTS}")
-    parser.add_argument("--add", nargs="+", type=Path, metavar="FOLDER", help=f"put its {RESULTS} into OUT's first")
-    parser.add_argument("--verdicts", type=Path, metavar="FILE", help="of MT-Bench, made by evaluation.mt_bench")
-    parser.add_argument("--title", help=f"default: the comparison's, else {TITLE!r}")
-    parser.add_argument("--wandb", choices=("offline", "online"), help="log tables and pictures as a run, too")
-    parser.add_argument("--wandb-project", metavar="NAME", help="default: that of runs")
+    parser.add_argument(
+        "--add", nargs="+", type=Path, metavar="FOLDER", help=f"first copy the cells of its {RESULTS} into OUT"
+    )
+    parser.add_argument(
+        "--verdicts", type=Path, metavar="FILE", help="verdicts of MT-Bench, written by evaluation.mt_bench"
+    )
+    parser.add_argument("--title", help=f"default: the title of the comparison, or {TITLE!r}")
+    parser.add_argument(
+        "--wandb", choices=("offline", "online"), help="also log tables and pictures as a run of Weights & Biases"
+    )
+    parser.add_argument("--wandb-project", metavar="NAME", help="default: the project of training runs")
     try:
         options = parser.parse_args(argv)
         if options.add:

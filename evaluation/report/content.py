@@ -17,16 +17,16 @@ from hift_ds.launch.errors import UserError
 
 
 def write_report(records: list[Record], folder: Path, title: str, *, verdicts: list[Record] | None = None) -> None:
-    """Writes folder/report.md, folder/report.html (with its pictures inside) and folder/plots/*.png.
+    """Write report.md, report.html (one file with its pictures) and plots/*.png into `folder`.
 
-    plots/ is the report's own: older pictures in it are removed.
+    Older pictures in plots/ are deleted.
 
     Args:
-        records: cells, see results.py.
-        verdicts: of MT-Bench, for its table and radar.
+        records: the cells of a comparison, see results.py.
+        verdicts: MT-Bench verdicts, for a table and a radar chart.
 
     Raises:
-        UserError: a record lacks something, or the folder cannot be written.
+        UserError: a record lacks a field, or the folder cannot be written.
     """
     sections = results.arrange(results.checked(records))
     summary = summarize(verdicts or ())
@@ -42,7 +42,7 @@ def write_report(records: list[Record], folder: Path, title: str, *, verdicts: l
 def _draw(
     sections: Sequence[Section], summary: Mapping[str, Any], folder: Path
 ) -> tuple[list[dict[str, list[Picture]]], list[Picture]]:
-    """The pictures of each section, by kind, and those of MT-Bench."""
+    """Draw the pictures of each section, by kind, and those of MT-Bench."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for old in (folder / "plots").glob("*.png"):
         old.unlink()
@@ -59,7 +59,13 @@ def build(
     drawn: Sequence[Mapping[str, list[Picture]]],
     radars: Sequence[Picture] = (),
 ) -> list[Part]:
-    """The report's parts, with pictures that are drawn already: by kind for each section."""
+    """Return the parts of the report.
+
+    Args:
+        summary: see `verdicts.summarize`.
+        drawn: the pictures of each section, by kind.
+        radars: the pictures of MT-Bench.
+    """
     parts: list[Part] = [Heading(title, 1), *_header(sections)]
     for section, pictures in zip(sections, drawn, strict=True):
         parts += _section(section, pictures)
@@ -69,7 +75,7 @@ def build(
 
 
 def _ordered(sections: Sequence[Section]) -> list[list[str]]:
-    """All labels by method, so that a label's style does not hang on the section."""
+    """Return all labels grouped by method. The order is the same for all sections, so that a label keeps its style."""
     rows = {label: method for section in sections for label, method in section.rows.items()}
     order = [*results.METHODS, *sorted(set(rows.values()) - set(results.METHODS))]
     return [[label for label, of in rows.items() if of == method] for method in order]
@@ -79,7 +85,7 @@ def _ordered(sections: Sequence[Section]) -> list[list[str]]:
 
 
 def _fact(record: Record, name: str) -> str:
-    """The commit is a fact of its own: two commits with the same packages are one line of versions."""
+    """Format a fact about the run. Versions leave out the commit, which has its own line."""
     value = record[name]
     return as_text({key: one for key, one in value.items() if key != "git"} if isinstance(value, dict) else value)
 
@@ -106,22 +112,23 @@ def _header(sections: Sequence[Section]) -> list[Part]:
         return [*parts[:1], Paragraph("No cell has a score yet.")]
     several = any(len(section.seeds) > 1 for section in sections)
     reading = [
-        "Scores are times 100 (%), on test examples; higher is better.",
-        "± is the sample standard deviation over seeds: of the data drawn, their order and the methods' own randomness."
+        "Scores are in %, on the test set; higher is better.",
+        "± is the sample standard deviation over seeds. A seed draws the data and their order, and drives the methods' "
+        "randomness."
         if several
-        else "There is one seed, so there is no ±: what another seed would change is not known.",
-        "Intervals are 95 % percentile intervals of a bootstrap over test examples. They cover the sampling of test "
-        "examples, not that of seeds" + (": that is the ±." if several else "."),
-        "Differences to full fine-tuning are paired: over the seeds that both have, the replicates of each are "
-        "averaged, then subtracted one by one, as the i-th replicate of all methods is of the same test examples.",
-        "Bold is the best of a column, where its paired difference to the second best has an interval without 0. Where "
-        "nothing is bold, the test examples do not tell the best two apart.",
+        else "There is only one seed, so there is no ±: the variation between seeds is unknown.",
+        "Intervals are 95 % percentile intervals of a bootstrap over test examples. They show the uncertainty from the "
+        "choice of test examples, not from the choice of seeds" + (", which ± shows." if several else "."),
+        "Differences to full fine-tuning are paired: the i-th resample has the same test examples for all methods. The "
+        "resampled scores are averaged over the seeds that both methods have, then subtracted.",
+        "Bold marks the best score of a column if the interval of its difference to the second best excludes 0. If "
+        "nothing is bold, the test set is too small to separate the best two.",
     ]
     return [*parts, Items([*reading, _tuning(good)]), *_about_data(good)]
 
 
 def _about_data(good: Sequence[Record]) -> list[Part]:
-    """What became of the examples where it is not what was asked for."""
+    """List where the data differ from what the settings ask for."""
     notes: dict[str, None] = {}
     for record in good:
         notes |= dict.fromkeys(f"{record['task']}: {note}" for note in record.get("notes") or ())
@@ -132,9 +139,9 @@ def _about_data(good: Sequence[Record]) -> list[Part]:
             cut[key] = max(cut.get(key, (0, 0)), (count, record["n"]))
     for (task, label, part, side), (count, n) in cut.items():
         if count and part == "test":
-            notes[f"{task}: {label}: up to {count} of {n} test examples lost their {side}."] = None
+            notes[f"{task}: {label}: up to {count} of {n} test examples were cut at the {side}."] = None
         elif count:
-            notes[f"{task}: {label}: up to {count} training examples lost their end."] = None
+            notes[f"{task}: {label}: up to {count} training examples were cut at the end."] = None
     return [Heading("About the data", 2), Items(list(notes))] if notes else []
 
 
@@ -147,11 +154,11 @@ def _tuning(good: Sequence[Record]) -> str:
         if len(rates) > 1:
             grids.setdefault(", ".join(map(tables.format_rate, sorted(rates))), []).append(label)
     if not grids:
-        return "Learning rates were not tuned: the table of costs names those that were used."
+        return "Learning rates were not tuned; the tables of costs list them."
     said = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
     given = [label for label, rates in tried.items() if len(rates) == 1]
-    text = f"Learning rates were chosen by the score on the validation split, never on the test split, from {said}."
-    return text + (f" One rate each was tried of: {'; '.join(given)}." if given else "")
+    text = f"Learning rates were chosen by the score on the validation set, never on the test set, from {said}."
+    return text + (f" Only one rate was tried for: {'; '.join(given)}." if given else "")
 
 
 def _task(record: Record) -> str:
@@ -173,7 +180,7 @@ def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]
     parts += [*scores, *differences, *drawn.get("time", ()), *drawn.get("memory", ()), Heading("Training and cost", 3)]
     parts += [*tables.costs(section), *drawn.get("parts", ()), Heading("Training loss", 3), *drawn.get("loss", ())]
     if not drawn.get("loss"):
-        parts.append(Paragraph("No cell has a loss curve."))
+        parts.append(Paragraph("No method has a loss curve."))
     if drawn.get("ablation"):
         parts += [Heading("HiFT's strategies and blocks", 3), *drawn["ablation"]]
     return parts
@@ -194,30 +201,32 @@ def _mt_bench(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> list[P
             total = one["categories"][TOTAL]
             shown = [NOTHING if mean is None else f"{mean:.2f}" for mean in means]
             rows.append([one["model"], *shown, str(total["n"]), str(total["failed"])])
-        parts.append(Paragraph(f"Mean rating, 1 to 10, by {named}, over both turns; failed verdicts enter no mean."))
+        parts.append(Paragraph(f"Mean rating from 1 to 10 by {named} over both turns, without failed verdicts."))
         parts.append(Table(["model", *categories, "verdicts", "failed"], rows))
     parts += pictures
     for one in summary[PAIRWISE]:
         first, second = one["models"]
         counts = ("wins", "ties", "losses", "flips", "failed")
         rows = [[name, *(str(found[key]) for key in counts)] for name, found in one["categories"].items()]
-        said = f"{first} against {second}, by {one['judge']}: a win is one in both orders; flips are ties because the "
-        parts += [Paragraph(said + "two orders disagree."), Table(["category", *counts], rows)]
+        said = (
+            f"{first} against {second}, judged by {one['judge']}. A win counts in both orders; a flip is a tie because "
+        )
+        parts += [Paragraph(said + "the two orders disagree."), Table(["category", *counts], rows)]
     return parts
 
 
 def _paper(sections: Sequence[Section]) -> list[Part]:
-    """The paper's tables of the tasks that occur; not ours, and of other models."""
+    """Show the paper's tables of the same tasks; they are for other models."""
     tables = paper.paper_tables({task for section in sections for task in section.tasks})
     if not tables:
         return []
     ours = joined(section.model for section in sections)
     parts: list[Part] = [
-        Heading("The paper's, other models"),
+        Heading("Results printed in the paper (other models)"),
         Paragraph(
-            f"Printed by Liu et al., not measured here: other models (ours: {ours}), data and machines, so their "
-            "numbers are no baseline for ours. (In brackets: standard deviation.) † is a row that they took from "
-            "others' work."
+            "These numbers are from Liu et al. and were not measured here. Models, data and machines differ from those "
+            f"above ({ours}), so they are no baseline. Standard deviations are in brackets. † marks rows that it "
+            "cites from other work."
         ),
     ]
     for table in tables:

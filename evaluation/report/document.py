@@ -1,6 +1,6 @@
-"""A document of headings, paragraphs, lists, tables and pictures, as Markdown and as one HTML file.
+"""A document of headings, paragraphs, lists, tables and pictures, written as Markdown or as one HTML file.
 
-Its parts hold plain text, which may come from anywhere: whoever writes it out escapes it.
+Parts hold plain text from any source; `markdown` and `as_html` escape it.
 """
 
 from __future__ import annotations
@@ -15,30 +15,36 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Heading:
+    """A heading; level 1 is the title."""
+
     text: str
     level: int = 2
 
 
 @dataclass(frozen=True)
 class Paragraph:
+    """A paragraph of text."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Items:
+    """A list with bullets."""
+
     texts: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Bold:
-    """A cell of a table that stands out."""
+    """A table cell in bold."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is of names, the others are of numbers."""
+    """A table. The first column has names, the others numbers, which are aligned to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str | Bold]]
@@ -46,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """`path` is relative to the document's folder."""
+    """A picture with its caption; `path` is relative to the document's folder."""
 
     path: str
     text: str
@@ -56,7 +62,7 @@ Part = Heading | Paragraph | Items | Table | Picture
 
 
 def clean(text: str) -> str:
-    """Text on one line, of characters that can be printed and encoded."""
+    """Return a text on one line, with unprintable characters removed."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -64,7 +70,7 @@ def clean(text: str) -> str:
 
 
 def markdown(parts: Sequence[Part]) -> str:
-    """GitHub's Markdown, with tables that are readable as they stand."""
+    """Write the parts as GitHub's Markdown, with aligned tables."""
     return "\n\n".join(map(_markdown, parts)) + "\n"
 
 
@@ -83,7 +89,7 @@ def _markdown(part: Part) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Only what Markdown would take for markup gets a backslash, so that the rest stays readable."""
+    """Escape only what Markdown would read as markup, so that the text stays readable."""
     text = re.sub(r"[\\`*<>|~$#]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[:])", r"\\\g<0>", clean(text))
     return re.sub(r"^(?=[-+=]|\[.\] )", r"\\", re.sub(r"^(\d+)([.)])", r"\1\\\2", text))
 
@@ -100,7 +106,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str | Bold]]) -
 
 
 def _inner(cell: str | Bold) -> str:
-    """Text inside a line, where nothing begins a list."""
+    """Escape a table cell, which cannot begin a list."""
     return f"**{_inner(cell.text)}**" if isinstance(cell, Bold) else _escaped("." + clean(cell))[1:]
 
 
@@ -119,14 +125,14 @@ figure { margin: 1.5em 0; } img { max-width: 100%; height: auto; } figcaption { 
 p, li { max-width: 60rem; overflow-wrap: anywhere; }
 @media print { .wide { overflow: visible; } }
 """
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # what is outside stays there
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no external content
 
 
 def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
-    """One file: pictures are inside, and there are no scripts and no links.
+    """Write the parts as one HTML file with embedded pictures, without scripts and links.
 
     Args:
-        folder: that the paths of pictures start from.
+        folder: the folder that the paths of pictures are relative to.
     """
     body = "\n".join(_html(part, folder) for part in parts)
     return (
@@ -151,7 +157,9 @@ def _html(part: Part, folder: Path) -> str:
             return "<ul>\n" + "\n".join(f"<li>{_text(text)}</li>" for text in texts) + "\n</ul>"
         case Picture(path, text):
             content = (folder / path).read_bytes()
-            width = int.from_bytes(content[16:20], "big") * 96 // 150  # pixels of a browser for those of 150 dpi
+            width = (
+                int.from_bytes(content[16:20], "big") * 96 // 150
+            )  # browser pixels (96 dpi) for a picture of 150 dpi
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
             image = f'<img alt="{_text(text)}" width="{width}" src="{source}">'
             return f"<figure>{image}<figcaption>{_text(text)}</figcaption></figure>"

@@ -1,4 +1,4 @@
-"""The numbers that the paper prints, typed in paper_tables.yaml, to stand beside ours: never mixed with them."""
+"""The results printed in the paper, from paper_tables.yaml. Reports show them separately from measured results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _PRINTED = re.compile(r"(\d+(?:\.\d+)?)(?: \((\d+(?:\.\d+)?)\))?")
 
 @dataclass(frozen=True)
 class PaperValue:
-    """One printed number; `table` tells apart tables of the same source."""
+    """One printed number; `table` numbers the tables of the file."""
 
     table: int
     source: str
     model: str
     setting: str | None
     unit: str
-    method: str  # our name of it
-    label: str  # the paper's
-    cited: bool  # from others' work
+    method: str  # its name here
+    label: str  # its name in the paper
+    cited: bool  # cited from other work
     task: str
     metric: str | None
     printed: str
@@ -35,7 +35,7 @@ class PaperValue:
 
 @cache
 def paper_values() -> tuple[PaperValue, ...]:
-    """All of them, in the order of the file."""
+    """Return all printed numbers in the order of the file."""
     found = []
     for number, table in enumerate(yaml.safe_load(DATA.read_text(encoding="utf-8"))):
         about = {key: table[key] for key in ("source", "model", "setting", "unit")}
@@ -62,7 +62,7 @@ def paper_values() -> tuple[PaperValue, ...]:
 
 
 def paper_tables(tasks: Collection[str]) -> list[list[PaperValue]]:
-    """The values of some tasks, one list for each table that has any."""
+    """Return the numbers of some tasks, one list for each table that has any."""
     tables: dict[int, list[PaperValue]] = {}
     for value in paper_values():
         if value.task in tasks:

@@ -1,7 +1,6 @@
-"""What a score on a sample of test examples is worth: bootstrap intervals, and differences paired over examples.
+"""The uncertainty of scores: bootstrap intervals over test examples, and paired differences between methods.
 
-After Efron and Tibshirani, "An Introduction to the Bootstrap" (1993): percentile intervals. Not named after its field,
-because that is a module of Python's.
+Intervals are percentile intervals (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
 """
 
 from __future__ import annotations
@@ -19,7 +18,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus theirs, averaged over the seeds that both have; `low` and `high` are None where `why` says why."""
+    """The difference of two methods' scores, averaged over their common seeds.
+
+    Attributes:
+        low, high: the interval, or None; then `why` gives the reason.
+    """
 
     mean: float
     low: float | None
@@ -29,26 +32,27 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def bootstrap_scores(
     score: Callable[[Sequence[int]], float], n: int, replicates: int = 500, seed: str = ""
 ) -> list[float]:
-    """The metric of `replicates` resamples, each of n of the example indices 0 to n - 1, drawn with replacement.
+    """Return the metric of `replicates` resamples. Each draws n of the indices 0 to n - 1 with replacement.
 
-    The same n and seed give the same resamples, so that methods tested on the same examples pair. Leave the run's seed
-    out of `seed` where its test examples are the same in the same order: averages over seeds then vary as they should.
+    The same n and seed give the same resamples, so that methods tested on the same examples can be paired. Do not put
+    the training seed into `seed` if the test examples are the same for all seeds: averages over seeds would then look
+    too certain.
     """
     if n < 1 or replicates < 1:
-        raise ValueError(f"{replicates} resamples of {n} examples; expected at least 1 of 1")
+        raise ValueError(f"{replicates} resamples of {n} examples; expected at least 1 resample of 1 example")
     draw = random.Random(f"bootstrap {seed}")
     return [float(score(draw.choices(range(n), k=n))) for _ in range(replicates)]
 
 
 def interval(replicates: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """The middle `level` of replicates, by percentiles (linear between neighbors)."""
+    """Return the percentile interval that holds the middle `level` of the replicates (linear interpolation)."""
     if not len(replicates) or not 0 < level < 1 or not np.isfinite(replicates).all():
         raise ValueError(f"{len(replicates)} replicates, level {level}; expected finite numbers and a level in 0 to 1")
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
@@ -58,14 +62,14 @@ def interval(replicates: Sequence[float], level: float = LEVEL) -> tuple[float, 
 def paired_difference(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], level: float = LEVEL
 ) -> Difference | None:
-    """The difference of two rows of one task, over the seeds that both have; None without one.
+    """Return the difference of two methods on one task over their common seeds; None if there is no common seed.
 
-    Replicates are averaged over these seeds and subtracted one by one: within a seed, the i-th replicates of both are
-    of the same resample. So the interval is about the sampling of test examples; it knows nothing of other seeds.
+    The i-th replicates of both methods come from the same resample. They are averaged over the seeds, then subtracted.
+    The interval shows the uncertainty from the choice of test examples, not from the choice of seeds.
 
     Args:
-        ours, theirs: records with `seed`, `score` and `bootstrap`, one a seed; where they have `n` and `data_sha256`,
-            these tell whether the two were tested on the same examples.
+        ours, theirs: records with `seed`, `score` and `bootstrap`, one per seed. If they have `n` and `data_sha256`,
+            these must be equal for an interval.
     """
     mine, others = (
         {record["seed"]: record for record in some if _is_number(record["score"])} for some in (ours, theirs)
@@ -83,7 +87,7 @@ def paired_difference(
 
 
 def _unpaired(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str | None:
-    """Why the replicates cannot be subtracted, if so."""
+    """Return why the replicates cannot be subtracted, or None if they can."""
     for key, what in (("n", "numbers of test examples"), ("data_sha256", "data")):
         if any(a.get(key) != b.get(key) for a, b in pairs):
             return f"the two were tested on different {what}"
@@ -93,7 +97,7 @@ def _unpaired(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> s
     if len({len(record["bootstrap"]) for record in both}) > 1:
         return "the numbers of replicates differ"
     if not all(_is_number(value) for record in both for value in record["bootstrap"]):
-        return "some replicates are no numbers"
+        return "some replicates are not finite numbers"
     return None
 
 

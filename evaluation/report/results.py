@@ -1,6 +1,7 @@
-"""Results of a comparison: read and checked, and arranged by model and budget, method and task.
+"""Read and check the results of a comparison, and arrange them by model and budget, method and task.
 
-A record is one method (by its label) on one task with one seed, with the status "ok", "not_applicable" or "failed".
+A record is one cell: a method (by its label) on one task with one seed, with the status "ok", "not_applicable" or
+"failed".
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from hift_ds.evaluation.records import Place, Record
 from hift_ds.evaluation.report.resampling import Difference, paired_difference
 from hift_ds.launch.errors import UserError, shown
 
-RESULTS, SETTINGS = "results.jsonl", "compare.json"  # of a comparison's folder
+RESULTS, SETTINGS = "results.jsonl", "compare.json"  # files in a comparison's folder
 OK, NOT_APPLICABLE, FAILED = "ok", "not_applicable", "failed"
 METHODS = (
     *("full", "hift", "lora", "prefix", "bitfit", "adapter", "prelayer", "s4", "mezo", "mezo-adam", "mezo-lora"),
     *("mezo-prefix", "lomo", "full-top2", "badam", "galore", "linear-probing", "zero-shot", "icl"),
-)  # in the order of rows
+)  # the order of rows in tables
 MEMORY_PARTS = ("parameters", "gradients", "master_weights", "optimizer_state", "activations", "buffers")
 
 # --- checking -------------------------------------------------------------------------------------------
 
 _NUMBER, _NONE = (int, float), type(None)
-_NUMBERS = (  # of cells that are ok; null where a method has none
+_NUMBERS = (  # fields of cells with status ok; null if a method has none
     *("steps", "samples", "tokens", "seconds", "step_seconds", "tokens_per_second", "trained_parameters"),
     *("total_parameters", "peak_memory", "flops", "loss_first", "loss_last", "learning_rate"),
 )
@@ -40,10 +41,10 @@ _PRESENT = ("interval", "versions", "git", "data_sha256", "ranks", "date", "mach
 
 
 def read_results(*paths: Path) -> list[Record]:
-    """The records of a results.jsonl, or of several as if they were one, checked.
+    """Read and check the records of one or more results.jsonl.
 
     Raises:
-        UserError: no such file, a line is broken or lacks a key, or a cell is there twice; names file, line and key.
+        UserError: no such file, a line is broken or lacks a field, or a cell occurs twice; names file, line and field.
     """
     lines = [line for path in paths for line in records.read_json_lines(path)]
     for where, record in lines:
@@ -52,14 +53,14 @@ def read_results(*paths: Path) -> list[Record]:
 
 
 def add_cells(out: Path, folders: Sequence[Path]) -> None:
-    """Put the results of other folders after those of `out`, which need not be there; all of them or none.
+    """Append the results of other folders to those of `out`, all or none; create `out` if it does not exist.
 
     Raises:
-        UserError: as `read_results`; or `out` is a comparison's own folder, which is written anew by the next command.
+        UserError: as in `read_results`; or a comparison runs in `out` and would overwrite the file.
     """
     own = out / RESULTS
     if (out / SETTINGS).exists():
-        raise UserError(f"{out}: a comparison runs here and writes {RESULTS} anew; expected a folder of its own")
+        raise UserError(f"{out}: a comparison runs in this folder and overwrites {RESULTS}; give another folder")
     paths = [own] * own.exists() + [folder / RESULTS for folder in folders]
     lines = read_results(*paths)
     try:
@@ -70,7 +71,7 @@ def add_cells(out: Path, folders: Sequence[Path]) -> None:
 
 
 def checked(found: Sequence[Record]) -> list[Record]:
-    """The same for records that are not from a file; they are named by their number."""
+    """Check records that do not come from a file; errors name them by number."""
     lines = [(f"record {number}", record) for number, record in enumerate(found, 1)]
     for where, record in lines:
         _check(where, record)
@@ -81,7 +82,7 @@ def _check(where: Place, record: Record) -> None:
     need = records.field
     for name in ("label", "method", "model", "task", "budget"):
         if not need(where, record, name, str, "a text").strip():
-            raise UserError(f"{where}: {name!r}: it is empty; expected a name")
+            raise UserError(f"{where}: {name!r}: empty; expected a name")
     need(where, record, "seed", int, "an integer")
     status = need(where, record, "status", str, "ok, not_applicable or failed")
     if status not in (OK, NOT_APPLICABLE, FAILED):
@@ -98,7 +99,7 @@ def _check(where: Place, record: Record) -> None:
     need(where, record, "metrics", dict, "an object of metrics and their values")
     for name in _PRESENT:
         if name not in record:
-            raise UserError(f"{where}: {name!r}: it is not there; run the cell again")
+            raise UserError(f"{where}: {name!r}: missing; run the cell again")
     each: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "bootstrap": ("a number", _is_number_or_null),
         "curve": ("[step, seconds, tokens, loss]", _is_point),
@@ -128,9 +129,9 @@ def _is_trial(value: Any) -> bool:
 
 
 def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
-    """One record a cell: one that was run again after it failed counts by its last line, equal lines once.
+    """Keep one record per cell: the last one if the earlier ones failed; equal lines count once.
 
-    A score that is no number makes a cell a failed one.
+    A cell whose score is not a finite number counts as failed.
     """
     cells: dict[tuple[Any, ...], tuple[Place, Record]] = {}
     for where, record in lines:
@@ -138,8 +139,8 @@ def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
         earlier = cells.get(key)
         if earlier and earlier[1]["status"] == OK:
             if record == earlier[1]:
-                continue  # joined twice
-            raise UserError(f"{where}: the same cell as {earlier[0]}, which is ok; remove one of the two lines")
+                continue  # added twice
+            raise UserError(f"{where}: the same cell as {earlier[0]}, which has a result; remove one of the two lines")
         cells[key] = (where, record)
     metrics: dict[tuple[Any, ...], tuple[Place, str]] = {}
     found = []
@@ -150,7 +151,7 @@ def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
             if metric != record["metric"]:
                 raise UserError(f"{where}: 'metric': {record['metric']!r}, but {first} has {metric!r} for this task")
             if not is_finite(record["score"]):
-                record = record | {"status": FAILED, "reason": "its score is not a number"}
+                record = record | {"status": FAILED, "reason": "its score is not a finite number"}
         found.append(record)
     return found
 
@@ -160,7 +161,11 @@ def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
 
 @dataclass
 class Section:
-    """One model and budget. `rows` has a method's name for each label, in the order of rows."""
+    """The cells of one model and budget.
+
+    Attributes:
+        rows: label -> method, in the order of the tables' rows.
+    """
 
     model: str
     budget: str
@@ -170,15 +175,16 @@ class Section:
     cells: dict[tuple[str, str], dict[int, Record]] = field(default_factory=dict)  # (label, task) -> seed -> record
 
     def at(self, label: str, task: str) -> list[Record]:
-        """All records of a cell, whatever their status, by seed."""
+        """Return the records of a label and task, of any status, sorted by seed."""
         return [record for _, record in sorted(self.cells.get((label, task), {}).items())]
 
     def ok(self, label: str, task: str) -> list[Record]:
+        """Return the records with a score, sorted by seed."""
         return [record for record in self.at(label, task) if record["status"] == OK]
 
     @property
     def full(self) -> str | None:
-        """The label of full fine-tuning: "full", or else the first of that method."""
+        """The label of full fine-tuning: "full", or the first label of that method; None without one."""
         return (
             "full"
             if "full" in self.rows
@@ -186,18 +192,19 @@ class Section:
         )
 
     def metric(self, task: str) -> str:
+        """Return the name of a task's score."""
         return next((record["metric"] for label in self.rows for record in self.ok(label, task)), "")
 
     def shown(self) -> list[str]:
-        """Labels that have a score anywhere."""
+        """Return the labels that have a score on some task."""
         return [label for label in self.rows if any(self.ok(label, task) for task in self.tasks)]
 
     def common_tasks(self) -> list[str]:
-        """Tasks on which all labels that have any score have one."""
+        """Return the tasks on which all shown labels have a score."""
         return [task for task in self.tasks if self.shown() and all(self.ok(label, task) for label in self.shown())]
 
     def means(self, label: str) -> list[Record]:
-        """Records of the mean over the common tasks, one for each seed that has all of them."""
+        """Return records of the mean over the common tasks, one for each seed that has all of them."""
         tasks = self.common_tasks()
         found = []
         for seed in self.seeds if tasks else ():
@@ -209,7 +216,7 @@ class Section:
 
 
 def _mean_record(seed: int, members: Sequence[Record]) -> Record:
-    """What `paired_difference` needs to know of a mean over tasks."""
+    """Make the record of a mean over tasks, with the fields that `paired_difference` needs."""
     replicates = [record["bootstrap"] or [] for record in members]
     usable = len({len(some) for some in replicates}) == 1 and all(is_finite(v) for some in replicates for v in some)
     return {
@@ -222,7 +229,7 @@ def _mean_record(seed: int, members: Sequence[Record]) -> Record:
 
 
 def arrange(found: Sequence[Record]) -> list[Section]:
-    """Records by model and budget, in the order in which these come; rows by method, then as they come."""
+    """Arrange records by model and budget, in order of appearance; rows are sorted by method, then by appearance."""
     sections: dict[tuple[str, str], Section] = {}
     order = {method: place for place, method in enumerate(METHODS)}
     by_method = sorted(found, key=lambda record: order.get(record["method"], len(order)))
@@ -239,7 +246,7 @@ def arrange(found: Sequence[Record]) -> list[Section]:
 
 
 def best(rows: Mapping[str, Sequence[Record]]) -> str | None:
-    """The label of the highest mean, if its difference to the second highest is clear of 0."""
+    """Return the label with the highest mean if the interval of its difference to the second excludes 0, else None."""
     ranked = sorted(
         (label for label, some in rows.items() if some),
         key=lambda label: statistics.fmean(record["score"] for record in rows[label]),
@@ -255,27 +262,29 @@ def best(rows: Mapping[str, Sequence[Record]]) -> str | None:
 
 
 def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; None is not."""
     return value is not None and math.isfinite(value)
 
 
 def tried_rates(record: Record) -> set[float]:
+    """Return the learning rates that were tried for a cell."""
     return {trial["learning_rate"] for trial in record["tuning"] or () if is_finite(trial["learning_rate"])}
 
 
 def mean_of(found: Iterable[Record], name: str) -> float | None:
-    """The mean of a number over records that have it; None where none has."""
+    """Return the mean of a field over the records that have it; None if none has."""
     values = [record[name] for record in found if is_finite(record[name])]
     return statistics.fmean(values) if values else None
 
 
 def std_of(found: Sequence[Record], name: str = "score") -> float | None:
-    """The sample standard deviation over seeds; None for fewer than two."""
+    """Return the sample standard deviation over seeds; None for fewer than two."""
     values = [record[name] for record in found if is_finite(record[name])]
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def as_text(value: Any) -> str:
-    """Versions, hashes, machines: whatever they are, on one line."""
+    """Format any JSON value, such as versions or a hash, on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {as_text(one)}" for name, one in value.items())
     if isinstance(value, list):

@@ -18,21 +18,24 @@ MIB, GIB = 2**20, 2**30
 
 
 def joined(texts: Iterable[str]) -> str:
+    """Join distinct texts with commas."""
     return ", ".join(dict.fromkeys(texts))
 
 
 class Notes:
-    """Footnotes, each once, numbered as they come."""
+    """Footnotes, numbered in the order in which they are first used."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def mark(self, text: str) -> str:
+        """Return the mark of a footnote, e.g. "[1]"."""
         if text not in self.texts:
             self.texts.append(text)
         return f"[{self.texts.index(text) + 1}]"
 
     def parts(self) -> list[Part]:
+        """Return the list of footnotes to put below the table."""
         return [Items([f"Note {number}: {text}" for number, text in enumerate(self.texts, 1)])] if self.texts else []
 
 
@@ -40,7 +43,7 @@ class Notes:
 
 
 def _columns(section: Section) -> dict[str, str]:
-    """Heads of the tasks' columns, and of the mean's where there is more than one task."""
+    """Return the column headings of the tasks."""
     heads = {}
     for task in section.tasks:
         some = [record for label in section.rows for record in section.ok(label, task)]
@@ -59,13 +62,14 @@ def _about_mean(section: Section) -> list[Part]:
     if len(section.tasks) < 2 or not section.shown():
         return []
     if not _has_mean(section):
-        return [Paragraph("There is no mean over tasks: no two tasks have a score of every row.")]
+        return [Paragraph("There is no mean over tasks, because fewer than two tasks have a score for every row.")]
     left = [task for task in section.tasks if task not in common]
-    without = f" It leaves out {joined(left)}, on which not every row has a score." if left else ""
-    return [Paragraph(f"The mean is over {joined(common)}; ± is then of a seed's mean over these.{without}")]
+    without = f" It leaves out {joined(left)}, because some rows have no score there." if left else ""
+    return [Paragraph(f"The mean is over {joined(common)}; its ± is the standard deviation of a seed's mean.{without}")]
 
 
 def scores(section: Section, notes: Notes) -> list[Part]:
+    """Make the table of scores; the best of a column is bold if it is clearly better than the second best."""
     if not section.shown():
         rows = [[label, *(_score(section, label, task, notes) for task in section.tasks)] for label in section.rows]
         return [Paragraph("No cell has a score."), Table(["method", *section.tasks], rows)]
@@ -83,13 +87,13 @@ def scores(section: Section, notes: Notes) -> list[Part]:
             row.append(Bold(text) if best_mean == label else text)
         rows_with_mean.append([label, *row])
     head = ["method", *_columns(section).values(), *([f"{MEAN} %"] if _has_mean(section) else [])]
-    what = "Mean ± standard deviation" if len(section.seeds) > 1 else "Score, with its interval over test examples"
+    what = "Mean ± standard deviation" if len(section.seeds) > 1 else "Score with its interval over test examples"
     seeds = f"{len(section.seeds)} seeds" if len(section.seeds) > 1 else f"seed {section.seeds[0]}"
     return [Paragraph(f"{what}, in %; {seeds}."), Table(head, rows_with_mean), *_about_mean(section)]
 
 
 def other_metrics(section: Section) -> list[Part]:
-    """What the records have beside the score, e.g. the loss on written answers."""
+    """Make the table of all metrics except the score, e.g. the loss on written answers."""
     columns: dict[tuple[str, str], None] = {}
     for task in section.tasks:
         for record in (record for label in section.shown() for record in section.ok(label, task)):
@@ -101,8 +105,10 @@ def other_metrics(section: Section) -> list[Part]:
     for label in section.shown():
         values = [[record["metrics"].get(name) for record in section.ok(label, task)] for task, name in columns]
         rows.append([label, *map(_plain, values)])
-    said = "Mean ± standard deviation, as they are (a share is not times 100). An answer_loss is that of the right "
-    said += "answers' tokens, in nats: lower is better."
+    said = (
+        "Mean ± standard deviation, from 0 to 1 and not in %. answer_loss is the loss of the right answers' tokens, in "
+    )
+    said += "nats; lower is better."
     head = ["method", *(f"{task}, {name}" for task, name in columns)]
     return [Heading("Other metrics", 3), Paragraph(said), Table(head, rows)]
 
@@ -115,7 +121,7 @@ def _plain(values: Sequence[Any]) -> str:
 
 
 def _score(section: Section, label: str, task: str, notes: Notes) -> str:
-    """A cell's text: its mean, or what became of it."""
+    """Return a cell's text: its mean, or why there is none."""
     every, good = section.at(label, task), section.ok(label, task)
     if not every:
         return NOTHING
@@ -123,7 +129,7 @@ def _score(section: Section, label: str, task: str, notes: Notes) -> str:
     for record in every:
         if record["status"] != OK:
             what = "failed" if record["status"] == FAILED else "not applicable"
-            marks.append(notes.mark(f"{label}: {what}: {record['reason'] or 'no reason is given'}"))
+            marks.append(notes.mark(f"{label}: {what}: {record['reason'] or 'no reason given'}"))
     mark = " " + " ".join(dict.fromkeys(marks)) if marks else ""
     if not good:
         return ("failed" if any(record["status"] == FAILED for record in every) else "n/a") + mark
@@ -133,7 +139,7 @@ def _score(section: Section, label: str, task: str, notes: Notes) -> str:
 
 
 def _seeds(section: Section, some: Sequence[Record]) -> str:
-    """How many there are, where some are missing."""
+    """Return the number of seeds if some are missing."""
     return f" ({len(some)} of {len(section.seeds)} seeds)" if len(some) < len(section.seeds) else ""
 
 
@@ -150,10 +156,11 @@ def _between(interval: Any) -> str:
 
 
 def differences(section: Section, notes: Notes) -> list[Part]:
+    """Make the table of paired differences to full fine-tuning."""
     full = section.full
     if full is None or full not in section.shown():
-        why = "it has no score" if full else "it is not among the records"
-        return [Paragraph(f"There are no differences to full fine-tuning here: {why}.")]
+        why = "it has no score" if full else "it was not run"
+        return [Paragraph(f"There is no comparison with full fine-tuning: {why}.")]
     rows = []
     for label in section.shown():
         if label == full:
@@ -165,7 +172,7 @@ def differences(section: Section, notes: Notes) -> list[Part]:
     if not rows:
         return [Paragraph("Only full fine-tuning has a score.")]
     head = ["method", *section.tasks, *([MEAN] if _has_mean(section) else [])]
-    said = f"A method's score minus that of {full}, in % points, with its 95 % interval over test examples."
+    said = f"A method's score minus the score of {full}, in percentage points, with a 95 % interval over test examples."
     return [Paragraph(said), Table(head, rows)]
 
 
@@ -188,9 +195,10 @@ _COSTS = (
 
 
 def costs(section: Section) -> list[Part]:
-    said = "Means over seeds; of learning rates, all that were chosen. FLOPs are the model's in training"
-    said += ", as a stand-in for energy; memory is that of the seed with the most: of training, or of answering where "
-    said += "nothing is trained."
+    """Make a table for each task of what training has cost: time, memory, FLOPs."""
+    said = "Means over seeds; for the learning rate, every chosen value. FLOPs count the model's matrix products in "
+    said += "training, as a proxy for energy. Memory is the peak of the seed with the highest peak: in training, or in "
+    said += "evaluation for methods without training."
     parts: list[Part] = [Paragraph(said)]
     kinds = joined(
         f"{record['peak_memory_kind']}"
@@ -200,9 +208,7 @@ def costs(section: Section) -> list[Part]:
         if record["peak_memory_kind"]
     )
     if kinds:
-        parts.append(
-            Paragraph(f"Measured memory is: {kinds}. Planned memory is what the planner expects on the device.")
-        )
+        parts.append(Paragraph(f"Measured memory: {kinds}. Planned memory: the planner's prediction for the device."))
     at_end = False
     for task in section.tasks:
         some = {label: section.ok(label, task) for label in section.rows if section.ok(label, task)}
@@ -213,13 +219,17 @@ def costs(section: Section) -> list[Part]:
         at_end = at_end or any(row[1].endswith("*") for row in rows)
         parts += [Heading(task, 4), Table(_COSTS, rows)]
     if at_end:
-        said = "* A chosen learning rate is the lowest or highest of those tried: a better one may lie beyond."
+        said = "* The lowest or highest learning rate of the grid was chosen, so a better one may lie outside the grid."
         parts.append(Paragraph(said))
     return parts
 
 
 def _cost(found: Sequence[Record], full: Mapping[int, Record]) -> list[str]:
-    """The columns after the first, for the seeds of one method and task."""
+    """Return the columns after the first for one method and task.
+
+    Args:
+        full: the records of full fine-tuning by seed.
+    """
     rates = sorted({record["learning_rate"] for record in found if is_finite(record["learning_rate"])})
     common = [record for record in found if record["seed"] in full]
     ours, theirs = mean_of(common, "step_seconds"), mean_of([full[one["seed"]] for one in common], "step_seconds")
@@ -246,6 +256,7 @@ def _is_at_end(record: Record) -> bool:
 
 
 def format_rate(value: float) -> str:
+    """Format a learning rate."""
     return f"{value:.3g}"
 
 

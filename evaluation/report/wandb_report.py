@@ -1,4 +1,4 @@
-"""A report as a run of Weights & Biases in the comparison's group: the tables with numbers as numbers, the pictures."""
+"""Log a report as a run of Weights & Biases: its tables, with numbers as numbers, and its pictures."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def log_report(
     config: Mapping[str, Any] | None = None,
     verdicts: Sequence[Record] = (),
 ) -> None:
-    """Log what `write_report` wrote into `folder`; a failing service is a warning, since the report is there.
+    """Log the report that `write_report` wrote into `folder`. A failing service is only a warning.
 
     Args:
-        title: the group of runs; `name` is the run's, by default the same.
+        title: the name of the group of runs.
+        name: the name of the run; None = the title.
         mode: "online" or "offline".
     """
     try:
@@ -65,7 +66,7 @@ def log_report(
 
 
 def tables(records: Sequence[Record], verdicts: Sequence[Record] = ()) -> dict[str, Any]:
-    """A `wandb.Table` for each model and budget, with a row for each method and task, and those of MT-Bench."""
+    """Make a `wandb.Table` for each model and budget, with a row for each method and task, and those of MT-Bench."""
     import wandb
 
     made = {}

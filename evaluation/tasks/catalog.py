@@ -1,6 +1,7 @@
-"""What the tasks are: the paper's templates (tables 12 and 13), metrics, classes, and where their data is from.
+"""The list of tasks: prompts (the paper's tables 12 and 13), metrics, classes, and where the data comes from.
 
-Most tasks can be prompted, most can be classified by a model with a head, GLUE's further ones by such a model only.
+Most tasks work with a causal language model and with a model that has a classification head. The GLUE tasks that the
+paper has no prompt for need a head; tasks with written answers need a language model.
 """
 
 from __future__ import annotations
@@ -22,63 +23,64 @@ GLUE = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class TaskExample:
-    """One thing to answer."""
+    """One example: a prompt with its answer, and the texts and class for a classifier."""
 
-    where: str  # the row it comes from, for messages
+    where: str  # file and row, for messages
     prompt: str
-    completion: str  # what training teaches after the prompt
-    candidates: tuple[str, ...] = ()  # texts to choose from after the prompt; empty where an answer is written
-    label: int = -1  # the right candidate's index; -1 where an answer is written, or none is right
-    options: tuple[str, ...] = ()  # ReCoRD: the entity that each candidate stands for
+    completion: str  # the answer to train on
+    candidates: tuple[str, ...] = ()  # answers to choose from; empty for written answers
+    label: int = -1  # index of the right candidate; -1 for written answers, or if none is right
+    options: tuple[str, ...] = ()  # ReCoRD: the entity of each candidate
     references: tuple[Any, ...] = ()  # accepted answers: texts; DROP: tuples of spans
-    passage: str = ""  # hash of the text that the question is about; parts cut from one split share none
-    question: str = ""  # MultiRC: hash of passage and question, whose answers stay together
-    text: str = ""  # what a classifier reads; empty where the task has no classes
+    passage: str = ""  # hash of the text that the question is about; sets from one split share no passage
+    question: str = ""  # MultiRC: hash of passage and question; its answers stay together
+    text: str = ""  # the classifier's input; empty for tasks without classes
     text_pair: str | None = None
-    target: int | float | None = None  # the class's id in `Task.labels`, or the number of a regression
+    target: int | float | None = None  # index into `Task.labels`, or the number of a regression
 
     @property
     def content(self) -> tuple[str, ...]:
-        """The prompt and its candidates; the texts where there is no prompt."""
+        """The prompt and its candidates; for tasks without a prompt, the texts."""
         if self.prompt or self.candidates:
             return self.prompt, *self.candidates
         return self.text, self.text_pair or ""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content, up to letter case, whitespace and Unicode form."""
+        """Hash of the content, ignoring letter case, whitespace and Unicode form."""
         return content_hash(" ".join(unicodedata.normalize("NFKC", "\n".join(self.content)).casefold().split()))
 
 
-Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[TaskExample]], dict[str, float]]  # the second: what is right
+# Takes predictions, right answers and examples.
+Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[TaskExample]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is made of.
+    """A task: its data, how it is prompted or classified, and how it is scored.
 
-    `data` is its name in launch/, or its id on the Hub, whose columns files at a path have, too (parquet, JSONL or CSV,
-    a file for each split): see `columns`; or they are the publisher's own (evaluation/tasks/publishers.py).
-    `metrics` names the values of `metric`; the first is the headline. What `metric` leaves out of them is missing here,
-    for the reason in `metrics.MISSING`.
+    `data` is a name that launch/ knows (`data.name`), or an id on the Hub. Local files have the Hub's columns (parquet,
+    JSONL or CSV, one file per split; see `columns`) or the publisher's own format (evaluation/tasks/publishers.py).
+    `metrics` names the values that `metric` returns; the first one is the score. If `metric` leaves one out, the reason
+    is in `metrics.MISSING`.
     """
 
     name: str
     data: str
     metric: Metric
     metrics: tuple[str, ...] = ("accuracy",)
-    headline: Metric | None = None  # the first of them alone, for resamples, where the others take long
-    subset: str | None = None  # the Hub's configuration
-    columns: str = ""  # of sets that launch/ does not know
-    convert: templates.Convert | None = None  # for those: a row in launch's columns
-    test_split: str | None = None  # null: validation, else test
-    published: tuple[str, str] | None = None  # the publisher's own names of the files to train and test on
-    grouped: bool = False  # held-out rows with the same prompt are one example with all their references
-    max_new_tokens: int = 0  # of a written answer; 0 for tasks with candidates
-    stop: str | None = None  # text that ends a written answer
-    labels: tuple[str, ...] = ()  # classes by their ids, for a model with a head; () where there are none
-    regression: bool = False  # the head gives a number; its one label is the number's name
-    prompted: bool = True  # whether there is a template
+    headline: Metric | None = None  # the score alone, for resamples, if the other metrics are slow
+    subset: str | None = None  # the configuration on the Hub
+    columns: str = ""  # a description of the columns, for data that launch/ does not know
+    convert: templates.Convert | None = None  # for those: converts a row to the columns that launch/ uses
+    test_split: str | None = None  # None = validation, or test if there is no validation split
+    published: tuple[str, str] | None = None  # the publisher's names of the training and test files
+    grouped: bool = False  # merge held-out rows with the same prompt into one example with all references
+    max_new_tokens: int = 0  # for written answers; 0 for tasks with candidates
+    stop: str | None = None  # text at which a written answer ends
+    labels: tuple[str, ...] = ()  # the classes, for a model with a head; () if there are none
+    regression: bool = False  # the head predicts a number; the only label is the number's name
+    prompted: bool = True  # whether the task has a prompt template
 
     @property
     def built_in(self) -> bool:
@@ -87,6 +89,7 @@ class Task:
 
     @property
     def has_classes(self) -> bool:
+        """Whether a classification head can be trained on it (a regression has no classes)."""
         return bool(self.labels) and not self.regression
 
     def score(
@@ -97,13 +100,16 @@ class Task:
         classified: bool | None = None,
         headline_only: bool = False,
     ) -> dict[str, float]:
-        """The metrics of predictions.
+        """Return the metrics of predictions by name.
 
         Args:
-            predictions: indices of candidates, or texts where `max_new_tokens` is not 0; `classified`: ids of `labels`,
-                or numbers where it is a regression.
-            classified: whether they come from a model with a head; None = where the task cannot be prompted.
-            headline_only: whether the first metric is enough.
+            predictions: indices of candidates, or texts if `max_new_tokens` is not 0. With `classified`: indices into
+                `labels`, or numbers for a regression.
+            classified: whether the predictions come from a model with a head; None = only if the task has no prompt.
+            headline_only: return the score alone.
+
+        Raises:
+            ValueError: the number of predictions differs from the number of examples, or the task has no such form.
         """
         if not examples or len(predictions) != len(examples):
             raise ValueError(f"{self.name}: {len(predictions)} predictions for {len(examples)} examples")
@@ -156,7 +162,7 @@ _QA = {"metrics": ("f1", "exact_match"), "max_new_tokens": 50, "stop": "\n"}
 def _published(
     name: str, data: str, metric: Metric = _accuracy, metrics: tuple[str, ...] = ("accuracy",), **options: Any
 ) -> Task:
-    """A task whose rows launch/ knows."""
+    """A task whose rows launch/ can read and convert."""
     labels = LABEL_TASKS[data].labels if data in LABEL_TASKS else ()
     return Task(name, data, metric, metrics, labels=labels, **options)
 
@@ -171,7 +177,7 @@ def _filled_in(
     also: str = "",
     **options: Any,
 ) -> Task:
-    """A task with a template of table 12. `words` has a label word for each class, in the order of the ids."""
+    """A task with a template of table 12. `words` maps each class, in the order of the ids, to its label word."""
     ids = ", ".join(f"{i} {one}" for i, one in enumerate(words))
     return Task(
         name,
@@ -191,7 +197,7 @@ def _glue(
     metrics: tuple[str, ...],
     labels: tuple[str, ...],
 ) -> Task:
-    """A classification of GLUE for which the paper has no template."""
+    """A GLUE task for which the paper has no template: it needs a classification head."""
     return Task(
         name,
         GLUE,
@@ -345,5 +351,5 @@ def find_task(name: str) -> Task:
 
 
 def content_hash(text: str) -> str:
-    """Hexadecimal SHA-256 of a text."""
+    """Return the SHA-256 of a text in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

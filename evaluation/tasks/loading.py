@@ -1,7 +1,7 @@
-"""The tasks that methods are compared on, with their data: parts by seed, no test example in training.
+"""Load a task's data: training, validation (`dev`) and test sets by seed, with no test example in training.
 
-As in MeZO (Malladi et al. 2023), a seed draws 1,000 examples to train on, 500 to choose by (`dev`) and 1,000 to test.
-Files and published rows are read by launch/, which also trains; evaluation/tasks/scoring.py makes the predictions.
+As in MeZO (Malladi et al. 2023), a seed draws 1,000 training, 500 validation and 1,000 test examples by default. The
+readers of launch/data read the files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
 
 @dataclass
 class TaskData:
-    """The parts of a task for one seed.
+    """The training, validation and test sets of a task for one seed.
 
-    `report` has `task`, `seed`, `files` (path -> sha256), `test_from` (where the test part comes from), `read` (rows
-    by split), `unlabeled`, `duplicates` (dropped from training), `in_test` (dropped from training because the test
-    split has them), for each part its count and `sha256`, and `notes`: sentences for the user.
+    `report` has `task`, `seed`, `files` (path -> sha256), `test_from` (the split that the test set comes from), `read`
+    (rows by split), `unlabeled`, `duplicates` (dropped from training), `in_test` (dropped from training because the
+    test split has them), `examples` and `sha256` of each set, and `notes`: sentences for the user.
     """
 
     train: list[TaskExample]
@@ -43,9 +43,9 @@ class TaskData:
     report: dict[str, Any] = field(default_factory=dict)
 
     def demonstrations(self, k: int, seed: int) -> list[TaskExample]:
-        """k training examples for in-context learning, drawn by the seed."""
+        """Draw `k` training examples for in-context learning."""
         if k > len(self.train):
-            raise UserError(f"{k} demonstrations, but {len(self.train)} training examples; lower the number")
+            raise UserError(f"{k} demonstrations, but only {len(self.train)} training examples; lower the number")
         return random.Random(f"demonstrations {seed}").sample(self.train, k)
 
 
@@ -61,19 +61,21 @@ def load_task(
     test_split: str | None = None,
     revision: str | None = None,
 ) -> TaskData:
-    """Read a task and draw its parts; the same arguments give the same parts.
+    """Read a task and draw its sets; the same arguments give the same sets.
 
-    Where nothing labelled is held out, the test part is cut from the training split. Where that split has too few
-    examples for all parts that come from it, they share it. Parts from one split have no passage in
-    common, and no example of the whole test split is in the others.
+    If no labelled split is held out, the test set is drawn from the training split. If the training split is too small
+    for all sets drawn from it, they share it. Sets drawn from one split have no passage in common, and no example of
+    the test split is in another set. Built-in tasks are generated in the sizes asked for.
 
     Args:
-        path: the publisher's folder; for tasks that launch/ does not know also one with files of the splits in
-            `task.columns`. None = from the Hub.
-        k_shot: examples of each class to train on, and as many for `dev` unless `dev_examples` is 0, instead of the
-            two numbers.
-        test_split: the split to test on; None = the task's own, if it is there.
+        path: the publisher's folder, or a folder with a file per split in the columns `task.columns`. None = the Hub.
+        k_shot: examples of each class in the training set, and in the validation set unless `dev_examples` is 0;
+            replaces `train_examples` and `dev_examples`.
+        test_split: the split to test on; None = `task.test_split`, if it exists.
         revision: git revision on the Hub.
+
+    Raises:
+        UserError: no or broken data, a size that is too small, or no example left for a set.
     """
     wanted = {"train": train_examples, "dev": dev_examples, "test": test_examples}
     for part, n in wanted.items():
@@ -81,7 +83,7 @@ def load_task(
         if n < least:
             raise UserError(f"{task.name}: {part}_examples is {n}; expected at least {least}")
     if k_shot is not None and (k_shot < 1 or not task.has_classes):
-        raise UserError(f"{task.name}: k_shot is {k_shot}; expected at least 1, of a task with classes, or null")
+        raise UserError(f"{task.name}: k_shot is {k_shot}; expected at least 1 and a task with classes, or null")
     if k_shot is not None:
         n = k_shot * len(task.labels)
         wanted |= {"train": n, "dev": n if dev_examples else 0}
@@ -106,16 +108,16 @@ def load_task(
     distinct = list(dict(zip(reversed(kinds), reversed(unseen), strict=True)).values())[::-1]  # the first of each
 
     if unlabeled:
-        notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer; they are left out")
+        notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer and are left out")
     parts = ("train", "dev") if tested else SETS
     shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
     if any(shares[part] < wanted[part] for part in parts):
         notes.append(
-            f"the training split has {len(distinct)} different examples for {sum(wanted[p] for p in parts)} wanted; "
+            f"the training split has {len(distinct)} distinct examples, {sum(wanted[p] for p in parts)} are needed: "
             + ", ".join(f"{part} gets at most {shares[part]} of {wanted[part]}" for part in parts)
         )
     if not tested:
-        notes.append("nothing labelled is held out: the test part is cut from the training split by the seed")
+        notes.append("no labelled split is held out, so the test set is drawn from the training split")
     if k_shot is None:
         drawn = divide(distinct, shares, seed, task.grouped)
     else:
@@ -125,18 +127,18 @@ def load_task(
         for part in ("train", "dev") if dev_examples else ("train",):
             counts = Counter(one.target for one in drawn[part])
             few = [f"{name} {counts[i]}" for i, name in enumerate(task.labels) if counts[i] < k_shot]
-            notes += [f"{part}: fewer than {k_shot} examples of {', '.join(few)}"] if few else []
+            notes += [f"{part}: fewer than {k_shot} examples per class: {', '.join(few)}"] if few else []
     if tested:
         drawn["test"] = draw(tested, test_examples, f"test {seed}")
         if len(drawn["test"]) < min(test_examples, len(tested)):
-            notes.append(f"test: {len(drawn['test'])} of {test_examples}, because questions stay whole")
+            notes.append(f"test: {len(drawn['test'])} of {test_examples}, because a question's answers stay together")
         elif len(tested) < test_examples:
-            notes.append(f"test: {test_examples} wanted, but the split has {len(tested)}; all are used")
+            notes.append(f"test: the split has only {len(tested)} of {test_examples} examples; all are used")
     for part in ("train", "test"):
         if not drawn[part]:
             raise UserError(
-                f"{task.name}: no example is left for {part} ({len(distinct)} different ones in the training split "
-                f"and {len(tested)} held out); raise {part}_examples, lower the others, or give more data"
+                f"{task.name}: no example is left for the {part} set ({len(distinct)} distinct ones in the training "
+                f"split, {len(tested)} held out); raise {part}_examples, lower the others, or give more data"
             )
     check_disjoint(drawn["train"] + drawn["dev"], drawn["test"])
     report = {
@@ -155,33 +157,37 @@ def load_task(
 
 
 def check_disjoint(training: Iterable[TaskExample], test: Iterable[TaskExample]) -> None:
-    """Fails where a test example is in the training set (by hash of the normalized prompt)."""
+    """Check that no test example is in the training set, by the hash of the normalized content.
+
+    Raises:
+        UserError: some are; names the first.
+    """
     tested = {one.fingerprint: one.where for one in test}
     found = [(one.where, tested[one.fingerprint]) for one in training if one.fingerprint in tested]
     if found:
         raise UserError(
-            f"{len(found)} test examples are in the training set; the first is {found[0][0]}, which tests as "
-            f"{found[0][1]}; remove them from one side"
+            f"{len(found)} test examples are in the training set; the first is {found[0][0]}, the same as the test "
+            f"example {found[0][1]}; remove them from one of the two"
         )
 
 
 def few_shot(demonstrations: Sequence[TaskExample]) -> str:
-    """Demonstrations as the text before a prompt; empty without any."""
+    """Return the text of the demonstrations to put before a prompt."""
     return "".join(one.prompt + spaced(one.prompt, one.completion) + SEPARATOR for one in demonstrations)
 
 
 def training_rows(examples: Sequence[TaskExample]) -> list[Row]:
-    """Examples as rows of the format prompt-completion, for `launch.data.encoding.encode` (without its `question`)."""
+    """Return examples as prompt-completion rows for `launch.data.encoding.encode` (with `question=False`)."""
     for one in examples:
         if not one.completion:
-            raise UserError(f"{one.where}: no template makes a prompt of it; train a model with a classification head")
+            raise UserError(f"{one.where}: its task has no prompt; train a model with a classification head")
     return [(one.where, {"prompt": one.prompt, "completion": one.completion}) for one in examples]
 
 
 def classification_rows(examples: Sequence[TaskExample]) -> list[Row]:
-    """Examples as rows of the format text-label, for `launch.data.encoding.encode` with `labels=list(task.labels)`.
+    """Return examples as text-label rows for `launch.data.encoding.encode` with `labels=list(task.labels)`.
 
-    A row's label is the class's id, or a float where the task is a regression.
+    A row's label is an index into `task.labels`, or a float for a regression.
     """
     for one in examples:
         if one.target is None:
@@ -190,13 +196,13 @@ def classification_rows(examples: Sequence[TaskExample]) -> list[Row]:
 
 
 def _built_in_rows(task: Task, not_used: str | None, wanted: dict[str, int], seed: int) -> dict[str, list[Row]]:
-    """Generate as many rows as the sets need; the test set's are in no other set, whatever the seeds."""
+    """Generate as many rows as the sets need. Test rows are in no training set, whatever the seeds."""
     if not_used is not None:
         raise UserError(f"{task.name}: {not_used!r} is not used, because this task is built in; remove it")
     counts = {"train": wanted["train"] + wanted["dev"], "test": wanted["test"]}
     if max(counts.values()) > MAX_PROBLEMS:
         raise UserError(
-            f"{task.name}: {counts['train']} examples to train on and choose by and {counts['test']} to test on; "
+            f"{task.name}: {counts['train']} training and validation examples and {counts['test']} test examples; "
             f"expected at most {MAX_PROBLEMS} of each"
         )
     train, test = (built_in_rows(task.data, split, n, seed) for split, n in counts.items())
@@ -206,7 +212,7 @@ def _built_in_rows(task: Task, not_used: str | None, wanted: dict[str, int], see
 def read_task(
     task: Task, path: str | None, test_split: str | None, revision: str | None
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Rows of "train" and "eval" (empty where nothing is held out), and the files' hashes."""
+    """Read the rows of "train" and "eval" (empty if nothing is held out); return them and the files' SHA-256."""
     if path is None:
         try:
             return read_hub(task.data, task.subset, revision, "train", test_split or task.test_split), {}
@@ -232,7 +238,7 @@ def read_task(
     except UserError:
         if test_split is not None or own is None:
             raise
-        found = find_files(kind, path, train, None, None)  # without the task's own
+        found = find_files(kind, path, train, None, None)  # the task's test split does not exist
     rows: dict[str, list[Row]] = {"train": [], "eval": []}
     for part, paths in found.items():
         for one in paths:
@@ -241,7 +247,7 @@ def read_task(
 
 
 def _examples(task: Task, rows: Sequence[Row]) -> list[TaskExample | None]:
-    """One for each row, or each answer of a nested one; None where nobody labelled it."""
+    """Return an example for each row, or for each answer of a nested row; None for unlabelled rows."""
     if task.convert is not None:
         return [_example(task, row, task.convert(row, where), where) for where, row in rows]
     flat = [(where, one) for where, row in rows for one in flatten(task.data, row, where)]
@@ -263,7 +269,7 @@ def _example(task: Task, row: dict[str, Any], made: dict[str, Any] | None, where
     if task.name == "record":
         references = tuple(dict.fromkeys(row["answers"]))
         if not candidates:
-            raise UserError(f"{where}: expected the passage's entities to choose from, found none")
+            raise UserError(f"{where}: expected entities of the passage to choose from, found none")
     elif task.data in SOLUTION_TASKS:
         prompt, references = as_question(prompt), (completion,)
     passage = next((row[column] for column in ("passage", "paragraph", "context") if column in row), None)

@@ -1,9 +1,9 @@
-"""The official metrics of the tasks, as pure functions of predictions and references.
+"""The tasks' official metrics, as pure functions of predictions and references.
 
-All values are 0 to 1 (correlations -1 to 1; NIST and CIDEr have no such bound); higher is better.
+Values are from 0 to 1 (correlations from -1 to 1; NIST and CIDEr have no upper bound); higher is better.
 
-Accuracy, F1 of labels and correlations are scikit-learn's and scipy's. Comparing texts, as the scripts of SQuAD, ReCoRD
-and DROP do it, has no package that is kept up and needs no download, so it is written here.
+Accuracy, F1 of labels and correlations come from scikit-learn and scipy. The text comparisons of SQuAD, ReCoRD and DROP
+are implemented here, because no maintained package offers them without a download.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sklearn import metrics
 from hift_ds.launch.errors import UserError
 
 E2E = ("bleu", "nist", "meteor", "rouge_l", "cider")
-# Why, where one is not given.
-MISSING = {"meteor": "there is no `java` on the PATH, in which pycocoevalcap's METEOR runs, or not with its 2 GiB"}
+# Why a metric can be missing.
+MISSING = {"meteor": "pycocoevalcap's METEOR needs `java` on the PATH and 2 GiB of memory"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -32,46 +32,46 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    """`accuracy`: the share of predictions that are right."""
+    """Return `accuracy`, the share of right predictions."""
     return {"accuracy": float(metrics.accuracy_score(labels, predictions))}
 
 
 def accuracy_and_macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    """`accuracy`, and `f1_macro`: the mean of the classes' F1, as CommitmentBank is scored in SuperGLUE."""
+    """Return `accuracy` and `f1_macro`, the mean F1 of the classes: SuperGLUE's metrics for CommitmentBank."""
     f1 = metrics.f1_score(labels, predictions, average="macro", zero_division=0)
     return {**accuracy(predictions, labels), "f1_macro": float(f1)}
 
 
 def accuracy_and_f1(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    """`accuracy`, and `f1` of class 1, as GLUE scores MRPC and QQP."""
+    """Return `accuracy` and `f1` of class 1: GLUE's metrics for MRPC and QQP."""
     f1 = metrics.f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0)
     return {**accuracy(predictions, labels), "f1": float(f1)}
 
 
 def matthews(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    """`matthews`: Matthews' correlation, GLUE's metric of CoLA."""
+    """Return `matthews`, the Matthews correlation: GLUE's metric for CoLA."""
     return {"matthews": float(metrics.matthews_corrcoef(labels, predictions))}
 
 
 def spearman(predictions: Sequence[float], targets: Sequence[float]) -> dict[str, float]:
-    """`spearman`: rank correlation; not a number where one side is constant."""
+    """Return `spearman`, the rank correlation; NaN if one side is constant."""
     return {"spearman": float(stats.spearmanr(predictions, targets).statistic)}
 
 
 def correlations(predictions: Sequence[float], targets: Sequence[float]) -> dict[str, float]:
-    """`spearman`, and `pearson`, the linear correlation; GLUE's metrics of STS-B."""
+    """Return `spearman` and `pearson`, the linear correlation: GLUE's metrics for STS-B."""
     return {**spearman(predictions, targets), "pearson": float(stats.pearsonr(predictions, targets).statistic)}
 
 
 def multirc(predictions: Sequence[int], labels: Sequence[int], questions: Sequence[Hashable]) -> dict[str, float]:
-    """Of MultiRC, whose answers are each right (1) or wrong (0).
+    """Return the metrics of MultiRC, in which each answer is right (1) or wrong (0).
 
     Args:
-        questions: which question each answer belongs to.
+        questions: the question that each answer belongs to.
 
     Returns:
-        `f1a`: F1 of the right answers over all answers. `exact_match`: the share of questions all of whose answers
-        are judged right. `accuracy`: over answers.
+        `f1a`: F1 of class 1 over all answers. `exact_match`: the share of questions with every answer predicted
+        correctly. `accuracy`: over answers.
     """
     right: dict[Hashable, bool] = {}
     for prediction, label, question in zip(predictions, labels, questions, strict=True):
@@ -84,21 +84,21 @@ def multirc(predictions: Sequence[int], labels: Sequence[int], questions: Sequen
 
 
 def normalized(text: str) -> str:
-    """As SQuAD compares answers: lower case, without punctuation and articles, single spaces."""
+    """Normalize a text as SQuAD does: lower case, no punctuation, no articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words two answers share, counted as often as they occur in both."""
+    """Return the F1 of the words that two answers share, counted with repetition."""
     ours, truth = normalized(prediction).split(), normalized(reference).split()
-    if not ours or not truth:  # one without words agrees only with another
+    if not ours or not truth:  # an empty answer matches only another empty one
         return float(ours == truth)
     shared = (collections.Counter(ours) & collections.Counter(truth)).total()
     return 2 * shared / (len(ours) + len(truth))
 
 
 def answers_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`f1` and `exact_match` of SQuAD and ReCoRD: for each prediction the best over its references."""
+    """Return `f1` and `exact_match` of SQuAD and ReCoRD: each prediction counts with its best reference."""
     f1 = exact = 0.0
     for prediction, accepted in zip(predictions, references, strict=True):
         f1 += max(token_f1(prediction, one) for one in accepted)
@@ -107,11 +107,11 @@ def answers_match(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 
 def drop(predictions: Sequence[str], references: Sequence[Sequence[Sequence[str]]]) -> dict[str, float]:
-    """`f1` and `exact_match` of DROP (Dua et al. 2019) for answers of one span, the best over the references.
+    """Return `f1` and `exact_match` of DROP (Dua et al. 2019) for predictions of one span and the best reference.
 
     Args:
-        references: for each prediction its accepted answers, each of one span or several. Against several spans one
-            predicted span can match at most one, so its F1 is shared out over all.
+        references: for each prediction its accepted answers, each of one or more spans. A predicted span can match only
+            one of several spans, so its F1 is divided by their number.
     """
     f1 = exact = 0.0
     for prediction, accepted in zip(predictions, references, strict=True):
@@ -122,14 +122,14 @@ def drop(predictions: Sequence[str], references: Sequence[Sequence[Sequence[str]
 
 
 def _drop_pair(prediction: str, spans: Sequence[str]) -> tuple[float, float]:
-    """Exact match, and F1 to two places as DROP's script has it."""
+    """Return exact match, and F1 rounded to two places as in DROP's script."""
     ours = _drop_words(prediction)
     truths = [_drop_words(span) for span in spans]
     bag = set(ours)
     best = 0.0
     for truth in map(set, truths):
         numbers = {word for word in truth if _number(word) is not None}
-        if numbers and not numbers & bag:  # with another number it is another answer
+        if numbers and not numbers & bag:  # a different number is a different answer
             continue
         shared = len(bag & truth)
         precision = shared / len(bag) if bag else 1.0
@@ -140,7 +140,7 @@ def _drop_pair(prediction: str, spans: Sequence[str]) -> tuple[float, float]:
 
 
 def _drop_words(text: str) -> list[str]:
-    """Words as DROP compares them: parted also at hyphens, numbers by value, others as in SQuAD."""
+    """Split a text into words as DROP does: also at hyphens; numbers by value, other words as in SQuAD."""
     words = []
     for word in re.split(r"[ -]", text):
         word = word.lower()
@@ -163,7 +163,7 @@ def _number(word: str) -> float | None:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu`: sacrebleu's, without letter case, over whole sets, of texts with one reference or more each."""
+    """Return `bleu`, sacrebleu's case-insensitive corpus BLEU with one or more references per text."""
     with _e2e_packages():
         from sacrebleu.metrics import BLEU
 
@@ -173,9 +173,9 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dic
     return {"bleu": BLEU.compute_bleu(correct, total, written, nearest, smooth_method="exp").score / 100}
 
 
-@functools.lru_cache(maxsize=2**14)  # resamples ask for the same texts again and again
+@functools.lru_cache(maxsize=2**14)  # resamples repeat the same texts
 def _ngrams(prediction: str, references: tuple[str, ...]) -> tuple[list[int], list[int], tuple[int, int]]:
-    """Of a text: its n-grams that a reference has, all of them, and how long it and the nearest reference are."""
+    """Return a text's matched n-grams, all its n-grams, and the lengths of the text and the closest reference."""
     from sacrebleu.metrics import BLEU
 
     found = BLEU(lowercase=True, force=True, effective_order=True).sentence_score(prediction, references)
@@ -183,20 +183,21 @@ def _ngrams(prediction: str, references: tuple[str, ...]) -> tuple[list[int], li
 
 
 def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The metrics of E2E (Novikova et al. 2017); letter case does not count.
+    """Return the metrics of E2E (Novikova et al. 2017), ignoring letter case.
 
-    As with the publisher's script, words are parted as in mteval-v13a. Its BLEU is ours; the others come close: NLTK's
-    NIST takes the best reference for each text, the script counts n-grams over all; METEOR, ROUGE-L and CIDEr are the
-    script's own, but it parts their words in Java, where "isn't" is two words and a bracket is one.
+    Texts are tokenized as in mteval-v13a, like in the publisher's script. BLEU equals the script's. The others are
+    close to it: NLTK's NIST uses the best reference for each text, while the script counts n-grams over all references;
+    METEOR, ROUGE-L and CIDEr use the script's implementations, but the script tokenizes in Java, where "isn't" is two
+    tokens and a bracket is one.
 
     Args:
-        references: for each prediction one text or more.
+        references: for each prediction one or more texts.
 
     Returns:
-        `bleu` (sacrebleu). `nist` (NLTK), 0 where no prediction has 5 words. `meteor` (1.5, of pycocoevalcap), where
+        `bleu` (sacrebleu). `nist` (NLTK), 0 if no prediction has 5 words. `meteor` (1.5, from pycocoevalcap), only if
         Java runs. `rouge_l` (pycocoevalcap): the mean F of the best precision and the best recall over the references,
-        recall weighed by 1.2 squared. `cider` (pycocoevalcap): 0 to 10; 0 where all references belong to one
-        prediction. The last three without punctuation.
+        with recall weighted by 1.2 squared. `cider` (pycocoevalcap): 0 to 10; 0 if all references belong to one
+        prediction. The last three ignore punctuation.
 
     Raises:
         UserError: a package is missing.
@@ -225,19 +226,19 @@ def e2e(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict
 
 
 def _meteor(accepted: dict[int, list[str]], given: dict[int, list[str]]) -> float | None:
-    """None where Java fails."""
+    """Return METEOR, or None if Java fails."""
     with _e2e_packages():
         from pycocoevalcap.meteor.meteor import Meteor
 
     meteor = Meteor()
     try:
         return float(meteor.compute_score(accepted, given)[0])
-    except (OSError, ValueError):  # the process has died: what is read is no number
+    except (OSError, ValueError):  # the Java process has died
         with contextlib.suppress(OSError):
             meteor.meteor_p.stdin.close()
         return None
     finally:
-        if meteor.lock.locked():  # after a failure, and its end would wait for it
+        if meteor.lock.locked():  # otherwise METEOR's destructor waits for it
             meteor.lock.release()
 
 

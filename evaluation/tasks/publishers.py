@@ -1,7 +1,7 @@
-"""Publishers' own files of the tasks that launch/ does not know, as rows in the columns of the Hub's copies.
+"""Read the publishers' files of tasks that launch/ does not know, into rows with the columns of the Hub's copies.
 
-SQuAD 1.1, DROP, SNLI, MNLI (its own and GLUE's), SST-5 (the trees), TREC, and GLUE's other tasks. `loading.py`
-reads files that have the Hub's columns by themselves.
+They are SQuAD 1.1, DROP, SNLI, MNLI (its own and GLUE's files), SST-5 (the trees), TREC, and GLUE's other tasks.
+`loading.py` reads files that already have the Hub's columns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hift_ds.launch.data.sources import VALIDATION, Row, read_file, read_lines
 from hift_ds.launch.errors import UserError, shown
 
 Read = Callable[[Path], list[Row]]
-_NLI = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # "-": the annotators did not agree
+_NLI = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # "-" = the annotators did not agree
 _TREC = {name: i for i, name in enumerate(("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"))}
 _TREE = re.compile(r"\(([0-4]) .*\)")
 _WORD = re.compile(r"\([0-4] ([^()]+)\)")
@@ -26,7 +26,7 @@ _WORD = re.compile(r"\([0-4] ([^()]+)\)")
 
 @dataclass(frozen=True)
 class Files:
-    """What a publisher's folder holds: a file for each split. GLUE has `folder` in a folder for all of its tasks."""
+    """The files of a publisher's folder by split, and the function that reads them. `folder` is GLUE's subfolder."""
 
     splits: dict[str, str]
     read: Read
@@ -34,14 +34,17 @@ class Files:
 
 
 def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Read, dict[str, Path]] | None:
-    """The files of "train" and, where something is held out, of "eval", and what reads them; None where there are none.
+    """Find a publisher's files of "train" and, if something is held out, "eval"; None if there are none.
 
     Args:
         place: the task's folder, or GLUE's.
-        test_split: the split to hold out; None = the task's own, else validation, else test.
+        test_split: the split to hold out; None = `task.test_split`, or else validation, or else test.
+
+    Returns:
+        The function that reads a file, and the files.
 
     Raises:
-        UserError: `test_split` is not there, or the files to test on are there without those to train on.
+        UserError: the split does not exist, or there are test files but no training files.
     """
     lacking: UserError | None = None
     for files in PUBLISHERS.get(task.name, ()) if place.is_dir() else ():
@@ -49,9 +52,9 @@ def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Rea
         for folder in (*inside, place):
             found = {split: folder / name for split, name in files.splits.items() if (folder / name).is_file()}
             if "train" not in found:
-                if found and not any(folder.glob("train*")):  # else these may be files in the Hub's columns
+                if found and not any(folder.glob("train*")):  # otherwise these may be files with the Hub's columns
                     there = ", ".join(one.name for one in found.values())
-                    expected = f"but not {files.splits['train']}; put it there, too"
+                    expected = f"but not {files.splits['train']}; add it"
                     lacking = lacking or UserError(f"{task.name}: {str(folder)!r} has {there}, {expected}")
                 continue
             wanted = (task.test_split, *VALIDATION, "test") if test_split is None else (test_split,)
@@ -67,7 +70,7 @@ def find_published(task: Task, place: Path, test_split: str | None) -> tuple[Rea
 
 
 def _json_lines(columns: Mapping[str, str], labels: Mapping[str, int]) -> Read:
-    """`columns`: the Hub's names and the publisher's."""
+    """Make a reader of JSON lines. `columns` maps the Hub's column names to the publisher's."""
 
     def read(path: Path) -> list[Row]:
         return [(where, _renamed(row, columns, labels, where)) for where, row in read_file(path, "jsonl")]
@@ -76,9 +79,12 @@ def _json_lines(columns: Mapping[str, str], labels: Mapping[str, int]) -> Read:
 
 
 def _table(columns: Mapping[str, str], labels: Mapping[str, int] | None = None, header: Sequence[str] = ()) -> Read:
-    """Of tab-separated values, in which quotation marks are ordinary characters.
+    """Make a reader of tab-separated values, in which quotation marks are ordinary characters.
 
-    `header` is the one of a file without; a row of another length is one that nobody labelled (QQP has a few).
+    Args:
+        header: the column names of a file without a header line.
+
+    Rows with another number of values count as unlabelled (QQP has a few).
     """
 
     def read(path: Path) -> list[Row]:
@@ -152,7 +158,7 @@ def _json(path: Path) -> Any:
 
 
 def _trees(path: Path) -> list[Row]:
-    """Of SST-5: a sentence's parse tree a line, with a label at each node; the root's is the sentence's."""
+    """Read SST-5: one parse tree per line, with a label at each node; the root's label is the sentence's."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
@@ -174,7 +180,7 @@ def _trec(path: Path) -> list[Row]:
                 f"{path}:{number}: expected a label of {', '.join(_TREC)} and a question, as in 'DESC:manner How ...'; "
                 f"got {shown(line.strip())}"
             )
-        if text:  # the one character beyond ASCII is a slip
+        if text:  # the file's only character beyond ASCII is a mistake
             rows.append((f"{path}:{number}", {"text": text.replace("\xf0", " "), "coarse_label": _TREC[coarse]}))
     return rows
 
@@ -191,7 +197,7 @@ _QUESTIONS = {"question1": "question1", "question2": "question2", "label": "is_d
 PUBLISHERS: dict[str, tuple[Files, ...]] = {
     "squad": (
         Files({"train": "train-v1.1.json", "validation": "dev-v1.1.json"}, _squad),
-        Files({"train": "train-v2.0.json", "validation": "dev-v2.0.json"}, _squad),  # which refuses them
+        Files({"train": "train-v2.0.json", "validation": "dev-v2.0.json"}, _squad),  # `_squad` refuses them
     ),
     "drop": (Files({"train": "drop_dataset_train.json", "validation": "drop_dataset_dev.json"}, _drop),),
     "snli": (

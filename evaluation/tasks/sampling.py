@@ -1,4 +1,4 @@
-"""How a task's examples are drawn into its parts by a seed."""
+"""Draw a task's training, validation and test sets by a seed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from hift_ds.evaluation.tasks.catalog import TaskExample
 
 SETS = ("train", "dev", "test")
-WEIGHTS = {"train": 2, "dev": 1, "test": 2}  # in which they share a split that is too small: 1,000 to 500 to 1,000
+WEIGHTS = {"train": 2, "dev": 1, "test": 2}  # the shares of a split that is too small, as 1,000 : 500 : 1,000
 
 
 def shares_of(n: int, wanted: dict[str, int]) -> dict[str, int]:
-    """How many of n examples each part gets: what it wants, or its share by weight where they are too few."""
+    """Return how many of `n` examples each set gets: as many as wanted, or a share by weight if there are too few."""
     shares: dict[str, int] = {}
     left = n
-    for part in sorted(wanted, key=lambda part: wanted[part]):  # those who want little get it, the others share
+    for part in sorted(wanted, key=lambda part: wanted[part]):  # small sets first, the others share the rest
         weights = sum(WEIGHTS[other] for other in wanted if other not in shares)
         shares[part] = min(wanted[part], max(left * WEIGHTS[part] // weights, 1), left)
         left -= shares[part]
@@ -28,9 +28,11 @@ def shares_of(n: int, wanted: dict[str, int]) -> dict[str, int]:
 def divide(
     examples: list[TaskExample], shares: dict[str, int], seed: int, grouped: bool = False
 ) -> dict[str, list[TaskExample]]:
-    """Parts without a passage in common: whole passages go to test and dev until those are full, the rest to train.
+    """Divide examples into sets without a common passage: whole passages fill test and dev, the rest is for training.
 
-    `grouped`: what goes to test and dev is merged.
+    Args:
+        shares: the number of examples by set; without "test" or "dev" that set is not drawn.
+        grouped: merge examples with the same prompt in test and dev.
     """
     passages: dict[str, list[TaskExample]] = collections.defaultdict(list)
     for one in examples:
@@ -41,7 +43,7 @@ def divide(
     for part in ("test", "dev"):
         if part in shares:
             members: list[TaskExample] = []
-            while len(order) > 1 and len(members) < shares[part]:  # one is for train
+            while len(order) > 1 and len(members) < shares[part]:  # at least one passage is for training
                 passage = passages[order.pop()]
                 members += merged(passage) if grouped else passage
             drawn[part] = draw(members, shares[part], f"{part} {seed}")
@@ -50,12 +52,12 @@ def divide(
 
 
 def of_each_class(examples: Sequence[TaskExample], k: int, seed: int) -> dict[str, list[TaskExample]]:
-    """k training and k validation examples of each class, without a passage in common (Gao et al. 2021, as in MeZO)."""
+    """Draw k training and k validation examples of each class, without a common passage (Gao et al. 2021, MeZO)."""
     order = list(examples)
     random.Random(f"{k} of each class {seed}").shuffle(order)
     drawn: dict[str, list[TaskExample]] = {"train": [], "dev": []}
     counts: collections.Counter[tuple[str, Any]] = collections.Counter()
-    parts: dict[str, str] = {}  # of passages
+    parts: dict[str, str] = {}  # passage -> its set
     for one in order:
         for part, members in drawn.items():
             if counts[part, one.target] < k and parts.setdefault(one.passage, part) == part:
@@ -66,7 +68,7 @@ def of_each_class(examples: Sequence[TaskExample], k: int, seed: int) -> dict[st
 
 
 def draw(examples: Sequence[TaskExample], n: int, seed: str) -> list[TaskExample]:
-    """At most n examples in a seeded order; the answers to a question stay together."""
+    """Draw at most n examples in a seeded order; the answers to a question stay together."""
     questions: dict[str, list[TaskExample]] = collections.defaultdict(list)
     for index, one in enumerate(examples):
         questions[one.question or str(index)].append(one)
@@ -80,7 +82,7 @@ def draw(examples: Sequence[TaskExample], n: int, seed: str) -> list[TaskExample
 
 
 def merged(examples: Sequence[TaskExample]) -> list[TaskExample]:
-    """One example for each prompt, with the references of all that have it; the first of each stays."""
+    """Merge examples with the same prompt: keep the first and give it the references of all."""
     references: dict[str, list[str]] = collections.defaultdict(list)
     for one in examples:
         references[one.prompt] += one.references

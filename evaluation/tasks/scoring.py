@@ -1,8 +1,10 @@
-"""Predictions of a causal model: the candidate of highest average log-likelihood, or a greedily decoded answer.
+"""Predictions on a task's examples.
 
-And those of a model with a classification head: the class of the highest logit, or the number of a regression.
+A causal model predicts the candidate with the highest average log-likelihood, or writes an answer by greedy decoding.
+A model with a classification head predicts the class with the highest logit, or the number of a regression.
 
-Section 4 and table 13 of the paper, after MeZO (Malladi et al. 2023). Under ZeRO-3 every rank must score the same.
+The procedure follows section 4 and table 13 of the paper, and MeZO (Malladi et al. 2023). Under ZeRO-3 all ranks must
+make the same calls.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from hift_ds.launch.model.loading import evaluating
 
 @dataclass
 class Predictions:
-    """Indices of candidates or texts, in the examples' order; `truncated` of the prompts were cut on the left.
+    """Predictions in the order of the examples.
 
-    From `classify`: ids of classes or numbers; `truncated` of the texts were cut on the right.
+    Attributes:
+        values: from `predict`, indices of candidates or texts; from `classify`, indices of classes or numbers.
+        truncated: how many prompts were cut on the left (`predict`), or texts on the right (`classify`).
     """
 
     values: list[Any]
@@ -48,19 +52,22 @@ def predict(
     length_penalty: float = 1.0,
     after_batch: Callable[[], object] = lambda: None,
 ) -> Predictions:
-    """What `task.score` takes. Candidates of the same likelihood: the first.
+    """Predict with a causal language model, for `task.score`. Of equally likely candidates the first is predicted.
 
     Args:
         demonstrations: solved examples to put before each prompt (in-context learning).
-        batch_size: sequences at a time; it changes no prediction beyond rounding.
-        max_length: tokens of a prompt with its answer; longer prompts lose their beginning. None = what the model's
-            config names, if it does.
-        num_beams: of written answers; 1 = greedy. The paper's table 4 has 10 for E2E.
-        length_penalty: the power of its length by which a beam's log-likelihood is divided; 0.9 there.
+        batch_size: sequences in a batch; it changes predictions only by rounding.
+        max_length: tokens of a prompt with its answer; longer prompts lose their beginning. None = the maximum of the
+            model's config, if it names one.
+        num_beams: beams for written answers; 1 = greedy. The paper's table 4 uses 10 for E2E.
+        length_penalty: a beam's log-likelihood is divided by its length to this power; table 4 uses 0.9.
         after_batch: called after each batch.
+
+    Raises:
+        UserError: the task has no prompt, or `max_length` leaves no room for the prompt.
     """
     if not task.prompted:
-        raise UserError(f"{task.name} has no template for prompts; use a model with a classification head")
+        raise UserError(f"{task.name} has no prompt; use a model with a classification head")
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     before = few_shot(demonstrations)
     if task.max_new_tokens:
@@ -89,16 +96,16 @@ def classify(
     max_length: int | None = None,
     after_batch: Callable[[], object] = lambda: None,
 ) -> Predictions:
-    """What `task.score(..., classified=True)` takes, from a model with a head for `task.labels`.
+    """Predict with a model that has a head for `task.labels`, for `task.score(..., classified=True)`.
 
     Args:
-        batch_size: texts at a time; it changes no prediction beyond rounding.
-        max_length: tokens of a text or pair; longer ones are cut on the right, as in training. None = the less of what
-            the tokenizer and the model's config name, if they do.
+        batch_size: texts in a batch; it changes predictions only by rounding.
+        max_length: tokens of a text or pair; longer ones are cut on the right, as in training. None = the smaller
+            maximum of the tokenizer and the model's config.
         after_batch: called after each batch.
 
     Raises:
-        UserError: the task has no classes, the head has not as many, or a text has no tokens.
+        UserError: the task has no classes, the head has another number of outputs, or a text has no tokens.
     """
     rows = classification_rows(examples)
     if not task.labels:
@@ -114,7 +121,7 @@ def classify(
     )
     if len(encoded) < len(examples):
         raise UserError(f"{task.name}: {len(examples) - len(encoded)} of {len(examples)} texts have no tokens")
-    # A causal model with a head looks for the last token that is not padding by the config's own.
+    # A causal model with a head finds the last token by the padding token of its config.
     padding = _padding(tokenizer) if model.config.pad_token_id is None else model.config.pad_token_id
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     values: list[Any] = [None] * len(encoded)
@@ -144,12 +151,12 @@ def average_log_likelihoods(
     max_length: int | None = None,
     after_batch: Callable[[], object] = lambda: None,
 ) -> tuple[list[float], list[bool]]:
-    """For each pair of prompt and candidate, the mean log-probability (nats) of the candidate's tokens, in fp32.
+    """Return the mean log-probability (nats, in fp32) of the candidate's tokens for each (prompt, candidate) pair.
 
-    The candidate follows after a space where neither side has whitespace, with the tokens that training gives it.
+    A space separates prompt and candidate if neither side has whitespace. Tokenization is the same as in training.
 
     Returns:
-        The means, and whether the prompt was cut on the left to fit `max_length` tokens.
+        The means, and whether each prompt was cut on the left to fit in `max_length` tokens.
     """
     cases = []  # tokens of prompt and candidate
     truncated = []
@@ -158,16 +165,17 @@ def average_log_likelihoods(
         kept, cut = _fitted(tokenizer, prompt_ids, max_length and max_length - len(answer))
         truncated.append(cut)
         cases.append((kept, answer))
-    # The last token predicts nothing, so candidates of one token after the same prompt need the model once.
+    # The last token predicts nothing, so one-token candidates after the same prompt share a forward pass.
     inputs: dict[tuple[int, ...], list[int]] = {}
     for i, (kept, answer) in enumerate(cases):
         inputs.setdefault((*kept, *answer[:-1]), []).append(i)
-    order = sorted(inputs, key=len, reverse=True)  # little padding, and what does not fit in memory comes first
+    order = sorted(inputs, key=len, reverse=True)  # little padding, and out-of-memory errors come first
     means = [0.0] * len(pairs)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            first = min(len(cases[i][0]) - 1 for ids in batch for i in inputs[ids])  # predicts the first answer's start
+            # The first position that predicts an answer token.
+            first = min(len(cases[i][0]) - 1 for ids in batch for i in inputs[ids])
             logits = _logits(model, tokenizer, batch, first)
             for row, ids in enumerate(batch):
                 for i in inputs[ids]:
@@ -180,12 +188,12 @@ def average_log_likelihoods(
 
 
 def _logits(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[int, ...]], first: int) -> Tensor:
-    """Logits (sequences, positions from `first`, vocabulary) of right-padded sequences."""
+    """Return the logits (sequences, positions from `first` on, vocabulary) of right-padded sequences."""
     inputs = collate([Example(list(ids), []) for ids in batch], _padding(tokenizer))
     del inputs["labels"]
     longest = inputs["input_ids"].shape[1]
     positions = torch.arange(first, longest)
-    some = "logits_to_keep" in inspect.signature(model.forward).parameters  # those of whole prompts are large
+    some = "logits_to_keep" in inspect.signature(model.forward).parameters  # logits of whole prompts are large
     device = next(model.parameters()).device
     options = {"logits_to_keep": positions.to(device)} if some else {}
     logits = model(**{key: value.to(device) for key, value in inputs.items()}, **options, use_cache=False).logits
@@ -202,7 +210,7 @@ def _write(
     beams: dict[str, Any],
     after_batch: Callable[[], object],
 ) -> Predictions:
-    """Answers up to the task's stop text, without the whitespace around them."""
+    """Generate answers up to the task's stop text, without surrounding whitespace."""
     limit = max_length and max_length - task.max_new_tokens
     fitted = [_fitted(tokenizer, tokenize_segments(tokenizer, [prompt])[0], limit) for prompt in prompts]
     cases = [kept for kept, _ in fitted]
@@ -232,10 +240,10 @@ def _write(
 
 
 def _fitted(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], limit: int | None) -> tuple[list[int], bool]:
-    """A prompt's tokens after the beginning-of-sequence token, and whether the first ones were left out to fit.
+    """Return a prompt's tokens with the beginning-of-sequence token, and whether it was cut on the left to `limit`.
 
-    Something must predict an answer's first token: an empty prompt begins with the beginning-of-sequence token (or
-    else end-of-sequence), also where the tokenizer does not set it by itself.
+    Some token must predict the first answer token, so an empty prompt becomes the beginning-of-sequence token (or
+    end-of-sequence), even if the tokenizer does not add it.
     """
     start = beginning(tokenizer)
     if not start and not prompt_ids:
@@ -243,10 +251,10 @@ def _fitted(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], limit: in
     if limit is None or len(start) + len(prompt_ids) <= limit:
         return start + prompt_ids, False
     if limit <= len(start):
-        raise UserError(f"max_length leaves {limit} tokens for the prompt beside the answer; raise it")
+        raise UserError(f"max_length leaves {limit} tokens for the prompt next to the answer; raise it")
     return start + prompt_ids[len(start) - limit :], True
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do: padded places are masked."""
+    """Return the padding token; any token works, because padding is masked."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

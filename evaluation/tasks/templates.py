@@ -1,9 +1,9 @@
-"""How rows of the sets that only evaluation knows become prompts: table 12's templates, SQuAD, DROP and E2E.
+"""Convert rows of data sets that only evaluation knows to prompts: table 12's templates, SQuAD, DROP and E2E.
 
-Each function takes a row in the columns of the Hub's copy and its place for messages, and returns it in the columns of
-launch/data/formats.py: `prompt`, `completion`, and `candidates` or `references`; for classifiers `text`,
-`text_pair` and `target`, a class or a number; None for a row that nobody labelled.
-The templates of table 13 for classification and multiple choice are in launch/data/formats.py, for training.
+A converter takes a row with the columns of the Hub's copy, and its file and line for messages. It returns `prompt`,
+`completion`, and `candidates` or `references`; for classifiers `text`, `text_pair` and `target` (a class or a number);
+or None for an unlabelled row. The templates of table 13 for classification and multiple choice are in
+launch/data/formats.py, because training uses them too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ _ATTRIBUTE = re.compile(r"\s*([^][,]+?)\s*\[([^][]*)\]\s*(?:,|$)")  # name[The E
 
 
 def filled_in(template: str, columns: Sequence[str], label: str, words: Sequence[str]) -> Convert:
-    """A template of table 12: {0} and {1} stand for the texts in `columns`, a label word fills [MASK].
+    """Make a converter for a template of table 12, in which a label word replaces [MASK].
 
-    `words` are in the order of the labels' ids in the column `label`. A causal model reads from left to right, so the
-    candidates are the label words with all that follows; what comes before is the prompt. A classifier reads the texts
-    alone.
+    A causal model reads from left to right: the text before [MASK] is the prompt, and each candidate is a label word
+    with the text after [MASK]. A classifier reads only the texts in `columns`.
+
+    Args:
+        template: {0} and {1} are the texts in `columns`.
+        words: the label words, in the order of the ids in the column `label`.
     """
     before, after = (part.strip() for part in template.split(MASK))
     classify = labelled(columns, label, len(words))
@@ -44,17 +47,17 @@ def filled_in(template: str, columns: Sequence[str], label: str, words: Sequence
 
 
 def labelled(columns: Sequence[str], label: str, n: int) -> Convert:
-    """What a classifier reads: one text or two, and `target`, one of n classes, from the column `label`."""
+    """Make a converter for classifiers: one text or two, and one of `n` classes from the column `label`."""
 
     def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
         texts = _texts(row, columns, where)
         value = _number(row.get(label))
-        if value == -1:  # a test part, or the annotators did not agree (SNLI)
+        if value == -1:  # an unlabelled test split, or the annotators did not agree (SNLI)
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n:
             raise UserError(
                 f"{where}: label {shown(row.get(label))} in column {label!r}; expected a number from 0 to {n - 1}. A "
-                "publisher's test part may have no labels: name another split"
+                "publisher's test split may have no labels: name another split"
             )
         return {**texts, "target": value}
 
@@ -62,7 +65,7 @@ def labelled(columns: Sequence[str], label: str, n: int) -> Convert:
 
 
 def _number(value: Any) -> Any:
-    """A CSV file's numbers are texts."""
+    """Convert the numbers of a CSV file, which are texts."""
     try:
         number = float(value) if isinstance(value, str) else value
     except ValueError:
@@ -71,12 +74,12 @@ def _number(value: Any) -> Any:
 
 
 def rated(columns: Sequence[str], label: str, highest: float) -> Convert:
-    """What a regression reads: one text or two, and `target`, a number from 0 to `highest`, from the column `label`."""
+    """Make a converter for regressions: one text or two, and a number from 0 to `highest` from the column `label`."""
 
     def convert(row: dict[str, Any], where: str) -> dict[str, Any] | None:
         texts = _texts(row, columns, where)
         value = _number(row.get(label))
-        if value == -1:  # a test part
+        if value == -1:  # an unlabelled test split
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= highest:
             raise UserError(
@@ -93,7 +96,7 @@ def _texts(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str,
 
 
 def squad(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Table 13's SQuAD; the columns are title, context, question and answers {text: [...]}."""
+    """Convert a row of SQuAD (table 13) with the columns title, context, question and answers {text: [...]}."""
     title, context, question = (text_of(row, column, where).strip() for column in ("title", "context", "question"))
     answers = row.get("answers")
     texts = answers.get("text") if isinstance(answers, dict) else None
@@ -106,10 +109,11 @@ def squad(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def drop(row: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """Table 13's DROP; the columns are passage, question and answers_spans {spans: [...]}, each span an answer.
+    """Convert a row of DROP (table 13) with the columns passage, question and answers_spans {spans: [...]}.
 
-    Where the row has the publisher's own `answer` and `validated_answers` (each {number, date: {day, month, year},
-    spans}), answers of several spans stay together, and a question without any answer is one that nobody labelled.
+    Each span is an accepted answer. A row may instead have the publisher's `answer` and `validated_answers` (each
+    {number, date: {day, month, year}, spans}): an answer can then have several spans, and a question without any answer
+    counts as unlabelled.
     """
     passage, question = (text_of(row, column, where).strip() for column in ("passage", "question"))
     if row.get("answer") is not None:
@@ -153,7 +157,7 @@ def _answers(answers: Any, expected: str, got: Any, where: str) -> list[str]:
 
 
 def e2e(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """E2E, as GPT-2 is trained on it by Hu et al. (2022): `name : The Eagle | area : riverside ||` and the text.
+    """Convert a row of E2E as Hu et al. (2022) do for GPT-2: `name : The Eagle | area : riverside ||`, then the text.
 
     The columns are meaning_representation and human_reference, or mr and ref as in the publisher's files.
     """
@@ -166,6 +170,6 @@ def e2e(row: dict[str, Any], where: str) -> dict[str, Any]:
             "area[riverside]"
         )
     if not reference:
-        raise UserError(f"{where}: expected a text in column {columns[1]!r}, but it is empty")
+        raise UserError(f"{where}: the column {columns[1]!r} is empty; expected a text")
     prompt = " | ".join(f"{name} : {value}" for name, value in attributes) + " ||"
     return {"prompt": prompt, "completion": reference, "references": (reference,)}

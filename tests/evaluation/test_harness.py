@@ -112,9 +112,9 @@ def test_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"rte: acc {again['tasks']['rte']['metrics']['acc']:.4f} (5 examples, 2 shots)" in capsys.readouterr().out
     for change, message in (
         (["--tasks", "rtr"], "unknown task 'rtr'; expected"),
-        (["--tasks", "rte", "--model", str(tmp_path)], "is no folder with a config.json"),
+        (["--tasks", "rte", "--model", str(tmp_path)], "is not a folder with a config.json"),
         (["--tasks", "rte", "--data", str(folder)], "has no folder 'rte'"),
-        (["--tasks", "rte", "--data", str(tmp_path / "nothing")], "is no folder"),
+        (["--tasks", "rte", "--data", str(tmp_path / "nothing")], "is not a folder"),
     ):
         assert harness.main([*start, *change]) == 2
         assert message in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_a_stopped_comparison_says_so_and_is_no_death(data: Path, tmp_path: Path
     assert [alone(STOPPED, argv).returncode for _ in range(2)] == [75, 75]
     result = once(argv)  # after three stops in its first training
     assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["full", "hift", "mezo"]
-    assert "1 trainings are done; only what is missing is run" in result["printed"]
+    assert "1 trainings are finished; this run does the missing ones" in result["printed"]
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(copy: tuple[Path, list[str]]) -> None:
@@ -214,7 +214,7 @@ def test_a_cell_that_ends_the_process_is_given_up(copy: tuple[Path, list[str]]) 
     result = once(argv)
     assert result["code"] == 1 and result["ran"] == []
     record = cells_of(out)["hift", "rte"]
-    assert record["status"] == "failed" and "the process ended 3 times" in record["reason"]
+    assert record["status"] == "failed" and "the process died 3 times" in record["reason"]
     assert once(argv)["code"] == 1  # it stays so
     result = once([*argv, "--retry-failed"])
     assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["hift"]
@@ -246,7 +246,7 @@ def test_some_rows_alone_and_what_is_kept_of_the_others(copy: tuple[Path, list[s
     assert result["code"] == 0 and result["ran"] == []
     assert [label for label, _ in cells_of(out)] == ["full", "hift"]
     assert once([*argv, "--only", "full", "--set", "training.rank_timeout=3600"])["ran"] == []  # decides no result
-    assert f"keeps {kept - 2} further trainings, of other settings or rows" in result["printed"]
+    assert f"has {kept - 2} more trainings, of other settings or rows" in result["printed"]
     assert len(lines(out / "runs.jsonl")) == kept
 
 
@@ -444,7 +444,7 @@ def test_a_model_with_a_classification_head(data: Path, tmp_path: Path) -> None:
     assert result["code"] == 0, result["printed"]
     for (label, _), one in found.items():
         assert one["status"] == ("not_applicable" if label in ("zero-shot", "icl") else "ok"), one["reason"]
-    assert "knows nothing before" in found["icl", "rte"]["reason"]
+    assert "has random weights and must be trained" in found["icl", "rte"]["reason"]
     assert found["linear-probing", "sst2"]["trained_parameters"] == 2 * 32 + 2
 
 
@@ -476,7 +476,11 @@ def test_every_task_with_a_prompt_is_trained_and_scored(tmp_path: Path) -> None:
     for (_, name), one in found.items():
         assert one["metric"] == TASKS[name].metrics[0] and {*TASKS[name].metrics} - {*one["metrics"]} <= {"meteor"}
         assert ("answer_loss" in one["metrics"]) is bool(TASKS[name].max_new_tokens)
-    assert [note for note in found["full", "e2e"]["notes"] if note.startswith("meteor is missing: there is no `java`")]
+    assert [
+        note
+        for note in found["full", "e2e"]["notes"]
+        if note.startswith("meteor is missing: pycocoevalcap's METEOR needs `java`")
+    ]
 
 
 def test_demonstrations_are_before_written_answers_too(tmp_path: Path) -> None:
@@ -514,17 +518,17 @@ def test_what_became_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
     result = once(arguments(data, tmp_path, *settings, "data.max_length=64"))
     assert result["code"] == 0, result["printed"]
     assert (
-        "sst2: the training split has 40 different examples for 108 wanted; train gets at most 32 of 100"
+        "sst2: the training split has 40 distinct examples, 108 are needed: train gets at most 32 of 100"
         in result["printed"]
     )
     found = cells_of(tmp_path)
     full, icl = found["full", "sst2"], found["icl", "sst2"]
     assert "the training split has 40" in full["notes"][0] and len(full["notes"]) == 1
-    assert icl["notes"][1] == "icl: 32 demonstrations; there are no more training examples"
+    assert icl["notes"][1] == "icl: only 32 demonstrations, because there are no more training examples"
     assert full["truncated"] == {"train": 0, "test": 0} and icl["truncated"] == {"train": 0, "test": 8}
     report = (tmp_path / "report.md").read_text()
-    assert "- sst2: the training split has 40 different" in report and "- sst2: icl: 32 demonstrations" in report
-    assert "- sst2: icl: up to 8 of 8 test examples lost their beginning." in report
+    assert "- sst2: the training split has 40 distinct" in report and "- sst2: icl: only 32 demonstrations" in report
+    assert "- sst2: icl: up to 8 of 8 test examples were cut at the beginning." in report
 
 
 def test_a_budget_of_seconds(data: Path, tmp_path: Path) -> None:

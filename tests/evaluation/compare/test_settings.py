@@ -46,9 +46,9 @@ def test_everything_wrong_is_said_at_once(data: Path) -> None:
         "learning_rates, but zero-shot trains nothing",
         "methods: got 3; expected a method's name",
         "tasks: unknown task 'gsm8'", "did you mean 'gsm8k'?",
-        "tasks: rte is given twice",
+        "tasks: rte is listed twice",
         "boolq: its folder 'nowhere' does not exist",
-        "seeds: got [0.5]; expected a list of different whole numbers",
+        "seeds: got [0.5]; expected a list of distinct integers",
         "budgets: got {'samples': 0}", "budgets: got {'minutes': 3}",
         "training.max_steps: the comparison sets it",
         "output.dir: not set",
@@ -61,14 +61,14 @@ def test_everything_wrong_is_said_at_once(data: Path) -> None:
 WRONG: dict[str, tuple[list[str], str]] = {
     "half a sample": (["budgets=[{samples: 1.5}]"], "budgets: got {'samples': 1.5}"),
     "endless": (["budgets=[{seconds: .inf}]"], "budgets: got {'seconds': inf}"),
-    "budget twice": (["budgets=[{samples: 8}, {samples: 8}]"], "budgets: 8 samples is given twice"),
+    "budget twice": (["budgets=[{samples: 8}, {samples: 8}]"], "budgets: 8 samples is listed twice"),
     "seed twice": (["seeds=[1, 1]"], "seeds: got [1, 1]"),
     "no seed": (["seeds=[]"], "seeds: got []"),
     "no rate": (["learning_rates=[0]"], "learning_rates: got [0]"),
     "infinite rate": (["learning_rates=[.inf]"], "learning_rates: got [inf]"),
     "grids": (
         ["methods=[full, {name: lora, learning_rates: [1e-3, 1e-4]}]"],
-        "every method must choose among equally many; these have full 1, lora 2",
+        "every method must choose among the same number of rates; these have full 1, lora 2",
     ),
     "nothing to choose by": (
         ["learning_rates=[1e-3, 1e-4]", "methods=[full]", "data.dev_examples=0"],

@@ -143,7 +143,7 @@ def test_what_has_no_score_says_why_in_a_note() -> None:
         "Note 1: lora: failed: ran out",
         "Note 2: lora: failed: broke",
         "Note 3: s4: not applicable: no layers",
-        "Note 4: mezo: failed: its score is not a number",
+        "Note 4: mezo: failed: its score is not a finite number",
     ):
         assert note in text and note in Page(page).text
     assert "There is no mean over tasks" in text and "nan" not in text
@@ -168,7 +168,9 @@ def test_costs() -> None:
     text, _ = words(found)
     (costs,) = tables(text, "sst2")
     named = dict(zip(costs["method"], costs["hift"], strict=True))
-    assert named["learning rate"] == r"0.0001\*" and "the lowest or highest of those tried" in text
+    assert (
+        named["learning rate"] == r"0.0001\*" and "The lowest or highest learning rate of the grid was chosen" in text
+    )
     assert (named["steps"], named["training time"], named["step time"]) == ("1,234", "75.0 s", "60 ms")
     assert (named["step time / full's"], named["peak memory, measured"], named["FLOPs"]) == (
         "1.50",
@@ -192,7 +194,7 @@ def test_other_metrics_have_a_table() -> None:
 def test_one_rate_is_no_choice() -> None:
     only = [{"learning_rate": 1e-5, "score": 0.5}]
     text, _ = words([cell("full"), cell("lora", tuning=only)])
-    assert "from 1e-05, 3e-05, 0.0001 (full). One rate each was tried of: lora." in text
+    assert "from 1e-05, 3e-05, 0.0001 (full). Only one rate was tried for: lora." in text
     text, _ = words([cell("full", tuning=only), cell("lora", tuning=only)])
     assert "Learning rates were not tuned" in text and "were chosen by" not in text
 
@@ -209,14 +211,14 @@ def test_one_seed_has_intervals_and_no_deviation() -> None:
     low, high = found[1]["interval"]
     expected = f"{100 * found[1]['score']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
     assert tables(text, "Scores")[0]["hift"] == [expected]
-    assert "There is one seed, so there is no ±" in text and "0 ±" not in text
+    assert "There is only one seed, so there is no ±" in text and "0 ±" not in text
 
 
 def test_without_full_fine_tuning_there_are_no_differences() -> None:
     text, _ = words([cell("hift"), cell("lora")])
-    assert "There are no differences to full fine-tuning here: it is not among the records." in text
+    assert "There is no comparison with full fine-tuning: it was not run." in text
     text, _ = words([cell("hift"), missing("full")])
-    assert "here: it has no score." in text
+    assert "full fine-tuning: it has no score." in text
     assert tables(text, "sst2")[0]["hift"][5] == "-"  # no ratio of step times
 
 
@@ -266,7 +268,7 @@ def test_a_record_that_lacks_a_key_is_named(key: str, tmp_path: Path, capsys: py
     ("change", "message"),
     [
         ({"status": "done"}, "'status': expected ok, not_applicable or failed, got 'done'"),
-        ({"label": " "}, "'label': it is empty"),
+        ({"label": " "}, "'label': empty"),
         ({"seed": "0"}, "'seed': expected an integer, got '0'"),
         ({"score": "0.9"}, "'score': expected a number, got '0.9'"),
         ({"bootstrap": [0.5, "x"]}, "'bootstrap': expected each to be a number, got 'x'"),
@@ -274,7 +276,7 @@ def test_a_record_that_lacks_a_key_is_named(key: str, tmp_path: Path, capsys: py
         ({"tuning": [3e-5]}, "'tuning': expected each to be an object with learning_rate and score"),
         ({"planned_memory": {"parameters": 1}}, "'planned_memory': 'gradients': expected bytes"),
         ({"metric": "f1"}, "'metric': 'f1', but record 1 has 'accuracy' for this task"),
-        ({"label": "full"}, "the same cell as record 1, which is ok"),
+        ({"label": "full"}, "the same cell as record 1, which has a result"),
     ],
 )
 def test_a_record_that_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
@@ -310,7 +312,7 @@ def test_which_end_of_an_example_was_lost(tmp_path: Path) -> None:
     """A prompt loses its beginning; a model with a head reads from there and does not see the end."""
     for side in ("end", "beginning"):
         text, _ = write([cell("full") | {"truncated": {"train": 0, "test": 3}, "test_cut": side}], tmp_path)
-        assert f"full: up to 3 of {cell('full')['n']} test examples lost their {side}." in text
+        assert f"full: up to 3 of {cell('full')['n']} test examples were cut at the {side}." in text
 
 
 def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,7 +343,7 @@ def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.Capture
     assert command.main([str(out)]) == 0 and (out / "report.md").read_text("utf-8").startswith(f"# {command.TITLE}")
     write_jsonl(tmp_path / "2" / "results.jsonl", [cell("full", seed=2)])
     assert command.main([str(out), "--add", str(tmp_path / "2")]) == 2
-    assert "a comparison runs here" in capsys.readouterr().err
+    assert "a comparison runs in this folder" in capsys.readouterr().err
     assert (out / "results.jsonl").read_bytes() == before
 
 
@@ -500,7 +502,7 @@ def test_nothing_to_draw(styles: Any) -> None:
 
 def test_the_papers_numbers_are_marked_as_its_own() -> None:
     text, _ = words([cell("full", task="cb")])
-    found = tables(text, "The paper's, other models")
+    found = tables(text, "Results printed in the paper (other models)")
     assert [one["HiFT"] for one in found] == [["hift", "83.1"], ["hift", "29.47"], ["hift", "2800.05"]]
     assert found[0]["FPFT †"] == ["full", "83.9"]
     assert "not measured here" in text and "The paper's table 2: OPT-13B" in text

@@ -61,7 +61,7 @@ def test_interval_refuses_what_has_none(scores: list[float], level: float) -> No
 
 @pytest.mark.parametrize(("n", "replicates"), [(0, 10), (10, 0)])
 def test_nothing_to_resample(n: int, replicates: int) -> None:
-    with pytest.raises(ValueError, match="at least 1 of 1"):
+    with pytest.raises(ValueError, match="at least 1 resample of 1 example"):
         bootstrap_scores(lambda some: 0.0, n, replicates)
 
 
@@ -118,8 +118,8 @@ def test_seeds_on_the_same_examples_do_not_narrow_the_interval() -> None:
         ({"bootstrap": []}, "no replicates"),
         ({"bootstrap": None}, "no replicates"),
         ({"bootstrap": [0.5] * 399}, "numbers of replicates differ"),
-        ({"bootstrap": [math.nan] * 400}, "no numbers"),
-        ({"bootstrap": [None] * 400}, "no numbers"),
+        ({"bootstrap": [math.nan] * 400}, "not finite numbers"),
+        ({"bootstrap": [None] * 400}, "not finite numbers"),
     ],
 )
 def test_what_cannot_be_paired_has_no_interval(change: dict[str, Any], why: str) -> None:

@@ -114,7 +114,7 @@ def test_test_part_cut_from_training(tmp_path: Path) -> None:
         ({"mr": "name[A], x food[B]] y", "ref": "a"}, "train.jsonl:2: .* expected attributes as in"),
         ({"mr": "", "ref": "a"}, "train.jsonl:2: '' in column 'mr'"),
         ({"meaning_representation": MEANING}, "train.jsonl:2: expected a text in column 'human_reference'"),
-        ({"mr": MEANING, "ref": " "}, "train.jsonl:2: expected a text in column 'ref', but it is empty"),
+        ({"mr": MEANING, "ref": " "}, "train.jsonl:2: the column 'ref' is empty; expected a text"),
     ],
 )
 def test_wrong_rows_are_named(row: dict[str, str], message: str, tmp_path: Path) -> None:

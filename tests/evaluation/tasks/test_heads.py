@@ -135,9 +135,9 @@ def test_test_parts_without_labels_are_left_out(tmp_path: Path) -> None:
 
 def test_forms_that_a_task_lacks(tmp_path: Path) -> None:
     data = load("cola", files("cola", tmp_path))
-    with pytest.raises(UserError, match="no template makes a prompt of it"):
+    with pytest.raises(UserError, match="its task has no prompt"):
         training_rows(data.train)
-    with pytest.raises(UserError, match="cola has no template for prompts"):
+    with pytest.raises(UserError, match="cola has no prompt; use a model"):
         predict(find_task("cola"), bert(2), tokenizer(), data.test)
     written = TaskExample("rows:1", "2 + 2?", "4", references=("4",))
     with pytest.raises(UserError, match="rows:1: its task has no classes"):

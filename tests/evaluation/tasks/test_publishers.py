@@ -243,7 +243,7 @@ def test_glue_s_folders_in_small_letters(tmp_path: Path) -> None:
 
 def test_files_to_test_on_alone(tmp_path: Path) -> None:
     """Those to train on are asked for, unless there are some in the Hub's columns."""
-    with pytest.raises(UserError, match="squad: '.*' has dev-v1.1.json, but not train-v1.1.json; put it there"):
+    with pytest.raises(UserError, match="squad: '.*' has dev-v1.1.json, but not train-v1.1.json; add it"):
         load("squad", put(tmp_path / "squad", *HELD_OUT["squad"]))
     put(tmp_path / "both", "dev.tsv", MRPC)
     put(tmp_path / "both", "msr_paraphrase_train.txt", MRPC)
