@@ -67,6 +67,14 @@ def test_bf16_with_an_untied_head(stage: int, tmp_path: Path) -> None:
     assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_mistake_is_printed_once_by_two_ranks(tmp_path: Path) -> None:
+    seen = run_on_ranks(2, train_and_compare, arguments(tmp_path / "run", "training.max_stepz=3"))
+    assert [one["code"] for one in seen] == [2, 2]
+    printed = "".join(one["printed"] for one in seen)
+    assert printed.count("training.max_stepz: unknown key") == 1 and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_both_methods_see_the_same_data(tmp_path: Path) -> None:
     """Before the first update the loss is the same; and so are the tokens of every step."""
     for method in ("hift", "full"):

@@ -23,7 +23,7 @@ def full_disks() -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize(
     ("method", "stage", "size"),
-    [pytest.param(*one, marks=pytest.mark.slow if i > 1 else ()) for i, one in enumerate(full_disks())],
+    [pytest.param(*one, marks=pytest.mark.slow if i else ()) for i, one in enumerate(full_disks())],
 )
 def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int, tmp_path: Path) -> None:
     """Both ranks end within a minute, through the launcher, and the run continues when there is room."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hift_ds.launch.runtime.preemption import STOPPED, Preemption
+from hift_ds.launch.runtime.preemption import STOPPED
 from hift_ds.launch.runtime.ranks import RANK_LOST
 from tests.support.jobs import ENDLESS, Job, alive
 from tests.support.training import records, run_tiny, summary
@@ -69,7 +69,7 @@ def to_deepspeed(job: Job) -> None:
         (to_rank_1, STOPPED, "SIGTERM"),
         pytest.param(to_launch_py, 1, "SIGTERM", marks=pytest.mark.slow),  # launch.py knows no other code then
         pytest.param(to_the_group, -signal.SIGINT, "SIGINT( and SIGTERM)?", marks=pytest.mark.slow),
-        (to_deepspeed, -signal.SIGTERM, "the end of its launcher"),
+        pytest.param(to_deepspeed, -signal.SIGTERM, "the end of its launcher", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_save_the_same_step(send: Any, code: int, said: str, tmp_path: Path, unstopped: Any) -> None:
@@ -83,10 +83,11 @@ def test_two_ranks_save_the_same_step(send: Any, code: int, said: str, tmp_path:
         assert_saved(job, unstopped(2))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_at_seeded_moments(ranks: int, tmp_path: Path, unstopped: Any) -> None:
-    """One of one process by default; 20 of two ranks."""
-    draw, moments = random.Random(ranks), 1 if ranks == 1 else 20
+    """Three of one process, 20 of two ranks."""
+    draw, moments = random.Random(ranks), 3 if ranks == 1 else 20
     seconds, steps = [], []
     for number in range(moments):
         with Job(tmp_path / str(number), ranks, *ENDLESS) as job:
@@ -102,6 +103,7 @@ def test_sigterm_at_seeded_moments(ranks: int, tmp_path: Path, unstopped: Any) -
     assert max(seconds) < 30
 
 
+@pytest.mark.slow
 def test_before_the_first_step_it_exits_at_once(tmp_path: Path) -> None:
     with Job(tmp_path / "run", 1, "data.eval_examples=512", "training.eval_batch_size=1") as job:
         job.rank(0).send_signal(signal.SIGTERM)  # it is loading the model, or evaluating it
@@ -110,6 +112,7 @@ def test_before_the_first_step_it_exits_at_once(tmp_path: Path) -> None:
         assert not (job.out / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_in_the_evaluation_after_training_the_last_step_is_saved(tmp_path: Path) -> None:
     settings = ("training.max_steps=2", "data.eval_examples=48", "training.eval_batch_size=1")
     with Job(tmp_path / "run", 1, *settings) as job:
@@ -133,34 +136,10 @@ def test_a_method_that_cannot_be_continued_says_so(tmp_path: Path) -> None:
         assert not (job.out / "checkpoints").exists()
 
 
-def test_signals_within_five_seconds_count_as_one() -> None:
-    with Preemption(1) as stop:
-        stop.nothing_to_lose = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-            time.sleep(0.1)
-        assert stop.reasons == ["SIGTERM", "SIGINT"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_signal_to_a_forked_child_is_the_childs() -> None:
-    """Pools of processes end their workers with SIGTERM."""
-    with Preemption(1) as stop:
-        stop.nothing_to_lose = None
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
-        time.sleep(0.1)
-        os.kill(child, signal.SIGTERM)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
-        time.sleep(0.1)
-        assert not stop.reasons
-
-
 # ---- ranks that die or hang ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
     stop_a_rank(tmp_path / "run", limit=8, stopped=1)
 

@@ -43,7 +43,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(
-    "failure", ["good", "traceback", *(pytest.param(f, marks=pytest.mark.slow) for f in ("settings", "model"))]
+    "failure", ["good", *(pytest.param(f, marks=pytest.mark.slow) for f in ("traceback", "settings", "model"))]
 )
 def test_canaries(failure: str, tmp_path: Path) -> None:
     """A whole run with W&B and checkpoints, and runs that fail, with a secret in every variable."""
