@@ -8,9 +8,9 @@ import torch
 
 from hift_ds.model.activations import checkpoint_activations
 from tests.hift_ds.model.test_activations import HIDDEN_BYTES
-from tests.integration.test_parity import STAGES
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory
+from tests.support.parity import STAGES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 

@@ -18,9 +18,9 @@ from hift_ds.state.host import HostMemory
 from hift_ds.zero.block_optimizers import BlockOptimizers
 from hift_ds.zero.stage3 import Stage3BlockOptimizer
 from hift_ds.zero.stage12 import Stage12BlockOptimizer
-from tests.integration.test_parity import STAGES
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory
+from tests.support.parity import STAGES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 

@@ -8,8 +8,8 @@ import pytest
 
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
 from hift_ds.state.files import library
-from tests.integration.test_parity import STAGES, cases
 from tests.support import tiny
+from tests.support.parity import STAGES, cases
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 

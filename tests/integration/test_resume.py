@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 
-from tests.integration.test_parity import FINER, STAGES, cases, check_update
 from tests.support import tiny
+from tests.support.parity import FINER, STAGES, cases, check_update
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case, Outcome
 

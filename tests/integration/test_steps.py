@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.test_parity import STAGES, cases, expected_order
 from tests.support import tiny
+from tests.support.parity import STAGES, cases, expected_order
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 

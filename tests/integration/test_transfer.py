@@ -16,10 +16,10 @@ import hift_ds.state.files
 import hift_ds.state.host
 import hift_ds.state.step
 import hift_ds.state.transfer
-from tests.integration.test_parity import STAGES
 from tests.support import tiny
 from tests.support.device_memory import skip_on_a_device
 from tests.support.lazy_streams import LazyStreams
+from tests.support.parity import STAGES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.integration.test_parity import STAGES
 from tests.support import tiny
+from tests.support.parity import STAGES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 
