@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import pytest
 import torch
 
@@ -24,7 +23,6 @@ from hift_ds.checkpoint import command, generators, manifest, store
 from hift_ds.checkpoint import files as checkpoint_files
 from hift_ds.checkpoint.files import FileEngine, Files
 from hift_ds.checkpoint.store import CheckpointError
-from tests.support.ranks import run_on_ranks
 
 
 class Stage(int, Enum):
@@ -137,24 +135,6 @@ def test_200_flipped_bytes(two: Path) -> None:
 def test_a_file_that_is_missing(two: Path, name: str) -> None:
     (two / name).unlink()
     assert newest(two) == 1
-
-
-def newest_for_two(folder: Path) -> int | None:
-    """In one of two ranks: `newest`, which all ranks call together."""
-    deepspeed.init_distributed(verbose=False)
-    assert deepspeed.comm.get_world_size() == 2
-    return newest(folder)
-
-
-def test_each_rank_sees_damage_that_another_finds(two: Path) -> None:
-    """Two ranks share the files: each hashes some of them, and both hear of all damage."""
-    assert run_on_ranks(2, newest_for_two, two) == [2, 2]
-    for name in ("step2/state.pt", "step2/extra/note.json"):
-        data = (two / name).read_bytes()
-        (two / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-        assert run_on_ranks(2, newest_for_two, two) == [1, 1], name
-        (two / name).write_bytes(data)
-    assert run_on_ranks(2, newest_for_two, two) == [2, 2]
 
 
 @pytest.mark.parametrize("pointer", [None, "", "step1", "nonsense", "../elsewhere", "/etc", "step2\nstep1", "\x00\xff"])
