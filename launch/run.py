@@ -130,7 +130,7 @@ class Run:
         seed_generators(self.settings.training.seed)
         model = loading.load_model(self.settings.model, self.config, self.settings.dtype)
         self.engine = make_engine(model, self.settings, self.ticks)
-        if self.settings.training.loss_chunk and (problem := losses.why_not(self.engine.module)):
+        if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 
     def claim_folder(self) -> store.Lock | None:

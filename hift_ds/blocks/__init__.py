@@ -1,1 +1,1 @@
-"""Parameters to blocks for any Hugging Face model, and which block a step trains."""
+"""Cut a model's parameters into blocks, and schedule which block each step trains."""

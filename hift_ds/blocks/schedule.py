@@ -1,6 +1,6 @@
-"""Which block a step trains: integers only, so that it can be proved and saved by itself.
+"""The order in which steps train blocks (HiFT paper, section 3.1 and Algorithm 1: the queue Q and its strategy).
 
-Source: the paper, Algorithm 1 (the queue Q and its update strategy) and section 3.1.
+The schedule works with block indices only and does not depend on PyTorch.
 """
 
 import random
@@ -12,15 +12,23 @@ STRATEGIES = ("bottom2up", "top2down", "random")
 class BlockSchedule:
     """The order in which blocks are trained, and the position in it.
 
-    A *step* is one optimizer update. Each block is trained for ``steps_per_block`` consecutive steps;
-    a *cycle* is ``num_blocks * steps_per_block`` steps, in which every block had its turn once.
+    A *step* is one optimizer update. A block is trained for ``steps_per_block`` consecutive steps, then the next block
+    follows. A *cycle* is ``num_blocks * steps_per_block`` steps, which train every block once.
 
     Args:
-        num_blocks: how many blocks the model was cut into (k in the paper), at least 1.
-        strategy: ``bottom2up`` (embeddings first), ``top2down`` (head first) or ``random``
-            (shuffled once with ``seed``, and kept for all cycles).
-        steps_per_block: consecutive steps on a block before the next one's turn, at least 1.
-        seed: of the shuffle; has no effect on the other strategies.
+        num_blocks: number of blocks (k in the paper), at least 1.
+        strategy: ``bottom2up`` (embeddings first), ``top2down`` (head first) or ``random`` (shuffled once, with the
+            same order in all cycles).
+        steps_per_block: consecutive steps on a block, at least 1.
+        seed: seed of the shuffle; the other strategies ignore it.
+
+    Attributes:
+        order: block indices in the order of training.
+        steps_per_block: as given.
+        step: number of completed steps.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
     """
 
     def __init__(self, num_blocks: int, strategy: str = "bottom2up", steps_per_block: int = 1, seed: int = 0):
@@ -39,6 +47,7 @@ class BlockSchedule:
 
     @property
     def steps_per_cycle(self) -> int:
+        """Number of steps in a cycle."""
         return len(self.order) * self.steps_per_block
 
     @property
@@ -48,26 +57,27 @@ class BlockSchedule:
 
     @property
     def cycle(self) -> int:
-        """Completed cycles."""
+        """Number of completed cycles."""
         return self.step // self.steps_per_cycle
 
     def block_at(self, step: int) -> int:
-        """Index of the block that step number ``step`` (from 0) trains."""
+        """Return the index of the block that step number ``step`` (from 0) trains."""
         return self.order[step // self.steps_per_block % len(self.order)]
 
     def advance(self) -> bool:
-        """Record one applied step; True where it completed a cycle."""
+        """Count one applied step, and return whether it completed a cycle."""
         self.step += 1
         return self.step % self.steps_per_cycle == 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the order and the position in it."""
         return {"order": list(self.order), "steps_per_block": self.steps_per_block, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
 
         Raises:
-            ValueError: the saved run used another order, so that its position means nothing here.
+            ValueError: the position was saved with another order or ``steps_per_block``.
         """
         saved = (tuple(state["order"]), state["steps_per_block"])
         if saved != (self.order, self.steps_per_block):

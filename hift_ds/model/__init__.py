@@ -1,1 +1,1 @@
-"""What HiFT changes in a model's forward pass: activation checkpoints and the loss in chunks."""
+"""HiFT's changes to a model's forward pass: activation checkpoints, and the loss in chunks of logits."""

@@ -1,8 +1,8 @@
-"""Activation checkpointing that goes with training one block at a time, with the checkpoints on the device or off it.
+"""Activation checkpointing for training one block at a time, with checkpoints on the device or in host memory.
 
-transformers can keep checkpoints in host memory, too (``activation_checkpointing_enable(offload=True)``). It copies on
-the stream that computes, which waits, page-locks memory anew for each copy, and also copies what layers below the
-active block were given, which nobody will ask for.
+transformers can also keep checkpoints in host memory (``activation_checkpointing_enable(offload=True)``). It copies on
+the compute stream, which waits for each copy, allocates pinned memory for each copy, and also copies the inputs of
+layers below the active block, which no backward pass reads.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-_CALL = "_gradient_checkpointing_func"  # where transformers keeps how a layer is to be called
+_CALL = "_gradient_checkpointing_func"  # attribute of transformers' layers: the function that calls the layer
 
 
 def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints | None:
-    """Recompute each layer in the backward pass, of a Hugging Face model, and only from the active block up.
+    """Turn on activation checkpointing for a Hugging Face model: backward recomputes layers from the active block up.
 
-    transformers' own switch also makes the outputs of the embeddings require gradients, for adapters in frozen models.
-    Backward would then go through all the frozen layers below the active block, and keep what they need. That is taken
-    back here, and the form of checkpointing chosen that can do without (the non-reentrant one).
+    transformers' own switch makes the outputs of the embeddings require gradients, for adapters in frozen models.
+    Backward would then run through all frozen layers below the active block and keep their activations. This function
+    turns that off and selects non-reentrant checkpointing, which does not need it.
 
     Args:
-        offload: keep the hidden states from which layers are recomputed in host memory. Layers below the active block
-            keep nothing, there either.
+        model: a transformers model.
+        offload: keep the checkpoints, which are the hidden states that layers receive, in host memory. Layers below the
+            active block keep no checkpoint in either case.
 
     Returns:
-        What holds them, with ``offload``.
+        With ``offload``, the object that holds the checkpoints, otherwise None.
 
     Raises:
         ValueError: the model does not support activation checkpointing.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the method's next name
+        warnings.simplefilter("ignore", FutureWarning)  # transformers warns that the method will be renamed
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
     if not offload:
@@ -55,16 +56,17 @@ def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints
 class HostCheckpoints:
     """Calls layers so that their first argument, the hidden states, waits in host memory until backward needs it.
 
-    What all layers share, masks and tables of positions, stays where it is. A checkpoint leaves the device when its
-    layer has been computed, and comes back while the layer above it is in its backward pass, each on a stream of its
-    own. The buffers are used again: there are as many as there ever were checkpoints at a time.
+    Arguments that all layers share, such as masks and position tables, stay on the device. A checkpoint leaves the
+    device when its layer is done, and returns while the layer above runs backward. Each direction has its own stream.
+    Buffers are reused; there are as many as there are checkpoints at one time.
 
     Args:
         host: allocates the buffers, as :class:`hift_ds.state.host.HostMemory`.
-        transfers: has ``Lane``, ``mark`` and ``wait``, as :mod:`hift_ds.state.transfer`.
+        transfers: provides ``Lane``, ``mark`` and ``wait``, as :mod:`hift_ds.state.transfer`.
 
     Attributes:
-        stored, fetched: how many checkpoints left the device, and how many came back.
+        stored: number of checkpoints copied to host memory.
+        fetched: number of checkpoints copied back.
     """
 
     def __init__(self, host: Any, transfers: Any):
@@ -72,11 +74,11 @@ class HostCheckpoints:
         self.stored = self.fetched = 0
         self._mark, self._wait = transfers.mark, transfers.wait
         self._storing, self._fetching = transfers.Lane(), transfers.Lane()
-        self._free: list[Tensor] = []  # flat, of bytes
+        self._free: list[Tensor] = []  # flat uint8 buffers
         self._last: Callable[[], _Checkpoint | None] = lambda: None
 
     def install(self, model: Any) -> None:
-        """Be what the model's layers call themselves with; activation checkpointing must be on."""
+        """Call the model's layers through this object. Activation checkpointing must be on."""
         for module in model.modules():
             if hasattr(module, _CALL):
                 setattr(module, _CALL, self)
@@ -84,14 +86,14 @@ class HostCheckpoints:
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         if not args or not isinstance(args[0], Tensor):
             raise ValueError(
-                "checkpoints cannot go to host memory: this model's layers are not given their hidden states as their "
-                "first argument; use activation checkpointing without offload"
+                "checkpoints cannot move to host memory: the first argument of this model's layers is not their hidden "
+                "states; use activation checkpointing without offload"
             )
         kept: list[_Checkpoint] = []
-        shape = args[0].shape  # the tensor itself would live as long as `pack`
+        shape = args[0].shape  # `pack` must not keep the tensor itself alive
 
         def pack(tensor: Tensor) -> Any:
-            # torch before 2.13 saves an empty tensor of its own first.
+            # PyTorch before 2.13 first saves an empty tensor of its own.
             if kept or tensor.shape != shape or isinstance(tensor, torch.nn.Parameter):
                 return tensor
             kept.append(_Checkpoint(tensor))
@@ -99,7 +101,7 @@ class HostCheckpoints:
 
         with saved_tensors_hooks(pack, self._unpack):
             result = checkpoint(layer, *args, use_reentrant=False)
-        # Only now is it known whether backward will come here.
+        # Backward runs through this layer only if an output requires a gradient.
         if kept and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
             self._store(kept[0])
         return result
@@ -121,7 +123,7 @@ class HostCheckpoints:
         if entry.device is not None or entry.host is None:
             return
         entry.device = torch.empty(entry.host.shape, dtype=entry.host.dtype, device=entry.where)
-        # Its memory may be what earlier computations still use.
+        # Computations that are still running may use the same memory.
         with self._fetching.after(entry.written, self._mark()):
             entry.device.copy_(entry.host, non_blocking=True)
             self._fetching.outlives(entry.device)
@@ -139,11 +141,11 @@ class HostCheckpoints:
         tensor = packed.device
         assert tensor is not None
         if packed.host is not None:
-            packed.device = None  # from now on it lives as long as it is used
+            packed.device = None  # autograd holds the tensor as long as it needs it
         return tensor
 
     def _buffer(self, nbytes: int) -> Tensor:
-        """A free buffer of at least so many bytes, made where there is none; a smaller one then makes room."""
+        """Return a free buffer of at least ``nbytes``. A new buffer replaces a smaller free one."""
         fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= nbytes]
         if fitting:
             return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
@@ -154,13 +156,13 @@ class HostCheckpoints:
 
 
 def host_buffers(model: torch.nn.Module) -> list[Tensor]:
-    """The buffers in host memory that hold the checkpoints of a model's layers."""
+    """Return the host buffers of a model's activation checkpoints; empty without offload."""
     calls = {id(call): call for module in model.modules() if (call := getattr(module, _CALL, None)) is not None}
     return [buffer for call in calls.values() if isinstance(call, HostCheckpoints) for buffer in call.host.buffers]
 
 
 class _Checkpoint:
-    """The hidden states that a layer was given: on the device, in host memory, or in both."""
+    """The hidden states that a layer received, on the device, in host memory, or in both."""
 
     def __init__(self, tensor: Tensor):
         self.device: Tensor | None = tensor
@@ -170,7 +172,7 @@ class _Checkpoint:
         self.free: list[Tensor] = []
         self.written: Any = None
         self.ready: Any = None
-        self.before: Callable[[], _Checkpoint | None] = lambda: None  # the layer below's
+        self.before: Callable[[], _Checkpoint | None] = lambda: None  # checkpoint of the layer below
 
     def __del__(self) -> None:
         if self.buffer is not None:

@@ -1,13 +1,13 @@
-"""The loss of a causal language model, with the logits of a few tokens at a time.
+"""The losses of language models and classifiers; a language model's logits can be computed a few tokens at a time.
 
-Logits are as wide as the vocabulary: 16-bit, in fp32, and the fp32 gradient they are most of what the head needs, and
-grow with the tokens. Here the hidden states of all tokens are there, and the logits of one chunk, in forward and in
-backward, where each chunk's are computed again (``torch.utils.checkpoint``).
+The logits of all tokens are as wide as the vocabulary, and exist in 16 bit, in fp32 and as an fp32 gradient. They take
+most of the memory of the head, and grow with the number of tokens. The chunked loss keeps the hidden states of all
+tokens and the logits of one chunk. The backward pass recomputes the logits of each chunk (``torch.utils.checkpoint``).
 
-DeepSpeed's ``TiledFusedLogitsLoss`` is not used: its forward already takes the gradients of the weights, for a loss
-with the weight 1, and its backward scales the hidden states' gradient alone. With a loss scale, or a loss that is
-divided by the number of tokens, the head's gradient would be wrong. It also adds to it once a chunk, which each time
-counts as a gradient for the hooks of ZeRO; autograd does so once, when all chunks are summed.
+DeepSpeed's ``TiledFusedLogitsLoss`` does not fit here. Its forward pass computes the gradient of the head for a loss of
+weight 1, and its backward pass scales the gradient of the hidden states only. The head's gradient would be wrong with
+a loss scale, or if the loss is divided by the number of tokens. It also accumulates into the head's gradient once per
+chunk, and ZeRO's hooks count each time as a complete gradient. Autograd calls the hooks once, after all chunks.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # the label of a token that is not trained
-CHUNK_BYTES = 2**27  # of one chunk's fp32 logits, by default
-_GRANULE = 64  # tokens: matrix products like such multiples
+IGNORED = -100  # label of a token that is not a target
+CHUNK_BYTES = 2**27  # of the fp32 logits of a default chunk
+_CHUNK_MULTIPLE = 64  # tokens; matrix products are fast at multiples of this
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be predicted, and where.
+    """The tokens that a model must predict, and their positions in the batch.
 
     Attributes:
-        kept: positions that some example trains, (kept,).
-        rows: of the flattened (batch, kept), those that are trained, (tokens,).
-        values: the token that is to be predicted at each of them, (tokens,).
+        kept: positions at which at least one sequence has a target, shape (kept,).
+        rows: indices of the targets in the flattened (batch, kept) positions, shape (tokens,).
+        values: the target tokens, shape (tokens,).
     """
 
     kept: Tensor
@@ -45,7 +45,10 @@ class Targets:
 
 
 def find_targets(labels: Tensor) -> Targets:
-    """The targets of labels, (batch, length), ``IGNORED`` where there is none: position t predicts token t + 1."""
+    """Return the targets of labels of shape (batch, length), where position t predicts label t + 1.
+
+    Labels equal to ``IGNORED`` are not targets.
+    """
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     trained = shifted != IGNORED
     kept = trained.any(dim=0).nonzero().squeeze(1)
@@ -53,32 +56,33 @@ def find_targets(labels: Tensor) -> Targets:
 
 
 def default_chunk(model: Any) -> int:
-    """Tokens whose fp32 logits take at most ``CHUNK_BYTES``, at least one."""
+    """Return the number of tokens whose fp32 logits take at most ``CHUNK_BYTES``, at least 1."""
     tokens = CHUNK_BYTES // (4 * unwrapped(model).config.get_text_config().vocab_size)
-    return tokens // _GRANULE * _GRANULE or max(1, tokens)
+    return tokens // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE or max(1, tokens)
 
 
 def summed_loss(
     call: Callable[..., Any], model: Any, inputs: Mapping[str, Tensor], targets: Targets, chunk: int | None = None
 ) -> Tensor:
-    """Sum of the cross-entropies of the targets, in fp32.
+    """Return the sum of the cross-entropies of the targets, a scalar in fp32.
 
     Args:
-        call: runs the model on ``inputs``: the engine, so that its hooks and its scaling of the loss take part, or the
-            model itself.
-        model: the Hugging Face model in it, or PEFT's wrapper of one.
-        chunk: tokens whose logits exist at a time. None: ``default_chunk``, where the model allows it. 0: all. Where
-            all tokens fit into one chunk nothing is recomputed.
+        call: runs the model on ``inputs``: the engine, whose hooks must run, or the model itself.
+        model: the Hugging Face model in ``call``, or PEFT's wrapper of it.
+        inputs: arguments of the model.
+        targets: see :func:`find_targets`.
+        chunk: tokens in a chunk of logits. None: :func:`default_chunk` if the model supports chunks. 0: all tokens.
+            Nothing is recomputed if one chunk holds all tokens.
 
     Raises:
-        ValueError: a chunk was asked for, and the model's logits cannot be had so.
+        ValueError: ``chunk`` is not None, and the model does not support chunks.
     """
-    chunks = 1 if chunk == 0 else _agreed(call, -(-len(targets.rows) // (chunk or default_chunk(model))))
+    chunks = 1 if chunk == 0 else _most_chunks(call, -(-len(targets.rows) // (chunk or default_chunk(model))))
     if chunks > 1:
-        problem = why_not(model)
+        problem = chunking_problem(model)
         if problem is None:
-            route = _Route(model)
-            with _shadowed(route.model, "forward", lambda **given: route.summed(given, targets, chunks)):
+            split = _SplitForward(model)
+            with _replaced(split.model, "forward", lambda **given: split.summed(given, targets, chunks)):
                 return call(**inputs)
         if chunk is not None:
             raise ValueError(problem)
@@ -90,9 +94,14 @@ def summed_loss(
 
 
 def classification_loss(call: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Sum of the examples' cross-entropies, in fp32; ``labels``: (batch,).
+    """Return the sum of the cross-entropies of a classifier, a scalar in fp32.
 
-    Where the model has one logit it is regression: the sum of the squared errors.
+    For a model with one logit (regression), return the sum of the squared errors.
+
+    Args:
+        call: runs the model on ``inputs``.
+        inputs: arguments of the model.
+        labels: class or value of each example, shape (batch,).
     """
     logits = call(**inputs).logits.float()  # (batch, classes)
     if logits.shape[-1] == 1:
@@ -100,39 +109,39 @@ def classification_loss(call: Callable[..., Any], inputs: Mapping[str, Tensor], 
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def why_not(model: Any) -> str | None:
-    """Why a model's logits cannot be had in chunks; None where they can. Found once, by trying it on a few tokens.
+def chunking_problem(model: Any) -> str | None:
+    """Return why the logits of a model cannot be computed in chunks, or None if they can.
 
-    All ranks must ask together.
+    The first call tries it on a few tokens. All ranks must call together.
     """
     inner = unwrapped(model)
-    if inner not in _found:
-        _found[inner] = _try(model)
-    return _found[inner]
+    if inner not in _problems:
+        _problems[inner] = _try_chunks(model)
+    return _problems[inner]
 
 
-_found: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+_problems: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
-def _try(model: Any) -> str | None:
-    problem = f"the logits of {type(unwrapped(model)).__name__} cannot be computed for some tokens at a time"
+def _try_chunks(model: Any) -> str | None:
+    problem = f"the logits of {type(unwrapped(model)).__name__} cannot be computed in chunks"
     device = next(unwrapped(model).parameters()).device
     inputs = {"input_ids": torch.arange(6, device=device)[None]}
     if unwrapped(model).config.is_encoder_decoder:
-        return f"{problem}: it has an encoder"
+        return f"{problem}: the model has an encoder"
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             logits = model(**inputs).logits
-            route = _Route(model)
-            with _shadowed(route.model, "forward", lambda **given: route.logits(given)):
+            split = _SplitForward(model)
+            with _replaced(split.model, "forward", lambda **given: split.logits(given)):
                 ours = model(**inputs)
         if ours.shape != logits.shape:
-            return f"{problem}: they have the shape {tuple(ours.shape)} instead of {tuple(logits.shape)}"
-        # Simulated tensors have no values.
+            return f"{problem}: a chunk has the shape {tuple(ours.shape)} instead of {tuple(logits.shape)}"
+        # Fake tensors have no values to compare.
         if type(logits) is Tensor and not torch.allclose(ours, logits, rtol=0, atol=0.01 * float(logits.abs().max())):
-            return f"{problem}: they are not the same"
+            return f"{problem}: the values differ from those of the whole logits"
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"{problem}: {' '.join(str(error).split())}"
     finally:
@@ -141,15 +150,18 @@ def _try(model: Any) -> str | None:
 
 
 def unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside PEFT's, or itself."""
+    """Return the Hugging Face model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-class _Route:
-    """A model's way to its logits in two parts: through its decoder, and on from any of the hidden states.
+class _SplitForward:
+    """A model's forward pass in two steps: the decoder, and the head on any of the hidden states.
 
-    The second part is the model's own forward on a decoder that only returns what it was given, so whatever the model
-    does to its logits is done.
+    The second step runs the model's own forward pass with a decoder that returns given hidden states. The model
+    therefore applies everything it does to its logits, such as scaling or soft-capping.
+
+    Raises:
+        ValueError: the model has no decoder apart from its head.
     """
 
     def __init__(self, model: Any):
@@ -158,14 +170,15 @@ class _Route:
         self._forward = self.model.forward
         path = next((name for name, module in self.model.named_modules() if module is self._decoder), "")
         if not path:
-            raise ValueError("it has no decoder apart from its head")
+            raise ValueError("the model has no decoder apart from its head")
         above, _, name = path.rpartition(".")
         self._name: str = name
         self._parent = self.model.get_submodule(above)
 
     def summed(self, given: Mapping[str, Any], targets: Targets, chunks: int) -> Tensor:
+        """Return the summed loss of the targets, computed in ``chunks`` chunks."""
         hidden, others = self._decode(given)
-        # Flat, (tokens, width): a batch's padding is not in it.
+        # Hidden states of the targets only, (tokens, width), without padding.
         row, column = targets.rows // len(targets.kept), targets.kept[targets.rows % len(targets.kept)]
         rows = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)
         del hidden
@@ -182,22 +195,23 @@ class _Route:
         return total
 
     def logits(self, given: Mapping[str, Any]) -> Tensor:
+        """Return the logits of all tokens through both steps, shape (batch, length, vocabulary)."""
         return self._head(*self._decode(given))
 
     def _decode(self, given: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The last hidden states, (batch, length, width), and what else the decoder returns."""
+        """Return the last hidden states, shape (batch, length, width), and the other outputs of the decoder."""
         outputs = self._decoder(**{name: value for name, value in given.items() if value is not None})
         self._kind, others = type(outputs), dict(outputs)
         return others.pop("last_hidden_state"), others
 
     def _head(self, hidden: Tensor, others: dict[str, Any]) -> Tensor:
         outputs = self._kind(last_hidden_state=hidden, **others)
-        with _shadowed(self._parent, self._name, _Decoded(self._decoder, outputs)):
+        with _replaced(self._parent, self._name, _Decoded(self._decoder, outputs)):
             return self._forward().logits
 
 
 class _Decoded:
-    """Stands for a decoder that has run; what else somebody wants of it, it has."""
+    """Replaces a decoder and returns given outputs. Other attributes are those of the decoder."""
 
     def __init__(self, decoder: Any, outputs: Any):
         self._decoder, self._outputs = decoder, outputs
@@ -210,8 +224,8 @@ class _Decoded:
 
 
 @contextmanager
-def _shadowed(module: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a module has another value. A submodule stays registered, with all that hangs on it."""
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module inside the context. A submodule stays registered with its hooks."""
     missing = object()
     before = module.__dict__.get(name, missing)
     module.__dict__[name] = value
@@ -224,8 +238,8 @@ def _shadowed(module: Any, name: str, value: Any) -> Iterator[None]:
             module.__dict__[name] = before
 
 
-def _agreed(call: Any, chunks: int) -> int:
-    """The most chunks of any rank, where the head is gathered for each, so that all ranks gather as often."""
+def _most_chunks(call: Any, chunks: int) -> int:
+    """Return the most chunks of any rank. At ZeRO-3 each chunk gathers the head, so all ranks need equally many."""
     stage = getattr(call, "zero_optimization_stage", None)
     if stage is None or stage() < 3:
         return chunks

@@ -1,1 +1,1 @@
-"""Optimizers of our own (MeZO, Lion), and what HiFT must know about any other."""
+"""The optimizers MeZO and Lion, and what the engine must know about any torch optimizer."""

@@ -1,4 +1,4 @@
-"""Lion in plain PyTorch, for devices that DeepSpeed has no fused Lion kernel for."""
+"""Lion in plain PyTorch, for devices without DeepSpeed's fused Lion kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 
 
 class Lion(torch.optim.Optimizer):
-    """The sign of an interpolated momentum, with decoupled weight decay.
+    """Updates weights by the sign of an interpolated momentum, with decoupled weight decay.
 
-    Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2. Keeps one state tensor
-    ``exp_avg`` a parameter, in the parameter's shape and dtype.
+    Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2. The state of a parameter is
+    one tensor ``exp_avg`` with the parameter's shape and dtype.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
-        betas: for the update's direction, and for the momentum.
-        weight_decay: decoupled, multiplied by ``lr``.
+        betas: coefficients of the momentum in the update's direction, and in the momentum's own update.
+        weight_decay: decoupled weight decay, multiplied by ``lr``.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, and return the loss of ``closure`` if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

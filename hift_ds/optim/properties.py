@@ -1,4 +1,4 @@
-"""What HiFT has to know of torch optimizers: how to make one for some parameters, and whether they may be cut."""
+"""Properties of torch optimizers that HiFT relies on: restriction to some parameters, element-wise updates, state."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -28,17 +28,20 @@ _ELEMENTWISE = (
 
 
 def has_fused(builder: str) -> bool:
-    """Whether DeepSpeed's fused optimizer of that builder works here; where not, torch's step takes its place.
+    """Return whether DeepSpeed's fused optimizer of a builder works on this machine; log a warning if it fails to load.
 
-    The fused Adam of a CPU accelerator does not count: it keeps the powers of beta in one place for the whole process,
-    so a block's step would depend on which block was stepped before.
+    A CPU accelerator's fused Adam does not count. It keeps the powers of beta once for the whole process, so the step
+    of a block would depend on the block of the step before.
+
+    Args:
+        builder: name of the builder, such as ``FusedAdamBuilder``.
     """
     if get_accelerator().device_name() == "cpu":
         return False
     try:
         get_accelerator().create_op_builder(builder).load()
-    except Exception as error:  # no compiler, no toolkit, wrong version ...: DeepSpeed raises many kinds
-        logger.warning(f"{builder} cannot be used here ({error}); the optimizer's plain PyTorch step is used")
+    except Exception as error:  # DeepSpeed raises many types: no compiler, no toolkit, a wrong version ...
+        logger.warning(f"{builder} does not work on this machine ({error}); the optimizer uses its plain PyTorch step")
         return False
     return True
 
@@ -46,14 +49,19 @@ def has_fused(builder: str) -> bool:
 def restrict(
     optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, list[int]]:
-    """A fresh optimizer like ``optimizer`` for only these parameters, with its settings of each but no state.
+    """Make an optimizer without state for some of the parameters of another, with the same settings for each.
 
-    Returns it with, for each of its parameter groups, the index of the group of ``optimizer`` that it comes from.
+    Args:
+        optimizer: the optimizer to copy.
+        parameters: parameters of ``optimizer``.
+
+    Returns:
+        The new optimizer, and for each of its parameter groups the index of the corresponding group of ``optimizer``.
     """
     wanted = {id(parameter) for parameter in parameters}
     clone: Any = object.__new__(type(optimizer))
     clone.__dict__.update(optimizer.__dict__)
-    # A scheduler replaces the step of the instance it watches; the clone's is its class's.
+    # A scheduler replaces the step method of its optimizer instance; the clone uses the method of its class.
     clone.__dict__.pop("step", None)
     clone.state = defaultdict(dict)
     clone.param_groups, sources = [], []
@@ -63,7 +71,7 @@ def restrict(
             clone.param_groups.append({**group, "params": members})
             sources.append(source)
     if isinstance(optimizer, DeepSpeedCPUAdam):
-        # Its C++ side keeps the powers of beta from step to step: blocks that shared them would disturb each other.
+        # The C++ object keeps the powers of beta between steps, so each block needs its own object.
         clone.opt_id = DeepSpeedCPUAdam.optimizer_id
         DeepSpeedCPUAdam.optimizer_id += 1
         settings = optimizer.defaults
@@ -75,17 +83,17 @@ def restrict(
 
 
 def with_initial_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, or, where its class makes state at construction, a new one that has it."""
+    """Return the optimizer, or a new one with initial state if its class creates state at construction (Adagrad)."""
     if isinstance(optimizer, torch.optim.Adagrad):
         return torch.optim.Adagrad([dict(group) for group in optimizer.param_groups], **optimizer.defaults)
     return optimizer
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an element's update depends on that element's own history only, so that flattening changes nothing.
+    """Return whether the update of an element depends on that element's own history only.
 
-    Known classes are looked up. Any other is tried: two steps on a small matrix must equal two steps on its two
-    flattened halves.
+    Flattening or cutting a parameter then changes nothing. Known classes are in a list. For any other class, the
+    function compares two steps on a small matrix with two steps on its two flattened halves.
     """
     if isinstance(optimizer, _ELEMENTWISE):
         return True
@@ -107,7 +115,7 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that an element-wise optimizer keeps for each element, found by a trial step."""
+    """Return the bytes of state per element of an element-wise optimizer, from a trial step."""
     parameter = torch.nn.Parameter(torch.ones(8, device=get_accelerator().current_device_name()))
     parameter.grad = torch.ones_like(parameter)
     trial, _ = restrict(optimizer, [])

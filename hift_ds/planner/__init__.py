@@ -1,1 +1,1 @@
-"""The memory planner: request, simulation, accounting, search, picture and command."""
+"""The memory planner: it simulates training steps without weights and reports their memory."""

@@ -265,7 +265,7 @@ class Planner:
         elif request.layout == "engine":
             step = make_step(self._setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
         chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
-        if chunk and (problem := built.simulator.why_no_chunks()):
+        if chunk and (problem := built.simulator.chunking_problem()):
             raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use --loss-chunk 0"])
         held = self.held(request, block)
         try:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from hift_ds.config import noise_chunk
 from hift_ds.model.activations import HostCheckpoints
-from hift_ds.model.loss import Targets, classification_loss, default_chunk, summed_loss, why_not
+from hift_ds.model.loss import Targets, chunking_problem, classification_loss, default_chunk, summed_loss
 
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
 
@@ -144,10 +144,10 @@ class Simulator:
                             made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
                         store[name] = made[id(old)]
 
-    def why_no_chunks(self) -> str | None:
-        """Return why the model cannot compute its logits in chunks: see :func:`hift_ds.model.loss.why_not`."""
+    def chunking_problem(self) -> str | None:
+        """Return why the model cannot compute its logits in chunks: see :func:`hift_ds.model.loss.chunking_problem`."""
         with self.mode:
-            return why_not(self.model)
+            return chunking_problem(self.model)
 
     def run(
         self,
@@ -172,7 +172,7 @@ class Simulator:
             The memory of the step, with its peaks.
         """
         if self.task == "causal-lm" and batch_size * (seq_len - 1) > (loss_chunk or default_chunk(self.model)):
-            self.why_no_chunks()  # the first call runs the model, which must not count
+            self.chunking_problem()  # the first call runs the model, which must not count
         parameters = dict(self.model.named_parameters())
         memory = LiveMemory()
         memory.ignore([*parameters.values(), *self.model.buffers()])

@@ -225,7 +225,7 @@ def test_a_graph_can_be_used_twice() -> None:
 
 
 def test_a_layer_without_hidden_states_as_its_first_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match="not given their hidden states as their first argument"):
+    with pytest.raises(ValueError, match="the first argument of this model's layers is not their hidden"):
         hosted()()(lambda **_: None)
 
 

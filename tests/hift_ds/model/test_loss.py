@@ -150,7 +150,7 @@ def test_what_cannot_be_cut_is_refused_or_left_whole() -> None:
             return outputs
 
     model = Mixing(tiny.model().config).train()
-    with pytest.raises(ValueError, match="logits of Mixing cannot be computed for some tokens at a time: they are not"):
+    with pytest.raises(ValueError, match="logits of Mixing cannot be computed in chunks: the values differ"):
         summed_loss(Alone(model), batch(), "causal-lm", CHUNK)
     assert model.training
     whole = summed_loss(Alone(model), batch(), "causal-lm", 0)
@@ -179,7 +179,7 @@ def logits_at_most(batch_size: int, length: int, chunk: int) -> int:
     model.requires_grad_(False)
     model.model.norm.requires_grad_(True)
     ids = torch.arange(batch_size * length).reshape(batch_size, length)
-    losses.why_not(model)  # asked once, not to be counted
+    losses.chunking_problem(model)  # asked once, not to be counted
     memory = Widest()
     memory.ignore(model.parameters())
     with memory:

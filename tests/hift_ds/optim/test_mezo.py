@@ -378,7 +378,7 @@ def partitioned() -> nn.Module:
 @pytest.mark.parametrize(
     ("params", "settings", "message"),
     [
-        (partitioned, {}, "weight is partitioned by ZeRO 3"),
+        (partitioned, {}, "weight is partitioned by ZeRO-3"),
         (lambda: nn.Linear(2, 2).requires_grad_(False), {}, "nothing to train"),
         (lambda: [], {}, "nothing to train"),
         (lambda: [("x", nn.Parameter(torch.randn(4, 3).t()))], {}, "x is not contiguous"),
