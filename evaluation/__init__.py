@@ -1,1 +1,1 @@
-"""What HiFT costs and what it reaches, measured against plain PyTorch, stock DeepSpeed and other methods."""
+"""Comparisons of HiFT with other training methods: scores, time and memory."""

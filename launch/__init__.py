@@ -1,1 +1,1 @@
-"""The training entry point: settings, data, methods, the loop and its logs."""
+"""Training from the command line: settings, data, methods, the loop and what happens around its steps."""

@@ -25,10 +25,10 @@ def seed_generators(seed: int) -> None:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """With deterministic kernels alone, if wanted; a run must enter it before it touches the accelerator.
+    """Use only deterministic kernels, if wanted. Enter it before the run touches the accelerator.
 
     Raises:
-        UserError: an operation of the model has no deterministic kernel. Before anything else that is made of it.
+        UserError: an operation of the model has no deterministic kernel.
     """
     if not wanted:
         yield
@@ -44,8 +44,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
         if "determin" not in str(error):
             raise
         raise UserError(
-            f"training.deterministic: {str(error).split(chr(10))[0]} Set training.deterministic=false, or take a model "
-            "or an attention (model.attention) without this operation."
+            f"training.deterministic: {str(error).split(chr(10))[0]} Set training.deterministic=false, or choose a "
+            "model or an attention implementation (model.attention) without this operation."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

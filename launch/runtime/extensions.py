@@ -1,9 +1,8 @@
-"""What may hold up a run's start for minutes among torch's C++ extensions, said: a first build, a killed one's lock.
+"""torch's C++ extensions, which can delay the start of a run: a first build, or the lock of a killed process.
 
-A lock file that a killed process left has to go: the next build would wait there for ever.
-
-torch makes `lock` beside an extension while it builds or loads it, and keeps the file open meanwhile
-(torch/utils/file_baton.py). DeepSpeed's own kernels are such extensions.
+torch creates the file `lock` in an extension's folder while it builds or loads the extension, and keeps the file open
+meanwhile (torch/utils/file_baton.py). If the process is killed, the file stays, and the next build waits for it without
+a limit. DeepSpeed's kernels are such extensions.
 """
 
 from __future__ import annotations
@@ -21,28 +20,31 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from hift_ds.launch.runtime.logs import say, warn
 
-# Where these are, no other machine can hold a file, and this one's processes say who does.
+# No other machine can hold a file on these, so the processes of this machine show who does.
 LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"})
-LONGEST_BUILD = 1800.0  # seconds after which a lock of an unknown holder counts as left behind
+LONGEST_BUILD = 1800.0  # seconds after which a lock with an unknown holder counts as stale
 PROCESSES = Path("/proc")
 
 
 def prepare(rank: int) -> None:
-    """Delete locks that nobody can be holding, with a word; name those about which this cannot be known.
+    """Delete stale locks, with a warning, and warn about locks whose holder is unknown.
 
-    A virtual environment gets a folder of its own for extensions, `torch_extensions` in it, where the environment
-    variable names none. Where none was built yet, say that the first ones take a while.
+    A virtual environment gets its own folder for extensions, `torch_extensions`, unless TORCH_EXTENSIONS_DIR is set.
+    If nothing was built yet, print that the first build takes minutes.
     """
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        # Two environments that share a folder compile each other's kernels over again at every start.
+        # Two environments that share a folder would recompile each other's kernels at every start.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if next(root.rglob("*.so"), None) is None:
         say(rank, "note: DeepSpeed compiles its kernels at their first use on a machine, which can take minutes")
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]  # with the default folder, one level for Python and device
+    locks = [
+        *root.glob("*/lock"),
+        *root.glob("*/*/lock"),
+    ]  # the default folder has one more level, for Python and device
     if not locks:
         return
-    # One process at a time looks and deletes: another one's new lock must not be taken for the old one.
+    # One process at a time checks and deletes, so that it does not delete a lock that another process has just created.
     with contextlib.suppress(OSError), _alone(root):
         for lock in locks:
             _remove_if_stale(lock)
@@ -70,7 +72,7 @@ def _remove_if_stale(lock: Path) -> None:
 
 
 def _is_held(lock: os.stat_result) -> bool:
-    """Whether a process that this one can look into has the file open."""
+    """Return whether a process that this one may inspect has the file open."""
     for link in PROCESSES.glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # the process has ended, or is another user's
             if os.readlink(link).endswith("/lock") and os.path.samestat(link.stat(), lock):
@@ -79,7 +81,7 @@ def _is_held(lock: os.stat_result) -> bool:
 
 
 def _is_known(lock: Path, found: os.stat_result) -> bool:
-    """Whether `_is_held` has seen every process that could hold the lock: its owner's, on this machine."""
+    """Return whether `_is_held` sees every process that could hold the lock: its owner's, on this machine."""
     parts = psutil.disk_partitions(all=True)
     mounts = {Path(part.mountpoint): part.fstype for part in parts}
     place = next((parent for parent in lock.resolve().parents if parent in mounts), None)
@@ -94,4 +96,4 @@ def _alone(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)  # gives the lock back
+        os.close(descriptor)  # releases the lock

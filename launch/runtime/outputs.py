@@ -29,27 +29,26 @@ from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
 
 OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
-LOGS = (
-    "logs"  # written from early on (launch/runtime/ranks.py), when it is not yet sure that the folder's run is replaced
-)
+LOGS = "logs"  # rank logs start before the earlier run in the folder is replaced (ranks.py), so they are not deleted
 
-# Settings that may change between a run and its continuation: they do not touch what is trained.
-FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows stand for them
+# Settings that may change between a run and its continuation, because they do not change what is trained.
+FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows are compared instead
 FREE_MODEL_KEYS = ("gradient_checkpointing", "attention")
 
 
 def folder(settings: Settings) -> Path:
+    """Return the run's output folder."""
     return Path(str(settings.output.dir)).expanduser()
 
 
 def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
-    """Whether the run in the folder is finished already. Only reads.
+    """Return whether the run in the folder is finished. Only reads files.
 
     `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
 
     Raises:
-        UserError: the folder holds a run and neither resume nor overwrite was asked for; there is no checkpoint, and
-            "yes" was asked for or there should be one.
+        UserError: the folder holds a run and neither resume nor overwrite is set; or resume is set, there is no
+            checkpoint, and resume is "yes" or a checkpoint is missing.
     """
     used = [name for name in OWN_FILES if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
@@ -73,41 +72,43 @@ def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
     if resume == "yes":
         raise UserError(
             f"--resume: there is no checkpoint to continue from: {missing}. Checkpoints are written every "
-            "training.save_every steps. `--resume auto` starts anew where there is none."
+            "training.save_every steps. `--resume auto` starts a new run in that case."
         )
     if named or _got_to_a_checkpoint(folder):
         raise UserError(
-            f"--resume auto: {str(folder)!r} is a run that wrote checkpoints, and {missing}. Bring them back, or start "
-            "anew with output.overwrite=true instead of --resume."
+            f"--resume auto: {str(folder)!r} is a run that wrote checkpoints, and {missing}. Restore them, or start a "
+            "new run with output.overwrite=true instead of --resume."
         )
     return False
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether the run has ever committed one, be it whole or damaged."""
+    """Return whether the run has ever committed a checkpoint, whole or damaged."""
     return store.exists(folder / "checkpoints")
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, verified. All ranks call it.
+    """Return the newest whole checkpoint of the run, verified. All ranks call it.
 
     Raises:
-        UserError: all that there are are damaged.
+        UserError: all checkpoints are damaged.
     """
     try:
         return store.find(folder / "checkpoints")
     except CheckpointError as error:
-        raise UserError(f"--resume: {error}\nNothing was changed. To start anew, use another output.dir.") from None
+        raise UserError(
+            f"--resume: {error}\nNothing was changed. To start a new run, use another output.dir."
+        ) from None
 
 
 def _got_to_a_checkpoint(folder: Path) -> bool:
-    """Whether the run in the folder did more steps than there are before its first checkpoint."""
+    """Return whether the run in the folder has reached its first checkpoint."""
     try:
         save_every = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["training"]["save_every"]
         steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(save_every) and steps > save_every  # a step's record comes before its checkpoint
+    return bool(save_every) and steps > save_every  # a step's record is written before its checkpoint
 
 
 def _is_finished(folder: Path, settings: Settings) -> bool:
@@ -122,7 +123,7 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder into which another run is writing; makes and changes nothing.
+    """Refuse a folder into which another run is writing. Changes nothing.
 
     Raises:
         UserError: naming the process.
@@ -134,7 +135,7 @@ def check_free(folder: Path) -> None:
 
 
 def claim(folder: Path) -> Lock:
-    """Make the folder, and keep other runs out of it until `release` or the end of this process. On one rank.
+    """Make the folder, and keep other runs out of it until `release` or the end of this process. Call it on one rank.
 
     Raises:
         UserError: another run writes into it.
@@ -148,7 +149,7 @@ def claim(folder: Path) -> Lock:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written in, before anything is loaded; nothing stays behind.
+    """Refuse a folder that cannot be made or written to, before anything is loaded. Leaves nothing behind.
 
     Raises:
         UserError: naming the folder that is not writable.
@@ -159,30 +160,30 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"output.dir: {str(folder)!r}: nothing can be written in {str(place)!r} ({error.strerror}). Set another "
-            f"output.dir, or make room or permission there."
+            f"output.dir: {str(folder)!r}: {str(place)!r} cannot be written to ({error.strerror}). Set another "
+            f"output.dir, or free space or grant permission there."
         ) from None
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which file could not be written, and what to do.
+    """Name the file that could not be written, and the remedy.
 
     Raises:
-        UserError: in place of the system's error, e.g. of a full disk.
+        UserError: instead of the system's error, e.g. of a full disk.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{path}: cannot be written ({reason}). Make room or permission there; then continue from the newest "
-            f"checkpoint with --resume auto, or start anew in another output.dir."
+            f"{path}: cannot be written ({reason}). Free space or grant permission there; then continue from the "
+            f"newest checkpoint with --resume auto, or start a new run in another output.dir."
         ) from error
 
 
 def clear(folder: Path) -> None:
-    """Make the folder, and delete an earlier run's files in it and nothing else."""
+    """Make the folder, and delete an earlier run's files in it. Other files stay."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in OWN_FILES:
@@ -194,7 +195,7 @@ def clear(folder: Path) -> None:
 
 
 def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
-    """What a continued run must share with the run it continues, by the names of the settings."""
+    """Return what a continued run must share with the run it continues, by the names of the settings."""
     hift = settings.deepspeed["hift"]
     return {
         "method": asdict(settings.method),
@@ -203,7 +204,7 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
         "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],
         "training.seed": settings.training.seed,
         "training.batch_size": settings.training.batch_size,
-        # The checkpoint holds the optimizer's and the schedule's settings, so other ones would have no effect.
+        # The checkpoint holds the settings of optimizer and schedule, so new ones would have no effect.
         "training.lr_schedule": settings.training.lr_schedule,
         "training.warmup_ratio": settings.training.warmup_ratio,
         "deepspeed.scheduler": settings.deepspeed.get("scheduler"),
@@ -216,17 +217,17 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
 
 
 def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json.
+    """Return the content of run.json.
 
     Raises:
-        UserError: naming each thing in which the present settings differ from the run in the folder.
+        UserError: naming each setting that differs from the run in the folder.
     """
     try:
         recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
-            f"--resume: {str(folder / 'run.json')!r} is missing or unreadable, so it cannot be known whether these "
-            f"settings continue the same run. Start anew in another output.dir."
+            f"--resume: {str(folder / 'run.json')!r} is missing or unreadable, so these settings cannot be compared "
+            f"with the run's. Start a new run in another output.dir."
         ) from None
     now = json.loads(json.dumps(current))  # tuples as lists, as in the file
     before = recorded["identity"]
@@ -238,7 +239,7 @@ def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
-    """A line for each value, however deep it lies in mappings."""
+    """Yield a line for each differing value, at any depth of the mappings."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
@@ -248,6 +249,6 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
+    """Write the file atomically: a reader never sees half of it."""
     with writing(path):
         write_durably(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,18 +1,21 @@
-"""Stopping a run from outside: by SIGTERM, by SIGINT, or because its launcher is gone.
+"""Stopping a run from outside: by SIGTERM, by SIGINT, or when its launcher is gone.
 
-Before the first step: the process exits at once with 75; nothing was trained.
-In training, and in the evaluation after it: the step or the batch of examples is finished, all ranks agree (with the
-    sum over ranks that a step makes anyway), save the same step, meet, and exit with 75 (launch/callbacks/stopping.py).
-During the export: with a checkpoint of the last step, at once, with 75; without one the export is finished, since it
-    is then all that is left of the run.
-Signals within 5 s of the first count as one: a launcher and a scheduler often send several (on Ctrl-C a rank hears the
-    terminal's SIGINT and the SIGTERM of DeepSpeed's `launch.py`, in any order). A later one ends the process at once
-    with 128 plus its number, until the save is committed; from then on they are ignored.
+Before the first step the process exits at once with 75; nothing was trained.
 
-DeepSpeed's `launch.py` hands a signal to the ranks one after the other, gives each 30 s and then kills it, and ends all
-as soon as one has exited. On one node the outer `deepspeed` dies of SIGTERM without telling anybody, so a rank looks
-once a second whether both are still there. Before this module is imported (the first seconds of a process) a signal has
-the effect that the system gives it.
+In training and in the evaluation after it, each rank finishes the step or the batch of examples. All ranks agree (by
+the sum over ranks that a step makes anyway), save the same step and exit with 75 (launch/callbacks/stopping.py).
+
+In the export the process exits at once with 75 if the last step has a checkpoint. Otherwise it finishes the export,
+which is then the only result of the run.
+
+Signals within 5 s of the first count as one, because launchers and schedulers often send several: on Ctrl-C a rank
+receives the terminal's SIGINT and the SIGTERM of DeepSpeed's `launch.py`, in any order. A later signal ends the process
+at once with 128 plus its number, until the checkpoint is committed. From then on signals are ignored.
+
+DeepSpeed's `launch.py` passes a signal to the ranks one after the other, waits 30 s for each and then kills it. It ends
+all ranks as soon as one has exited. On one node the outer `deepspeed` dies of SIGTERM without passing it on, so a rank
+checks once a second whether both processes are still there. Signals that arrive before this module is imported, in the
+first seconds of a process, have the system's default effect.
 """
 
 from __future__ import annotations
@@ -31,26 +34,26 @@ from typing import Any
 import psutil
 
 STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try again
-SAME = 5.0  # seconds in which signals count as one
-LOOK = 1.0  # seconds between two looks for the launcher
+SAME = 5.0  # seconds within which signals count as one
+LOOK = 1.0  # seconds between two checks of the launcher
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RUNNERS = ("deepspeed", "deepspeed.pt", "ds")  # DeepSpeed's names of its outer command
 
 
 class Stopped(Exception):
-    """All ranks have agreed to stop and have saved what can be saved; the message says what that is."""
+    """All ranks have agreed to stop. What can be saved is saved; the message names it."""
 
 
 class Preemption:
-    """Whether this process was asked to stop. A context: signals are caught inside it.
+    """Requests to stop this process. A context: it catches signals inside it.
 
     Python runs signal handlers between two bytecodes of the main thread, which may be waiting for another rank in a
-    collective. Here the interpreter writes each signal's number into a socket as it arrives, and a thread reads them.
+    collective. Therefore the interpreter writes each signal's number into a socket, and a thread reads the socket.
 
     Attributes:
-        reasons: what asked for the stop, e.g. "SIGTERM"; empty: nothing did.
-        nothing_to_lose: why this process may exit at once; None: it may not.
-        leaving: what there is to save is saved; signals are ignored from here on.
+        reasons: what asked for the stop, e.g. "SIGTERM"; empty if nothing did.
+        nothing_to_lose: why this process may exit at once; None if it may not.
+        leaving: whether everything is saved; signals are then ignored.
     """
 
     def __init__(self, rank: int) -> None:
@@ -75,7 +78,7 @@ class Preemption:
         global _active
         _active = None
         for number, earlier in self._earlier.items():
-            # The launcher ends the others as soon as it sees one gone; they are on their way out with their own code.
+            # The launcher ends all ranks when one has exited; these are exiting with their own code.
             signal.signal(number, signal.SIG_IGN if self.leaving else earlier)
         signal.set_wakeup_fd(self._earlier_fd)
         self._outbox.close()
@@ -103,7 +106,7 @@ class Preemption:
             if self.nothing_to_lose is not None:
                 self._say(f"stopped by {reason}: {self.nothing_to_lose}")
                 os._exit(STOPPED)
-            self._say(f"{reason}: stopping as soon as the work in hand is done and saved")
+            self._say(f"{reason}: stopping after the current step is finished and saved")
         elif time.monotonic() - self._since > SAME:
             self._say(f"{reason} again: exiting at once, without saving", everyone=True)
             os._exit(code)
@@ -115,18 +118,18 @@ class Preemption:
             try:
                 print(text, file=sys.stderr, flush=True)
             except OSError:
-                pass  # whoever read it is gone, which may be why the run stops
+                pass  # the reader is gone, which may be why the run stops
 
 
 _active: Preemption | None = None
 
 
 def _heard(number: int, frame: Any) -> None:
-    """A handler, so that the signal does not end the process; the thread does the rest."""
+    """Keep the signal from ending the process; the thread handles it."""
 
 
 def _forget() -> None:
-    """In a forked child: signals to it are its own, and do not go into the socket that it shares with its parent."""
+    """Restore the handlers in a forked child, whose signals must not go into the socket it shares with its parent."""
     if _active is not None:
         signal.set_wakeup_fd(-1)
         for number, earlier in _active._earlier.items():
@@ -137,7 +140,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _launcher_watch() -> Callable[[], bool]:
-    """A function that says whether the `launch.py` or the `deepspeed` that started this process is gone."""
+    """Return a function that tells whether the `launch.py` or `deepspeed` that started this process is gone."""
     try:
         parent = psutil.Process(os.getppid())
         if "deepspeed.launcher.launch" not in parent.cmdline():
@@ -146,7 +149,7 @@ def _launcher_watch() -> Callable[[], bool]:
         words = runner.cmdline()[:3] if runner is not None else []
     except psutil.Error:
         return lambda: False
-    # On several nodes the grandparent is a shell: not watched, since launch.py may be meant to outlive it.
+    # On several nodes the grandparent is a shell. It is not watched: launch.py may be meant to outlive it.
     watched = any(Path(word).name in RUNNERS or word == "deepspeed.launcher.runner" for word in words)
     runner_pid = runner.pid if runner is not None and watched else None
 

@@ -1,11 +1,11 @@
-"""A log of each rank, and an end to waiting for a rank that is dead, stopped or stuck.
+"""The ranks of a run: joining them, one log per rank, and detection of ranks that are dead, stopped or stuck.
 
-OUT/logs/rank{r}.log holds the rank's pid and host, a line for each step, the traceback of what it did not expect, and
-the stacks of its threads after a crash or a hang. A thread renews the file's time as a sign of life.
+OUT/logs/rank{r}.log holds the rank's pid and host, a line per step, the traceback of an unexpected error, and the
+stacks of its threads after a crash or a hang. A thread updates the file's modification time as a heartbeat.
 
-A rank in which nothing went on for `training.rank_timeout` seconds, or whose collective failed, looks at the others'
-logs and processes, says which rank is to blame, and exits with 76. The timeouts of collectives would not do: those of
-the groups that DeepSpeed makes cannot be set, and NCCL ends the process before it can say anything.
+A rank that makes no progress for `training.rank_timeout` seconds, or whose collective fails, reads the logs and process
+states of the other ranks, reports which rank is the cause, and exits with 76. Timeouts of collectives are not enough:
+those of DeepSpeed's process groups cannot be set, and NCCL ends the process before it can report anything.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from hift_ds.launch.config.credentials import redacted
 from hift_ds.launch.errors import UserError
 
 RANK_LOST = 76  # exit code
-PATIENCE = 60.0  # seconds that a rank which failed waits for others to fail alike
-MOST = 16  # ranks that a message lists
+PATIENCE = 60.0  # seconds that a failed rank waits for the same failure on the others
+MOST = 16  # ranks listed in a message
 
 
 @dataclass
 class State:
-    """What is known of another rank from its log and its process."""
+    """The state of another rank, from its log and its process."""
 
     log: Path
     name: str  # "rank 1 (pid 123 on host)"
     host: str | None
-    step: str | None  # the last one it finished
-    where: str | None  # what it was doing when it gave up
-    age: float  # seconds since its last sign of life
-    problem: str | None = None  # None: it seems well
+    step: str | None  # its last finished step
+    where: str | None  # what it was doing when it timed out
+    age: float  # seconds since its last heartbeat
+    problem: str | None = None  # None if it looks healthy
 
     def __str__(self) -> str:
         since = "before its first step" if self.step is None else f"after step {self.step}"
         if self.problem is not None:
-            return f"{self.name} {self.problem}; last sign of life {self.age:.0f} s ago, {since}: {self.log}"
+            return f"{self.name} {self.problem}; last heartbeat {self.age:.0f} s ago, {since}: {self.log}"
         return f"{self.name} is {since}{self.where and f', {self.where}' or ''}: {self.log}"
 
 
 def join(rank_timeout: float) -> None:
-    """Make the group of all ranks; its collectives give up a minute after `RankWatch`, which says more.
+    """Join the process group of all ranks. Its collectives time out a minute after `RankWatch`, which reports more.
 
     Raises:
-        UserError: the launcher's port is in use.
+        UserError: the port of the launcher is in use.
     """
     try:
         deepspeed.init_distributed(
@@ -76,7 +76,7 @@ def join(rank_timeout: float) -> None:
             raise
         port = int(os.environ["MASTER_PORT"])
         raise UserError(
-            f"port {port} of this machine is in use, perhaps by another run; give this one a port of its own: "
+            f"port {port} of this machine is in use, perhaps by another run; choose another port for this run: "
             f"deepspeed --master_port {port + 1} ..."
         ) from None
 
@@ -89,12 +89,12 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
 
 
 class RankWatch:
-    """This rank's log and sign of life; a context, in which `start` may be called once."""
+    """This rank's log and heartbeat, and the watch over the other ranks. A context; call `start` once inside it."""
 
     def __init__(self) -> None:
         self._file: RawIOBase | None = None
         self._closed = threading.Event()
-        # Seconds that this process ran, so that those in which it was itself stopped do not count as silence.
+        # Counts only seconds in which this process ran: the time while it was stopped is not silence of others.
         self._clock = self._heard = 0.0
 
     def __enter__(self) -> RankWatch:
@@ -117,15 +117,15 @@ class RankWatch:
         keep: bool,
         remedy: str = "Continue from the newest checkpoint with --resume.",
     ) -> None:
-        """Open the log in `folder`, and watch.
+        """Open the log in `folder`, and start watching.
 
         Args:
-            limit: seconds without progress after which the rank gives up, with more than one rank.
-            keep: append to an earlier log.
-            remedy: what to do when a rank is lost.
+            limit: seconds without progress after which this rank times out, if there is more than one rank.
+            keep: whether to append to an earlier log.
+            remedy: advice that follows the message about a lost rank.
         """
         self.folder, self.rank, self.world, self.limit, self.remedy = folder, rank, world, limit, remedy
-        self.beat = min(10.0, limit / 4)  # seconds between two signs of life
+        self.beat = min(10.0, limit / 4)  # seconds between two heartbeats
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self._log(rank).open("ab" if keep else "wb", buffering=0)
         self._line(f"start: rank {rank} of {world}, pid {os.getpid()} on {socket.gethostname()}")
@@ -136,19 +136,19 @@ class RankWatch:
         self._thread.start()
 
     def progress(self, step: int | None = None) -> None:
-        """To be called whenever something went on; with the number of steps done after each."""
+        """Report progress; after a step, pass the number of steps done."""
         self._heard = self._clock
         if step is not None and self._file is not None:
             self._line(f"step {step}")
 
     def fails_everywhere(self, what: str, seconds: float, error: BaseException) -> bool:
-        """Whether all ranks fail in `what`, a text that says where and when; the error is in this rank's log.
+        """Return whether all ranks fail in `what`, a text that names the place; logs the error.
 
-        Then their collectives still pair, and they can go on with something else. A collective could not find it out:
-        a rank that is well waits in one of its own.
+        If all fail, their collectives still match, and the process can continue with other work. A collective cannot
+        decide this, because a healthy rank is waiting in another one.
 
         Args:
-            seconds: that this rank took to fail; another is given as many, and `PATIENCE`.
+            seconds: time until this rank failed; the others get as long, plus `PATIENCE`.
         """
         if self.world == 1:
             return True
@@ -163,19 +163,19 @@ class RankWatch:
         return True
 
     def any_fails(self, what: str) -> bool:
-        """Whether a rank has said that it fails in something that begins so."""
+        """Return whether a rank has logged a failure in something that begins with `what`."""
         return any(f" fails: {what}" in self._text(rank) for rank in range(self.world))
 
     def stop(self) -> None:
-        """To be called before this rank ends because it was told to: for the others it is not lost."""
+        """Log that this rank ends because it was asked to, so that the others do not report it as lost."""
         self._line("stopped")
 
     def any_lost(self) -> bool:
-        """Whether another rank has died without having been told to stop."""
+        """Return whether another rank has died without being asked to stop."""
         return self.world > 1 and any(" stopped\n" not in self._text(rank) for rank in self._suspects())
 
     def blame(self, error: BaseException) -> bool:
-        """Log an unexpected error; whether another rank is the cause, which is then said."""
+        """Log an unexpected error; if another rank is the cause, report that and return True."""
         if self._file is None:
             return False
         self._error(error)
@@ -184,7 +184,9 @@ class RankWatch:
         if self._silence() > 0.9 * self.limit:
             self._give_up()
         near = all(state.host in (None, socket.gethostname()) for state in self._states().values())
-        deadline = time.monotonic() + (2.0 if near else 3 * self.beat + 2.0)  # a dying process still shows for a moment
+        deadline = time.monotonic() + (
+            2.0 if near else 3 * self.beat + 2.0
+        )  # a dying process is still listed for a moment
         while not (found := self._suspects()) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not found:
@@ -217,16 +219,16 @@ class RankWatch:
         os._exit(RANK_LOST)
 
     def _say(self, found: dict[int, State]) -> None:
-        """In this rank's log, and on the terminal by the first rank that is not to blame."""
+        """Write to this rank's log; the first rank that is not the cause also prints to the terminal."""
         lines = [str(state) for state in found.values()]
         if not lines:
-            lines = [f"no rank has gone on for {self.limit:g} s, and all are alive:"]
+            lines = [f"no rank has made progress for {self.limit:g} s, and all are alive:"]
             lines += [f"  {state}" for state in self._states().values()]
         lines[MOST:] = [f"... and {len(lines) - MOST} more"] if len(lines) > MOST else []
-        lines.append(f"The run cannot go on. {self.remedy}")
+        lines.append(f"The run cannot continue. {self.remedy}")
         if self._silence() > 0.9 * self.limit:
             setting = f"training.rank_timeout ({self.limit:g} s)"
-            lines.append(f"If a step, loading or the export takes longer than {setting}, raise that.")
+            lines.append(f"If a step, loading or the export takes longer than {setting}, raise it.")
         text = "\n".join(lines)
         self._line(text)
         if self.rank == min(set(range(self.world)) - set(found)):
@@ -237,7 +239,7 @@ class RankWatch:
 
     def _states(self) -> dict[int, State]:
         states = {rank: self._state(rank) for rank in range(self.world)}
-        states[self.rank].problem = None  # it is this process that judges
+        states[self.rank].problem = None  # this process runs
         return states
 
     def _state(self, rank: int) -> State:
@@ -257,7 +259,7 @@ class RankWatch:
         return state
 
     def _text(self, rank: int) -> str:
-        """A rank's log since its last start."""
+        """Return a rank's log since its last start."""
         text = self._log(rank).read_text(encoding="utf-8", errors="replace")
         return text[max(0, text.rfind(" start: rank ")) :]
 
@@ -266,7 +268,7 @@ class RankWatch:
 
     def _line(self, text: str) -> None:
         assert self._file is not None
-        with contextlib.suppress(OSError):  # a full disk: what has to be written there says so
+        with contextlib.suppress(OSError):  # a full disk is reported by the files that must be written
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
 
     def _log(self, rank: int) -> Path:
@@ -274,7 +276,7 @@ class RankWatch:
 
 
 def _process_problem(pid: int) -> str | None:
-    """What is wrong with a process of this machine."""
+    """Return what is wrong with a process of this machine, or None."""
     try:
         status = psutil.Process(pid).status()
     except psutil.Error:
@@ -284,6 +286,6 @@ def _process_problem(pid: int) -> str | None:
 
 
 def _main_thread() -> str:
-    """What the main thread is doing: the innermost function of Python."""
+    """Return what the main thread is doing: its innermost Python function."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"

@@ -1,4 +1,4 @@
-"""A Weights & Biases run that training never waits for and never fails with."""
+"""Weights & Biases in a thread: training never waits for it and never fails because of it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import psutil
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.runtime.preemption import STOPPED
 
-FINISH_SECONDS = 60.0  # for what is still to be written or sent at the end of a run
-SECOND = 1.0  # in which a process that closed its connection is gone
-END_SECONDS = 10.0  # for letting go of a process that was ended
+FINISH_SECONDS = 60.0  # time to write and send the remaining records at the end of a run
+SECOND = 1.0  # time in which a process that closed its connection ends
+END_SECONDS = 10.0  # time for the thread to notice that the process was killed
 
 
 class Tracker:
-    """A W&B run in a thread of its own. W&B talks to a process; one that is killed, stops or is slow costs its records.
+    """A W&B run in its own thread. If W&B's service process is killed, stops or is slow, only its records are lost.
 
     Attributes:
-        id: of the W&B run, with which another one continues it.
+        id: id of the W&B run, which another process can continue.
     """
 
     def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
@@ -37,11 +37,16 @@ class Tracker:
         self._thread.start()
 
     def log(self, record: dict[str, Any]) -> None:
+        """Queue the record of a step."""
         values = flat(record)
         self._sent.put(lambda run: run.log(values, step=values["step"]))
 
     def close(self, summary: dict[str, Any] | None) -> None:
-        """Send the summary and end the run, or give up after `FINISH_SECONDS`. Without one it is to be continued."""
+        """Send the summary and end the run, or give up after `FINISH_SECONDS`.
+
+        Args:
+            summary: None if the run was stopped and will be continued.
+        """
         if summary is None:
             self._sent.put(lambda run: run.mark_preempting())
             self._sent.put(lambda run: run.finish(exit_code=STOPPED))
@@ -55,30 +60,30 @@ class Tracker:
             self._given_up = True
             why = ", since its process has ended," if self._is_gone() else ""
             self._warn(
-                f"Weights & Biases did not finish within {FINISH_SECONDS:g} s{why} and is left behind; `wandb sync` "
-                "sends what it has written"
+                f"Weights & Biases did not finish within {FINISH_SECONDS:g} s{why} and was ended; `wandb sync` sends "
+                "what it has written"
             )
-            if self._service is not None:  # W&B would wait for it at exit, without a limit
+            if self._service is not None:  # at exit W&B would wait for it without a limit
                 self._service.kill()
             self._thread.join(END_SECONDS)
 
     def _work(self) -> None:
         try:
             while send := self._sent.get():
-                if self._is_gone():  # W&B itself would not say so
+                if self._is_gone():  # W&B itself does not report it
                     raise ConnectionError
                 send(self._run)
         except Exception as error:
             if not self._given_up:
                 reason = "its process has ended" if self._is_gone(SECOND) else f"{type(error).__name__}: {error}"
-                self._warn(f"Weights & Biases failed and is off from here on: {reason}")
+                self._warn(f"Weights & Biases failed and is now off: {reason}")
             import wandb
 
-            with contextlib.suppress(Exception):  # else it tries the same again at exit, and fails loudly
+            with contextlib.suppress(Exception):  # otherwise it retries at exit, and fails with a traceback
                 wandb.teardown()
 
     def _is_gone(self, patience: float = 0.0) -> bool:
-        """Whether W&B's process has ended, or does so within some seconds: its connection is closed before."""
+        """Return whether W&B's process has ended, or ends within `patience` seconds: it closes its connection first."""
         deadline = time.monotonic() + patience
         while self._service is not None:
             if not _is_alive(self._service):
@@ -90,7 +95,7 @@ class Tracker:
 
 
 def start_wandb(folder: Path, settings: Settings, run_id: str | None, warn: Callable[[str], None]) -> Tracker | None:
-    """The tracker of a run, if one is asked for and W&B can start; why it cannot is a warning."""
+    """Start the tracker of a run, if `logging.wandb` asks for it. If W&B cannot start, warn and return None."""
     logging = settings.logging
     if logging.wandb == "off":
         return None
@@ -111,13 +116,13 @@ def start_wandb(folder: Path, settings: Settings, run_id: str | None, warn: Call
             settings=wandb.Settings(silent=not logging.verbose, init_timeout=20, finish_timeout=FINISH_SECONDS / 2),
         )
     except Exception as error:
-        warn(f"Weights & Biases cannot start, training goes on without: {' '.join(str(error).split())}")
+        warn(f"Weights & Biases cannot start; training continues without it: {' '.join(str(error).split())}")
         return None
     return Tracker(run, warn)
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one, with the names joined by slashes."""
+    """Flatten a nested mapping; names are joined by slashes."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         found.update(flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value})
@@ -125,7 +130,7 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _find_service() -> psutil.Process | None:
-    """The process that W&B has started for this one."""
+    """Return the service process that W&B has started."""
     return next((child for child in psutil.Process().children() if "wandb" in child.name()), None)
 
 

@@ -163,7 +163,7 @@ def stop_a_rank(out: Path, limit: float, stopped: int, draw: Any = None, wait: b
         seconds = job.ends([other], limit + 30)
         assert seconds < limit + 10
         assert re.search(
-            rf"error: rank {stopped} \(pid {victim.pid} on \S+\) is stopped; last sign of life \d+ s ago, after step "
+            rf"error: rank {stopped} \(pid {victim.pid} on \S+\) is stopped; last heartbeat \d+ s ago, after step "
             rf"\d+: {out / 'logs' / f'rank{stopped}.log'}",
             job.text(),
         ), job.text()
