@@ -120,7 +120,7 @@ def test_a_full_disk_stops_the_run_with_the_files_name(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     """Nothing can be made in /proc, whoever asks."""
-    with pytest.raises(UserError, match="nothing can be written in '/proc'"):
+    with pytest.raises(UserError, match="'/proc' cannot be written to"):
         outputs.check_writable(Path("/proc/hift/run"))
     settings = ["model.tokenizer=some-org/not-asked-for"]
     result = run_on_ranks(1, train_and_disturb, arguments(Path("/proc/hift/run"), *settings))[0]
