@@ -84,6 +84,11 @@ class HostCheckpoints:
                 setattr(module, _CALL, self)
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+        """Call ``layer(*args)`` with activation checkpointing.
+
+        Raises:
+            ValueError: the first argument is not a tensor.
+        """
         if not args or not isinstance(args[0], Tensor):
             raise ValueError(
                 "checkpoints cannot move to host memory: the first argument of this model's layers is not their hidden "
