@@ -1,1 +1,1 @@
-"""The settings of a training run: dataclasses, the YAML file and its checks."""
+"""The settings of a run: reading the YAML file, and checking it section by section and as a whole."""

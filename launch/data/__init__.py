@@ -1,1 +1,1 @@
-"""From files and data sets to batches of tokens, and the scores of answers."""
+"""The data of a run: reading, conversion to one format, tokens, batches, and the scores of answers."""

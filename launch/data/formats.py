@@ -1,10 +1,10 @@
-"""From rows as published or written to rows in the columns of one format:
+"""Convert rows of published data sets and of users' files to the columns of one format.
 
 prompt-completion: `prompt`, `completion` (texts). Trained: the completion and the end-of-sequence token.
 chat: `messages` (list of {role, content}). Trained: each assistant's turn with its end-of-turn token.
 text-label: `text`, `label`, optional `text_pair`. Trained: the label (sequence classification).
 
-A user's own files have these columns, or others that `data.columns` names; of the published sets they are known here.
+Users' files have these columns, or others that `data.columns` maps to them. The columns of published sets are known.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ COLUMNS = ("prompt", "completion", "messages", "text", "text_pair", "label")
 
 @dataclass(frozen=True)
 class LabelTask:
-    """A labelled set: its text columns, its labels in the order of their ids, and a label word for each.
+    """A published set of labelled texts.
 
-    `prompt` makes the prompt of the paper's Table 13 from a row; `texts` is what a classifier reads.
+    Attributes:
+        columns: its text columns.
+        prompt: writes the prompt of the HiFT paper's Table 13 for a row.
+        texts: returns the text of a row, and the second text or None, for a classifier.
+        labels: the labels' names in the order of their ids.
+        words: the answer in words for each label.
     """
 
     columns: tuple[str, ...]
@@ -106,7 +111,11 @@ CHOICE_TASKS = ("superglue/copa", "superglue/record")
 
 
 def flatten(name: str, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """SuperGLUE's nested rows as flat ones, one for each thing to answer; other rows as they are."""
+    """Split a nested row of SuperGLUE into flat rows, one for each question; return other rows unchanged.
+
+    Raises:
+        UserError: the row is not as published; `where` names its place.
+    """
     passage = row.get("passage")
     try:
         if name == "superglue/multirc" and isinstance(passage, dict):
@@ -150,8 +159,8 @@ def _label_task_row(task: LabelTask, classify: bool, row: dict[str, Any], where:
         label = int(spelled)
     else:
         raise UserError(
-            f"{where}: label {shown(value)}; expected {', '.join(task.labels)} or its number. A publisher's "
-            "test part has no labels: name another split"
+            f"{where}: label {shown(value)}; expected {', '.join(task.labels)} or its number. Publishers' "
+            "test splits may have no labels: name another split"
         )
     if classify:
         text, pair = task.texts(row)
@@ -179,7 +188,7 @@ def _copa_row(row: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: expected question cause or effect and label 0 or 1, got "
             f"{shown((row.get('question'), row.get('label')))}"
         )
-    # They go on in the middle of a sentence.
+    # The choices continue a sentence.
     choices = [one if one.startswith("I ") else one[:1].lower() + one[1:] for one in choices]
     choice = choices[row["label"]]
     prompt = f"{premise.rstrip(' .')} {links[row['question']]}"
@@ -187,7 +196,7 @@ def _copa_row(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _record_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The query is cut where an entity is missing; the completion is the entity and the rest of the query."""
+    """Cut the query at the missing entity; the completion is the entity and the rest of the query."""
     passage, query = text_of(row, "passage", where), text_of(row, "query", where)
     before, placeholder, after = query.partition("@placeholder")
     accepted = tuple(answer + after for answer in dict.fromkeys(row.get("answers") or ()))
@@ -207,7 +216,7 @@ def _record_row(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def possible_formats(name: str) -> tuple[str, ...]:
-    """Those that `data.format` may name for `data.name`."""
+    """Return the formats that `data.format` may name for `data.name`."""
     name = name.lower()
     if name in (*SOLUTION_TASKS, *CHOICE_TASKS):
         return ("prompt-completion",)
@@ -215,9 +224,13 @@ def possible_formats(name: str) -> tuple[str, ...]:
 
 
 def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: list[Row], task: str) -> str:
-    """The format that the settings name (`wanted`) or the columns show; it must fit the model's task."""
+    """Return the format that `data.format` (`wanted`) names or that the columns of the rows fit.
+
+    Raises:
+        UserError: the columns fit no format or several ones, or the format does not fit the model's task.
+    """
     candidates = list(possible_formats(name))
-    if len(candidates) == len(FORMATS):  # a set whose columns are not known beforehand
+    if len(candidates) == len(FORMATS):  # a data set with unknown columns
         present = sorted({column for _, row in rows for column in row})
         for ours, theirs in columns.items():
             if theirs not in present:
@@ -231,8 +244,8 @@ def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: li
             asked = [wanted] if wanted else list(FORMATS)
             expected = [f"{' and '.join(FORMATS[one])} ({one})" for one in asked]
             raise UserError(
-                f"data: the columns found are {', '.join(present)}; expected {', or '.join(expected)}. Say which "
-                "column is which, as in data.columns: {prompt: question, completion: answer}"
+                f"data: the columns found are {', '.join(present)}; expected {', or '.join(expected)}. Map the "
+                "columns, as in data.columns: {prompt: question, completion: answer}"
             )
     if wanted:
         candidates = [wanted]
@@ -255,10 +268,18 @@ def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: li
 def convert(
     name: str, format_: str, columns: dict[str, str], parts: dict[str, list[Row]]
 ) -> tuple[dict[str, list[Row]], list[str] | None]:
-    """Rows in the format's columns, and for text-label the labels' names in the order of their ids.
+    """Convert rows to the columns of a format.
 
-    Rows of sets that are scored by label words also have `accepted`, the answers that are right, and `candidates`, the
-    answers to choose from; ReCoRD's have `entities`, what each candidate stands for.
+    Args:
+        parts: the rows by part ("train", "eval").
+
+    Returns:
+        The rows by part, and for text-label the labels' names in the order of their ids. Rows of data scored by label
+        words also have `accepted`, the correct answers, and `candidates`, all answers to choose from. Rows of ReCoRD
+        have `entities`, one for each candidate.
+
+    Raises:
+        UserError: naming the first row that does not fit.
     """
     name = name.lower()
     labels: list[str] | None = None
@@ -280,6 +301,11 @@ def convert(
 
 
 def text_of(row: dict[str, Any], column: str, where: str) -> str:
+    """Return the text in a column of a row.
+
+    Raises:
+        UserError: the column is missing or holds no text; `where` names the row.
+    """
     value = row.get(column)
     if not isinstance(value, str):
         found = f"it is {shown(value)}" if column in row else f"the columns are {', '.join(row) or 'none'}"
@@ -319,7 +345,7 @@ def _text_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[
 
 
 def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
-    """Labels of a user's set as ids: whole numbers from 0 stay, names are numbered in alphabetical order."""
+    """Replace the labels of a user's data by ids: keep whole numbers from 0, number names in alphabetical order."""
     column = columns.get("label", "label")
 
     def as_number(value: Any) -> int | None:

@@ -19,21 +19,22 @@ from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.data.sources import Row, read_file, read_hub
 from hift_ds.launch.errors import UserError
 
-DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # how many built-in problems where the settings do not say
+DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # numbers of built-in problems by default
 
 
 @dataclass
 class Data:
     """Tokenized data.
 
-    `report` has for "train" and "eval" each: `rows` in the split, `read` of them (after taking the
-    subset), `used`, `truncated` (among the used), `skipped_no_target`, `tokens`, `trained_tokens`, and
-    `sha256` of the rows read. Further `files` (path -> sha256), `format`, `template` (whether the chat
-    template was used), `labels` (names in the order of their ids; None for causal LM) and `notes`:
-    sentences for the user about what was cut or left out.
-
-    `score(predictions, examples)` scores generated texts (causal LM) or label ids (classification) of
-    held-out examples; it is None where the data has no score.
+    Attributes:
+        train, eval: the examples to train on and the held-out ones.
+        report: for "train" and "eval": `rows` in the split, `read` (after taking the subset), `used`, `truncated` (of
+            the used ones), `skipped_no_target`, `tokens`, `trained_tokens`, and `sha256` of the rows read. Also `files`
+            (path to sha256), `format`, `template` (whether the chat template is used), `labels` (names in the order of
+            their ids; None for causal language models) and `notes`: sentences for the user about truncated and skipped
+            examples.
+        score: `score(predictions, examples)` scores generated texts (causal language models) or label ids
+            (classification) of held-out examples. None if the data has no score.
     """
 
     train: list[Example]
@@ -42,7 +43,10 @@ class Data:
     score: Callable[[Sequence[Any], Sequence[EvalExample]], scores.Score] | None
 
     def longest(self, max_new_tokens: int) -> tuple[int, int]:
-        """Tokens of the longest example, and of the longest held-out prompt with its answer (0 without answers)."""
+        """Return the tokens of the longest example, and of the longest held-out prompt with its answer.
+
+        The second number is 0 if no answers are generated.
+        """
         answered = self.eval if self.score is not None and self.report["labels"] is None else []
         return (
             max(len(example.input_ids) for example in [*self.train, *self.eval]),
@@ -51,10 +55,15 @@ class Data:
 
 
 def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -> Data:
-    """Read, convert and tokenize; everything is then in memory.
+    """Read, convert and tokenize the data into memory.
 
-    `task` is "causal-lm" or "sequence-classification". The same settings, tokenizer and seed give the
-    same examples in the same order, so every rank can load its own.
+    The same settings, tokenizer and seed give the same examples in the same order, so every rank can load its own.
+
+    Args:
+        task: "causal-lm" or "sequence-classification".
+
+    Raises:
+        UserError: the settings have problems, or the data cannot be read or does not fit the task.
     """
     problems = settings.problems()
     if problems:
@@ -84,7 +93,7 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
 
 
 def _read(settings: DataSettings, seed: int) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """All rows of the parts "train" and "eval" (empty where nothing is held out), and the files' hashes."""
+    """Read all rows of "train" and "eval" (empty if nothing is held out), and hash the files."""
     name = settings.name.lower()
     hashes: dict[str, str] = {}
     splits: dict[str, list[Row]] = {"train": [], "eval": []}
@@ -109,7 +118,7 @@ def _read(settings: DataSettings, seed: int) -> tuple[dict[str, list[Row]], dict
 
 
 def _subset(settings: DataSettings, part: str, rows: list[Row], seed: int, notes: list[str]) -> list[Row]:
-    """A seeded sample in the rows' own order."""
+    """Draw a seeded sample, in the order of the rows."""
     n = settings.train_examples if part == "train" else settings.eval_examples
     if n and not rows:
         raise UserError(
@@ -126,7 +135,11 @@ def _subset(settings: DataSettings, part: str, rows: list[Row], seed: int, notes
 
 
 def _notes(settings: DataSettings, part: str, counts: dict[str, Any]) -> list[str]:
-    """What the user should know of the counts; an error where rows were read and none is left."""
+    """Return notes for the user about the counts.
+
+    Raises:
+        UserError: rows were read, but no example is left.
+    """
     read, limit = counts["read"], f"data.max_length ({settings.max_length} tokens)"
     if read and not counts["used"]:
         raise UserError(

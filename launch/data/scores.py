@@ -1,4 +1,4 @@
-"""How answers are scored: exact match of GSM8K-style numbers, and accuracy of labels. Pure functions."""
+"""Scores of answers: exact match of the final numbers of GSM8K, and accuracy of labels. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-# The number after `####`: an optional sign before or after an optional currency mark, digits with commas, an
-# optional decimal part. What would make it another number (a fraction, an exponent, a second decimal point)
+# The number after `####`: an optional sign before or after an optional currency mark, digits with commas, and an
+# optional decimal fraction. Text that would change the number (a fraction bar, an exponent, a second decimal point)
 # must not follow; a unit, a percent sign or a full stop may.
 _FINAL_NUMBER = re.compile(
     r"####[ \t]*(?P<sign>[-+\u2212]?)[ \t]*[$€£]?[ \t]*(?P<minus>[-\u2212]?)"
@@ -19,7 +19,7 @@ _FINAL_NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class Score:
-    """A score with its counts. `unanswered` of the `n` predictions held no answer; they count as wrong."""
+    """A score with its counts. `unanswered` of the `n` predictions hold no answer; they count as wrong."""
 
     metric: str
     correct: int
@@ -28,22 +28,21 @@ class Score:
 
     @property
     def value(self) -> float:
-        """Fraction of correct predictions, 0 to 1; not a number where there was nothing to score."""
+        """The fraction of correct predictions, 0 to 1; NaN without predictions."""
         return self.correct / self.n if self.n else float("nan")
 
     def __add__(self, other: Score) -> Score:
-        """The score of both sets of predictions together, as when each rank scored its own share."""
+        """Return the score of both sets of predictions together, for example of two ranks."""
         if self.metric != other.metric:
             raise ValueError(f"cannot add the metrics {self.metric!r} and {other.metric!r}")
         return Score(self.metric, self.correct + other.correct, self.n + other.n, self.unanswered + other.unanswered)
 
 
 def extract_number(text: str) -> Decimal | None:
-    """The final answer of a GSM8K-format solution: the number after the first `####`, else None.
+    """Return the final answer of a solution in GSM8K's format: the number after the first `####`, or None.
 
-    The first counts, because a model that runs on after its answer writes further problems. `1,000`,
-    `$1000.00` and `1000.` are the same number; a text without `####`, or with no plain number after it, has
-    no answer.
+    The first one counts, because a model that continues after its answer writes further problems. `1,000`, `$1000.00`
+    and `1000.` are the same number. A text without `####`, or without a plain number after it, has no answer.
     """
     position = text.find("####")
     match = _FINAL_NUMBER.match(text, position) if position >= 0 else None
@@ -55,7 +54,11 @@ def extract_number(text: str) -> Decimal | None:
 
 
 def number_match(predictions: Sequence[str], references: Sequence[str]) -> Score:
-    """Exact match of the final numbers of predicted and reference solutions (GSM8K's metric)."""
+    """Compare the final numbers of predicted and reference solutions: exact match, GSM8K's metric.
+
+    Raises:
+        ValueError: a reference has no final number.
+    """
     correct = unanswered = 0
     for prediction, reference in zip(predictions, references, strict=True):
         expected = extract_number(reference)
@@ -68,10 +71,10 @@ def number_match(predictions: Sequence[str], references: Sequence[str]) -> Score
 
 
 def leading_words_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Accuracy of generated label words: a prediction is right if it begins with one of its accepted answers.
+    """Return the accuracy of generated label words: a prediction must begin with one of its accepted answers.
 
-    Letter case and punctuation do not count, and what follows the answer does not either, so that a model is
-    not marked down for where it stops. Words are compared whole: `Nothing` is not `No`.
+    Letter case, punctuation and the text after the answer do not matter, so a model may continue after its answer.
+    Whole words are compared: `Nothing` is not `No`.
     """
     correct = unanswered = 0
     for prediction, accepted in zip(predictions, references, strict=True):
@@ -82,7 +85,7 @@ def leading_words_match(predictions: Sequence[str], references: Sequence[Sequenc
 
 
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> Score:
-    """Share of predicted label ids that equal the reference ids."""
+    """Return the fraction of predicted label ids that equal the reference ids."""
     correct = sum(int(a) == int(b) for a, b in zip(predictions, references, strict=True))
     return Score("accuracy", correct, len(predictions))
 

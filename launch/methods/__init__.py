@@ -1,1 +1,1 @@
-"""The training methods: HiFT, full fine-tuning, adapters, MeZO and other packages."""
+"""The training methods: what each trains, its settings, how it takes a step, and engines without DeepSpeed."""

@@ -1,4 +1,4 @@
-"""Bottleneck adapters, and where in a model they go: its hidden layers and the ends of their two sub-layers."""
+"""Bottleneck adapters, and their places in a model: its hidden layers and the last matrices of their sub-layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hift_ds.launch.errors import NotApplicable
 from hift_ds.launch.model.loading import evaluating
 
 MATRICES = (nn.Linear, Conv1D)
-PROBE = 8  # tokens of the forward pass that shows what a layer runs
+PROBE = 8  # tokens of the forward pass that finds the matrices of a layer
 
 
 class Bottleneck(nn.Module):
-    """``x + up(activation(down(norm(x))))``; ``up`` starts at zero, so that the model starts as it was.
+    """``x + up(activation(down(norm(x))))``; ``up`` starts at zero, so that the model computes the same at first.
 
     Args:
-        width: of the hidden states, d.
-        size: of the bottleneck, m. Weights: 2dm + d + m, and 2d for the norm.
-        own_norm: normalize first, with a layer norm of its own.
+        width: width d of the hidden states.
+        size: width m of the bottleneck. Weights: 2dm + d + m, and 2d for the norm.
+        own_norm: whether a layer norm of the adapter comes first.
     """
 
     def __init__(self, width: int, size: int, activation: nn.Module, own_norm: bool = False):
@@ -36,29 +36,29 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states, (..., width), to the same shape."""
+        """Map hidden states (..., width) to the same shape."""
         return hidden + self.up(self.activation(self.down(self.norm(hidden))))
 
 
 def attach(module: nn.Module, adapter: Bottleneck) -> None:
-    """Send what ``module`` returns (its first part, of a tuple) through ``adapter``, from now on its child."""
+    """Make ``adapter`` a child of ``module`` and apply it to the module's output (of a tuple, to the first element)."""
     first = next(module.parameters())
     module.adapter = adapter.to(first.device, first.dtype)
     module.register_forward_hook(_through_adapter)
 
 
 def _through_adapter(module: Any, _: Any, output: Any) -> Any:
-    # A function of the file, and the adapter a child: a copy of the module has a copy of the adapter.
+    # A function of the file and an adapter that is a child, so that a copy of the module has a copy of the adapter.
     if isinstance(output, tuple):
         return module.adapter(output[0]), *output[1:]
     return module.adapter(output)
 
 
 def hidden_layers(method: str, model: Any) -> dict[str, nn.Module]:
-    """The hidden layers by path, in the order of :mod:`hift_ds.blocks.partition`.
+    """Return the hidden layers by path, in the order of :func:`hift_ds.partition_model`.
 
     Raises:
-        NotApplicable: there are none.
+        NotApplicable: the model has none.
     """
     try:
         names = [block.name for block in partition_model(model)]
@@ -68,16 +68,16 @@ def hidden_layers(method: str, model: Any) -> dict[str, nn.Module]:
 
 
 def sub_layer_ends(method: str, model: Any, layers: dict[str, nn.Module]) -> list[tuple[str, str]]:
-    """Paths of the last matrix of each layer's attention, and of its MLP: what they return goes to the residual sum.
+    """Return for each layer the paths of the last matrix of its attention and of its MLP, which feed the residual sum.
 
-    Found by a forward pass over a few tokens: the last matrix that ran inside the layer's attention, and the last that
-    ran outside of it.
+    A forward pass over a few tokens finds them: the last matrix that runs inside of the layer's attention, and the last
+    one that runs outside of it.
 
     Raises:
-        NotApplicable: a layer has none for one of the two (state-space layers, experts in one tensor).
+        NotApplicable: a layer lacks one of the two (state-space layers, experts in one tensor).
     """
     paths = {module: path for path, module in model.named_modules()}
-    ran: list[tuple[str, int]] = []  # path and elements of the output
+    ran: list[tuple[str, int]] = []  # path, and number of elements of the output
     hooks = [
         module.register_forward_hook(lambda module, _, output: ran.append((paths[module], output.numel())))
         for module in paths
@@ -111,7 +111,7 @@ def sub_layer_ends(method: str, model: Any, layers: dict[str, nn.Module]) -> lis
 
 
 def outermost_attention(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of what is called attention in a layer, without what is inside of it."""
+    """Yield path and module of each attention in a layer, but not of modules inside of an attention."""
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
         if "attention" in type(child).__name__.lower():
@@ -121,5 +121,5 @@ def outermost_attention(module: nn.Module, path: str = "") -> Iterator[tuple[str
 
 
 def without_cache(model: Any) -> dict[str, bool]:
-    """The argument that turns a key-value cache off, for a model that has one."""
+    """Return the argument that disables the key-value cache, for a model that has one."""
     return {"use_cache": False} if model.can_generate() else {}

@@ -1,7 +1,7 @@
-"""What each method of the HiFT paper's comparison trains: a module to train, made of the loaded model.
+"""What each method of the HiFT paper's comparison trains: each turns the loaded model into a module to train.
 
-Every method also trains the classification head of a model for sequence classification: all that the pretrained model
-has not, the modules beside ``model.base_model``.
+In a model for sequence classification every method also trains the classification head: the modules outside of
+``model.base_model``, which are not pretrained.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from hift_ds.launch.methods.virtual_tokens import add_hidden_tokens, add_prefixe
 WEIGHTS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
-# --- small modules put in -----------------------------------------------------------------------------------------
+# --- methods that add modules --------------------------------------------------------------------------------------
 
 
 def lora(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
-    """LoRA (Hu et al. 2022) on PEFT's matrices for the architecture: mostly queries and values; else on all."""
+    """Add LoRA (Hu et al. 2022) to the default matrices of PEFT for the architecture, else to all matrices."""
     peft = import_peft()
     head = _head_modules(model)
     config = _lora_config(settings, model, _lora_targets(model) or "all-linear")
@@ -50,7 +50,7 @@ def lora(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
     config.modules_to_save = head or None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, whose old names PEFT uses
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers
             # PEFT would train 16-bit models with LoRA in fp32.
             return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
@@ -58,19 +58,19 @@ def lora(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
 
 
 def prefix(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
-    """Prefix tuning (Li and Liang 2021) without reparametrization, as in MeZO."""
+    """Add prefixes (Li and Liang 2021) without reparametrization, as in MeZO."""
     parameters = add_prefixes("prefix", model, hidden_layers("prefix", model), settings.prefix_tokens)
     return _train(model, parameters)
 
 
 def prelayer(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
-    """PreLayer (Hu et al. 2022, section 5.1): layers x width x virtual tokens weights."""
+    """Add PreLayer (Hu et al. 2022, section 5.1): layers x width x virtual tokens weights."""
     parameters = add_hidden_tokens("prelayer", model, hidden_layers("prelayer", model), settings.prefix_tokens)
     return _train(model, parameters)
 
 
 def adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
-    """Bottleneck adapters, of either kind; Houlsby et al. also train the layer norms."""
+    """Add bottleneck adapters of `settings.adapter_kind`; Houlsby et al. also train the layer norms."""
     if settings.adapter_kind not in CHOICES["adapter_kind"]:
         raise UserError(
             f"adapter_kind: got {settings.adapter_kind!r}. {expected(settings.adapter_kind, CHOICES['adapter_kind'])}"
@@ -89,21 +89,21 @@ def adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
 
 
 def s4(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
-    """The S4-model (Chen et al. 2023): four groups of layers, more of them in the middle ones, each with its own mix.
+    """Add the S4-model (Chen et al. 2023): four groups of layers, larger in the middle, each with its own modules.
 
-    From the bottom: adapter and LoRA; adapter and prefix; adapter, prefix and biases; prefix, biases and LoRA. Its
-    parts have the same size in every layer, which is how "uniform" is read here. The paper's numbers of layers in the
-    groups are not known here: they are as 1 : 2 : 2 : 1. Adapters are Houlsby's, without the training of layer norms,
-    and LoRA is on the same matrices as the method "lora". A model without biases goes without them.
+    From the bottom: adapter and LoRA; adapter and prefix; adapter, prefix and biases; prefix, biases and LoRA. The
+    modules have the same size in every layer, which is our reading of "uniform". The paper does not give the numbers of
+    layers; we take 1 : 2 : 2 : 1. Adapters are Houlsby's without layer norms, and LoRA is on the same matrices as in
+    the method "lora". In a model without biases none are trained.
     """
     layers = hidden_layers("s4", model)
     if len(layers) < 4:
-        raise NotApplicable("s4", model, f"it has {len(layers)} hidden layers, which are no four groups")
+        raise NotApplicable("s4", model, f"it has {len(layers)} hidden layers, and needs at least 4")
     groups = _spindle(list(layers))
     ends = dict(zip(layers, sub_layer_ends("s4", model, layers), strict=True))
     biases = [p for path in groups[2] + groups[3] for p in _biases(layers[path])]
     if not biases:
-        warnings.warn(f"s4: {type(model).__name__} has no biases in its layers; that part is left out", stacklevel=2)
+        warnings.warn(f"s4: {type(model).__name__} has no biases in its layers, so none are trained", stacklevel=2)
     with_prefix = groups[1] + groups[2] + groups[3]
     parameters = add_prefixes("s4", model, {path: layers[path] for path in with_prefix}, settings.prefix_tokens)
     parameters += _add_lora(model, groups[0] + groups[3], settings)
@@ -112,11 +112,11 @@ def s4(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
     return _train(model, [*parameters, *biases])
 
 
-# --- parts of the model -------------------------------------------------------------------------------------------
+# --- methods that train a part of the model ------------------------------------------------------------------------
 
 
 def bitfit(model: PreTrainedModel, _: AdapterSettings) -> nn.Module:
-    """All biases, those of layer norms too (Ben Zaken et al. 2022)."""
+    """Train all biases, including those of layer norms (Ben Zaken et al. 2022)."""
     biases = _biases(model)
     if not biases or all(any(p is of_head for of_head in _head(model)) for p in biases):
         raise NotApplicable("bitfit", model, "it has no biases")
@@ -124,9 +124,9 @@ def bitfit(model: PreTrainedModel, _: AdapterSettings) -> nn.Module:
 
 
 def full_top2(model: Any, _: AdapterSettings) -> nn.Module:
-    """The two highest hidden layers (Li and Liang 2021) and what follows them: the final norm, a pooler, a classifier.
+    """Train the two highest hidden layers (Li and Liang 2021), and the final norm, pooler and classifier after them.
 
-    A causal model's output embedding is not trained.
+    The output embedding of a causal model is not trained.
     """
     layers = list(hidden_layers("full-top2", model).values())
     after = [block for block in partition_model(model) if block.name == "head"]
@@ -139,7 +139,7 @@ def full_top2(model: Any, _: AdapterSettings) -> nn.Module:
 
 
 def linear_probing(model: Any, _: AdapterSettings) -> nn.Module:
-    """The output embedding of a causal model, a copy where it is tied to the input's; or the classification head."""
+    """Train the classification head, or the output embedding of a causal model; a tied one is copied first."""
     if _head(model):
         return _train(model, [])
     output = model.get_output_embeddings()
@@ -156,7 +156,7 @@ def linear_probing(model: Any, _: AdapterSettings) -> nn.Module:
 def _recorded(name: str, method: Callable[[Any, AdapterSettings], Any]) -> Callable[..., nn.Module]:
     def apply(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
         module = method(model, settings)
-        sizes = {one.name: getattr(settings, one.name) for one in fields(AdapterSettings)}  # not a subclass's own
+        sizes = {one.name: getattr(settings, one.name) for one in fields(AdapterSettings)}  # not those of subclasses
         module.adapter_record = {"method": name, "settings": sizes}  # for `merge` and `save_adapter`
         return module
 
@@ -179,18 +179,19 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel, AdapterSettings], nn.Module]] = {
 }
 
 
-# --- after training -----------------------------------------------------------------------------------------------
+# --- after training ------------------------------------------------------------------------------------------------
 
 
 def trained_parameters(module: nn.Module) -> int:
-    """Number of weights that are trained, tied ones once."""
+    """Count the weights that are trained; tied ones count once."""
     return sum(numel_of(p) for p in module.parameters() if p.requires_grad)
 
 
 def merge(module: Any) -> Any:
-    """A plain Hugging Face model that computes the same; None where there is none (prefix, adapter, prelayer, s4).
+    """Return a plain Hugging Face model that computes the same as `module`, or None for added modules other than LoRA.
 
-    LoRA is added to its matrices in place, so ``module`` is used up. Its weights must be whole (not ZeRO-3's parts).
+    LoRA is merged into its matrices in place, so ``module`` cannot be used afterwards. Its weights must be whole (not
+    ZeRO-3 shards).
     """
     method = module.adapter_record["method"]
     if method == "lora":
@@ -199,10 +200,10 @@ def merge(module: Any) -> Any:
 
 
 def save_adapter(module: Any, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write what is trained to ``folder``: adapter.safetensors, and adapter.json with the method and its settings.
+    """Write the trained weights to ``folder``: adapter.safetensors, and adapter.json with the method and its settings.
 
     Args:
-        weights: whole tensors by name in the module's state dict, for a module whose own are ZeRO-3's parts.
+        weights: whole tensors by name in the module's state dict, for a module with ZeRO-3 shards.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,10 +216,10 @@ def save_adapter(module: Any, folder: str | Path, weights: Mapping[str, Tensor] 
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
-    """The module that was saved, made of the same base model; nothing is drawn from torch's generator.
+    """Load an adapter that `save_adapter` wrote, on the same base model. PyTorch's generator does not advance.
 
     Raises:
-        UserError: ``folder`` holds no adapter, or one of another model.
+        UserError: ``folder`` holds no adapter, or the adapter belongs to another model.
     """
     folder = Path(folder)
     try:
@@ -237,8 +238,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
     if wrong:
         named = f" ({record['base_model']})" if record.get("base_model") else ""
         raise UserError(
-            f"{folder}: the adapter is of another model than {type(model).__name__}: {wrong[0]} differs. Expected the "
-            f"model that the run began with{named}."
+            f"{folder}: the adapter belongs to another model than {type(model).__name__}: {wrong[0]} differs. Expected "
+            f"the model that its run started from{named}."
         )
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -246,7 +247,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
     return module
 
 
-# --- what to train ------------------------------------------------------------------------------------------------
+# --- selecting parameters ------------------------------------------------------------------------------------------
 
 
 def _train(model: PreTrainedModel, parameters: Iterable[nn.Parameter]) -> PreTrainedModel:
@@ -258,7 +259,7 @@ def _train(model: PreTrainedModel, parameters: Iterable[nn.Parameter]) -> PreTra
 
 
 def _head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules of a classification head; none in a causal model."""
+    """Return the names of the modules of a classification head; none in a causal model."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
     return [
@@ -282,7 +283,7 @@ def _norms(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _spindle(paths: list[str]) -> list[list[str]]:
-    """Four groups as 1 : 2 : 2 : 1; what is left over goes to the middle, an odd one to the second."""
+    """Divide layers into four groups as 1 : 2 : 2 : 1; the remainder goes to the middle, an odd one to the second."""
     outer = max(1, len(paths) // 6)
     middle = len(paths) - 2 * outer
     ends = [outer, outer + (middle + 1) // 2, len(paths) - outer, len(paths)]
@@ -290,7 +291,7 @@ def _spindle(paths: list[str]) -> list[list[str]]:
 
 
 def _add_bottlenecks(model: Any, paths: Iterable[str], settings: AdapterSettings) -> list[nn.Parameter]:
-    """Houlsby's adapter after each of these matrices; returns its parameters."""
+    """Add Houlsby's adapter after each of these matrices, and return its parameters."""
     added: list[nn.Parameter] = []
     for path in paths:
         module = model.get_submodule(path)
@@ -301,13 +302,13 @@ def _add_bottlenecks(model: Any, paths: Iterable[str], settings: AdapterSettings
 
 
 def _width(matrix: Any) -> int:
-    """Of a matrix's outputs, also of one in LoRA's wrapper."""
+    """Return the number of a matrix's outputs, also through LoRA's wrapper."""
     matrix = getattr(matrix, "base_layer", matrix)
     return matrix.nf if isinstance(matrix, Conv1D) else matrix.out_features
 
 
 def _add_lora(model: Any, paths: Iterable[str], settings: AdapterSettings) -> list[nn.Parameter]:
-    """LoRA on PEFT's matrices for the architecture in these layers, else on all of their attention's."""
+    """Add LoRA to PEFT's default matrices in these layers, else to all of their attention's matrices."""
     known = tuple(_lora_targets(model) or ())
     targets = []
     for path in paths:
@@ -331,22 +332,22 @@ def _lora_config(settings: AdapterSettings, model: Any, targets: Any) -> Any:
 
 
 def _lora_targets(model: Any) -> Any:
-    """PEFT's default matrices for the model's architecture, by the ends of their names; None if PEFT has none."""
+    """Return PEFT's default matrices for the model's architecture by the ends of their names, or None."""
     return import_peft().utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
 
 
 def import_peft() -> Any:
-    """Import PEFT at its first use: it takes seconds, and it imports bitsandbytes, which logs a warning of no use here.
+    """Import PEFT at its first use, without the warning that bitsandbytes then logs about a missing 4-bit kernel.
 
-    bitsandbytes looks for a 4-bit kernel of the package `kernels`; no method uses 4-bit weights.
+    The import takes seconds. No method uses 4-bit weights.
     """
     ops = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    ops.addFilter(_is_about_other_kernels)
+    ops.addFilter(_is_not_about_4bit_kernel)
     try:
         return importlib.import_module("peft")
     finally:
-        ops.removeFilter(_is_about_other_kernels)
+        ops.removeFilter(_is_not_about_4bit_kernel)
 
 
-def _is_about_other_kernels(record: logging.LogRecord) -> bool:
+def _is_not_about_4bit_kernel(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")

@@ -1,7 +1,7 @@
-"""Engines of methods whose package takes the step itself, with as much of DeepSpeed's interface as training uses.
+"""Engines without DeepSpeed for MeZO, LOMO, BAdam and GaLore, with the part of DeepSpeed's interface that we use.
 
-MeZO has no gradients, LOMO updates each weight inside the backward pass, BAdam and GaLore keep masters and state of
-their own: none of them can be given to ZeRO. Every rank holds all weights; gradients are averaged over the ranks.
+ZeRO cannot run these optimizers: MeZO has no gradients, LOMO updates each weight inside the backward pass, and BAdam
+and GaLore keep their own masters and state. Every rank holds all weights; gradients are averaged over the ranks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ PACKAGES = {"lomo": "lomo-optim", "badam": "badam", "galore": "galore-torch"}
 
 
 class PlainEngine:
-    """Trains with a torch optimizer on whole weights: gradients summed over a window, averaged over ranks, clipped.
+    """Train whole weights with a PyTorch optimizer: sum gradients over a window, average over ranks, clip, step.
 
-    Where a loss or a gradient is not finite on any rank, no rank updates anything, nor does the schedule advance.
+    A non-finite loss or gradient on one rank prevents the update on all ranks, and the schedule does not advance.
+
+    Args:
+        model: on the device.
+        optimizer: of the model's parameters.
+        factor: the learning rate at a tick of the schedule (0-based), as a fraction of the optimizer's own rate.
+        settings: the run's `hift_ds.launch.config.settings.Settings`.
     """
 
     skips_by_itself = True
@@ -49,24 +55,28 @@ class PlainEngine:
         self.accumulation = settings.accumulation
         self._norm: float | None = None
         self._backwards = 0
-        self._is_finite = True  # each loss of the window
+        self._is_finite = True  # whether each loss of the window is finite
         self._applied = True
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         return self.module(*inputs, **named)
 
     def train(self) -> None:
+        """Switch to training mode."""
         self.module.train()
 
     def eval(self) -> None:
+        """Switch to evaluation mode."""
         self.module.eval()
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of a micro-batch's loss, divided by the number of micro-batches."""
         (loss / self.accumulation).backward()
         self._backwards += 1
         self._is_finite &= math.isfinite(loss.detach())
 
     def step(self) -> None:
+        """At the end of an accumulation window: average gradients over ranks, clip, update the weights."""
         if self._backwards % self.accumulation:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -96,22 +106,26 @@ class PlainEngine:
             group["lr"] = rate * self._factor(self._tick)
 
     def get_global_grad_norm(self) -> float | None:
+        """Return the norm of the last step's gradients before clipping, if it is known."""
         return self._norm
 
     def was_step_applied(self) -> bool:
+        """Return whether the last step updated the weights."""
         return self._applied
 
     def fp16_enabled(self) -> bool:
+        """Return False: there is no loss scale."""
         return False
 
     def zero_optimization_stage(self) -> int:
+        """Return 0: every rank holds everything."""
         return 0
 
     def destroy(self) -> None:
-        pass
+        """Do nothing; DeepSpeed's engine removes its hooks here."""
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
-        """Weights, schedule and the optimizer's numbers and moments; rank 0 writes, all ranks have the same."""
+        """Save weights, schedule and optimizer state. Rank 0 writes, since all ranks hold the same."""
 
         def write(folder: str, name: str) -> Files:
             files = FileEngine()
@@ -125,6 +139,11 @@ class PlainEngine:
         store.save(folder, tag, write, about)
 
     def load_checkpoint(self, folder: str, tag: store.Checkpoint) -> tuple[str, dict[str, Any]]:
+        """Load a checkpoint; return its path and the client state.
+
+        Raises:
+            ValueError: the weights cannot be read, or belong to another model.
+        """
         try:
             load_model(self.module, str(tag.path / "weights.safetensors"))
         except (OSError, RuntimeError) as error:
@@ -141,12 +160,14 @@ class PlainEngine:
 
 
 class MeZOEngine(PlainEngine):
-    """Two forward passes a step (`hift_ds.MeZO`), without dropout as its authors have it."""
+    """Take two forward passes a step (`hift_ds.MeZO`), without dropout, as its authors do."""
 
     def train(self) -> None:
+        """Keep evaluation mode: both forward passes must compute the same."""
         self.module.eval()
 
     def step(self) -> None:
+        """Advance the schedule after an update; MeZO's optimizer has moved the weights already."""
         self._applied = math.isfinite(self.optimizer.projected_gradient)
         if self._applied:
             self._advance()
@@ -156,12 +177,13 @@ class MeZOEngine(PlainEngine):
 
 
 class LomoEngine(PlainEngine):
-    """Each weight is updated as soon as its gradient is there; clipping by norm takes a backward pass of its own.
+    """Update each weight as soon as its gradient exists. Clipping by norm takes an additional backward pass.
 
-    Without clipping, a gradient that is not finite where the loss is can only be seen when it is in the weights.
+    Without clipping, a non-finite gradient of a finite loss is only noticed after the weights are updated.
     """
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Update the weights during the backward pass, unless the loss or the gradient norm is non-finite."""
         self._applied = math.isfinite(loss.item())
         if self._applied and self.clip:
             self.optimizer.grad_norm(loss)
@@ -171,15 +193,20 @@ class LomoEngine(PlainEngine):
             self.optimizer.fused_backward(loss, self.basic_optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
+        """Advance the schedule after an update."""
         if self._applied:
             self._advance()
 
 
 def make_plain_engine(model: torch.nn.Module, settings: Any, factor: Callable[[int], float]) -> PlainEngine:
-    """The engine of a method that is not DeepSpeed's (see `hift_ds.launch.methods.table.Method.engine`).
+    """Make the engine of a method that does not use DeepSpeed (see `hift_ds.launch.methods.table.Method.engine`).
+
+    Args:
+        factor: the learning rate at a tick of the schedule (0-based), as a fraction of the highest one.
 
     Raises:
-        UserError: the method's package is not installed, or does not fit the model or the number of ranks.
+        UserError: the method's package is not installed.
+        NotApplicable: the method does not fit the model or the number of ranks.
     """
     method: MethodSettings = settings.method
     kind = method.name.partition("-")[0]
@@ -211,7 +238,10 @@ def _lomo(model: Any, rate: float, decay: float, settings: Any, factor: Any) -> 
 def _badam(model: Any, rate: float, decay: float, settings: Any, factor: Any) -> PlainEngine:
     badam = _package("badam", "badam")
     blocks = [list(block.parameter_names) for block in hift_ds.partition_model(model)]
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # names of blocks, fp32 weights
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):  # blocks, fp32 weights
         warnings.simplefilter("ignore")
         optimizer = badam.BlockOptimizer(
             torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay),
@@ -223,14 +253,14 @@ def _badam(model: Any, rate: float, decay: float, settings: Any, factor: Any) ->
         )
     switch, generator = optimizer.switch_trainable_params, torch.Generator().manual_seed(settings.training.seed)
 
-    def switch_alike() -> None:
-        # The package draws the order from torch's generator, which on each rank is at another place: by dropout.
+    def switch_on_all_ranks() -> None:
+        # The package draws the order from PyTorch's generator, whose state differs between ranks because of dropout.
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
             torch.set_rng_state(generator.get_state())
             switch(verbose=0)
             generator.set_state(torch.get_rng_state())
 
-    optimizer.switch_trainable_params = switch_alike
+    optimizer.switch_trainable_params = switch_on_all_ranks
     return PlainEngine(model, optimizer, factor, settings)
 
 

@@ -1,10 +1,9 @@
-"""Virtual tokens in front of the text: prefixes, whose keys and values are trained, and prelayer, whose hidden states.
+"""Virtual tokens before the text: prefixes train their keys and values, prelayer trains their hidden states.
 
-Virtual tokens act on the text in one place, as further keys and values of each layer's attention. They are put there,
-in an attention function that is registered with transformers, and nowhere else: the text keeps its positions, the
-logits and a classifier see the text alone, a key-value cache holds the text alone, and activation checkpointing works.
-PEFT's prefix tuning goes through the cache instead: it refuses activation checkpointing, and its ``generate`` fails on
-Llama (PEFT 0.21, transformers 5.23).
+Virtual tokens act on the text only as additional keys and values of each layer's attention. An attention function that
+is registered with transformers adds them. So the text keeps its positions, logits and classifiers see only the text,
+a key-value cache holds only the text, and activation checkpointing works. PEFT's prefix tuning uses the cache instead:
+it refuses activation checkpointing, and its ``generate`` fails on Llama (PEFT 0.21, transformers 5.23).
 """
 
 from __future__ import annotations
@@ -28,30 +27,31 @@ from hift_ds.launch.errors import NotApplicable
 from hift_ds.launch.methods.adapter_modules import without_cache
 from hift_ds.launch.model.loading import evaluating
 
-KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, width of a head)
+KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, head width)
 
-# Where keys and values are noted, by attention module, while the virtual tokens themselves are computed.
+# Records keys and values by attention module while the virtual tokens themselves are computed.
 _noted: ContextVar[dict[nn.Module, KeysValues] | None] = ContextVar("_noted", default=None)
 
 
 class Prefix(nn.Module):
-    """Trained keys and values of one attention module (Li and Liang 2021), (heads, tokens, width of a head) each."""
+    """Trained keys and values of one attention module (Li and Liang 2021), (heads, tokens, head width) each."""
 
     def __init__(self, key: Tensor, value: Tensor):
         super().__init__()
         self.key, self.value = _owned(key), _owned(value)
 
     def forward(self) -> KeysValues:
-        return self.key[None], self.value[None]  # views: ZeRO-3 takes the parameters away again
+        """Return keys and values, (1, heads, tokens, head width) each."""
+        return self.key[None], self.value[None]  # views, because ZeRO-3 releases the parameters again
 
 
 def _owned(start: Tensor) -> nn.Parameter:
-    """A parameter of its own; attention gives its keys with the dimensions in another order, which MeZO cannot move."""
+    """Make a contiguous parameter: attention returns transposed keys, which MeZO cannot perturb in place."""
     return nn.Parameter(start.clone(memory_format=torch.contiguous_format))
 
 
 class HiddenTokens(nn.Module):
-    """Trained hidden states at the input of one layer, (tokens, width), and how the layer is called on them."""
+    """Trained hidden states at the input of one layer, (tokens, width), and the layer's other arguments for them."""
 
     def __init__(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]):
         super().__init__()
@@ -59,10 +59,11 @@ class HiddenTokens(nn.Module):
         self.call = (args, kwargs)  # positions and masks of the virtual tokens: constants
 
     def forward(self) -> Tensor:
+        """Return the hidden states, (1, tokens, width)."""
         return self.hidden[None]
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The constants on the device and in the type of the hidden states."""
+        """Return the constants on the device and in the dtype of the hidden states."""
 
         def fit(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -73,20 +74,20 @@ class HiddenTokens(nn.Module):
 
 
 def add_prefixes(method: str, model: Any, layers: dict[str, nn.Module], count: int) -> list[nn.Parameter]:
-    """Put a prefix of ``count`` tokens into the attention of each of ``layers``; returns its parameters.
+    """Add a prefix of ``count`` tokens to the attention of each of ``layers``, and return its parameters.
 
     They start as the keys and values of random tokens of the vocabulary, as in MeZO (Malladi et al. 2023), whose small
-    steps need a prefix that is attended to from the start.
+    steps need a prefix with some attention at first.
 
     Raises:
-        NotApplicable: the model's attention cannot be given further keys.
+        NotApplicable: the model's attention cannot take additional keys.
     """
     _install(method, model)
     seen = _run_tokens(model, layers, count)
     parameters: list[nn.Parameter] = []
     for path, (_, _, attention) in seen.items():
         if not attention:
-            raise NotApplicable(method, model, f"the attention of {path} takes no further keys and values")
+            raise NotApplicable(method, model, f"the attention of {path} takes no additional keys and values")
         for module, (key, value) in attention.items():
             module.virtual_tokens = Prefix(key[0], value[0])
             parameters += module.virtual_tokens.parameters()
@@ -94,41 +95,41 @@ def add_prefixes(method: str, model: Any, layers: dict[str, nn.Module], count: i
 
 
 def add_hidden_tokens(method: str, model: Any, layers: dict[str, nn.Module], count: int) -> list[nn.Parameter]:
-    """Put ``count`` virtual tokens before each layer ("PreLayer", Hu et al. 2022, section 5.1); returns its parameters.
+    """Add ``count`` virtual tokens before each layer ("PreLayer", Hu et al. 2022, section 5.1); return its parameters.
 
-    The hidden states that a layer makes of them are not used, the next layer has its own. They start as those of
-    random tokens of the vocabulary. With rotary positions they are at -count to -1, right before the text; where
-    positions are added to the embeddings, the trained hidden states stand for both. Each forward pass computes them
-    anew: as if the text were ``count`` tokens longer, also for each token that is generated with a cache.
+    A layer's output for them is discarded, because the next layer has its own. They start as the hidden states of
+    random tokens of the vocabulary. With rotary positions they have the positions -count to -1, right before the text;
+    where positions are added to the embeddings, the trained hidden states include them. Each forward pass recomputes
+    them, as if the text were ``count`` tokens longer, also for each token that is generated with a cache.
 
     Raises:
-        NotApplicable: the model's attention cannot be given further keys.
+        NotApplicable: the model's attention cannot take additional keys.
     """
     _install(method, model)
     seen = _run_tokens(model, layers, count)
     parameters: list[nn.Parameter] = []
     for path, (hidden, (args, kwargs), attention) in seen.items():
         if not attention:
-            raise NotApplicable(method, model, f"the attention of {path} takes no further keys and values")
+            raise NotApplicable(method, model, f"the attention of {path} takes no additional keys and values")
         layer = layers[path]
         layer.virtual_tokens = HiddenTokens(hidden[0], args, kwargs)
         for module in attention:
-            module.__dict__["layer_with_tokens"] = layer  # not a child of it
+            module.__dict__["layer_with_tokens"] = layer  # bypasses `Module`, which would make the layer a child
         parameters += layer.virtual_tokens.parameters()
     return parameters
 
 
-# --- in the forward pass ------------------------------------------------------------------------------------------
+# --- in the forward pass -------------------------------------------------------------------------------------------
 
 
 def _keys_values(layer: Any, attention: nn.Module) -> KeysValues:
-    """What the attention of a layer makes of the layer's virtual tokens.
+    """Compute the keys and values of the layer's virtual tokens.
 
-    It is asked for inside of the layer's own forward pass, so that activation checkpointing asks again in backward.
+    This runs inside of the layer's own forward pass, so that activation checkpointing repeats it in the backward pass.
     """
     args, kwargs = layer.virtual_tokens.arguments()
     checkpointing = getattr(layer, "gradient_checkpointing", False)
-    layer.gradient_checkpointing = False  # it is inside of a checkpoint already
+    layer.gradient_checkpointing = False  # this is already inside of a checkpoint
     try:
         with _noting() as noted:
             layer.forward(layer.virtual_tokens(), *args, **kwargs)
@@ -138,7 +139,11 @@ def _keys_values(layer: Any, attention: nn.Module) -> KeysValues:
 
 
 def _attention(base: Callable[..., Any] | None) -> Callable[..., Any]:
-    """An attention function of transformers that has virtual tokens before the others; ``base``: None is eager."""
+    """Return an attention function for transformers that puts virtual tokens first.
+
+    Args:
+        base: the attention function to call; None for the model's eager one.
+    """
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -169,7 +174,7 @@ def _attention(base: Callable[..., Any] | None) -> Callable[..., Any]:
 
 
 def _widened(mask: Tensor | None, count: int, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
-    """A mask, (batch, 1, queries, keys), with ``count`` more keys in front, that all see."""
+    """Return a mask, (batch, 1, queries, keys), with ``count`` more keys at the front that every query sees."""
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
         if not causal or queries == 1:
@@ -179,14 +184,14 @@ def _widened(mask: Tensor | None, count: int, query: Tensor, key: Tensor, causal
     return F.pad(mask, (count, 0), value=1 if mask.dtype == torch.bool else 0)
 
 
-# --- putting them in ----------------------------------------------------------------------------------------------
+# --- setup ---------------------------------------------------------------------------------------------------------
 
 
 def _install(method: str, model: Any) -> None:
     """Switch the model to the attention function with virtual tokens."""
     if model.config.is_encoder_decoder:
         raise NotApplicable(method, model, "it has an encoder and a decoder")
-    # Flash attention takes no masks of ours; sdpa does, and chooses among its own kernels.
+    # Flash attention does not take custom masks. sdpa does, and chooses among its own kernels.
     kind = "eager" if model.config._attn_implementation == "eager" else "sdpa"
     base = None if kind == "eager" else sdpa_attention_forward
     AttentionInterface.register(f"virtual_tokens_{kind}", _attention(base))
@@ -200,11 +205,12 @@ _Seen = dict[str, tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]], dict[nn.
 
 
 def _run_tokens(model: Any, layers: dict[str, nn.Module], count: int) -> _Seen:
-    """Run the model on random tokens, at positions before the text where these are rotations.
+    """Run the model on random tokens, with rotary positions before the text.
 
-    By layer: its hidden states, (1, count, width), its other arguments, and its attention's keys and values.
+    Returns:
+        By layer: its hidden states, (1, count, width), its other arguments, and its attention's keys and values.
     """
-    # Drawn on the host, so that a seed gives the same on every device.
+    # Drawn on the host, so that a seed gives the same tokens on every device.
     inputs = {"input_ids": torch.randint(model.config.get_text_config().vocab_size, (1, count)).to(model.device)}
     if _rotates(model):
         inputs["position_ids"] = torch.arange(-count, 0, device=model.device)[None]
@@ -241,13 +247,13 @@ def _noting() -> Iterator[dict[nn.Module, KeysValues]]:
 
 
 def _rotates(model: Any) -> bool:
-    """Whether positions are rotations of keys and queries, by an argument of the model."""
+    """Return whether the model rotates keys and queries by the positions in its argument `position_ids`."""
     has_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
     return has_rotary and "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def _count_positions(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Positions from the first token that is no padding: distances to what is before the text must not depend on it."""
+    """Count positions from the first token after the padding, so that distances to virtual tokens ignore padding."""
     mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
     if mask is None or mask.dim() != 2 or tokens is None or kwargs.get("position_ids") is not None:
         return args, kwargs

@@ -1,1 +1,1 @@
-"""The model and its tokenizer: loading, the loss of a batch, export."""
+"""The model and its tokenizer: settings, loading, and the loss of a batch."""

@@ -1,4 +1,4 @@
-"""The loss of a batch as training and evaluation take it: summed, so that whoever cuts the data may divide."""
+"""The summed loss of a batch, for training and evaluation; the caller divides by the number of targets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from hift_ds.model import loss as losses
 
 
 def summed_loss(engine: Any, batch: dict[str, torch.Tensor], task: str, chunk: int | None = None) -> torch.Tensor:
-    """Sum of the cross-entropies of a micro-batch's trained tokens (classification: of its examples), in fp32.
+    """Sum the cross-entropies of a micro-batch's trained tokens (for classification, of its examples), in fp32.
 
-    A sum, so that whoever knows the number of targets in the whole window can make the mean over all of them: then
-    the same global batch has the same loss however it is cut into micro-batches and ranks.
+    The caller divides by the number of targets in the global batch, so that its mean loss does not depend on the number
+    of micro-batches and ranks.
+
+    Args:
+        batch: from `hift_ds.launch.data.batches.collate`.
+        task: "causal-lm" or "sequence-classification".
+        chunk: tokens whose logits exist at a time; None: by size; 0: all.
     """
     inputs = {key: value.to(engine.device) for key, value in batch.items()}
     labels = inputs.pop("labels")

@@ -1,10 +1,12 @@
-"""Model and tokenizer: from the Hub, a local folder, a GGUF file, or from scratch by a config."""
+"""Load model and tokenizer from the Hub, a local folder or a GGUF file, or make a model from a config."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
+import importlib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
 )
+from transformers.utils.logging import is_progress_bar_enabled
 
 import hift_ds
 from hift_ds.checkpoint.files import sha256_of
@@ -38,9 +41,9 @@ T = TypeVar("T")
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token: where it has none, padding uses its end-of-sequence token.
+    """Load the tokenizer. If it has no padding token, its end-of-sequence token takes that role.
 
-    Padded positions are masked in attention and loss, so the stand-in changes no number.
+    Padding is masked in attention and loss, so the choice of the token changes no number.
 
     Raises:
         UserError: not found, not reachable, or without both tokens.
@@ -66,7 +69,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_source(settings: ModelSettings) -> tuple[str, str | None]:
-    """Name and revision: the model's, or those of `model.tokenizer`, which may be OWNER/NAME@REVISION."""
+    """Return name and revision of the tokenizer: the model's, or those of `model.tokenizer` (OWNER/NAME@REVISION)."""
     if settings.tokenizer is None:
         return str(settings.name_or_path), settings.revision
     name, at, revision = settings.tokenizer.partition("@")
@@ -78,10 +81,13 @@ def tokenizer_source(settings: ModelSettings) -> tuple[str, str | None]:
 def load_config(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
 ) -> PretrainedConfig:
-    """The model's configuration; no weight is read.
+    """Load the model's configuration, and no weights.
 
     Args:
-        num_labels: classes of the data, used for sequence classification where `model.num_labels` is null.
+        num_labels: classes of the data, for sequence classification without `model.num_labels`.
+
+    Raises:
+        UserError: the configuration cannot be loaded, or its vocabulary is smaller than the tokenizer's.
     """
     if settings.config is not None:
         given = dict(settings.config)
@@ -103,7 +109,7 @@ def load_config(
             lambda: AutoConfig.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
         )
     if settings.task == "sequence-classification":
-        if config.pad_token_id is None:  # needed to find a text's last token
+        if config.pad_token_id is None:  # the model uses it to find the last token of a text
             config.pad_token_id = tokenizer.pad_token_id
         labels = settings.num_labels or num_labels
         if labels is not None:
@@ -112,7 +118,7 @@ def load_config(
 
 
 def identity(settings: ModelSettings) -> dict[str, Any]:
-    """What decides the model: the settings, with the hash of the files in place of a local path."""
+    """Return what identifies the model: the settings, with a hash of the files instead of local paths."""
     parts: dict[str, Any] = asdict(settings)
     for key in ("name_or_path", "tokenizer"):
         parts[key] = files_sha256(parts[key] or "") or parts[key]
@@ -120,9 +126,9 @@ def identity(settings: ModelSettings) -> dict[str, Any]:
 
 
 def files_sha256(source: str) -> str | None:
-    """Of a model's file or of the files in its folder, with their names; None for a model on the Hub.
+    """Hash a model's file, or the files in its folder with their names. Return None for a model on the Hub.
 
-    By it a model that was trained on since is another one, and a folder that was moved is the same one.
+    The hash changes when the model is trained further, and stays the same when its folder is moved.
     """
     path = Path(source).expanduser()
     files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.is_file())
@@ -132,18 +138,19 @@ def files_sha256(source: str) -> str | None:
 
 
 def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, names and shapes only: blocks are found before a weight is loaded."""
+    """Make the model on the meta device (names and shapes only), to find its blocks before loading weights."""
     with torch.device("meta"):
         return _from_config(settings, config)
 
 
 def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
-    """The model on the host with weights in `dtype` ("float32", "bfloat16" or "float16").
+    """Load the model into host memory, with weights in `dtype` ("float32", "bfloat16" or "float16").
 
-    A model from scratch is drawn in fp32 whatever `dtype` says, so that one seed gives one start; DeepSpeed casts it.
+    A model from scratch is always drawn in fp32, so that a seed gives the same weights for each dtype; DeepSpeed casts
+    it.
 
     Raises:
-        UserError: not found or not reachable.
+        UserError: the model cannot be found or reached, or does not fit the task.
     """
     if settings.config is not None:
         model = _from_config(settings, config)
@@ -151,28 +158,29 @@ def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) ->
         name = str(settings.name_or_path)
         options = _source(name, settings.revision) | _options(settings)
         if "gguf_file" in options:
-            options["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
+            options["quantization_config"] = GgufConfig(dequantize=True)  # quantized weights cannot be trained
         auto = AUTO_CLASSES[settings.task]
-        model = _explained(
-            "model.name_or_path",
-            name,
-            lambda: auto.from_pretrained(config=config, dtype=getattr(torch, dtype), **options),
-        )
+        with _gguf_bar_as_set():
+            model = _explained(
+                "model.name_or_path",
+                name,
+                lambda: auto.from_pretrained(config=config, dtype=getattr(torch, dtype), **options),
+            )
         _forget_gguf(model)
     if model.can_generate():
         _make_savable(model.generation_config)
-    model.config.use_cache = False  # no key-value cache in training; generation asks for it itself
+    model.config.use_cache = False  # training needs no key-value cache; generation enables it
     if settings.gradient_checkpointing:
         hift_ds.checkpoint_activations(model, offload=settings.gradient_checkpointing == "cpu")
     return model
 
 
 def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
-    """Refuse examples for which the model has no positions, before its weights are loaded.
+    """Refuse examples that are longer than the model's positions, before its weights are loaded.
 
     Args:
-        longest: tokens of the longest example, after `data.max_length`.
-        answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 where nothing is generated.
+        longest: tokens of the longest example, after truncation to `data.max_length`.
+        answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 if nothing is generated.
 
     Raises:
         UserError: either is more than the configuration's `max_position_embeddings`.
@@ -182,8 +190,8 @@ def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
     if positions is not None and longest > positions:
         problems.append(
             f"data.max_length: the longest example has {longest} tokens, but the model has {positions} positions "
-            f"(max_position_embeddings). Set data.max_length={positions} (what is longer is cut and counted), or take "
-            "a model with more."
+            f"(max_position_embeddings). Set data.max_length={positions} (longer examples are truncated and counted), "
+            "or use a model with more."
         )
     if positions is not None and answered > positions:
         problems.append(
@@ -197,7 +205,7 @@ def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without gradients and dropout, so that nothing is drawn; the model then goes on as it was."""
+    """Disable gradients and dropout within the context, then restore the model's mode."""
     training = model.training
     model.eval()
     try:
@@ -223,8 +231,24 @@ def _options(settings: ModelSettings) -> dict[str, Any]:
     return options
 
 
+@contextlib.contextmanager
+def _gguf_bar_as_set() -> Iterator[None]:
+    """Hide the progress bar of reading a GGUF file if transformers' bars are disabled: it ignores their switch.
+
+    Without a terminal the bar is hundreds of lines.
+    """
+    module: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = module.tqdm
+    if not is_progress_bar_enabled():
+        module.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
+
+
 def _make_savable(config: GenerationConfig) -> None:
-    """Turn sampling on where a config only makes sense with it (Llama 2's own): it could not be saved as it is."""
+    """Enable sampling if the config is invalid without it, as Llama 2's own is; transformers refuses to save that."""
     try:
         config.validate(strict=True)
     except ValueError:
@@ -232,7 +256,7 @@ def _make_savable(config: GenerationConfig) -> None:
 
 
 def _forget_gguf(model: Any) -> None:
-    """Remove the mark of a GGUF start: the weights are plain tensors, and marked models cannot be saved."""
+    """Remove the quantizer of a GGUF file: the weights are plain tensors, and transformers would not save them."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and isinstance(quantizer.quantization_config, GgufConfig):
         quantizer.remove_quantization_config(model)
@@ -240,7 +264,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 def _source(name: str, revision: str | None) -> dict[str, Any]:
-    """`from_pretrained`'s arguments that say where to load from."""
+    """Return the arguments of `from_pretrained` for the origin of a model."""
     if name.endswith(".gguf"):
         path = Path(name).expanduser().resolve()
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -252,15 +276,15 @@ def _source(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _explained(key: str, name: str, load: Callable[[], T]) -> T:
-    """`load()`, with what transformers raises for a model that is absent, unreachable or unfit turned into text."""
+    """Call `load`, and turn transformers' errors for a missing, unreachable or unfit model into a `UserError`."""
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{key}: {name!r} comes with Python code of its own, without which it cannot be loaded, and that "
-                "code was not run. If you have read it and trust it, set model.trust_remote_code=true; from the Hub, "
-                "set model.revision to the commit that you have read, too."
+                f"{key}: {name!r} needs its own Python code, and that code was not run. If you have "
+                "read the code and trust it, set model.trust_remote_code=true; from the Hub, also set model.revision "
+                "to the commit that you have read."
             ) from None
         reason = textwrap.shorten(str(error), 600)
         raise UserError(

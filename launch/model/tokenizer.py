@@ -1,4 +1,4 @@
-"""The built-in byte-level tokenizer, for tiny models that are trained from scratch without any download."""
+"""The built-in byte-level tokenizer, for tiny models trained from scratch without a download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-# One token opens a turn and <eos> closes it, so that a turn costs two tokens beside its bytes.
+# One token opens a turn and <eos> closes it, so a turn takes two tokens and its bytes.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
@@ -19,12 +19,12 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte (ids 6 to 261) and six special ones (ids 0 to 5): 262 tokens, no unknown text.
+    """Make the tokenizer: 262 tokens, six special ones (ids 0 to 5) and one for each byte of UTF-8 (ids 6 to 261).
 
     It has a chat template, and `save_pretrained` writes a folder that `AutoTokenizer` loads.
     """
     specials = ["<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
-    # ByteLevel writes each byte as one printable character; a BPE without merges keeps them apart.
+    # ByteLevel writes each byte as one printable character; a BPE without merges makes each a token.
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(specials + characters)}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""Write the trained model as a Hugging Face folder, from every ZeRO stage; an adapter alone where it cannot be one."""
+"""Write the trained model as a Hugging Face folder, from every ZeRO stage, or an adapter that cannot be merged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from hift_ds.launch.runtime import outputs
 def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, use_cache: bool | None) -> None:
     """Write weights, persistent buffers, configs and tokenizer to `folder`. Every rank calls it; rank 0 writes.
 
-    ZeRO-3 shards are gathered one tensor at a time into rank 0's host memory, so the device never holds more than
-    one whole tensor above what it holds anyway. The folder appears complete or not at all. LoRA is merged into the
-    weights (with whole weights on each rank, that is below ZeRO 3); what cannot be merged is written alone, for
+    The folder appears complete or not at all. ZeRO-3 shards are gathered one tensor at a time into rank 0's host
+    memory, so the device holds at most one additional whole tensor. LoRA is merged into the weights below ZeRO 3, where
+    each rank has whole weights. Other adapters are written without the model, for
     `hift_ds.launch.methods.adapters.load_adapter`.
 
     Args:
-        use_cache: what the model's config said before training turned the key-value cache off.
+        use_cache: the `use_cache` of the model's config before training disabled the key-value cache; None: unknown.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     weights = _gather(engine.module)
     if dist.get_rank() == 0:
@@ -45,7 +48,7 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
 
 
 def _write(module: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Model and config, or the adapter alone."""
+    """Write model and config, or only the adapter."""
     record = getattr(module, "adapter_record", None)
     partitioned = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
     merged = module if record is None else None
@@ -58,7 +61,7 @@ def _write(module: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def _gather(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on rank 0's host, {} on the others; tied names share one tensor."""
+    """Gather the whole state dict in rank 0's host memory, {} on the others; tied names share one tensor."""
     copies: dict[int, torch.Tensor] = {}
     named = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

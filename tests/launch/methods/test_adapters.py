@@ -559,5 +559,5 @@ def test_s4_says_that_there_are_no_biases() -> None:
 
 
 def test_an_unknown_kind_of_adapter_is_refused() -> None:
-    with pytest.raises(UserError, match="'pfeiffer'. Expected one of houlsby, lin"):
+    with pytest.raises(UserError, match="'pfeiffer'. Expected one of: houlsby, lin"):
         ADAPTERS["adapter"](base("gpt2"), AdapterSettings(adapter_kind="pfeiffer"))
