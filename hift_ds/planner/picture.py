@@ -11,6 +11,8 @@ from hift_ds.planner.plan import Plan, with_total
 from hift_ds.planner.simulation import CATEGORIES
 
 GIB = 2**30
+_PHASES = {"forward": "forward pass", "backward": "backward pass", "step": "optimizer step"}
+_LONGEST_NAME = 60  # characters
 _FULL_NOTE = (
     "full fine-tuning is DeepSpeed without HiFT and without offload; from ZeRO-1 on, its step makes flat copies and "
     "fp32 copies of all gradients"
@@ -29,8 +31,8 @@ def table(plan: Plan, full: Plan | None = None) -> str:
         f"{request.name}: {plan.total_parameters:,} parameters; {request.method}, {request.precision}, "
         f"{request.optimizer}, batch {request.batch_size} x {request.seq_len} tokens, "
         + (zero if request.layout == "engine" else "the paper's accounting"),
-        f"A step trains at most {plan.peak_trainable_parameters:,} parameters. The peak is in the {peak['phase']} of "
-        f"block {peak['block']}, {peak['name']}.",
+        f"A step trains at most {plan.peak_trainable_parameters:,} parameters. The peak is in the "
+        f"{_PHASES[peak['phase']]} of block {peak['block']}, {peak['name']}.",
     ]
     columns = {"device": plan.device, "host": plan.host}
     if any(plan.nvme.values()):
@@ -41,13 +43,15 @@ def table(plan: Plan, full: Plan | None = None) -> str:
     for key in (*CATEGORIES, "total"):
         row = "".join(f"{gib(sizes, key):>{_width(name)}}" for name, sizes in columns.items())
         lines.append(f"{key.replace('_', ' '):<18}{row}")
-    wide = max(len("block"), *(min(len(b.name), 60) for b in plan.blocks)) + 2
-    lines.append(f"\n{'block':<{wide}}{'parameters':>14}{'device, GiB':>14}  peak in")
-    rows = [(f"{b.numel:>14,}{gib(b.device):>14}  {b.phase}", b.name) for b in plan.blocks]
-    for row, alike in groupby(rows, key=lambda row: row[0]):
-        names = [name for _, name in alike]
-        shown = names[0] if len(names) == 1 else f"{len(names)} blocks like {names[0]}"
-        lines.append(f"{textwrap.shorten(shown, wide - 2, placeholder=' ...'):<{wide}}{row}")
+    figures = [(f"{b.numel:>14,}{gib(b.device):>14}  {_PHASES[b.phase]}", b.name) for b in plan.blocks]
+    rows = []
+    for cells, blocks in groupby(figures, key=lambda row: row[0]):  # consecutive blocks with equal figures
+        names = [name for _, name in blocks]
+        label = names[0] if len(names) == 1 else f"{len(names)} blocks from {names[0]}"
+        rows.append((textwrap.shorten(label, _LONGEST_NAME, placeholder=" ..."), cells))
+    width = max(len("block"), *(len(label) for label, _ in rows)) + 2
+    lines.append(f"\n{'block':<{width}}{'parameters':>14}{'device, GiB':>14}  peak in")
+    lines += [f"{label:<{width}}{cells}" for label, cells in rows]
     notes = [*plan.notes, _FULL_NOTE] if full else plan.notes
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join([*lines, f"\n{_verdict(plan)}"] if plan.fit else lines)
@@ -66,8 +70,8 @@ def _verdict(plan: Plan) -> str:
     else:
         verdict = f"The run does not fit on {device}. It fits with {fit['change']}: it then needs {total}."
     return (
-        f"{verdict} The longest sequence that fits has {fit['longest_sequence']:,} tokens; the largest micro-batch has "
-        f"{fit['largest_batch']:,} sequences."
+        f"{verdict} The longest sequence that fits: {fit['longest_sequence']:,} tokens. The largest micro-batch that "
+        f"fits: {fit['largest_batch']:,} sequence{'s' * (fit['largest_batch'] != 1)}."
     )
 
 
