@@ -1,4 +1,4 @@
-"""The ``hift`` section of a DeepSpeed config: its fields, their checks, and what cannot go with them."""
+"""The ``hift`` section of a DeepSpeed config: its fields, their checks, and the settings it cannot be combined with."""
 
 import difflib
 import json
@@ -11,33 +11,36 @@ from typing import Any
 from hift_ds.blocks.schedule import STRATEGIES
 
 SECTION = "hift"
-# Bytes; below this a slice would hold fewer elements than it wastes.
+# Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
-# Elements of a gradient that its norm takes at a time, each as an fp64 copy.
+# Elements of a gradient in one chunk of its norm, which DeepSpeed copies to fp64.
 NORM_CHUNK = 2**22
-# Bytes, and how many at least: the page-locked buffers between the device and files, half of them in each direction.
+# Page-locked buffers between the device and files: bytes of each, and their smallest number (half for each direction).
 AIO_CHUNK, AIO_BUFFERS = 2**23, 4
 
 
 def noise_chunk(device: str) -> int:
-    """Elements of MeZO's noise that share a seed, and the most that are computed at a time; another size draws other
-    noise. It may depend on the kind of device, as generators do.
+    """Return the number of elements of MeZO's noise that share a seed and are computed at a time.
 
-    On a CPU 2^17 stay in a core's cache: MeZO's own arithmetic takes 0.6 of the time of 2^20. On an H200 a piece of
-    2^20 took 0.2 ms to handle, far longer than to compute, so there are fewer.
+    Another size gives other noise. It depends on the kind of device, as random generators do. On a CPU, 2^17 elements
+    fit into a core's cache: MeZO's own arithmetic takes 0.6 of the time that it takes with 2^20. On an H200, the
+    overhead of a chunk of 2^20 elements was 0.2 ms, far more than its computation, so chunks are larger there.
+
+    Args:
+        device: the device's type, such as ``cpu``.
     """
     return 2**17 if device == "cpu" else 2**22
 
 
 def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, buffer_size: int) -> int:
-    """Bytes of each of the two staging areas of the streamed step.
+    """Return the bytes of each of the two slots of the streamed step.
 
-    No more than the largest block's state on a rank, and what the alignment of its tensors may waste.
+    It is at most the largest block's state on one rank, with room for the alignment of its tensors.
 
     Args:
-        blocks: elements of each block's parameters.
-        ranks: that share them.
-        per_element: bytes of fp32 master and state.
+        blocks: the number of elements of each parameter, for each block.
+        ranks: number of ranks that share the state.
+        per_element: bytes of fp32 master and state of one element.
         buffer_size: ``hift.offload.buffer_size``.
     """
     numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
@@ -45,7 +48,11 @@ def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, bu
 
 
 class ConfigError(ValueError):
-    """Every problem of a config at once, one to a line."""
+    """Lists every problem of a config, one per line.
+
+    Attributes:
+        problems: one message each.
+    """
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
@@ -54,17 +61,17 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Where the state of inactive blocks lives, and how the active block is stepped.
+    """The section ``hift.offload``: where the state of inactive blocks lives, and how the active block is stepped.
 
     Attributes:
-        device: ``cpu``: host memory; ``nvme``: files in ``nvme_path``; ``none``: it stays on the device.
-        step: ``block``: the whole block's state comes to the device for its step; ``streamed``: in slices; ``auto``:
-            streamed where the optimizer is element-wise.
-        buffer_size: bytes of a slice; two of them are on the device.
+        device: ``cpu``: in host memory; ``nvme``: in files in ``nvme_path``; ``none``: on the device.
+        step: ``block``: the whole block's state comes to the device for the step; ``streamed``: it comes in chunks;
+            ``auto``: streamed if the optimizer is element-wise.
+        buffer_size: bytes of a slot, which holds one chunk. Two slots are on the device.
         pin_memory: page-lock the host buffers.
-        prefetch: let state travel before the step: with ``streamed`` the first slices while forward and backward run,
-            with ``block`` the whole from the end of backward on.
-        nvme_path: an existing folder for ``device: nvme``.
+        prefetch: start to copy state to the device before the step. With ``streamed``, the first chunks are copied
+            during forward and backward; with ``block``, the whole state is copied after backward.
+        nvme_path: an existing folder, for ``device: nvme``.
     """
 
     device: str = "cpu"
@@ -77,17 +84,17 @@ class OffloadConfig:
 
 @dataclass(frozen=True)
 class HiFTConfig:
-    """The ``hift`` section (names as in the paper's section 3.1 and table 4 where it has one).
+    """The ``hift`` section. Names follow the paper (section 3.1 and table 4) if it has one.
 
     Attributes:
         enabled: False gives DeepSpeed's own full-parameter training.
-        layers_per_block: m, consecutive layers in a block.
+        layers_per_block: the paper's m: number of consecutive layers in a block.
         strategy: order of the blocks: ``bottom2up``, ``top2down`` or ``random``.
-        seed: of the ``random`` order.
-        steps_per_block: consecutive optimizer steps on a block.
-        freeze: glob patterns of parameter names that are never trained.
-        max_block_numel: cut blocks with more parameters, between modules or tensors, or a tensor by rows.
-        balance: even the blocks out: cut those far above the typical one, join those far below.
+        seed: seed of the ``random`` order.
+        steps_per_block: number of consecutive optimizer steps on a block.
+        freeze: glob patterns of names of parameters that are never trained.
+        max_block_numel: cut blocks with more elements between modules or tensors, or cut a tensor by rows.
+        balance: cut blocks that are much larger than the typical block, and join blocks that are much smaller.
         offload: see :class:`OffloadConfig`.
     """
 
@@ -103,10 +110,10 @@ class HiFTConfig:
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any] | None) -> "HiFTConfig":
-        """Build from the section's mapping; None means all defaults.
+        """Build from the section's mapping; None: all defaults.
 
         Raises:
-            ConfigError: with every problem, each naming the key, the value and the remedy.
+            ConfigError: lists every problem with its key, its value and the remedy.
         """
         problems = section_problems(section)
         if problems:
@@ -118,7 +125,14 @@ class HiFTConfig:
 
 
 def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """The DeepSpeed config as a new dict, from a mapping or from the path of a JSON file."""
+    """Return a DeepSpeed config as a new dict.
+
+    Args:
+        config: a mapping, or the path of a JSON file.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold a JSON object.
+    """
     if isinstance(config, Mapping):
         return dict(config)
     try:
@@ -126,14 +140,14 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError([f"config={str(config)!r} cannot be read: {error.strerror}"]) from error
     except json.JSONDecodeError as error:
-        raise ConfigError([f"config={str(config)!r} is no valid JSON: {error}"]) from error
+        raise ConfigError([f"config={str(config)!r} is not valid JSON: {error}"]) from error
     if not isinstance(loaded, dict):
         raise ConfigError([f"config={str(config)!r} holds a {type(loaded).__name__}; expected a JSON object"])
     return loaded
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:
-    """Everything wrong with the ``hift`` section of a whole DeepSpeed config, or with HiFT beside its other keys."""
+    """Return the problems of a DeepSpeed config's ``hift`` section and of its combination with other keys."""
     section = config.get(SECTION)
     found = section_problems(section)
     if not found and HiFTConfig.from_dict(section).enabled:
@@ -145,7 +159,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# key -> (is the value right, what is expected)
+# A check of a key's value, and what the error message says is expected.
 _Check = tuple[Callable[[Any], bool], str]
 _SECTION_CHECKS: dict[str, _Check] = {
     "enabled": (lambda v: isinstance(v, bool), "true or false"),
@@ -162,7 +176,7 @@ _SECTION_CHECKS: dict[str, _Check] = {
     ),
     "max_block_numel": (
         lambda v: v is None or _is_int(v) and v >= 1,
-        "null, or the most parameters that a block may have",
+        "null, or the largest number of elements in a block",
     ),
     "balance": (lambda v: isinstance(v, bool), "true or false"),
     "offload": (lambda v: isinstance(v, Mapping), "a mapping"),
@@ -178,7 +192,7 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
 
 
 def _place_problems(offload: Mapping[str, Any]) -> list[str]:
-    """Whether ``nvme_path`` is there exactly where it is needed, and can be written."""
+    """Check that ``nvme_path`` is given exactly if ``device`` needs it, and that it can be written."""
     device, folder = offload.get("device", OffloadConfig.device), offload.get("nvme_path")
     prefix = f"{SECTION}.offload"
     if device != "nvme":
@@ -186,12 +200,12 @@ def _place_problems(offload: Mapping[str, Any]) -> list[str]:
     if not folder:
         return [f"{prefix}.device='nvme' needs {prefix}.nvme_path, an existing folder on the drive"]
     if not Path(folder).is_dir():
-        return [f"{prefix}.nvme_path={folder!r} is no folder; make it, or name one that exists"]
+        return [f"{prefix}.nvme_path={folder!r} is not a folder; create it, or choose one that exists"]
     try:
         with tempfile.TemporaryFile(dir=folder):
             return []
     except OSError as error:
-        return [f"{prefix}.nvme_path={folder!r} cannot be written ({error.strerror}); name a folder that can"]
+        return [f"{prefix}.nvme_path={folder!r} cannot be written ({error.strerror}); choose a writable folder"]
 
 
 def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: str) -> list[str]:
@@ -215,7 +229,7 @@ def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: 
 
 
 def section_problems(section: Any) -> list[str]:
-    """Everything wrong inside the ``hift`` section itself."""
+    """Return the problems inside the ``hift`` section itself."""
     if section is None:
         return []
     if not isinstance(section, Mapping):
@@ -239,8 +253,8 @@ def _on(value: Any) -> bool:
     return bool(value) and value != "none"
 
 
-# Keys of DeepSpeed that change which parameters train, who owns their state, or how gradients are formed. With them
-# a block-wise run was not shown to equal Algorithm 1, so they are refused instead of being trusted.
+# Keys of DeepSpeed that change which parameters train, where their state is, or how gradients are computed. No test
+# shows that HiFT equals Algorithm 1 with them, so HiFT refuses them.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "zero_optimization.offload_param.device": (_on, "set it to none"),
     "zero_optimization.zenflow": (_on, "remove it"),
@@ -272,23 +286,23 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def conflicts(config: Mapping[str, Any]) -> list[str]:
-    """What in the rest of the DeepSpeed config cannot be exact together with HiFT."""
+    """Return the settings in the rest of a DeepSpeed config with which HiFT would not be exact."""
     stage = _get(config, "zero_optimization.stage") or 0
     offload = _get(config, "zero_optimization.offload_optimizer.device")
     found = []
     if stage == 0 and _on(_get(config, "fp16.enabled")):
         found.append(
-            "fp16.enabled=true with zero_optimization.stage=0: DeepSpeed divides by a loss scale there that it never "
-            "applied; use bf16, or stage 1, 2 or 3"
+            "fp16.enabled=true with zero_optimization.stage=0: there, DeepSpeed divides gradients by a loss scale that "
+            "it did not apply; use bf16, or stage 1, 2 or 3"
         )
     if stage == 0 and _on(offload):
         found.append(
-            f"zero_optimization.offload_optimizer.device={offload!r} with zero_optimization.stage=0: DeepSpeed has no "
-            "host step there; use stage 1, 2 or 3, or remove offload_optimizer"
+            f"zero_optimization.offload_optimizer.device={offload!r} with zero_optimization.stage=0: DeepSpeed cannot "
+            "step on the host there; use stage 1, 2 or 3, or remove offload_optimizer"
         )
     if _get(config, "optimizer.params.lr") == "auto":
         found.append(
-            "optimizer.params.lr='auto': expected a number; only launch/train.py fills it in (training.learning_rate)"
+            "optimizer.params.lr='auto': expected a number; only launch/train.py replaces it (training.learning_rate)"
         )
     place = _get(config, f"{SECTION}.offload.device")
     if stage != 0 and _on(offload) and place not in (None, "cpu"):

@@ -58,7 +58,7 @@ def test_values_arrive() -> None:
         ({"balance": 1}, ("balance=1", "false")),
         ({"offload": {"device": "gpu"}}, ("offload.device='gpu'", "cpu, nvme or none")),
         ({"offload": {"device": "nvme"}}, ("offload.device='nvme'", "nvme_path")),
-        ({"offload": {"device": "nvme", "nvme_path": "/nowhere"}}, ("nvme_path='/nowhere'", "make it")),
+        ({"offload": {"device": "nvme", "nvme_path": "/nowhere"}}, ("nvme_path='/nowhere'", "create it")),
         ({"offload": {"device": "nvme", "nvme_path": "/proc"}}, ("nvme_path='/proc'", "cannot be written")),
         ({"offload": {"nvme_path": "/tmp"}}, ("nvme_path='/tmp'", "remove it")),
         ({"offload": {"step": "whole"}}, ("offload.step='whole'", "streamed")),
