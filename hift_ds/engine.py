@@ -68,7 +68,7 @@ class CheckpointingEngine(SavingEngine):
 
 
 class HiFTEngine(CheckpointingEngine):
-    """Trains one block of layers in each optimizer step, and each block once in a cycle.
+    """Trains one block of layers in each optimizer step; a cycle of steps trains every block.
 
     Use it like DeepSpeed's engine: ``engine(...)``, ``engine.backward(loss)``, ``engine.step()``. The active block does
     not change inside a gradient-accumulation window, nor after a skipped step. A step is skipped on all ranks if, on
