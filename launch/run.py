@@ -10,6 +10,8 @@ from typing import Any
 from deepspeed import comm as dist
 
 from hift_ds.checkpoint import store
+from hift_ds.checkpoint.lock import Lock
+from hift_ds.checkpoint.ranks import gather
 from hift_ds.launch.callbacks.callback import Callback
 from hift_ds.launch.callbacks.checkpoints import Checkpoints, load_checkpoint, tag
 from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
@@ -133,7 +135,7 @@ class Run:
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 
-    def claim_folder(self) -> store.Lock | None:
+    def claim_folder(self) -> Lock | None:
         """Keep other runs out of the folder (rank 0 holds the lock), and open this rank's log in it."""
         lock = outputs.claim(self.folder) if self.rank == 0 else None
         timeout, keep = self.settings.training.rank_timeout, self.resume is not None
@@ -192,7 +194,7 @@ class Run:
             if self.log is not None:
                 self.log.close(None)
             # Here the ranks also meet: the launcher ends all ranks as soon as one has exited.
-            self.stop.reasons = sorted({reason for own in store.gather(self.stop.reasons) for reason in own})
+            self.stop.reasons = sorted({reason for own in gather(self.stop.reasons) for reason in own})
             raise
 
     def take_best(self) -> None:

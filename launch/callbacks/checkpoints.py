@@ -7,7 +7,8 @@ from typing import Any
 from deepspeed import comm as dist
 
 from hift_ds.checkpoint import store
-from hift_ds.checkpoint.store import Checkpoint, CheckpointError
+from hift_ds.checkpoint.files import CheckpointError
+from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.callbacks.held_out import better
 from hift_ds.launch.config.settings import Settings

@@ -23,6 +23,7 @@ from safetensors.torch import load_model, save_model
 import hift_ds
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import FileEngine, Files
+from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapter_modules import MATRICES
 from hift_ds.launch.methods.settings import MethodSettings
@@ -138,7 +139,7 @@ class PlainEngine:
         about = {"step": client_state["step"], "world_size": dist.get_world_size()}
         store.save(folder, tag, write, about)
 
-    def load_checkpoint(self, folder: str, tag: store.Checkpoint) -> tuple[str, dict[str, Any]]:
+    def load_checkpoint(self, folder: str, tag: Checkpoint) -> tuple[str, dict[str, Any]]:
         """Load a checkpoint; return its path and the client state.
 
         Raises:

@@ -22,8 +22,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hift_ds.checkpoint import store
-from hift_ds.checkpoint.files import write_durably
-from hift_ds.checkpoint.store import Checkpoint, CheckpointError, Lock
+from hift_ds.checkpoint.files import CheckpointError, write_durably
+from hift_ds.checkpoint.lock import Lock
+from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError

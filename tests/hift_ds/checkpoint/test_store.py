@@ -21,8 +21,8 @@ import torch
 
 from hift_ds.checkpoint import command, generators, manifest, store
 from hift_ds.checkpoint import files as checkpoint_files
-from hift_ds.checkpoint.files import FileEngine, Files
-from hift_ds.checkpoint.store import CheckpointError
+from hift_ds.checkpoint.files import CheckpointError, FileEngine, Files
+from hift_ds.checkpoint.lock import Lock
 
 
 class Stage(int, Enum):
@@ -456,7 +456,7 @@ def test_a_device_that_is_full() -> None:
 
 
 def test_a_second_writer_is_refused(two: Path) -> None:
-    lock = store.Lock(two)
+    lock = Lock(two)
     with pytest.raises(CheckpointError, match=rf"(?s)another run \(process {os.getpid()} on .*\)"):
         save(two, 3)
     with pytest.raises(CheckpointError, match="another run"):
@@ -511,7 +511,7 @@ def random_sequence(folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) ->
             (folder / f".saving-step{step}").mkdir()
             (folder / f".saving-step{step}" / "state.pt").write_bytes(b"half")
         else:
-            lock = store.Lock(folder)
+            lock = Lock(folder)
             with pytest.raises(CheckpointError):
                 save(folder, step)
             lock.release()
