@@ -28,6 +28,7 @@ from tests.support.comparisons import (
     constructed,
     fabricated,
     heavy,
+    interrupted,
     lasting,
     lines,
     once,
@@ -141,43 +142,50 @@ compare.main(sys.argv[1:])
 
 
 def test_a_killed_comparison_goes_on(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
-    """In a cell, when two were done. In a fresh folder all comes out as in the comparison of all methods."""
+    """In a fresh folder all comes out as in the comparison of all methods."""
+    argv = arguments(data, tmp_path / "out", FEW, "tasks=[rte]")
+    assert once(argv, function=interrupted, how="killed")["code"] is None
+    check_continued(whole, argv, tmp_path / "out", ["zero-shot"])
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_by_the_system_goes_on(
+    whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, in a cell, when two were done."""
     argv = arguments(data, tmp_path / "out", FEW, "tasks=[rte]")
     done = alone(KILLED, argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    runs = tmp_path / "out" / "runs.jsonl"
-    assert [one["label"] for one in lines(runs)] == ["zero-shot", "full"]
+    check_continued(whole, argv, tmp_path / "out", ["zero-shot", "full"])
+
+
+def check_continued(whole: tuple[Path, dict[str, Any]], argv: list[str], out: Path, kept: list[str]) -> None:
+    """The same command runs what is missing, and its results are those of the comparison of all methods."""
+    labels = ["zero-shot", "full", "hift", "mezo"]
+    runs = out / "runs.jsonl"
+    assert [one["label"] for one in lines(runs)] == kept
     with runs.open("a") as file:
         file.write('{"key": "half a li')  # and once more while a line was written
     result = once(argv)
-    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["hift", "mezo"]
+    assert result["code"] == 0 and [label for label, *_ in result["ran"]] == labels[len(kept) :]
     keys = [one["key"] for one in lines(runs)]
     assert len(keys) == len(set(keys)) == 4
-    ours, theirs = cells_of(tmp_path / "out"), cells_of(whole[0])
-    assert list(ours) == [(label, "rte") for label in ("zero-shot", "full", "hift", "mezo")]
+    ours, theirs = cells_of(out), cells_of(whole[0])
+    assert list(ours) == [(label, "rte") for label in labels]
     for key, record in ours.items():
         assert lasting(record) == lasting(theirs[key])
 
 
-STOPPED = """
-import os, signal, sys
-from hift_ds.evaluation.compare import cell
-from hift_ds.evaluation.compare import command as compare
-cell.train = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)
-sys.exit(compare.main(sys.argv[1:]))
-"""
-
-
 def test_a_stopped_comparison_says_so_and_is_no_death(data: Path, tmp_path: Path) -> None:
     argv = arguments(data, tmp_path / "out", FEW, "tasks=[rte]")
-    done = alone(STOPPED, argv)
-    assert done.returncode == 75 and "stopped; finished trainings are kept" in done.stdout, done.stderr
-    assert "Traceback" not in done.stderr
-    assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
-    assert [alone(STOPPED, argv).returncode for _ in range(2)] == [75, 75]
+    for _ in range(3):
+        result = once(argv, function=interrupted, how="stopped")
+        assert result["code"] == 75 and "stopped; finished trainings are kept" in result["printed"]
+        assert "Traceback" not in result["printed"]
+        assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
     result = once(argv)  # after three stops in its first training
     assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["full", "hift", "mezo"]
-    assert "1 trainings are finished; this run does the missing ones" in result["printed"]
+    assert "1 trainings are done; only what is missing is run" in result["printed"]
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(copy: tuple[Path, list[str]]) -> None:

@@ -50,6 +50,7 @@ RAISES = f'{SECOND} raise RuntimeError("the other rank waits in its first collec
 DIES = f"{SECOND} os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(300)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [RAISES, DIES], ids=["raises", "dies"])
 def test_a_rank_that_fails_alone_ends_the_comparison(way: str, data: Path, tmp_path: Path) -> None:
     """Through the real launcher: nothing waits for a time-out, the cause is said, and the cell is tried again."""

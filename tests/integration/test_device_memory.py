@@ -20,6 +20,7 @@ from hift_ds.zero.stage3 import Stage3BlockOptimizer
 from hift_ds.zero.stage12 import Stage12BlockOptimizer
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory
+from tests.support.pairwise import Row, others_slow, pairwise
 from tests.support.parity import STAGES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
@@ -221,10 +222,20 @@ ON_DEVICE = [
 ON_DEVICE += [Case(stage=1, ranks=2, step="block"), Case(stage=2, ranks=2, dtype="bf16", step="streamed")]
 # Cuts the layers between their matrices, and the larger of those in two by rows.
 ON_DEVICE += [Case(stage=stage, dtype="bf16", step="block", max_block_numel=6000) for stage in STAGES]
+
+
+def possible(row: Row) -> bool:
+    return row["max_block_numel"] is None or (row["dtype"], row["step"]) == ("bf16", "block")
+
+
+FACTORS = {"stage": STAGES, "dtype": ("fp32", "bf16"), "step": ("streamed", "block"), "max_block_numel": (None, 6000)}
+TABLE = [Case(**row) for row in pairwise(FACTORS, possible)] + [case for case in ON_DEVICE if case.ranks == 2]
 ON_DEVICE_AT_STAGE_3 = Case(stage=3, ranks=2, dtype="bf16", step="streamed")
 
 
-@pytest.mark.parametrize("case", [*ON_DEVICE, ON_DEVICE_AT_STAGE_3], ids=str)
+@pytest.mark.parametrize(
+    "case", others_slow([*ON_DEVICE, ON_DEVICE_AT_STAGE_3], [*TABLE, ON_DEVICE_AT_STAGE_3]), ids=str
+)
 def test_the_device_holds_no_more_than_the_active_block(case: Case) -> None:
     seen = seen_in(case)
     weight, state, gradient, temporary = sizes(case)
@@ -282,7 +293,7 @@ def test_forward_gathers_nothing_for_layers_that_backward_does_not_pass() -> Non
         assert (after_forward, after_backward) == (needed, 0)
 
 
-@pytest.mark.parametrize("case", ON_DEVICE, ids=str)
+@pytest.mark.parametrize("case", others_slow(ON_DEVICE, TABLE), ids=str)
 def test_start_up_holds_no_more_than_one_block(case: Case) -> None:
     seen = seen_in(case)
     weight, state, gradient, _ = sizes(case)
@@ -294,7 +305,12 @@ def test_start_up_holds_no_more_than_one_block(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(stage=s, dtype=d, offload=True) for s in (1, 2, 3) for d in ("fp32", "bf16")], ids=str
+    "case",
+    others_slow(
+        [Case(stage=s, dtype=d, offload=True) for s in (1, 2, 3) for d in ("fp32", "bf16")],
+        [Case(stage=s, dtype=d, offload=True) for s, d in ((1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))],
+    ),
+    ids=str,
 )
 def test_the_host_step_leaves_only_weights_on_the_device(case: Case) -> None:
     seen = seen_in(case)
@@ -327,8 +343,14 @@ def saved_and_loaded(case: Case, folder: str) -> tuple[int, int, int]:
         return peaks[0], peaks[1], peaks[2]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_saving_and_loading_need_no_more_than_training(stage: int, dtype: str, tmp_path: Path) -> None:
-    ((training, saving, loading),) = run_on_ranks(1, saved_and_loaded, Case(stage=stage, dtype=dtype), str(tmp_path))
+@pytest.mark.parametrize(
+    "case",
+    others_slow(
+        [Case(stage=s, dtype=d) for s in STAGES for d in ("fp32", "bf16")],
+        [Case(stage=s, dtype=d) for s, d in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"))],
+    ),
+    ids=str,
+)
+def test_saving_and_loading_need_no_more_than_training(case: Case, tmp_path: Path) -> None:
+    ((training, saving, loading),) = run_on_ranks(1, saved_and_loaded, case, str(tmp_path))
     assert saving <= training and loading <= training, f"training {training}, saving {saving}, loading {loading} bytes"

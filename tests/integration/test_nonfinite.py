@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from hift_ds.launch.data.batches import window_batches
 from tests.integration.test_methods import OPTIONS
 from tests.support import tiny
+from tests.support.pairwise import Row, pairwise
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 from tests.support.training import arguments
@@ -156,21 +156,27 @@ CASES = [
 FAULTS = [Fault(v, where, m) for where in ("loss", "gradient", "both") for v in (math.nan, math.inf) for m in (0, 1)]
 
 
-def sample() -> set[tuple[Case, Fault]]:
-    """Two faults for each stage and precision, one of them on the second of two ranks; the stores take turns."""
-    rng = random.Random(0)
-    chosen = set()
-    for stage, dtype in sorted({(case.stage, case.dtype) for case in CASES}):
-        for ranks in (1, 2):
-            cases = [case for case in CASES if (case.stage, case.dtype, case.ranks) == (stage, dtype, ranks)]
-            chosen.add((rng.choice(cases), rng.choice(FAULTS)))
-    return chosen
+def built(row: Row) -> tuple[Case, Fault]:
+    case = Case(stage=row["stage"], ranks=row["ranks"], dtype=row["dtype"], **STORES[row["store"]])
+    return case, Fault(row["value"], row["where"], row["micro"])
+
+
+FACTORS = {
+    "stage": (0, 1, 2, 3),
+    "dtype": ("fp32", "bf16", "fp16"),
+    "ranks": (1, 2),
+    "store": tuple(range(len(STORES))),
+    "value": (math.nan, math.inf),
+    "where": ("loss", "gradient", "both"),
+    "micro": (0, 1),
+}
+TABLE = [built(row) for row in pairwise(FACTORS, lambda row: built(row)[0] in CASES)]
 
 
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
-        pytest.param(case, fault, marks=() if (case, fault) in sample() else pytest.mark.slow)
+        pytest.param(case, fault, marks=() if (case, fault) in TABLE else pytest.mark.slow)
         for case in CASES
         for fault in FAULTS
     ],

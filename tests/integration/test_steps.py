@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support import tiny
+from tests.support.pairwise import others_slow, pairwise
 from tests.support.parity import STAGES, cases, expected_order
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
@@ -55,14 +56,24 @@ def observe(case: Case) -> dict[str, Any]:
     return seen
 
 
+FACTORS = {
+    "stage": STAGES,
+    "ranks": (1, 2),
+    "dtype": ("fp32", "bf16"),
+    "offload": (False, True),
+    "strategy": ("bottom2up", "top2down", "random"),
+    "layers_per_block": (1, 2, 3, 4),
+    "steps_per_block": (1, 2),
+    "scheduler": (None, "torch"),
+    "tied": (False, True),
+}
+
+
 @pytest.mark.parametrize(
     "case",
     cases(
-        [Case(stage=stage, ranks=ranks) for stage in STAGES for ranks in (1, 2)],
-        [Case(stage=stage, dtype="bf16", strategy="top2down", layers_per_block=4) for stage in STAGES],
-        [Case(stage=stage, offload=True, strategy="random", layers_per_block=2) for stage in (1, 2, 3)],
-        [Case(stage=stage, steps_per_block=2, layers_per_block=3, scheduler="torch") for stage in STAGES],
-        [Case(stage=2, tied=True, scheduler="WarmupLR")],
+        [Case(**row) for row in pairwise(FACTORS, lambda row: row["stage"] > 0 or not row["offload"])],
+        [Case(stage=3, ranks=2), Case(stage=2, tied=True, scheduler="WarmupLR")],
     ),
     ids=str,
 )
@@ -128,7 +139,10 @@ def start_up(case: Case, layers: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(stage=stage, dtype=dtype) for dtype in ("fp32", "bf16") for stage in STAGES],
+    others_slow(
+        [Case(stage=stage, dtype=dtype) for dtype in ("fp32", "bf16") for stage in STAGES],
+        [Case(stage=s, dtype=d) for s, d in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"))],
+    ),
     ids=str,
 )
 def test_start_up_builds_no_gradients_or_optimizer_state_of_the_whole_model(case: Case) -> None:

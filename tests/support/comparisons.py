@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +167,31 @@ def _recorded(command: Any, argv: Sequence[str], ran: list[Any], run: Any, engin
         stack.enter_context(contextlib.redirect_stderr(printed))
         code = command.main(list(argv))
     return {"code": code, "printed": printed.getvalue(), "ran": ran}
+
+
+class Killed(BaseException):
+    """The process ends here: no handler of the program catches it."""
+
+
+def interrupted(argv: Sequence[str], how: str) -> dict[str, Any]:
+    """The same, ended in its first training, after the cell that trains nothing.
+
+    Args:
+        how: "killed": nothing that follows is done; "stopped": by a SIGTERM to this process.
+    """
+    from hift_ds.evaluation.compare import cell
+
+    def train(*arguments: Any) -> Any:
+        if how == "killed":
+            raise Killed
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with mock.patch.object(cell, "train", train):
+        try:
+            return compare(argv)
+        except Killed:
+            return {"code": None}
 
 
 def once(argv: Sequence[str], ranks: int = 1, function: Any = compare, **named: Any) -> dict[str, Any]:

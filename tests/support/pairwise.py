@@ -77,5 +77,17 @@ def params(
     return [*(pytest.param(build(**row)) for row in table), *slow]
 
 
+def others_slow(values: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
+    """Return `values` as parameters of a test. Those that are not `chosen` are slow.
+
+    Raises:
+        ValueError: a chosen value is not among the values.
+    """
+    values, chosen = list(values), list(chosen)
+    if strange := [value for value in chosen if value not in values]:
+        raise ValueError(f"chosen, but not among the values: {strange}")
+    return [pytest.param(value, marks=() if value in chosen else pytest.mark.slow) for value in values]
+
+
 def _pairs(row: Row) -> Iterable[Any]:
     return itertools.combinations(row.items(), 2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.pairwise import Row, pairwise, params, product
+from tests.support.pairwise import Row, others_slow, pairwise, params, product
 
 FACTORS = {"stage": (0, 1, 2, 3), "dtype": ("fp32", "bf16", "fp16"), "ranks": (1, 2), "offload": (False, True)}
 
@@ -70,3 +70,14 @@ def test_the_rest_of_the_product_is_slow() -> None:
     assert len(table) + len(slow) == len(made)
     assert table == [tuple(row.values()) for row in pairwise(FACTORS, possible)]
     assert sorted(table + slow) == sorted(tuple(row.values()) for row in product(FACTORS, possible))
+
+
+def test_what_is_not_chosen_is_slow() -> None:
+    made = others_slow("abc", "b")
+    assert [(one.values[0], [mark.name for mark in one.marks]) for one in made] == [
+        ("a", ["slow"]),
+        ("b", []),
+        ("c", ["slow"]),
+    ]
+    with pytest.raises(ValueError, match="not among the values.*'d'"):
+        others_slow("abc", "bd")

@@ -10,6 +10,7 @@ from tests import ENVIRONMENT
 from tests.support.paths import REPOSITORY
 
 
+@pytest.mark.slow
 def test_a_run_with_a_stale_lock_does_not_hang(folder: Path) -> None:
     """A whole run, whose communication is such an extension; the folder is a copy of the tests' own, with a lock."""
     built = Path(ENVIRONMENT.get("TORCH_EXTENSIONS_DIR") or extensions.get_default_build_root())

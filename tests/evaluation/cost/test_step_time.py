@@ -23,6 +23,7 @@ def test_steps_are_taken_in_turns_and_averaged_over_a_cycle() -> None:
     assert [len(values) for values in seconds.values()] == [2, 2]
 
 
+@pytest.mark.slow
 @linux
 def test_peak_memory_is_of_two_processes_each_with_and_without_checkpointing() -> None:
     peaks = peak_memory.compare(TINY)

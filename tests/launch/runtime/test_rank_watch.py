@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hift_ds.launch.runtime.ranks import RANK_LOST
+from hift_ds.launch.runtime import ranks
+from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch
 
 OTHER = """
 import os, socket, sys, time
@@ -53,3 +55,36 @@ def test_a_lost_rank_is_named(end: str, tmp_path: Path) -> None:
     assert f"after step 7: {log}" in done.stderr and "training.rank_timeout (1 s)" in done.stderr
     own = (tmp_path / "rank0.log").read_text()
     assert f"is {end}" in own and "gave up after 1 s" in own
+
+
+@pytest.mark.parametrize(
+    ("line", "lost", "alike"),
+    [
+        ("fails: cell 1 at here", False, True),
+        ("fails: cell 2 at here", False, False),
+        ("step 3", False, False),
+        ("step 3", True, False),
+    ],
+)
+def test_whether_all_ranks_fail_alike(
+    line: str, lost: bool, alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then can they go on together; one that fails alone leaves the others in a collective."""
+    monkeypatch.setattr(ranks, "PATIENCE", 0.0)
+    other = subprocess.Popen(["sleep", "100"])
+    start = f"x start: rank 1 of 2, pid {other.pid} on {socket.gethostname()}\nx {line}\n"
+    (tmp_path / "rank1.log").write_text(start)
+    try:
+        if lost:
+            other.kill()
+            other.wait()
+        with RankWatch() as watch:
+            watch.start(tmp_path, rank=0, world=2, limit=60.0, keep=False)
+            assert watch.fails_everywhere("cell 1 at here", 0.3, RuntimeError("out of memory")) is alike
+            assert watch.any_lost() is lost
+            watch.stop()
+    finally:
+        other.kill()
+        other.wait()
+    own = (tmp_path / "rank0.log").read_text()
+    assert "RuntimeError: out of memory" in own and "fails: cell 1 at here" in own
