@@ -185,7 +185,7 @@ def test_a_stopped_comparison_says_so_and_is_no_death(data: Path, tmp_path: Path
         assert [one["label"] for one in lines(tmp_path / "out" / "runs.jsonl")] == ["zero-shot"]
     result = once(argv)  # after three stops in its first training
     assert result["code"] == 0 and [label for label, *_ in result["ran"]] == ["full", "hift", "mezo"]
-    assert "1 trainings are done; only what is missing is run" in result["printed"]
+    assert "1 trainings are finished; this run does the missing ones" in result["printed"]
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(copy: tuple[Path, list[str]]) -> None:

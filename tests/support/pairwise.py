@@ -78,7 +78,7 @@ def params(
 
 
 def others_slow(values: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
-    """Return `values` as parameters of a test. Those that are not `chosen` are slow.
+    """Return `values` as parameters of a test; a tuple holds one for each argument. Those not `chosen` are slow.
 
     Raises:
         ValueError: a chosen value is not among the values.
@@ -86,7 +86,8 @@ def others_slow(values: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
     values, chosen = list(values), list(chosen)
     if strange := [value for value in chosen if value not in values]:
         raise ValueError(f"chosen, but not among the values: {strange}")
-    return [pytest.param(value, marks=() if value in chosen else pytest.mark.slow) for value in values]
+    rows = [(value if isinstance(value, tuple) else (value,), value in chosen) for value in values]
+    return [pytest.param(*row, marks=() if is_chosen else pytest.mark.slow) for row, is_chosen in rows]
 
 
 def _pairs(row: Row) -> Iterable[Any]:

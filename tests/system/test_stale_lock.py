@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hift_ds.launch.runtime import extensions
 from tests import ENVIRONMENT
 from tests.support.paths import REPOSITORY
