@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -97,14 +98,134 @@ def test_there_is_something_to_check():
     assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(MAY_IMPORT)
 
 
+# Room -> the rooms of the same folder that its files may import from. A room is a folder, or a file beside the folders.
+ROOMS = {
+    "hift_ds": {
+        "blocks": "",
+        "config": "blocks",
+        "optim": "config",
+        "state": "blocks config optim",
+        "weights": "blocks config state",
+        "model": "state",
+        "zero": "config optim state",
+        "checkpoint": "",
+        "engine": "blocks checkpoint config model optim state zero",
+        "initialization": "blocks config engine",
+        "planner": "blocks config model",
+        "plan": "planner",
+        "__init__": "blocks config engine initialization model optim planner",
+    },
+    "launch": {
+        "errors": "",
+        "data": "errors",
+        "model": "errors",
+        "methods": "errors model",
+        "config": "data errors methods model",
+        "runtime": "config data errors methods",
+        "callbacks": "config data errors methods model runtime",
+        "engine": "config errors methods model",
+        "loop": "callbacks config data engine methods model runtime",
+        "run": "callbacks config data engine errors loop methods model runtime",
+        "train": "errors run runtime",
+        "quickstart": "config errors model runtime train",
+        "__init__": "",
+    },
+    "evaluation": {
+        "records": "",
+        "tasks": "records",
+        "cost": "records tasks",
+        "mt_bench": "records tasks",
+        "report": "mt_bench records",
+        "compare": "cost records report tasks",
+        "harness": "tasks",
+        "efficiency": "cost",
+        "__init__": "",
+    },
+}
+
+
+def module_of(path: Path) -> str:
+    """The name under which a file is imported: launch and evaluation are linked into hift_ds."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "hift_ds" else ("hift_ds", *parts))
+
+
+def room_of(path: Path) -> tuple[str, str]:
+    """Top-level folder and room."""
+    folder, room = path.relative_to(ROOT).with_suffix("").parts[:2]
+    return folder, room
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {module_of(path).removesuffix(".__init__"): path for path in SOURCES}
+
+
+def local_imports(path: Path, at_run_time: bool = False) -> list[tuple[int, Path]]:
+    """(line, file) of every file of the project that a file imports; `at_run_time`: without those for type checkers."""
+    only_types: set[int] = set()
+    for node in ast.walk(tree_of(path)) if at_run_time else ():
+        if isinstance(node, ast.If) and dotted(node.test)[-1:] == ["TYPE_CHECKING"]:
+            only_types |= {inner.lineno for one in node.body for inner in ast.walk(one) if hasattr(inner, "lineno")}
+    found = []
+    for line, name in imports_of(path):
+        while name and name not in modules():  # `from a.b import name_in_b`
+            name = name.rpartition(".")[0]
+        if name and line not in only_types and modules()[name] != path:
+            found.append((line, modules()[name]))
+    return found
+
+
+def circles(graph: dict[Any, set[Any]]) -> list[list[Any]]:
+    """All groups of nodes each of which reaches every other one of its group."""
+    reached: dict[Any, set[Any]] = {}
+    for start in graph:
+        reached[start], queue = set(), list(graph[start])
+        while queue:
+            node = queue.pop()
+            if node not in reached[start]:
+                reached[start].add(node)
+                queue += graph.get(node, set())
+    groups = {frozenset(other for other in reached[one] if one in reached.get(other, ())) for one in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def test_circles_are_found() -> None:
+    graph = {1: {2}, 2: {3}, 3: {2, 4}, 4: set(), 5: {6}, 6: {7}, 7: {5}}
+    assert circles(graph) == [[2, 3], [5, 6, 7]] and circles({1: {2, 3}, 2: {3}, 3: set()}) == []
+
+
 def test_imports_go_one_way():
-    local = {*MAY_IMPORT, "tests", "configs"}
-    report(
-        f"{name_of(path)}:{line}: {path.relative_to(ROOT).parts[0]} must not import {name}"
-        for path in SOURCES
-        for line, name in imports_of(path)
-        if name.split(".")[0] in local - MAY_IMPORT[path.relative_to(ROOT).parts[0]]
-    )
+    problems = []
+    for path in SOURCES:
+        folder, room = room_of(path)
+        if room not in ROOMS[folder]:
+            problems.append(f"{name_of(path)}: {room} is no room of {folder}: add it to ROOMS in this test")
+            continue
+        for line, other in local_imports(path):
+            other_folder, other_room = room_of(other)
+            if other_folder not in MAY_IMPORT[folder]:
+                problems.append(f"{name_of(path)}:{line}: {folder} must not import {name_of(other)}")
+            elif other_folder == folder and other_room not in {room, *ROOMS[folder][room].split()}:
+                problems.append(f"{name_of(path)}:{line}: {folder}/{room} must not import {name_of(other)}")
+    report(problems)
+
+
+def test_rooms_form_no_circle():
+    """Neither those that exist nor those that ROOMS allows."""
+    graph: dict[tuple[str, str], set[tuple[str, str]]] = {room_of(path): set() for path in SOURCES}
+    for path in SOURCES:
+        graph[room_of(path)] |= {room_of(other) for _, other in local_imports(path)} - {room_of(path)}
+    report(f"these rooms import each other: {group}" for group in circles(graph))
+    allowed = {
+        (folder, a): {(folder, b) for b in may.split()} for folder, rooms in ROOMS.items() for a, may in rooms.items()
+    }
+    report(f"ROOMS lets these import each other: {group}" for group in circles(allowed))
+
+
+def test_files_form_no_circle():
+    graph = {name_of(path): {name_of(other) for _, other in local_imports(path, at_run_time=True)} for path in SOURCES}
+    report(f"these files import each other: {group}" for group in circles(graph))
 
 
 # All of hift_ds that hift_ds/blocks must not know.
@@ -154,13 +275,31 @@ def test_private_names_of_deepspeed_stay_in_the_engine_and_zero():
 
 
 def test_scripts_shadow_no_library():
-    """A script's folder is first on its path: launch/logging.py would hide Python's from launch/train.py."""
+    """A script's folder is first on its path: launch/logging.py would hide Python's from launch/quickstart.py."""
     libraries = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
     report(
         f"{name_of(path)}: rename it, it hides the module {path.stem} from scripts in the same folder"
-        for path in (*(ROOT / "launch").glob("*"), *(ROOT / "evaluation").glob("*"))
+        for path in (ROOT / "launch").glob("*")
         if path.stem in libraries - set(MAY_IMPORT) and not path.stem.startswith("__")
     )
+
+
+AS_SCRIPT = """
+import importlib.util, runpy, sys
+sys.path[0], sys.argv = "launch", ["launch/train.py", "--help"]
+try:
+    runpy.run_path("launch/train.py", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+print([name for name in ("runtime", "callbacks", "errors") if importlib.util.find_spec(name)], file=sys.stderr)
+"""
+
+
+def test_the_training_script_hides_no_library_of_a_users_model():
+    """The rooms of launch/ are not importable at the top level, where `runtime` or `data` could be somebody else's."""
+    done = subprocess.run([sys.executable, "-c", AS_SCRIPT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert "--config FILE" in done.stdout
 
 
 # --- what no source may hold ------------------------------------------------------------------------
