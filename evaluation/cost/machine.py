@@ -1,4 +1,4 @@
-"""The machine that measurements are from, in words."""
+"""Describe the machine that measurements come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 
 def machine() -> str:
-    """Kind of machine, and the versions that decide its speed."""
+    """Return the processor, cores, threads, device, and the versions of torch and DeepSpeed."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,11 +1,11 @@
-"""Peak memory of training above the loaded model, of HiFT with its state in files and of the other methods.
+"""Measure the peak memory of training above the loaded model.
 
     python -m evaluation.efficiency --memory
 
-All take the loss of ``launch/train.py``, with the logits of a chunk of tokens at a time. Every timed_method trains in a
-process of its own. What counts on a CPU is anonymous memory, sampled from the kernel's own figures: pages of mapped
-files, which the kernel writes out and drops when it needs the room, do not. On a GPU it is what the allocator had given
-out on the device, and HiFT's state is in host memory.
+All methods use the loss of ``launch/train.py``, which computes logits for one chunk of tokens at a time. Each method
+trains in a separate process. On a CPU, the measure is anonymous memory, sampled from the kernel's statistics. HiFT then
+keeps its state in files; pages of mapped files do not count, because the kernel can drop them. On a GPU, the measure is
+memory allocated on the device, and HiFT keeps its state in host memory.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from hift_ds.evaluation.cost.process_memory import peak_memory
 from hift_ds.evaluation.cost.timed_methods import Setup, join_world, make_batch, make_model, make_timed_method
 from hift_ds.launch.errors import UserError
 
-NO_ROOM = "the device's memory is too small for it"
+NO_ROOM = "out of memory on the device"
 
 
 @dataclass
 class Peak:
-    """Bytes of memory of one process."""
+    """The memory of a process that trains, in bytes."""
 
     method: str
     checkpointing: bool
@@ -43,9 +43,12 @@ class Peak:
 
 
 def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
-    """In a process of its own: the peak over a cycle and its first step again, three steps at least."""
+    """Train a cycle and the first step of the next one, at least three steps, and return the peak.
+
+    To be called in a new process.
+    """
     join_world()
-    # A step on a tiny model first: what a method imports and compiles is not what its training needs.
+    # First a step on a tiny model: what a method imports and compiles does not count as memory of training.
     with contextlib.suppress(UserError):
         tiny = replace(setup, shape="tiny", batch=1, length=8)
         first = make_timed_method(method, tiny)
@@ -67,20 +70,21 @@ def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
 
 
 def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
-    """`train` in a new process.
+    """Run `train` in a new process.
 
     Raises:
-        UserError: the device's memory was too small, or the process failed; what it had to say has gone to this one's
-            standard error.
+        UserError: out of memory, or the process failed; its messages are on standard error.
     """
     arguments = [method, checkpointing, asdict(setup)]
-    # A fixed threshold: freed tensors go back to the system at once, for every timed_method.
+    # With a fixed threshold, freed tensors return to the system at once, for every method.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     command = [sys.executable, "-m", "hift_ds.evaluation.cost.peak_memory", json.dumps(arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        killed = " (killed; mostly for want of memory)" if done.returncode == -9 else ""
-        raise UserError(f"the process that measured the peak memory of {method!r} ended with {done.returncode}{killed}")
+        killed = " (killed, probably out of memory)" if done.returncode == -9 else ""
+        raise UserError(
+            f"the process that measures the peak memory of {method!r} exited with {done.returncode}{killed}"
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     if found is None:
         raise UserError(NO_ROOM)
@@ -88,12 +92,12 @@ def measure(method: str, checkpointing: bool, setup: Setup) -> Peak:
 
 
 def compare(setup: Setup) -> list[Peak]:
-    """Full fine-tuning and HiFT, without and with activation checkpointing."""
+    """Measure full fine-tuning and HiFT, without and with activation checkpointing."""
     return [measure(method, checkpointing, setup) for checkpointing in (False, True) for method in ("full", "hift")]
 
 
 def table(peaks: list[Peak]) -> str:
-    """A Markdown table with the ratio of HiFT to full fine-tuning."""
+    """Return a Markdown table with the ratio of HiFT to full fine-tuning."""
     rows = [
         "| activation checkpointing | full fine-tuning, MiB | HiFT, MiB | HiFT / full |",
         "| --- | --- | --- | --- |",

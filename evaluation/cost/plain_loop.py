@@ -1,5 +1,7 @@
-"""Algorithm 1 of the HiFT paper (section 3) as a plain PyTorch loop: the ground truth of the parity tests and the
-baseline of the benchmark. It knows nothing of DeepSpeed, ranks or host memory."""
+"""Algorithm 1 of the HiFT paper (section 3) as a plain PyTorch loop, without DeepSpeed, ranks or host memory.
+
+It is the ground truth of the parity tests and a baseline of the benchmark.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,22 +15,22 @@ NamedTensors = list[tuple[str, Tensor]]
 
 
 class PlainHiFT:
-    """Trains one block a step, each block with an optimizer, and so a step count, of its own.
+    """Train one block per step. Each block has its own optimizer and step count.
 
     Args:
-        model: a module whose output has a scalar ``loss``, the mean over its micro batch.
+        model: a module whose output has a scalar ``loss``, the mean over its micro-batch.
         blocks: the parameter names of each block, as ``model.named_parameters()`` gives them.
-        rows: for each block the first and last (exclusive) row that it trains of a parameter that is cut, by name.
+        rows: for each block the slice (start, stop) of rows that it trains, by parameter name, for sliced parameters.
         make_optimizer: builds a block's optimizer from its (name, tensor) pairs.
         make_scheduler: builds the learning-rate schedule of one block's optimizer; it advances once a cycle.
-        order: indices into ``blocks`` in the order of one cycle; by default from the first to the last.
-        steps_per_block: consecutive steps that one block is trained.
-        clip: largest L2 norm of the active block's gradient, 0 for no limit.
-        loss_scale: factor of the loss in backward passes, taken out of the gradients in fp32: a power of two, for fp16.
-        norm: computes that norm; by default `global_norm`, in fp32. (DeepSpeed's ZeRO sums in fp64, slowly on a CPU.)
+        order: indices into ``blocks`` in the order of one cycle; None = from the first to the last.
+        steps_per_block: consecutive steps on one block.
+        clip: maximum L2 norm of the active block's gradient; 0 = no clipping.
+        loss_scale: factor of the loss in the backward pass, divided out of the fp32 gradients; a power of two.
+        norm: computes the gradient norm; None = `global_norm`, in fp32. (DeepSpeed's ZeRO sums in fp64, slow on a CPU.)
 
-    16-bit weights get fp32 masters, block by block (the paper's Mixed^Hi). Their gradients are summed over the micro
-    batches in the weights' own precision, as DeepSpeed does at every stage unless `grad_accum_dtype` says otherwise.
+    16-bit weights get fp32 master weights, block by block (the paper's Mixed^Hi). Gradients are accumulated over the
+    micro-batches in the weights' precision, as in DeepSpeed at every stage unless `grad_accum_dtype` is set.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class PlainHiFT:
         return self.optimizers[self.active_block].param_groups[0]["lr"]
 
     def step(self, micro_batches: Sequence[Mapping[str, Any]]) -> float:
-        """One optimizer step of the active block on the mean gradient of the micro batches; returns the mean loss."""
+        """Train the active block one step on the mean gradient of the micro-batches; return the mean loss."""
         active = self.active_block
         params, masters, optimizer = self.blocks[active], self.masters[active], self.optimizers[active]
         rows = self.rows[active]
@@ -117,7 +119,7 @@ class PlainHiFT:
         return mean_loss
 
     def _clip(self, grads: list[Tensor]) -> None:
-        """Scales the gradient down to the norm `clip`, by the factor clip / (norm + 1e-6) as DeepSpeed does."""
+        """Scale the gradient down to the norm `clip`, by the factor clip / (norm + 1e-6) as DeepSpeed does."""
         if self.clip:
             norm = self.norm(grads)
             torch._foreach_mul_(grads, 1 / ((norm + 1e-6) / self.clip).clamp(min=1))
@@ -125,10 +127,10 @@ class PlainHiFT:
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
-    """L2 norm of all gradients as one vector, a scalar."""
+    """Return the L2 norm of all gradients taken as one vector, a scalar tensor."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
 def _master(p: Tensor) -> Tensor:
-    """The tensor that the optimizer updates: the parameter itself in fp32, an fp32 copy of a 16-bit one."""
+    """Return the tensor that the optimizer updates: an fp32 parameter itself, or an fp32 copy of a 16-bit one."""
     return p if p.dtype == torch.float32 else p.detach().float()

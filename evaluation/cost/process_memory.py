@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: the accelerator's allocator, or this process's own pages where there is none."""
+"""Measure the peak memory of a block of code, from the accelerator's allocator or the process's resident pages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 
 STATUS = Path("/proc/self/status")
-SECONDS = 0.01  # between two samples
+SECONDS = 0.01  # between samples
 
 
 @dataclass
 class Peak:
-    """Bytes at the start and at the highest."""
+    """Bytes at the start and at the peak.
+
+    Attributes:
+        kind: how the memory was measured.
+    """
 
     start: int
     highest: int
@@ -26,20 +30,22 @@ class Peak:
 
     @property
     def above(self) -> int:
+        """The peak above the start."""
         return self.highest - self.start
 
 
 def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes: not the pages of mapped files, which the kernel can drop."""
+    """Return the anonymous resident memory of this process in bytes, without the pages of mapped files."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return sum(int(lines[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Whose `highest` is filled in when the block is left."""
-    gc.collect()  # what is garbage already would be freed in the middle, and hide as much of what is new
-    _return_freed_memory()  # and so would be what was freed and is resident still
+    """Measure the peak memory inside a `with` block; `highest` is set at its end."""
+    # Memory that is freed inside the block would hide as much new memory, so free it first.
+    gc.collect()
+    _return_freed_memory()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.synchronize()
@@ -68,9 +74,9 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def _return_freed_memory() -> None:
-    """Let glibc give freed tensors back to the system at once, so that what is resident is what is used."""
+    """Make glibc return freed tensors to the system at once, so that resident memory is memory in use."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; setting them stops their growing by itself
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; once set, they no longer grow
             libc.mallopt(parameter, 262144)
-        libc.malloc_trim(0)  # what was freed before this call, too
+        libc.malloc_trim(0)  # also return memory freed earlier

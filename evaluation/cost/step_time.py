@@ -1,14 +1,15 @@
-"""Step time of HiFT against stock DeepSpeed's full fine-tuning and a plain PyTorch loop, or of all training methods.
+"""Measure the step time of HiFT, full fine-tuning with stock DeepSpeed and a plain PyTorch loop, or of all methods.
 
     python -m evaluation.efficiency --model-shape smollm2-135m --batch 4 --length 256 --stages 0,1,2,3 --cycles 3
-    python -m evaluation.efficiency --memory          peak memory instead (peak_memory.py)
-    python -m evaluation.efficiency --methods all --memory          time, tokens a second and memory of each method
+    python -m evaluation.efficiency --memory          peak memory instead of time (peak_memory.py)
+    python -m evaluation.efficiency --methods all --memory          time, tokens/s and memory of each method
 
-All train the same model from the same weights on the same batches with AdamW or the method's own optimizer, in one
-process, a step each in turn. A step is forward, backward and optimizer step. HiFT's blocks differ in cost, so its unit
-is the mean over a whole cycle, in which each block is trained once; every number is the median of such means with their
-least and greatest. With `--methods`, the engines would not fit in memory together: full fine-tuning stays, and each
-other method is made, timed in turns with it, and gone before the next. Ratios are of what was timed side by side.
+All methods train the same model from the same weights on the same batches, with AdamW or the method's own optimizer, in
+one process, one step each in turns. A step is a forward pass, a backward pass and an optimizer step. HiFT's blocks take
+different times, so a measurement is the mean over a cycle, in which each block is trained once. The tables show the
+median of the measurements with the minimum and maximum. With `--methods`, the engines would not fit in memory together:
+full fine-tuning stays in memory, and each other method is made, timed in turns with it, and freed. Ratios are between
+methods that were timed side by side.
 """
 
 import argparse
@@ -54,27 +55,29 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass
 class StepTimes:
-    """Seconds a step of each timed_method, one mean for each measured cycle."""
+    """Seconds per step of methods that were timed side by side, one mean for each measured cycle."""
 
     dtype: str
     stage: int
     seconds: dict[str, list[float]]
 
     def ratios(self, other: str, one: str = "hift") -> list[float]:
-        """HiFT's time, or that of `one`, divided by another's, cycle by cycle."""
+        """Return the time of `one` divided by the time of `other`, for each cycle."""
         return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
 
 
 @dataclass
 class Row:
-    """What a method costs; `reason` says why there is nothing, or no memory.
+    """The costs of a method.
 
     Attributes:
-        seconds: a step, one mean for each measured cycle; one a step where all steps cost the same.
-        full_seconds: full fine-tuning's, taken in turns with them.
-        ratios: of the two, one by one.
-        flops: model FLOPs a step (flops.py).
-        peak: bytes above the loaded model.
+        seconds: seconds per step, one mean for each measured cycle, or one value per step without cycles.
+        full_seconds: the same of full fine-tuning, timed in turns with the method.
+        ratios: `seconds` divided by `full_seconds`, one by one.
+        flops: model FLOPs per step (flops.py).
+        peak: peak memory in bytes above the loaded model.
+        peak_ratio: the peak divided by that of full fine-tuning.
+        reason: why the times or the memory are missing.
     """
 
     method: str
@@ -92,7 +95,7 @@ class Row:
 
 
 def time_side_by_side(names: Sequence[str], setup: Setup, cycles: int, stock_every: int) -> StepTimes:
-    """Times them side by side for `cycles` cycles, after one on short batches in which all state is made."""
+    """Time methods side by side for `cycles` cycles, after a warm-up on short batches."""
     timed_methods: dict[str, TimedMethod] = {}
     try:
         for name in names:
@@ -106,11 +109,11 @@ def time_side_by_side(names: Sequence[str], setup: Setup, cycles: int, stock_eve
 
 
 def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int, stock_every: int) -> list[Row]:
-    """A row for each method, and one for full fine-tuning, with which each is timed side by side.
+    """Time each method side by side with full fine-tuning; return a row for each, with one for full fine-tuning.
 
     Args:
-        cycles: measured ones of a method that trains block by block.
-        steps: measured ones of a method whose steps all cost the same.
+        cycles: measured cycles of a method that trains block by block.
+        steps: measured steps of any other method.
     """
     names = list(dict.fromkeys(names if "full" in names else ["full", *names]))
     rows = {name: Row(name, setup.dtype, setup.stage) for name in names}
@@ -122,20 +125,23 @@ def compare_methods(names: Sequence[str], setup: Setup, cycles: int, steps: int,
             if other := _timed(rows[name], full, setup, cycles, steps, stock_every):
                 other.destroy()
             del other
-            _free()  # before the next is made
+            _free()  # before the next one is made
     finally:
         if full is not None:
             full.destroy()
     del full
-    _free()  # for the processes that measure memory
+    _free()  # make room for the processes that measure memory
     return list(rows.values())
 
 
 def _timed(
     row: Row, full: TimedMethod | None, setup: Setup, cycles: int, steps: int, stock_every: int
 ) -> TimedMethod | None:
-    """Fills the row, side by side with full fine-tuning where that fits; returns who was timed, or None and in the row
-    the reason."""
+    """Time a method, side by side with full fine-tuning if that fits in memory, and fill in its row.
+
+    Returns:
+        The method, or None if it could not be timed; then `row.reason` says why.
+    """
     timed_method = None
     with _reason_in(row):
         timed_method = make_timed_method(row.method, setup)
@@ -151,7 +157,7 @@ def _timed(
 
 @contextlib.contextmanager
 def _reason_in(row: Row) -> Iterator[None]:
-    """A method that does not fit the model, or not into the device's memory, says so in its row; the others go on."""
+    """Store in the row why a method does not apply to the model or does not fit in memory; other methods go on."""
     try:
         yield
     except UserError as error:
@@ -174,7 +180,7 @@ def _fill(row: Row, timed_method: TimedMethod, setup: Setup, seconds: dict[str, 
 
 
 def add_memory(rows: Sequence[Row], setup: Setup) -> None:
-    """Fills in the peaks of the methods that were timed; full fine-tuning's comes first, as the others' measure."""
+    """Measure the peak memory of the timed methods, full fine-tuning first, and fill in their rows."""
     full: int | None = None
     for row in sorted(rows, key=lambda row: row.method != "full"):
         if row.reason is None:
@@ -187,12 +193,13 @@ def add_memory(rows: Sequence[Row], setup: Setup) -> None:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
+    """Format the median with the minimum and maximum."""
     middle = f"{statistics.median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def table(step_times: Sequence[StepTimes]) -> str:
-    """A Markdown table of seconds a step and of ratios."""
+    """Return a Markdown table of seconds per step and ratios."""
     others = [name for name in step_times[0].seconds if name != "hift"]
     head = ["precision", "stage", *(f"{TITLES[name]}, s" for name in ("hift", *others))]
     head += [f"HiFT / {name}" for name in others]
@@ -209,8 +216,17 @@ def table(step_times: Sequence[StepTimes]) -> str:
 
 
 def methods_table(rows: Sequence[Row], memory: bool) -> str:
-    """A Markdown table of what the methods cost, with the reasons for what is missing and other remarks below it."""
-    head = ["method", "precision", "stage", "s a step", "tokens/s", "time / full", "trained parameters", "FLOPs a step"]
+    """Return a Markdown table of the methods' costs, followed by notes and the reasons for missing values."""
+    head = [
+        "method",
+        "precision",
+        "stage",
+        "s per step",
+        "tokens/s",
+        "time / full",
+        "trained parameters",
+        "FLOPs per step",
+    ]
     head += ["peak above the model, MiB", "memory / full"] if memory else []
     lines = []
     for row in rows:
@@ -224,16 +240,19 @@ def methods_table(rows: Sequence[Row], memory: bool) -> str:
         lines.append(line + ["n/a"] * (len(head) - len(line)))
     notes = [NOTES[name] for name in NOTES if any(row.method == name and row.seconds for row in rows)]
     if memory and get_accelerator().device_name() == "cpu":
-        notes += ["Memory: HiFT's masters and optimizer state are in files."]
+        notes += ["Memory: HiFT keeps master weights and optimizer state in files."]
     notes += dict.fromkeys(f"{row.method}: n/a: {row.reason}" for row in rows if row.reason)
     return "\n".join([markdown(head, lines), "", *(f"- {note}" for note in notes)]).rstrip()
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def comma_separated(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return an argparse type for a comma-separated list of allowed values."""
+
     def parse(text: str) -> list[str]:
         for value in text.split(","):
             if value not in allowed:
@@ -244,46 +263,51 @@ def comma_separated(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def positive(text: str) -> int:
+    """Parse a positive integer (argparse type)."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
     return int(text)
 
 
 def methods(text: str) -> list[str]:
+    """Parse "all" or a comma-separated list of training methods (argparse type)."""
     return list(TRAINED) if text == "all" else comma_separated(list(TRAINED))(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.efficiency", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
     add("--model-shape", choices=list(SHAPES), default="smollm2-135m")
-    add("--batch", type=positive, default=4, help="examples a step")
-    add("--length", type=positive, default=256, help="tokens an example")
-    add("--methods", type=methods, help=f"all, or some of {','.join(TRAINED)}: what each costs, against full")
+    add("--batch", type=positive, default=4, help="examples per step")
+    add("--length", type=positive, default=256, help="tokens per example")
+    add("--methods", type=methods, help=f"measure the costs of all methods, or some of {','.join(TRAINED)}")
     add(
         "--against",
         type=comma_separated([name for name in TITLES if name != "hift"]),
-        help="full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state left on the device "
+        help="compare HiFT with full: stock DeepSpeed; plain: a PyTorch loop; kept: HiFT with all state on the device "
         "(default: full,plain)",
     )
     add(
         "--stages",
         type=comma_separated([str(s) for s in STAGES]),
-        help="of ZeRO (default: 0,1,2,3; of --methods 0)",
+        help="ZeRO stages (default: 0,1,2,3; with --methods 0)",
     )
-    add("--dtypes", type=comma_separated(list(DTYPES)), help="default: fp32,bf16; of --methods fp32")
-    add("--cycles", type=positive, default=1, help="measured cycles; a cycle is a step for each block")
-    add("--steps", type=positive, default=8, help="with --methods: measured steps where all steps cost the same")
-    add("--stock-every", type=positive, default=4, help="time full fine-tuning in every N-th step of a cycle only")
-    add("--memory", action="store_true", help="peak memory instead of step time; with --methods beside it (Linux)")
+    add("--dtypes", type=comma_separated(list(DTYPES)), help="default: fp32,bf16; with --methods fp32")
+    add("--cycles", type=positive, default=1, help="measured cycles; a cycle is one step for each block")
+    add("--steps", type=positive, default=8, help="with --methods: measured steps of methods without cycles")
+    add("--stock-every", type=positive, default=4, help="time full fine-tuning only in every N-th step of a cycle")
+    add("--memory", action="store_true", help="peak memory instead of step time; with --methods both (Linux)")
     add("--json", type=Path, help="also write all numbers to this file")
     options = parser.parse_args(arguments)
     if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}; create it first")
     if options.methods and options.against:
-        parser.error("--against: not with --methods, which are all compared to full fine-tuning; remove one of them")
+        parser.error(
+            "--against: not with --methods, which compares all methods with full fine-tuning; remove one of them"
+        )
     options.against = options.against or ["full", "plain"]
     options.stages = list(map(int, options.stages or ("0" if options.methods else "0123")))
     options.dtypes = options.dtypes or (["fp32"] if options.methods else ["fp32", "bf16"])
@@ -291,6 +315,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
+    """Run the command line and print a table; return what was timed."""
     options = parse(arguments)
     extensions.prepare(int(os.environ.get("RANK", "0")))
     given = sys.argv[1:] if arguments is None else arguments
@@ -306,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
     join_world()
     units = f"{options.cycles} cycles" + (f" or {options.steps} steps" if options.methods else "")
     heading = [f"Step time on {machine()}", origin]
-    heading += [f"{sizes}, AdamW, median of cycle means (least to greatest) over {units}"]
+    heading += [f"{sizes}, AdamW, median of cycle means (minimum to maximum) over {units}"]
     print("\n".join(heading), flush=True)
     rows: list[Row] = []
     step_times: list[StepTimes] = []
@@ -323,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
                     time_side_by_side(["hift", *options.against], setup, options.cycles, options.stock_every)
                 )
             gc.collect()  # free these engines before the next ones are made
-            # After each, so that a run that is stopped has written what it measured.
+            # After each one, so that a stopped run has written its measurements.
             write_json(
                 options.json, heading, step_times=[asdict(c) for c in step_times], methods=[asdict(r) for r in rows]
             )
@@ -332,5 +357,6 @@ def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
 
 
 def write_json(file: Path | None, heading: Sequence[str], **results: Sequence[dict]) -> None:
+    """Write the results to a JSON file, if one is given."""
     if file:
         file.write_text(json.dumps({"heading": heading} | results, indent=1) + "\n")

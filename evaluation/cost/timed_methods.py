@@ -1,4 +1,4 @@
-"""Who is timed and measured: the training methods on one model shape, each made in the same way and warmed up."""
+"""The training methods that are timed: each is made on the same model shape, warmed up, and timed in turns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hift_ds.planner.models import PRESETS, load_config
 
 Batch = dict[str, torch.Tensor]
 
-SHAPES: dict[str, dict[str, Any]] = {  # models with random weights: the planner's, but for encoders, and a tiny one
+SHAPES: dict[str, dict[str, Any]] = {  # models with random weights: the planner's decoders, and a tiny one
     "tiny": {
         "model_type": "llama",
         "vocab_size": 256,
@@ -46,16 +46,16 @@ SHAPES: dict[str, dict[str, Any]] = {  # models with random weights: the planner
     **{name: shape for name, shape in PRESETS.items() if shape["model_type"] != "roberta"},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-METHOD_SECTIONS: dict[str, dict[str, Any]] = {  # the `method` section; "plain" is a loop without an engine
+METHOD_SECTIONS: dict[str, dict[str, Any]] = {  # name -> `method` section; "kept" is HiFT without offload
     **{name: {"name": name} for name in TRAINED},
     "badam": {"name": "badam", "badam_order": "ascending", "badam_switch_every": 10**9},
     "kept": {"name": "hift"},
 }
 NOTES = {
-    "hift": "hift: the mean over a cycle, a step for each block.",
-    "badam": "badam: the mean over a step on each block. Its change of blocks, after every 50 steps by default, is not "
+    "hift": "hift: the mean over a cycle, which is one step for each block.",
+    "badam": "badam: the mean over one step on each block. Switching blocks, by default after every 50 steps, is not "
     "timed.",
-    "galore": "galore: its projections, made anew every 200 steps by default, fall into the warm-up.",
+    "galore": "galore: computing projections, by default every 200 steps, is part of the warm-up and not timed.",
 }
 LEARNING_RATE = 1e-4
 CLIP = 1.0
@@ -63,12 +63,13 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What all timed_methods have in common.
+    """The workload that all methods share.
 
     Attributes:
-        batch, length: examples a step, tokens an example.
-        stock: DeepSpeed's own Adam and all logits at once, for the comparison with a plain loop; else both are as
-            launch/train.py has them.
+        batch: examples per step.
+        length: tokens per example.
+        stock: use DeepSpeed's Adam and compute all logits at once, to compare with a plain loop; otherwise use the
+            defaults of launch/train.py.
     """
 
     shape: str
@@ -85,14 +86,16 @@ class Setup:
 
 @dataclass
 class TimedMethod:
-    """Ready to be timed.
+    """A training method that is ready to be timed.
 
     Attributes:
-        step: forward, backward and optimizer step on a batch.
-        cycle: steps that train each part once; their costs differ, so a measurement is the mean over so many.
-        between: to be called after each step, and not timed.
+        step: does a forward pass, a backward pass and an optimizer step on a batch.
+        cycle: the number of steps that train each block once. Steps on different blocks take different times, so a
+            measurement is the mean over a cycle.
+        between: is called after each step and not timed.
         engine, settings: None for the plain loop.
-        trained_parameters, flops: what a cycle trains, and the model FLOPs a step in its mean; known when warmed up.
+        trained_parameters: parameters that a cycle trains; set by `warm_up`.
+        flops: model FLOPs per step, the mean over a cycle; set by `warm_up`.
     """
 
     step: Callable[[Batch], Any]
@@ -104,7 +107,7 @@ class TimedMethod:
     flops: float = 0.0
 
     def warm_up(self, setup: Setup) -> None:
-        """A cycle on short batches, in which all state is made; one whose steps are alike takes a whole one too."""
+        """Run a cycle on short batches, which creates all state. With a cycle of one step, run a full batch too."""
         trained: dict[str, int] = {}
         flops = []
         for index in range(self.cycle):
@@ -120,12 +123,13 @@ class TimedMethod:
         self.trained_parameters, self.flops = sum(trained.values()), statistics.fmean(flops or [0.0])
 
     def destroy(self) -> None:
+        """Free the engine."""
         if self.engine is not None:
             self.engine.destroy()
 
 
 def make_model(shape: str, dtype: str) -> PreTrainedModel:
-    """The same weights each time, made in `dtype` on the device; the buffers stay in fp32."""
+    """Make a model on the device, with the same weights in every call; its buffers stay in fp32."""
     torch.manual_seed(0)
     with torch.device(get_accelerator().current_device_name()):
         model = AutoModelForCausalLM.from_config(load_config(SHAPES[shape]), dtype=DTYPES[dtype])
@@ -134,7 +138,7 @@ def make_model(shape: str, dtype: str) -> PreTrainedModel:
 
 
 def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:
-    """Random tokens, batch x length, and the same as labels."""
+    """Make random token ids of shape (batch, length); the labels are the same."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, length), generator=generator)
     ids = ids.to(get_accelerator().current_device_name())
@@ -142,11 +146,11 @@ def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:
 
 
 def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> Settings:
-    """The settings of a run by `METHOD_SECTIONS[name]`."""
+    """Return the settings of a run with the method `METHOD_SECTIONS[name]`."""
     device = {"device": "none"} if name == "kept" else {"device": "nvme", "nvme_path": state_folder}
     offload = {"offload": device} if name == "kept" or (name == "hift" and state_folder) else {}
     raw = {
-        "model": {"config": {"model_type": "llama"}, "tokenizer": "byte"},  # for the checks: the model is made here
+        "model": {"config": {"model_type": "llama"}, "tokenizer": "byte"},  # only for the checks of settings
         "method": METHOD_SECTIONS[name],
         "training": {
             "batch_size": setup.batch,
@@ -172,14 +176,14 @@ def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> S
 
 
 def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: str | None = None) -> TimedMethod:
-    """One of `METHOD_SECTIONS`, or "plain".
+    """Make a method of `METHOD_SECTIONS`, or "plain", HiFT as a plain PyTorch loop.
 
     Args:
-        model: from `make_model`; by default a new one.
-        state_folder: where HiFT keeps masters and optimizer state in files; by default in host memory.
+        model: from `make_model`; None = a new one.
+        state_folder: the folder in which HiFT keeps master weights and optimizer state; None = host memory.
 
     Raises:
-        UserError: the method does not fit the model, or its package is not installed.
+        UserError: the method does not apply to the model, or its package is not installed.
     """
     model = model or make_model(setup.shape, setup.dtype)
     blocks = hift_ds.partition_model(model)
@@ -200,7 +204,7 @@ def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: 
         take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch))])
 
     timed_method = TimedMethod(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
-    if method.engine == "badam":  # a step on each block, as in HiFT's cycle
+    if method.engine == "badam":  # one step on each block, as in HiFT's cycle
         timed_method.cycle, timed_method.between = len(blocks), engine.optimizer.switch_trainable_params
     return timed_method
 
@@ -208,10 +212,15 @@ def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: 
 def time_in_turns(
     timed_methods: Mapping[str, TimedMethod], setup: Setup, units: int, cycle: int, stock_every: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds a step of each, a step each in turn on the same batches: `units` means over `cycle` steps.
+    """Time methods in turns on the same batches.
 
     Args:
-        stock_every: of a cycle, full fine-tuning takes the first step and every so many; its steps all cost the same.
+        units: the number of measurements; each is the mean over `cycle` steps.
+        stock_every: full fine-tuning takes only the first step of a cycle and every `stock_every`-th after it, because
+            all its steps take the same time.
+
+    Returns:
+        Seconds per step by method, one mean for each measurement.
     """
     means: dict[str, list[float]] = {name: [] for name in timed_methods}
     label = f"{setup.dtype} stage {setup.stage}: {', '.join(timed_methods)}"
@@ -233,6 +242,7 @@ def time_in_turns(
 
 
 def timed(run: Callable[[Batch], Any], batch: Batch) -> float:
+    """Return the seconds that `run(batch)` takes on the device."""
     get_accelerator().synchronize()
     start = time.perf_counter()
     run(batch)

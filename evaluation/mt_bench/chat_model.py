@@ -1,4 +1,4 @@
-"""A Hugging Face causal model that chats by its tokenizer's template, as the model that answers or as a local judge."""
+"""A Hugging Face causal model with a chat template, as the model that answers questions or as a local judge."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hift_ds.launch.model.settings import ModelSettings
 
 
 class ChatModel:
-    """A model on the accelerator, or on the CPU where there is none. One reply at a time.
+    """A chat model on the accelerator, or on the CPU without one. It writes one reply at a time.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
-        seed: of sampled replies; each call of `ask` may have one of its own.
-        adapter: the folder of one that a training run has left beside the model.
+        seed: the seed of sampled replies; a call of `ask` may pass another one.
+        adapter: the folder of an adapter that a training run has saved.
 
     Raises:
         UserError: the model or the adapter cannot be loaded, or the tokenizer has no chat template.
@@ -45,14 +45,14 @@ class ChatModel:
         settings = ModelSettings(name_or_path=name, revision=revision)
         if (Path(name).expanduser() / ADAPTER_FILE).is_file():
             raise UserError(
-                f"{name!r} holds an adapter, not a model; give it as --adapter, and as --model the model that its run "
-                f"began with ({ADAPTER_FILE} names it)"
+                f"{name!r} holds an adapter, not a model; give it as --adapter, and give its base model as --model "
+                f"({ADAPTER_FILE} names it)"
             )
         if problems := settings.problems():
             raise UserError("\n".join(text.removeprefix("model.name_or_path: ") for text in problems))
         self._tokenizer: Any = load_tokenizer(settings)
         if not self._tokenizer.chat_template:
-            raise UserError(f"{name!r}: its tokenizer has no chat template; MT-Bench needs a model that chats")
+            raise UserError(f"{name!r}: its tokenizer has no chat template, which MT-Bench needs; give a chat model")
         config = load_config(settings, self._tokenizer, None)
         accelerator = get_accelerator()
         model = load_model(settings, config, dtype)
@@ -66,21 +66,21 @@ class ChatModel:
         self._ends = sorted(end for end in ends if end is not None)
         added = self._tokenizer.added_tokens_decoder.values()
         special = {*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        # transformers fills what a call leaves open from here.
+        # Calls of `generate` take missing settings from here.
         self._model.generation_config = GenerationConfig()
-        # In the text of a message these would be control tokens, as if the template had written them.
+        # In the text of a message these would become control tokens, as if the template had written them.
         self._special = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))))
 
     def stop(self) -> None:
-        """Nothing waits here."""
+        """Do nothing: a local model has no waiting requests."""
 
     @torch.no_grad()
     def ask(self, messages: Sequence[Message], temperature: float, max_tokens: int, seed: int | None = None) -> Reply:
-        """The reply to a conversation: greedy at temperature 0, else sampled from all tokens.
+        """Reply to a conversation: greedy at temperature 0, otherwise sampled from all tokens.
 
-        Nothing but the temperature shapes the sampling; what else the model's own generation settings ask for (top-p,
-        penalties) is left out, so that models compare. `ended` is "stop", "length" (max_tokens, or the model's
-        positions are used up), or "context" with an empty text, where the conversation leaves no position free.
+        Only the temperature shapes the sampling. The model's own generation settings (top-p, penalties) are not used,
+        so that models are comparable. The reply's `ended` is "stop", "length" (`max_tokens`, or no positions left), or
+        "context" with an empty text if the conversation leaves no position for a reply.
         """
         with self._lock:
             tokens = self._encode(messages)
@@ -104,14 +104,14 @@ class ChatModel:
         return Reply(text, "stop" if stopped else "length", tokens.shape[1], len(written))
 
     def _encode(self, messages: Sequence[Message]) -> torch.Tensor:
-        """Token ids (1, length) up to where the reply begins."""
+        """Return the token ids (1, length) of the conversation up to the reply."""
         plain = [{**one, "content": self._special.sub(_broken, one["content"])} for one in messages]
         try:
             encoded = self._template(plain)
         except TemplateError:
             if plain[0]["role"] != "system":
                 raise
-            # A template without the role: its text then opens the first message.
+            # The template has no system role: put the system text before the first message.
             merged = {"role": "user", "content": f"{plain[0]['content']}\n\n{plain[1]['content']}"}
             encoded = self._template([merged, *plain[2:]])
         return encoded.to(self._model.device)

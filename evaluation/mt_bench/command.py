@@ -1,13 +1,13 @@
-"""MT-Bench: a model's answers, a judge's verdicts on them, and the sums.
+"""MT-Bench: let a model answer, let a judge rate the answers, and show the results.
 
     python -m evaluation.mt_bench answer --data MT_BENCH --model runs/gsm8k/model --answers hift.jsonl
     python -m evaluation.mt_bench judge --data MT_BENCH --answers hift.jsonl full.jsonl --verdicts verdicts.jsonl \\
         --judge-url https://api.openai.com/v1 --judge-model gpt-4 --token-limit 1000000
     python -m evaluation.mt_bench show --verdicts verdicts.jsonl
 
-MT_BENCH is the folder of the published files, FastChat's fastchat/llm_judge/data, or a Space or dataset on the Hub that
-has them (spaces/lmsys/mt-bench has the questions alone). The judge is an OpenAI-compatible endpoint, whose key is in an
-environment variable, or a local model (--judge-local). Both `answer` and `judge` continue what an earlier run left.
+MT_BENCH is a folder with the published files (FastChat's fastchat/llm_judge/data), or a Space or dataset on the Hub
+with them (spaces/lmsys/mt-bench has only the questions). The judge is an OpenAI-compatible endpoint, whose key is read
+from an environment variable, or a local model (--judge-local). `answer` and `judge` continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from hift_ds.evaluation.records import Place, Record, RecordFile, field, read_re
 from hift_ds.launch.errors import UserError
 
 EMPTY, FULL = "context", "the conversation filled the model's positions"
-MISSING = 3  # the exit code where verdicts are missing; 2 is a mistake of the user's
+MISSING = 3  # the exit code if verdicts are missing; 2 is a user error
 
 
 # --- answers ------------------------------------------------------------------------------------------
@@ -73,17 +73,17 @@ def answer(
     seed: int = 0,
     source: dict[str, Any] | None = None,
 ) -> int:
-    """Answer both turns of each question that has no answer in the file yet; the number of new answers.
+    """Answer both turns of each question that the file does not have yet; return the number of new answers.
 
-    The file is in the published format, one model a file. A question's answer depends on the seed and the question
-    only, so an interrupted run ends with the same answers as another one.
+    The file has the published format, with the answers of one model. An answer depends only on the seed and the
+    question, so an interrupted and continued run gives the same answers.
 
     Args:
-        load: the model, loaded only where something is left to answer.
-        source: more of what made the answers, e.g. the model's path; a continued run must have the same.
+        load: loads the model; called only if questions are left.
+        source: more facts about the origin of the answers, e.g. the model's path; a continued run must have the same.
 
     Raises:
-        UserError: the file has answers made otherwise.
+        UserError: the file has answers that were made with other settings.
     """
     made_by = {"model_id": model_id, "max_new_tokens": max_tokens, "seed": seed, **(source or {})}
     with RecordFile(path, _question_id) as file:
@@ -92,13 +92,13 @@ def answer(
             if differing:
                 key = differing[0]
                 raise UserError(
-                    f"{path}: its answers were made with {key} {record.get(key)!r}, these settings have "
-                    f"{made_by[key]!r}; use the same, or another file"
+                    f"{path}: its answers were made with {key} {record.get(key)!r}, but this run has "
+                    f"{made_by[key]!r}; use the same settings or another file"
                 )
         for question in questions:
             asked = file.records.get(question.id, {}).get("questions")
             if asked not in (None, list(question.turns)):
-                raise UserError(f"{path}: its answer {question.id} is to another question; give another file")
+                raise UserError(f"{path}: its answer {question.id} is to a different question; give another file")
         waiting = [question for question in questions if question.id not in file]
         if not waiting:
             return 0
@@ -147,10 +147,10 @@ def _question_id(where: Place, record: Record) -> Hashable:
 def _run_answer(options: argparse.Namespace) -> int:
     folder = find_folder(options.data)
     bench = read_bench(folder) if options.verdicts else None
-    asked = _judge(options) if options.verdicts else None  # no key is said before anything is generated
+    asked = _judge(options) if options.verdicts else None  # a missing key is an error before anything is generated
     questions = bench.questions if bench else read_questions(folder / "question.jsonl")
     model_id = options.model_id or Path(options.adapter or options.model).name
-    from hift_ds.evaluation.mt_bench.chat_model import ChatModel  # these take seconds to import
+    from hift_ds.evaluation.mt_bench.chat_model import ChatModel  # slow to import
     from hift_ds.launch.model.loading import files_sha256
 
     def load() -> Chat:
@@ -159,14 +159,14 @@ def _run_answer(options: argparse.Namespace) -> int:
     adapter = {"adapter": options.adapter, "adapter_sha256": files_sha256(options.adapter)} if options.adapter else {}
     source = {
         "model": options.model,
-        "files_sha256": files_sha256(options.model),  # answers of a model that was trained on since are not its own
+        "files_sha256": files_sha256(options.model),  # a model that was trained further is another model
         "revision": options.revision,
         "dtype": options.dtype,
         **adapter,
     }
     settings = {"max_tokens": options.max_new_tokens, "seed": options.seed}
     new = answer(questions, load, options.answers, model_id=model_id, source=source, **settings)
-    print(f"{options.answers}: {new} new answers, {len(questions)} in all")
+    print(f"{options.answers}: {new} new answers, {len(questions)} in total")
     ended = [end for record in read_records(options.answers, _question_id).values() for end in record.get("ended", [])]
     for word, meaning in (("length", "cut off"), (EMPTY, f"empty: {FULL}")):
         if word in ended:
@@ -182,17 +182,21 @@ def _run_judge(options: argparse.Namespace) -> int:
 
 
 def _judge(options: argparse.Namespace) -> tuple[str, Callable[[], judge.Judge]]:
-    """The judge's name, and how to get it; what is wrong with the arguments or the key is said here."""
+    """Return the judge's name and a function that loads it.
+
+    Raises:
+        UserError: the arguments or the key are wrong.
+    """
     if options.judge_local is not None:
         if options.judge_url is not None or options.judge_model is not None:
-            raise UserError("--judge-local is a judge by itself; leave out --judge-url and --judge-model")
+            raise UserError("--judge-local excludes --judge-url and --judge-model; remove them or --judge-local")
 
         def load() -> judge.Judge:
             from hift_ds.evaluation.mt_bench.chat_model import ChatModel
 
             return ChatModel(options.judge_local, dtype=options.dtype)
 
-        from hift_ds.launch.model.loading import files_sha256  # takes seconds to import
+        from hift_ds.launch.model.loading import files_sha256  # slow to import
 
         digest = files_sha256(options.judge_local)
         if digest is None:  # on the Hub
@@ -205,7 +209,7 @@ def _judge(options: argparse.Namespace) -> tuple[str, Callable[[], judge.Judge]]
     if key and url.startswith("http://") and not is_loopback(url):
         print("warning: the key goes to this http:// URL unencrypted; use https", file=sys.stderr)
     if options.cost_limit is not None and not (options.prompt_price or options.completion_price):
-        raise UserError("--cost-limit needs --prompt-price and --completion-price, for a million tokens")
+        raise UserError("--cost-limit needs --prompt-price and --completion-price (per million tokens)")
     limits = {"tries": options.tries, "timeout": options.timeout, "backoff": options.backoff}
     endpoint = Endpoint(url, options.judge_model, key, extra=options.request, **limits)
     return options.judge_model, lambda: endpoint
@@ -221,11 +225,11 @@ def _judge_files(
 ) -> int:
     to_do = judge.tasks(bench, [read_answers(path) for path in files], mode, name)
     limit = judge.SpendingLimit(options.token_limit, options.cost_limit, options.prompt_price, options.completion_price)
-    workers = 1 if options.judge_local is not None else options.workers  # it replies to one at a time anyway
+    workers = 1 if options.judge_local is not None else options.workers  # a local model writes one reply at a time
     numbers = {"workers": workers, "asks": options.asks, "max_tokens": options.judge_max_tokens}
     outcome = judge.run(to_do, load(), options.verdicts, limit=limit, **numbers)
     print(
-        f"{options.verdicts}: {outcome.stored} new verdicts ({outcome.failed} failed), {outcome.before} were there, "
+        f"{options.verdicts}: {outcome.stored} new verdicts ({outcome.failed} failed), {outcome.before} stored before, "
         f"{len(outcome.missing)} of {len(to_do)} missing"
     )
     if not outcome.missing:
@@ -236,7 +240,7 @@ def _judge_files(
         print(f"missing: question {key[0]}, turn {key[1]}, {' and '.join(key[3])}: {reason}", file=sys.stderr)
     if len(outcome.missing) > 5:
         print(f"missing: {len(outcome.missing) - 5} more", file=sys.stderr)
-    print("the same command continues", file=sys.stderr)
+    print("the same command continues with the missing verdicts", file=sys.stderr)
     return MISSING
 
 
@@ -276,7 +280,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-_DATA = "folder of the published files (question.jsonl ...), or spaces/OWNER/NAME or datasets/OWNER/NAME on the Hub"
+_DATA = "folder with the published files (question.jsonl ...), or spaces/OWNER/NAME or datasets/OWNER/NAME on the Hub"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -284,22 +288,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m evaluation.mt_bench", description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="answer|judge|show", parser_class=_Parser)
 
-    to_answer = commands.add_parser("answer", help="a model's answers; with --verdicts also judged", allow_abbrev=False)
+    to_answer = commands.add_parser(
+        "answer", help="let a model answer; with --verdicts also judge its answers", allow_abbrev=False
+    )
     to_answer.set_defaults(run=_run_answer)
     add = to_answer.add_argument
     add("--data", required=True, metavar="DATA", help=_DATA)
     add("--model", required=True, help="a Hugging Face folder or Hub id, with a chat template")
-    add("--revision", help="of a model on the Hub")
+    add("--revision", help="git revision of a model on the Hub")
     add("--adapter", metavar="DIR", help="OUT/model of a run whose method cannot be merged (prefix, adapter ...) into "
-        "--model, from which it began")  # fmt: skip
-    add("--model-id", help="its name in answers and verdicts; default: the last part of --adapter or --model")
+        "its base model, which is --model")  # fmt: skip
+    add(
+        "--model-id",
+        help="the model's name in answers and verdicts; default: the last component of --adapter or --model",
+    )
     add("--answers", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
-    add("--max-new-tokens", type=_number(int, at_least=1), default=1024, help="for a turn (default: 1024)")
-    add("--seed", type=int, default=0, help="of what is sampled (default: 0)")
-    add("--verdicts", type=Path, metavar="FILE", help="judge the answers, too (single grading), into this file")
+    add("--max-new-tokens", type=_number(int, at_least=1), default=1024, help="limit for a turn (default: 1024)")
+    add("--seed", type=int, default=0, help="seed of sampled answers (default: 0)")
+    add(
+        "--verdicts",
+        type=Path,
+        metavar="FILE",
+        help="also judge the answers (single grading) and write verdicts to this file",
+    )
     _add_judge(to_answer)
 
-    to_judge = commands.add_parser("judge", help="verdicts on answers", allow_abbrev=False)
+    to_judge = commands.add_parser("judge", help="let a judge rate answers", allow_abbrev=False)
     to_judge.set_defaults(run=_run_judge)
     add = to_judge.add_argument
     add("--data", required=True, metavar="DATA", help=_DATA)
@@ -308,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--verdicts", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
     _add_judge(to_judge)
 
-    to_show = commands.add_parser("show", help="means, wins, flips", allow_abbrev=False)
+    to_show = commands.add_parser("show", help="show mean ratings, wins and flips", allow_abbrev=False)
     to_show.set_defaults(run=_run_show)
     to_show.add_argument("--verdicts", type=Path, required=True, metavar="FILE")
     to_show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -318,28 +332,33 @@ def _parser() -> argparse.ArgumentParser:
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     count, positive, price = _number(int, at_least=1), _number(float, above=0), _number(float, at_least=0)
     add = parser.add_argument_group("the judge").add_argument
-    add("--judge-url", metavar="URL", help="up to /v1, of an OpenAI-compatible endpoint")
-    add("--judge-model", metavar="NAME", help="the model's name there")
+    add("--judge-url", metavar="URL", help="URL of an OpenAI-compatible endpoint, up to /v1")
+    add("--judge-model", metavar="NAME", help="the model's name at the endpoint")
     add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (default: "
-        "OPENAI_API_KEY); endpoints on this machine may go without")  # fmt: skip
-    add("--judge-local", metavar="MODEL", help="a Hugging Face folder or Hub id instead")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of local models' weights")
-    add("--judge-max-tokens", type=count, default=2048, help="of a reply (default: 2048)")
-    add("--request", type=_json_object, default={}, metavar="JSON", help="more for each request's body; null removes: "
+        "OPENAI_API_KEY); endpoints on this machine need none")  # fmt: skip
+    add("--judge-local", metavar="MODEL", help="use a local model instead: a Hugging Face folder or Hub id")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="precision of local models")
+    add("--judge-max-tokens", type=count, default=2048, help="limit for a reply (default: 2048)")
+    add("--request", type=_json_object, default={}, metavar="JSON", help="more fields of each request; null removes: "
         '\'{"max_tokens": null, "max_completion_tokens": 4096}\'')  # fmt: skip
-    add("--workers", type=count, default=4, help="requests at a time (default: 4)")
-    add("--asks", type=count, default=3, help="times a question is asked whose replies hold no verdict (default: 3)")
-    add("--tries", type=count, default=6, help="requests for one reply on 429, 5xx, time-outs (default: 6)")
-    add("--timeout", type=positive, default=120.0, help="seconds for one reply (default: 120)")
-    add("--backoff", type=positive, default=1.0, help="seconds before the second try; doubles (default: 1)")
-    add("--token-limit", type=count, help="ask nothing more once the replies for the file have cost this many tokens")
-    add("--cost-limit", type=positive, help="the same in money")
-    add("--prompt-price", type=price, default=0.0, help="money for a million tokens of prompts")
-    add("--completion-price", type=price, default=0.0, help="money for a million tokens of replies")
+    add("--workers", type=count, default=4, help="concurrent requests (default: 4)")
+    add("--asks", type=count, default=3, help="how often to ask until a reply has a verdict (default: 3)")
+    add("--tries", type=count, default=6, help="attempts for one reply after status 429, 5xx or a timeout (default: 6)")
+    add("--timeout", type=positive, default=120.0, help="seconds to wait for a reply (default: 120)")
+    add(
+        "--backoff",
+        type=positive,
+        default=1.0,
+        help="seconds before the second attempt; doubles each time (default: 1)",
+    )
+    add("--token-limit", type=count, help="stop asking after this many tokens for the verdicts of the file")
+    add("--cost-limit", type=positive, help="stop asking after this cost")
+    add("--prompt-price", type=price, default=0.0, help="cost of a million prompt tokens")
+    add("--completion-price", type=price, default=0.0, help="cost of a million reply tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`; the exit code: 0, 2 (a mistake), 3 (verdicts are missing), 130 (interrupted)."""
+    """Run the command line `argv`; return the exit code: 0, 2 user error, 3 verdicts missing, 130 interrupted."""
     try:
         options = _parser().parse_args(argv)
         code: int = options.run(options)
@@ -348,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was answered is stored, the same command continues", file=sys.stderr)
+        print("interrupted; finished answers are stored, and the same command continues", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
-"""A chat model behind an OpenAI-compatible HTTP endpoint, asked with patience: `POST BASE/chat/completions`.
+"""A client of an OpenAI-compatible HTTP endpoint, with retries: `POST BASE/chat/completions`.
 
-The key comes from an environment variable and goes into the request's header, nowhere else.
+The key comes from an environment variable and is used only in the header of requests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hift_ds.launch.errors import UserError
 Message = dict[str, str]  # role and content
 
 LONGEST_REPLY = 1 << 24  # bytes
-LONGEST_WAIT = 60.0  # seconds between two tries, where the endpoint does not ask for more
-LONGEST_OBEYED = 600.0  # seconds an endpoint may ask for; a longer wait ends the request
-AGAIN = frozenset({408, 409, 425, 429})  # and 500 to 599: the statuses that another try may change
+LONGEST_WAIT = 60.0  # seconds between attempts, unless the endpoint asks for more
+LONGEST_OBEYED = 600.0  # seconds that an endpoint may ask for; a longer wait ends the request
+AGAIN = frozenset({408, 409, 425, 429})  # retry after these statuses, and after 500 to 599
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,28 @@ class Reply:
     """A chat model's reply. Token counts are None where the endpoint does not report them."""
 
     text: str
-    ended: str  # why it ended: "stop", "length", or another word of the endpoint's
+    ended: str  # the finish reason: "stop", "length", or another of the endpoint
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
 class Unanswered(Exception):
-    """A request that got no usable reply within its tries; asking again later may help."""
+    """All attempts of a request failed; it may succeed later."""
 
 
 class _Again(Exception):
+    """An attempt failed in a way that another attempt may fix."""
+
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait  # seconds that the endpoint asks for
 
 
 def key_from_environment(base_url: str, variable: str) -> str | None:
-    """The key for an endpoint; None for one on this machine that wants none.
+    """Return the key for an endpoint; None if the endpoint is on this machine and no key is set.
 
     Raises:
-        UserError: no key, or one that cannot be in a header. The message does not hold it.
+        UserError: there is no key, or it is not valid in a header. The message does not contain the key.
     """
     key = os.environ.get(variable, "").strip()
     if not key:
@@ -61,7 +63,7 @@ def key_from_environment(base_url: str, variable: str) -> str | None:
             return None
         raise UserError(f"no key for {base_url}: set the environment variable {variable} (--key-env names another)")
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"the environment variable {variable} holds no key: it has spaces or unprintable characters")
+        raise UserError(f"the environment variable {variable} is not a key: it has spaces or unprintable characters")
     return key
 
 
@@ -75,10 +77,10 @@ def is_loopback(base_url: str) -> bool:
 
 
 def checked_base_url(base_url: str) -> str:
-    """The URL without a slash at its end.
+    """Return the URL without a trailing slash.
 
     Raises:
-        UserError: not http or https, or it holds a password, a query or a fragment.
+        UserError: it is not http or https, or contains a password, a query or a fragment.
     """
     expected = "expected something like https://api.openai.com/v1 or http://localhost:8000/v1"
     try:
@@ -87,9 +89,9 @@ def checked_base_url(base_url: str) -> str:
     except ValueError:
         raise UserError(f"the judge's URL is malformed: {expected}") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise UserError(  # not shown: it may hold a secret
-            "the judge's URL holds a user name, a password, a query or a fragment; give it without, and the key in "
-            "the environment"
+        raise UserError(  # without the URL, which may contain a secret
+            "the judge's URL contains a user name, a password, a query or a fragment; remove it, and set the key in "
+            "an environment variable"
         )
     if wrong:
         raise UserError(f"the judge's URL {base_url!r}: {expected}")
@@ -97,7 +99,7 @@ def checked_base_url(base_url: str) -> str:
 
 
 class _Bearer(requests.auth.AuthBase):
-    """Given as `auth`, so that requests does not put a .netrc's password in its place."""
+    """Passed as `auth`, so that requests does not use a password from .netrc."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -110,13 +112,13 @@ class _Bearer(requests.auth.AuthBase):
 
 @dataclass(eq=False)
 class Endpoint:
-    """An endpoint and its limits. Safe for any number of threads.
+    """An endpoint and its limits. Safe for use in several threads.
 
     Args:
-        tries: requests sent at most for one question.
-        timeout: seconds for one reply.
-        backoff: seconds before the second try, on average twice as long before each further one.
-        extra: entries for the body of each request; None removes one.
+        tries: the maximum number of attempts for one reply.
+        timeout: seconds to wait for one reply.
+        backoff: mean seconds before the second attempt; doubles before each further one.
+        extra: additional fields in the body of each request; None removes a field.
     """
 
     base_url: str
@@ -131,15 +133,15 @@ class Endpoint:
         self.base_url = checked_base_url(self.base_url)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._not_before = 0.0  # of time.monotonic: a wait the endpoint asked for holds for all threads
+        self._not_before = 0.0  # time.monotonic(): all threads obey a wait that the endpoint asks for
         self._threads = threading.local()
 
     def ask(self, messages: Sequence[Message], temperature: float, max_tokens: int) -> Reply:
-        """The reply to a conversation.
+        """Return the reply to a conversation.
 
         Raises:
-            Unanswered: 429, 5xx, time-outs, broken JSON or the like in every try, or `stop` was called meanwhile.
-            UserError: the endpoint refuses requests like this one (no such model, wrong key).
+            Unanswered: every attempt failed (status 429 or 5xx, timeout, broken JSON), or `stop` was called.
+            UserError: the endpoint refuses the request, e.g. an unknown model or a wrong key.
         """
         body = {"model": self.model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
         body.update(self.extra)
@@ -159,13 +161,15 @@ class Endpoint:
                     with self._lock:
                         self._not_before = max(self._not_before, time.monotonic() + problem.wait)
                 if number < self.tries:
-                    # Jitter, so that many threads do not come back at once; never earlier than was asked for.
+                    # Jitter, so that threads do not retry at the same time; never earlier than the endpoint asks for.
                     pause = min(self.backoff * 2 ** (number - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5)
                     self._wait_until(time.monotonic() + pause)
-        raise Unanswered(f"{len(reasons)} tries, the last: {reasons[-1]}" if reasons else "stopped before it was asked")
+        raise Unanswered(
+            f"{len(reasons)} attempts, the last: {reasons[-1]}" if reasons else "stopped before the first attempt"
+        )
 
     def stop(self) -> None:
-        """Send nothing more; who waits for another try gives up."""
+        """Send no more requests; waiting ones give up."""
         self._stopped.set()
 
     def _wait_until(self, moment: float) -> None:
@@ -175,7 +179,7 @@ class Endpoint:
     def _session(self) -> requests.Session:
         if not hasattr(self._threads, "session"):
             self._threads.session = requests.Session()
-            # A proxy of the environment must not see what stays on this machine.
+            # Requests to this machine must not go through a proxy.
             self._threads.session.trust_env = not is_loopback(self.base_url)
         session: requests.Session = self._threads.session
         return session
@@ -189,10 +193,10 @@ class Endpoint:
                 json=body,
                 auth=_Bearer(self.key),
                 timeout=self.timeout,
-                allow_redirects=False,  # the key is for this host
+                allow_redirects=False,  # the key is only for this host
                 stream=True,
             ) as response:
-                # In small parts: each waits for its last byte, and the limit is on the whole reply.
+                # Read in small chunks, because the time limit is for the whole reply.
                 for part in response.iter_content(64):
                     content += part
                     if time.monotonic() > deadline:
@@ -202,7 +206,7 @@ class Endpoint:
         except requests.Timeout:
             raise _Again(f"no reply in {self.timeout:g} s") from None
         except requests.RequestException as error:
-            # Its text may hold a proxy's password.
+            # Its text may contain a proxy's password.
             raise _Again(f"the connection failed ({type(error).__name__})") from None
         if response.status_code != 200:
             self._refused(response, bytes(content))
@@ -214,7 +218,7 @@ class Endpoint:
         message = f"HTTP {status} from {self.base_url}: {said or 'no text'}"
         if status in AGAIN or status >= 500:
             raise _Again(message, seconds_to_wait(response.headers.get("Retry-After")))
-        if status == 400:  # may be this one question's fault: longer than the judge's context, a content filter
+        if status == 400:  # may concern only this question: too long for the judge, or a content filter
             raise Unanswered(message)
         raise UserError(message)
 
@@ -226,7 +230,7 @@ class Endpoint:
             ended = choice.get("finish_reason")
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             raise _Again("HTTP 200 with a body that is not a chat completion") from None
-        if text is None:  # a refusal is a field of its own
+        if text is None:  # a refusal has a separate field
             text = choice["message"].get("refusal") or ""
         if not isinstance(text, str):
             raise _Again("HTTP 200 with a message that is not text")
@@ -239,13 +243,13 @@ class Endpoint:
         )
 
     def redacted(self, text: str) -> str:
-        """What comes from outside, without the key: an endpoint may send back what it was sent."""
-        # A short one is no secret but a word for a server that wants any ("EMPTY"), and may be in a judge's text.
+        """Return a text from the endpoint without the key, which the endpoint may send back."""
+        # A short key is a placeholder ("EMPTY"), which may occur in a judge's text.
         return text.replace(self.key, "[key]") if self.key and len(self.key) >= 8 else text
 
 
 def seconds_to_wait(header: str | None) -> float | None:
-    """What `Retry-After` asks for (seconds or a date, RFC 9110 section 10.2.3); None where it says nothing."""
+    """Parse `Retry-After` (seconds or a date, RFC 9110 section 10.2.3); None if missing or invalid."""
     if header is None:
         return None
     text = header.strip()

@@ -1,11 +1,11 @@
-"""MT-Bench as published: its questions, the judge's prompts, the references, and models' answers.
+"""Read MT-Bench's published files: questions, the judge's prompts, references, and models' answers.
 
 Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (2023), and the files published with it:
-`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`. Answers are in the references' format, so
-published answers can be judged, too.
+`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`. Answers have the format of the references, so
+published answers can be judged too.
 
-All three are in FastChat's fastchat/llm_judge/data. The publisher's Space on the Hub, lmsys/mt-bench, has the questions
-alone; copies of the whole are there under other names.
+All three are in FastChat's fastchat/llm_judge/data. The publisher's Space on the Hub, lmsys/mt-bench, has only the
+questions; other repositories on the Hub have copies of all files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from hift_ds.evaluation.records import Place, Record, field, read_json_lines
 from hift_ds.launch.errors import UserError, looked_in, nearest
 
-TEMPERATURES = {  # the published ones
+TEMPERATURES = {  # by category, as published
     "writing": 0.7,
     "roleplay": 0.7,
     "extraction": 0.0,
@@ -31,9 +31,9 @@ TEMPERATURES = {  # the published ones
 SINGLE, PAIRWISE = "single", "pairwise"
 Turns = tuple[str, str]
 
-# Of the prompts, without and with references.
+# The names of the prompts without and with references.
 _NAMES = {SINGLE: ("single-v1", "single-math-v1"), PAIRWISE: ("pair-v2", "pair-math-v1")}
-# Fields of a template for one turn, and for a conversation of two; with references there are these as well.
+# The fields of a template for the first turn and for both turns; _REFERENCE_FIELDS are added with references.
 _FIELDS = {
     (SINGLE, 1): {"question", "answer"},
     (SINGLE, 2): {"question_1", "question_2", "answer_1", "answer_2"},
@@ -45,6 +45,8 @@ _REFERENCE_FIELDS = {1: {"ref_answer_1"}, 2: {"ref_answer_1", "ref_answer_2"}}
 
 @dataclass(frozen=True)
 class Question:
+    """A question of two turns."""
+
     id: int
     category: str
     turns: Turns
@@ -52,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A judge's prompt: the system's text, and a template with fields in braces."""
+    """A judge's prompt: the system message, and a template with fields in braces."""
 
     name: str
     system: str
@@ -69,7 +71,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Bench:
-    """All of MT-Bench that judging needs; `prompts` by (mode, turn, whether there is a reference)."""
+    """Everything that judging needs. The keys of `prompts` are (mode, turn, whether there is a reference)."""
 
     questions: list[Question]
     references: dict[int, Turns]
@@ -77,13 +79,13 @@ class Bench:
 
 
 def find_folder(data: str) -> Path:
-    """The folder with `question.jsonl`: `data`, or `mt_bench` in it as in FastChat's data; a Hub repository is fetched.
+    """Find the folder with `question.jsonl`: `data`, or `mt_bench` inside it. A repository on the Hub is downloaded.
 
     Args:
-        data: a folder; or spaces/OWNER/NAME or datasets/OWNER/NAME, with @REVISION if wanted, of a Space or dataset.
+        data: a folder, or spaces/OWNER/NAME or datasets/OWNER/NAME with an optional @REVISION.
 
     Raises:
-        UserError: there is none, or the Hub cannot be reached.
+        UserError: there is no such folder, or the Hub cannot be reached.
     """
     place = Path(data).expanduser()
     if not place.is_dir():

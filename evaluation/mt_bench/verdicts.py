@@ -1,6 +1,6 @@
-"""Verdicts added up: mean ratings by category and turn, and wins, ties, losses and flips of two models.
+"""Read and summarize verdicts: mean ratings by category and turn, and wins, ties, losses and flips of two models.
 
-A failed verdict is counted as failed, and enters no mean and no comparison.
+Failed verdicts are counted, but enter no mean and no comparison.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from hift_ds.evaluation.records import Place, Record, field, read_records
 from hift_ds.launch.errors import UserError
 
 TOTAL = "total"
-SPENDING = "spending"  # the field of a record that is no verdict, only what a reply without one cost
+SPENDING = "spending"  # the field of records that store the cost of a reply without a verdict
 
 
 def verdict_key(where: Place, record: Record) -> Hashable:
-    """The key of a stored verdict, a tuple, or of a record of spending. Raises UserError where it is neither."""
+    """Return the key of a stored verdict (a tuple) or of a record of spending. Raises UserError if it is neither."""
     if SPENDING in record:
         return str(field(where, record, SPENDING, str, "a text"))
     names = field(where, record, "models", list, "a list of names")
@@ -45,7 +45,7 @@ def read_verdicts(path: Path) -> list[Record]:
 
 
 def checked(where: Place, record: Record) -> None:
-    """Raises UserError where a stored verdict is not one that can be added up."""
+    """Check that a stored verdict can be summarized. Raises UserError if not."""
     if SPENDING in record:
         return
     mode = field(where, record, "mode", str, f"{SINGLE!r} or {PAIRWISE!r}")
@@ -64,14 +64,14 @@ def checked(where: Place, record: Record) -> None:
 
 
 def summarize(verdicts: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
-    """The sums of a file of verdicts, for each judge and model, or each judge and pair of models; spending is skipped.
+    """Summarize verdicts for each judge and model, or each judge and pair of models; records of spending are skipped.
 
     Returns:
         "single": objects of `judge`, `model` and `categories`, which has for each category and for "total" the `mean`
-        of its ratings, the means `turn_1` and `turn_2` (None where there is none), their number `n`, and how many
+        of its ratings, the means `turn_1` and `turn_2` (None without ratings), their number `n`, and how many
         `failed`. "pairwise": objects of `judge`, `models` (two, in alphabetical order) and `categories`, which has
         `wins` and `losses` of the first model, `ties`, `flips` (ties only because the two orders disagree), `reversed`
-        (flips in which each order named the other model) and `failed` (a verdict of the two failed or is not there).
+        (flips in which each order names another model) and `failed` (one of the two verdicts failed or is missing).
     """
     single: dict[tuple[str, str], list[Record]] = {}
     pairs: dict[tuple[str, tuple[str, ...]], list[Record]] = {}
@@ -138,7 +138,7 @@ def _wins(model: str, verdicts: list[Record]) -> dict[str, int]:
 
 
 def tables(summary: dict[str, list[dict[str, Any]]]) -> str:
-    """The sums as tables for a terminal."""
+    """Format a summary as tables for a terminal."""
     parts = []
     for one in summary[SINGLE]:
         rows = [
@@ -146,13 +146,13 @@ def tables(summary: dict[str, list[dict[str, Any]]]) -> str:
             for name, c in one["categories"].items()
         ]
         head = ["category", "mean", "turn 1", "turn 2", "verdicts", "failed"]
-        parts.append(f"{one['model']}: mean rating, 1 to 10, by {one['judge']}\n{_table(head, rows)}")
+        parts.append(f"{one['model']}: mean rating from 1 to 10 by {one['judge']}\n{_table(head, rows)}")
     for one in summary[PAIRWISE]:
         first, second = one["models"]
         head = ["category", "wins", "ties", "losses", "flips", "reversed", "failed"]
         rows = [[name, *(str(c[key]) for key in head[1:])] for name, c in one["categories"].items()]
         title = f"{first} against {second}: wins in both orders, by {one['judge']}"
-        note = "flips are ties because the two orders disagree; reversed ones named the other model each time"
+        note = "flips are ties because the two orders disagree; reversed: each order names another model"
         parts.append(f"{title}\n{_table(head, rows)}\n({note})")
     return "\n\n".join(parts)
 

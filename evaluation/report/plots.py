@@ -1,4 +1,4 @@
-"""The pictures of a comparison, drawn with matplotlib; a label has one color, line and marker in all of them."""
+"""Draw the pictures of a comparison with matplotlib. A label has the same color, line and marker in all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hift_ds.evaluation.records import Record
 from hift_ds.evaluation.report.document import Picture, clean
 from hift_ds.evaluation.report.results import MEMORY_PARTS, Section, is_finite, mean_of, std_of
 
-# Okabe and Ito's colors, which the color-blind tell apart, without yellow, which is too faint for lines.
+# Okabe and Ito's colors for color-blind readers, without yellow, which is too faint for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = "osD^vP*X<>pd"
@@ -29,13 +29,15 @@ HATCHES = ("", "///", "xxx", "...")
 PARTS = dict(zip(MEMORY_PARTS, ("#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#999999"), strict=True))
 GIB = 2**30
 DPI = 150
-WINDOW = 0.05  # of a loss curve, to smooth it
-POINTS = 200  # of a loss curve
-COLUMNS = 3  # panels side by side
+WINDOW = 0.05  # loss curves are smoothed over this share of a run
+POINTS = 200  # points of a drawn loss curve
+COLUMNS = 3  # panels in a row
 
 
 @dataclass(frozen=True)
 class Style:
+    """How a label is drawn."""
+
     name: str  # the label as it is drawn
     color: str
     line: Any
@@ -44,7 +46,7 @@ class Style:
 
 
 def make_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """Colors come round after 7 labels, with another line, and markers after 12."""
+    """Assign a style to each label. Colors repeat after 7 labels with another line, markers after 12."""
     return {
         label: Style(
             _name(label), COLORS[i % 7], LINES[i // 7 % len(LINES)], MARKERS[i % len(MARKERS)], HATCHES[i // 7 % 4]
@@ -54,14 +56,14 @@ def make_styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 def _name(text: str, longest: int = 32) -> str:
-    """Text that matplotlib draws as it is: `$` would begin a formula, and `_` would hide a legend's entry."""
+    """Shorten and escape text for matplotlib, where `$` begins a formula and a leading `_` hides a legend entry."""
     text = clean(text)
     text = (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
     return " " + text if text.startswith("_") else text
 
 
 def draw_section(number: int, section: Section, styles: Mapping[str, Style], folder: Path) -> dict[str, list[Picture]]:
-    """Writes the pictures of a model and budget to folder/plots; what each kind of them shows, by kind."""
+    """Write the pictures of a model and budget to folder/plots; return them by kind."""
     drawn: dict[str, list[Picture]] = {}
 
     def save(kind: str, figure: Figure | None, text: str, task: str = "") -> None:
@@ -74,18 +76,18 @@ def draw_section(number: int, section: Section, styles: Mapping[str, Style], fol
 
     several = len(section.seeds) > 1
     over = ": means over seeds with their standard deviations" if several else ""
-    time = f"Score against training time{over}; a horizontal line is what takes no training"
+    time = f"Score against training time{over}; a horizontal line is a method without training"
     save("time", score_against(section, styles, "seconds"), time)
     save("memory", score_against(section, styles, "peak_memory"), f"Score against measured peak memory{over}")
     for task in section.tasks:
         loss = "Training loss" + (", the mean over seeds" if several else "")
         save("loss", loss_curves(section, task, styles), loss, task)
         parts = (
-            "Memory by the plan, and as measured, of the seed with the most; buffers are DeepSpeed's, at ZeRO 1 to 3 "
-            "buckets of 5e8 elements unless its config says otherwise, with HiFT at most as large as a block"
+            "Planned memory (bars) and measured peak, both the highest over seeds. Buffers are DeepSpeed's: at ZeRO 1 "
+            "to 3 buckets of 5e8 elements by default, and with HiFT at most as large as a block"
         )
         save("parts", memory_bars(section, task), parts, task)
-    save("ablation", ablations(section, styles), f"HiFT's strategies and numbers of layers a block{over}")
+    save("ablation", ablations(section, styles), f"HiFT's strategies and numbers of layers per block{over}")
     return drawn
 
 
@@ -93,7 +95,7 @@ def draw_section(number: int, section: Section, styles: Mapping[str, Style], fol
 
 
 def loss_curves(section: Section, task: str, styles: Mapping[str, Style]) -> Figure | None:
-    """Loss against samples and against seconds, smoothed, the mean over seeds; None without a curve."""
+    """Draw the smoothed loss against samples and seconds, the mean over seeds; None without a curve."""
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {"samples": {}, "seconds": {}}
     for label in section.rows:
         for axis, found in curves.items():
@@ -126,7 +128,7 @@ def loss_curves(section: Section, task: str, styles: Mapping[str, Style]) -> Fig
 
 
 def _curve(record: Record, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """(points,) samples or seconds, and (points,) smoothed loss."""
+    """Return samples or seconds, shape (points,), and the smoothed loss, shape (points,)."""
     points = [point for point in record["curve"] or () if is_finite(point[3])]
     if axis == "seconds":
         points = [point for point in points if is_finite(point[1])]
@@ -157,9 +159,9 @@ def _mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nda
 
 
 def score_against(section: Section, styles: Mapping[str, Style], cost: str) -> Figure | None:
-    """Means over seeds with their standard deviations, a panel for each task; None without a cost.
+    """Draw scores against a cost (means and standard deviations over seeds), a panel for each task.
 
-    What takes no time to train is a horizontal line.
+    Methods without training are horizontal lines. Return None if no method has the cost.
     """
     unit, scale = {"seconds": ("training time, s", 1), "peak_memory": ("peak memory, GiB", GIB)}[cost]
     labels = [label for label in section.rows if any(section.ok(label, task) for task in section.tasks)]
@@ -194,7 +196,7 @@ def score_against(section: Section, styles: Mapping[str, Style], cost: str) -> F
         axes.set_xlabel(unit)
         axes.set_ylabel(_name(f"{section.metric(task)}, %"))
         _plain(axes)
-    for axes in figure.axes[len(tasks) :]:  # those that are not needed
+    for axes in figure.axes[len(tasks) :]:  # hide unused panels
         axes.set_visible(False)
     _legend(figure, labels, styles, without=[label for label in labels if not _has(section, label, cost)])
     return figure
@@ -208,7 +210,7 @@ def _has(section: Section, label: str, cost: str) -> bool:
 
 
 def memory_bars(section: Section, task: str) -> Figure | None:
-    """Stacked parts of planned memory with the measured peak, the largest over seeds; None without either."""
+    """Draw planned memory as stacked bars with the measured peak, the highest over seeds; None without either."""
     rows = []
     for label in section.rows:
         some = section.ok(label, task)
@@ -238,11 +240,11 @@ def memory_bars(section: Section, task: str) -> Figure | None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * max(left.max(), *(peak for peak, _ in measured), 1e-9))
     axes.set_xlabel("memory, GiB")
-    axes.set_title(_name(f"{task}: memory by the plan (bars) and as measured", 80))
+    axes.set_title(_name(f"{task}: planned memory (bars) and measured peak", 80))
     _plain(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     handles, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: isinstance(handles[i], Line2D))  # what is measured comes last
+    order = sorted(range(len(names)), key=lambda i: isinstance(handles[i], Line2D))  # the measured peak comes last
     handles, names = [handles[i] for i in order], [names[i] for i in order]
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     return figure
@@ -252,15 +254,15 @@ def memory_bars(section: Section, task: str) -> Figure | None:
 
 
 def ablations(section: Section, styles: Mapping[str, Style]) -> Figure | None:
-    """HiFT's rows against each other, a group of bars for each task: strategies, and m where labels have "m = 4".
+    """Draw HiFT's rows side by side for each task: strategies, and layers per block for labels with "m = 4".
 
-    None where HiFT has one row.
+    None if HiFT has only one row.
     """
     ours = [label for label, method in section.rows.items() if method == "hift" and label in section.shown()]
     sized = [label for label in ours if re.search(r"\bm ?= ?\d", label)]
     others = [label for label in ours if label not in sized]
     base = others[:1]
-    panels = {"order of blocks, other settings": others, "layers a block, m": base + sized if sized else []}
+    panels = {"order of blocks, other settings": others, "layers per block, m": base + sized if sized else []}
     panels = {title: labels for title, labels in panels.items() if len(labels) > 1}
     if not panels:
         return None
@@ -300,7 +302,7 @@ def ablations(section: Section, styles: Mapping[str, Style]) -> Figure | None:
 
 
 def radar(summary: Sequence[Mapping[str, Any]], styles: Mapping[str, Style]) -> Figure | None:
-    """Mean ratings by category of the models that one judge rated; a category without ratings is a gap."""
+    """Draw the mean ratings by category for one judge; a category without ratings is a gap."""
     if not summary:
         return None
     models = [one["model"] for one in summary]
@@ -322,13 +324,13 @@ def radar(summary: Sequence[Mapping[str, Any]], styles: Mapping[str, Style]) -> 
     axes.set_ylim(0, 10)
     axes.set_yticks([2, 4, 6, 8, 10])
     axes.tick_params(axis="y", labelsize=8, labelcolor="#666")
-    axes.set_title(_name(f"MT-Bench: mean rating, 1 to 10, by {summary[0]['judge']}", 80), pad=18)
+    axes.set_title(_name(f"MT-Bench: mean rating from 1 to 10 by {summary[0]['judge']}", 80), pad=18)
     _legend(figure, models, styles, lines=True, markers=True)
     return figure
 
 
 def draw_verdicts(summary: Mapping[str, Any], styles: Mapping[str, Style], folder: Path) -> list[Picture]:
-    """Writes a radar for each judge to folder/plots."""
+    """Write a radar chart for each judge to folder/plots."""
     pictures = []
     for number, judge in enumerate(dict.fromkeys(one["judge"] for one in summary[SINGLE]), 1):
         figure = radar([one for one in summary[SINGLE] if one["judge"] == judge], styles)
@@ -339,11 +341,11 @@ def draw_verdicts(summary: Mapping[str, Any], styles: Mapping[str, Style], folde
     return pictures
 
 
-# --- what they share ------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------
 
 
 def _height(labels: Sequence[str], least: float) -> float:
-    """Inches, so that a legend of a line for each label fits beside the panels."""
+    """Return the height in inches at which the legend fits next to the panels."""
     return max(least, 0.8 + 0.24 * len(labels))
 
 
@@ -354,7 +356,7 @@ def _plain(axes: Axes, grid: str = "both") -> None:
 
 
 def _log(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers, at 1, 2 and 5 of each power where there are few powers."""
+    """Make an axis logarithmic with plain numbers, at 1, 2 and 5 of each power of ten if there are few powers."""
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
@@ -373,7 +375,7 @@ def _legend(
     markers: bool = False,
     without: Sequence[str] = (),
 ) -> None:
-    """Outside the panels; labels `without` a point are drawn as lines."""
+    """Draw the legend outside the panels; labels `without` a point are drawn as lines."""
     handles = []
     for style in (styles[label] for label in labels):
         as_line = lines or style.name in [styles[label].name for label in without]

@@ -237,7 +237,9 @@ def test_trouble_is_tried_again_within_the_limit(tmp_path: Path) -> None:
         outcome = judge.run(to_do, client, tmp_path / "verdicts.jsonl", workers=1)
         assert len(stub.requests) == 3 * judge.GIVE_UP_AFTER  # then it is the endpoint, not the question
     assert (outcome.stored, len(outcome.missing)) == (0, 10)
-    assert outcome.stopped is not None and "5 questions in a row" in outcome.stopped and "HTTP 500" in outcome.stopped
+    assert (
+        outcome.stopped is not None and "5 consecutive questions" in outcome.stopped and "HTTP 500" in outcome.stopped
+    )
     assert len(stored(tmp_path / "verdicts.jsonl")) == 10  # nothing was recorded for what was not answered
 
 
@@ -248,7 +250,7 @@ def test_a_slow_reply_times_out_as_a_whole() -> None:
         assert len(stub.requests) >= 2
     with serving(lambda request: (stub.released.wait(5), GOOD)[1]) as stub:
         client = Endpoint(stub.url, "m", timeout=0.05, backoff=0.001, tries=3)
-        with pytest.raises(Unanswered, match=r"3 tries, the last: no reply in 0.05 s"):
+        with pytest.raises(Unanswered, match=r"3 attempts, the last: no reply in 0.05 s"):
             client.ask(MESSAGES, 0, 10)
         stub.released.set()
 
@@ -271,7 +273,7 @@ def test_retry_after_is_obeyed_and_backoff_doubles(monkeypatch: pytest.MonkeyPat
     drawn = [pause / 2**number for number, pause in enumerate(backoff)]
     assert max(drawn) - min(drawn) > 0.02  # jitter
     with serving(lambda _: (429, {"Retry-After": "86400"}, b"")) as stub:
-        with pytest.raises(Unanswered, match="1 tries"):
+        with pytest.raises(Unanswered, match="1 attempts"):
             Endpoint(stub.url, "m").ask(MESSAGES, 0, 10)
 
 
@@ -351,7 +353,7 @@ def test_nothing_is_judged_twice_and_a_torn_line_is_repaired(tmp_path: Path) -> 
             verdicts, _ = run_judge(tmp_path, stub)
             assert len(stub.requests) - before == asked
             assert len(verdicts) == len({verdict_key("", verdict) for verdict in verdicts}) == 8
-        with pytest.raises(UserError, match=r"2 verdicts in it are of other answers.*\(first: question 81, m\)"):
+        with pytest.raises(UserError, match=r"2 verdicts are on other answers.*\(first: question 81, m\)"):
             run_judge(tmp_path, stub, special={(81, 1): "another answer"})
         path.write_bytes(lines[0] + b'{"broken": \n' + lines[1])
         with pytest.raises(UserError, match=r"verdicts.jsonl:2: broken JSON"):

@@ -308,7 +308,7 @@ def test_answers_in_two_turns_with_the_published_temperatures_continue(tmp_path:
     with pytest.raises(UserError, match="made with seed 0, these settings have 1"):
         mt_bench.answer(questions, lambda: whole, tmp_path / "b.jsonl", model_id="p", seed=1)
     broken(tmp_path / "bench" / "question.jsonl", 2, {"turns": ["Q82T1: how?", "Q82T2: and?"]})
-    with pytest.raises(UserError, match="its answer 82 is to another question"):
+    with pytest.raises(UserError, match="its answer 82 is to a different question"):
         questions = read_questions(tmp_path / "bench" / "question.jsonl")
         mt_bench.answer(questions, lambda: whole, tmp_path / "b.jsonl", model_id="p")
 
@@ -345,12 +345,12 @@ def test_a_tiny_model_answers_and_judges_by_the_command(tiny: Path, tmp_path: Pa
     judged = ["--verdicts", verdicts, "--judge-local", tiny, "--judge-max-tokens", "8", "--asks", "2"]
     code, out = answer(tmp_path, capsys, "--model", str(tiny), *judged)
     assert code == 0, out
-    assert "is answered, 3 of 3" in out and "3 new answers, 3 in all" in out and "6 of 6 turns are cut off" in out
-    assert "6 new verdicts (6 failed), 0 were there, 0 of 6 missing" in out  # a random judge gives no rating
+    assert "is answered, 3 of 3" in out and "3 new answers, 3 in total" in out and "6 of 6 turns are cut off" in out
+    assert "6 new verdicts (6 failed), 0 stored before, 0 of 6 missing" in out  # a random judge gives no rating
     first = (tmp_path / "answers.jsonl").read_bytes()
     assert [verdict.get("asked") for verdict in stored(verdicts)].count(2) == 6
     code, out = answer(tmp_path, capsys, "--model", str(tiny), *judged)
-    assert "0 new answers, 3 in all" in out and "0 new verdicts (0 failed), 6 were there" in out
+    assert "0 new answers, 3 in total" in out and "0 new verdicts (0 failed), 6 stored before" in out
     assert (tmp_path / "answers.jsonl").read_bytes() == first
     (tmp_path / "answers.jsonl").unlink()
     answer(tmp_path, capsys, "--model", str(tiny))
@@ -360,7 +360,7 @@ def test_a_tiny_model_answers_and_judges_by_the_command(tiny: Path, tmp_path: Pa
     ]
     assert same[0] == same[1]
     code, out = command(capsys, "show", "--verdicts", verdicts)
-    assert code == 0 and out.splitlines()[0] == f"tiny: mean rating, 1 to 10, by tiny@{files_sha256(str(tiny))[:8]}"
+    assert code == 0 and out.splitlines()[0] == f"tiny: mean rating from 1 to 10 by tiny@{files_sha256(str(tiny))[:8]}"
     assert out.splitlines()[-1].split() == ["total", "-", "-", "-", "0", "6"]
 
 
@@ -422,7 +422,7 @@ def test_missing_verdicts_are_reported(tmp_path: Path, capsys: Any) -> None:
 
     with serving(respond) as stub:
         code, out = judge(tmp_path, stub.url, capsys)
-        assert code == 3 and "15 new verdicts (0 failed), 0 were there, 1 of 16 missing" in out
+        assert code == 3 and "15 new verdicts (0 failed), 0 stored before, 1 of 16 missing" in out
         assert "missing: question 82, turn 1, m: HTTP 400" in out and "the same command continues" in out
         (tmp_path / "verdicts.jsonl").unlink()
         code, out = judge(tmp_path, stub.url, capsys, "--token-limit", "300", "--workers", "1")
@@ -456,8 +456,8 @@ def test_no_key_is_said_before_any_answer_is_generated(tmp_path: Path, capsys: A
         (["--timeout", "nan"], "'nan': expected a number above 0"),
         (["--request", "[]"], "expected a JSON object"),
         (["--cost-limit", "1"], "--cost-limit needs --prompt-price"),
-        (["--judge-url", "https://user:secret@host/v1"], "holds a user name"),
-        (["--judge-url", "https://host/v1?key=secret"], "holds a user name"),
+        (["--judge-url", "https://user:secret@host/v1"], "contains a user name"),
+        (["--judge-url", "https://host/v1?key=secret"], "contains a user name"),
         (["--judge-url", "ftp://host"], "'ftp://host': expected something like"),
         (["--judge-url", "http://[::1"], "malformed"),
         (["--judge-local", "m"], "leave out --judge-url"),
@@ -521,7 +521,7 @@ def test_killed_at_77_of_160_and_started_again(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         again = stub.units()[asked:]
-    assert "83 new verdicts (0 failed), 77 were there, 0 of 160 missing" in out
+    assert "83 new verdicts (0 failed), 77 stored before, 0 of 160 missing" in out
     after = [(one["question_id"], one["turn"]) for one in stored(verdicts)]
     assert len(after) == len(set(after)) == 160
     assert len(again) == len(set(again)) == 83 and before.isdisjoint(again)
