@@ -78,9 +78,15 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
+def _find(name: str) -> Path:
+    """Return the file at the path `name`, or the package's own file of that name, such as configs/tiny.yaml."""
+    path = Path(name).expanduser()
+    return PACKAGE / name if not path.exists() and (PACKAGE / name).is_file() else path
+
+
 def _read_mapping(path: str, sections: Iterable[str]) -> dict:
     try:
-        content = _yaml(Path(path).read_text(encoding="utf-8"))
+        content = _yaml(_find(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}). Expected a YAML file, e.g. configs/tiny.yaml."
@@ -118,11 +124,8 @@ def _apply_override(raw: dict, override: str, problems: list[str]) -> None:
 
 
 def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
-    path = Path(name)
-    if not path.exists() and (PACKAGE / name).exists():
-        path = PACKAGE / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_find(name).read_text(encoding="utf-8"))
     except OSError as error:
         shipped = sorted(str(p.relative_to(PACKAGE)) for p in (PACKAGE / "configs" / "deepspeed").glob("*.json"))
         problems.append(

@@ -501,3 +501,13 @@ def test_schedule_ticks() -> None:
     assert METHODS["full"].schedule_ticks(100, 1, 1) == 100
     assert METHODS["hift"].schedule_ticks(100, 6, 1) == 17
     assert METHODS["hift"].schedule_ticks(96, 6, 2) == 8
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an installed wheel there is no configs/ in the working folder; a file of that name there comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_settings("configs/tiny.yaml").training.max_steps == 12
+    (tmp_path / "configs").mkdir()
+    own = Path(TINY).read_text().replace("max_steps: 12", "max_steps: 13")
+    (tmp_path / "configs" / "tiny.yaml").write_text(own)
+    assert load_settings("configs/tiny.yaml").training.max_steps == 13
