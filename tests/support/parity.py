@@ -83,6 +83,7 @@ def check(case: Case) -> Outcome:
     assert ours.active == truth.active
     assert ours.rates == pytest.approx(truth.rates, rel=1e-12)
     assert cycles == case.cycles
+    assert ours.norms == pytest.approx(truth.norms, rel=1e-4 if case.dtype == "fp32" else 1e-3)
     check_update(case, ours)
     return ours
 

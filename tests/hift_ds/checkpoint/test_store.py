@@ -476,6 +476,15 @@ def test_pruning(tmp_path: Path) -> None:
     assert newest(tmp_path) == 9
 
 
+def test_the_newest_is_of_the_highest_step(tmp_path: Path) -> None:
+    """Whatever its name, and whatever was saved last."""
+    for step, tag in ((10, "step10"), (11, "a"), (9, "step9")):
+        save(tmp_path, step, tag)
+    assert newest(tmp_path) == 11
+    assert store.prune(tmp_path, 2) == ["step9"] and store.prune(tmp_path, 1) == ["step10"]
+    assert newest(tmp_path) == 11
+
+
 def random_sequence(folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Save, fail, be killed, prune, lose files: there is always a whole checkpoint, and never an older one than was
     committed and not damaged since."""

@@ -271,6 +271,15 @@ def test_1000_round_trips_keep_every_bit(step: str, place: str, tmp_path: Path) 
     assert [tensor.data_ptr() for tensor in resident] == addresses
 
 
+def test_the_allocator_hears_of_tensors_that_a_lane_still_uses() -> None:
+    """A device's allocator would give their memory away as soon as Python lets go of them."""
+    stream, tensor = object(), mock.Mock()
+    tensor.device.type = "cuda"
+    with mock.patch.object(hift_ds.state.transfer, "get_accelerator", lambda: mock.Mock(Stream=lambda: stream)):
+        Lane().outlives(tensor)
+    tensor.record_stream.assert_called_once_with(stream)
+
+
 def test_tensors_in_a_slot_are_aligned() -> None:
     """Kernels and copy engines of a device are fast, or work at all, on aligned addresses."""
     sources = [torch.arange(n, dtype=dtype) for n in (1, 3, 65, 7) for dtype in (torch.float32, torch.int16)]

@@ -1,0 +1,57 @@
+"""The training loop by itself: what each step and each rank draws."""
+
+from pathlib import Path
+from typing import Any
+
+from hift_ds.launch.callbacks.callback import Callback, Step
+from tests.support.ranks import run_on_ranks
+from tests.support.training import TINY
+
+
+class OwnLosses(Callback):
+    """This rank's share of each step's loss."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def after_step(self, step: Step, total: float) -> bool:
+        self.seen.append(step.own_loss)
+        return False
+
+
+def losses_of_one_example(out: str, first_step: int, attention_dropout: float) -> list[float]:
+    """In a rank: the losses of steps on copies of one example, with weights that do not move."""
+    import torch
+
+    from hift_ds.launch.config.settings import load_settings
+    from hift_ds.launch.data.encoding import Example
+    from hift_ds.launch.data.loading import Data
+    from hift_ds.launch.engine import make_engine
+    from hift_ds.launch.loop import train
+    from hift_ds.launch.model import loading
+
+    dropout = f"model.config.attention_dropout={attention_dropout}"
+    overrides = ["training.max_steps=4", "training.batch_size=2", "training.micro_batch_size=1", dropout]
+    settings = load_settings(TINY, [*overrides, "training.learning_rate=1e-30", f"output.dir={out}"], 2)
+    tokenizer = loading.load_tokenizer(settings.model)
+    config = loading.load_config(settings.model, tokenizer, None)
+    torch.manual_seed(0)
+    engine: Any = make_engine(loading.load_model(settings.model, config, settings.dtype), settings, 1)
+    try:
+        ids = list(range(5, 45))
+        own = OwnLosses()
+        train(engine, Data([Example(ids, ids)] * 8, [], {}, None), 0, settings, [own], first_step)
+        return own.seen
+    finally:
+        engine.destroy()
+
+
+def test_each_step_and_each_rank_draws_a_dropout_of_its_own(tmp_path: Path) -> None:
+    straight = run_on_ranks(2, losses_of_one_example, str(tmp_path), 0, 0.5)
+    drawn = [loss for losses in straight for loss in losses]
+    assert len(drawn) == 8 and len(set(drawn)) == 8, drawn
+    # A run that continues after step 2 draws what the straight one drew.
+    continued = run_on_ranks(2, losses_of_one_example, str(tmp_path), 2, 0.5)
+    assert continued == [losses[2:] for losses in straight]
+    without = run_on_ranks(2, losses_of_one_example, str(tmp_path), 0, 0.0)
+    assert len({loss for losses in without for loss in losses}) == 1, "only dropout makes a difference"
