@@ -57,7 +57,7 @@ def main() -> int:
     except (OSError, zipfile.BadZipFile) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         print(
-            "quickstart: training a tiny model from scratch instead (configs/tiny.yaml). It shows how a run works, but "
+            "quickstart: training a tiny model from scratch (configs/tiny.yaml) instead. It shows how a run works, but "
             "is too small to learn arithmetic. For the main job, run this again with access to the package index.",
             file=sys.stderr,
         )
