@@ -214,8 +214,8 @@ class Endpoint:
 
     def _refused(self, response: requests.Response, content: bytes) -> None:
         status = response.status_code
-        said = self.redacted(" ".join(content.decode("utf-8", "replace").split()))[:300]
-        message = f"HTTP {status} from {self.base_url}: {said or 'no text'}"
+        excerpt = self.redacted(" ".join(content.decode("utf-8", "replace").split()))[:300]
+        message = f"HTTP {status} from {self.base_url}: {excerpt or 'no text'}"
         if status in AGAIN or status >= 500:
             raise _Again(message, seconds_to_wait(response.headers.get("Retry-After")))
         if status == 400:  # may concern only this question: too long for the judge, or a content filter

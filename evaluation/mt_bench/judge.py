@@ -398,7 +398,7 @@ def _judged(task: Task, reply: Reply) -> dict[str, Any]:
 
 
 def _spending(task: Task, reason: str, spent: Sequence[int]) -> Record:
-    """The record of a reply without a verdict whose question is asked again; its key is random, nobody looks it up."""
+    """Make the record of the cost of a reply without a verdict. Its key is random, because it is never looked up."""
     return {
         SPENDING: secrets.token_hex(8),
         "question_id": task.question.id,

@@ -155,9 +155,9 @@ def _tuning(good: Sequence[Record]) -> str:
             grids.setdefault(", ".join(map(tables.format_rate, sorted(rates))), []).append(label)
     if not grids:
         return "Learning rates were not tuned; the tables of costs list them."
-    said = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
+    tuned = ", or ".join(f"{grid} ({'; '.join(labels)})" for grid, labels in grids.items())
     given = [label for label, rates in tried.items() if len(rates) == 1]
-    text = f"Learning rates were chosen by the score on the validation set, never on the test set, from {said}."
+    text = f"Learning rates were chosen by the score on the validation set, never on the test set, from {tuned}."
     return text + (f" Only one rate was tried for: {'; '.join(given)}." if given else "")
 
 
@@ -208,10 +208,10 @@ def _mt_bench(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> list[P
         first, second = one["models"]
         counts = ("wins", "ties", "losses", "flips", "failed")
         rows = [[name, *(str(found[key]) for key in counts)] for name, found in one["categories"].items()]
-        said = (
+        caption = (
             f"{first} against {second}, judged by {one['judge']}. A win counts in both orders; a flip is a tie because "
         )
-        parts += [Paragraph(said + "the two orders disagree."), Table(["category", *counts], rows)]
+        parts += [Paragraph(caption + "the two orders disagree."), Table(["category", *counts], rows)]
     return parts
 
 
@@ -238,8 +238,8 @@ def _paper(sections: Sequence[Section]) -> list[Part]:
                 (value.method, value.label), [value.label + (" †" if value.cited else ""), value.method]
             )
             row.append(value.printed)
-        said = ", ".join(text for text in (first.model, first.setting, first.unit) if text)
+        caption = ", ".join(text for text in (first.model, first.setting, first.unit) if text)
         heads = [f"{task} {metric}" if metric else task for task, metric in columns]
-        parts.append(Paragraph(f"{first.source[0].upper()}{first.source[1:]}: {said}"))
+        parts.append(Paragraph(f"{first.source[0].upper()}{first.source[1:]}: {caption}"))
         parts.append(Table(["the paper's row", "method", *heads], list(rows.values())))
     return parts

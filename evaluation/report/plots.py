@@ -234,8 +234,10 @@ def memory_bars(section: Section, task: str) -> Figure | None:
     kinds = {record["peak_memory_kind"] for label in section.rows for record in section.ok(label, task)} - {None, ""}
     measured = [(peak / GIB, place) for place, (_, _, peak) in enumerate(rows) if peak is not None]
     if measured:
-        said = textwrap.wrap(_name(", ".join(["measured", *sorted(kinds)]), 150), 34)
-        axes.plot(*zip(*measured, strict=True), "D", color="black", markersize=5, label="\n".join(said), clip_on=False)
+        caption = textwrap.wrap(_name(", ".join(["measured", *sorted(kinds)]), 150), 34)
+        axes.plot(
+            *zip(*measured, strict=True), "D", color="black", markersize=5, label="\n".join(caption), clip_on=False
+        )
     axes.set_yticks(places, [_name(label) for label, _, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * max(left.max(), *(peak for peak, _ in measured), 1e-9))

@@ -105,12 +105,12 @@ def other_metrics(section: Section) -> list[Part]:
     for label in section.shown():
         values = [[record["metrics"].get(name) for record in section.ok(label, task)] for task, name in columns]
         rows.append([label, *map(_plain, values)])
-    said = (
+    caption = (
         "Mean ± standard deviation, from 0 to 1 and not in %. answer_loss is the loss of the right answers' tokens, in "
     )
-    said += "nats; lower is better."
+    caption += "nats; lower is better."
     head = ["method", *(f"{task}, {name}" for task, name in columns)]
-    return [Heading("Other metrics", 3), Paragraph(said), Table(head, rows)]
+    return [Heading("Other metrics", 3), Paragraph(caption), Table(head, rows)]
 
 
 def _plain(values: Sequence[Any]) -> str:
@@ -172,8 +172,10 @@ def differences(section: Section, notes: Notes) -> list[Part]:
     if not rows:
         return [Paragraph("Only full fine-tuning has a score.")]
     head = ["method", *section.tasks, *([MEAN] if _has_mean(section) else [])]
-    said = f"A method's score minus the score of {full}, in percentage points, with a 95 % interval over test examples."
-    return [Paragraph(said), Table(head, rows)]
+    caption = (
+        f"A method's score minus the score of {full}, in percentage points, with a 95 % interval over test examples."
+    )
+    return [Paragraph(caption), Table(head, rows)]
 
 
 def _difference(ours: Sequence[Record], theirs: Sequence[Record], label: str, notes: Notes) -> str:
@@ -196,10 +198,12 @@ _COSTS = (
 
 def costs(section: Section) -> list[Part]:
     """Make a table for each task of what training has cost: time, memory, FLOPs."""
-    said = "Means over seeds; for the learning rate, every chosen value. FLOPs count the model's matrix products in "
-    said += "training, as a proxy for energy. Memory is the peak of the seed with the highest peak: in training, or in "
-    said += "evaluation for methods without training."
-    parts: list[Part] = [Paragraph(said)]
+    caption = "Means over seeds; for the learning rate, every chosen value. FLOPs count the model's matrix products in "
+    caption += (
+        "training, as a proxy for energy. Memory is the peak of the seed with the highest peak: in training, or in "
+    )
+    caption += "evaluation for methods without training."
+    parts: list[Part] = [Paragraph(caption)]
     kinds = joined(
         f"{record['peak_memory_kind']}"
         for label in section.rows
@@ -219,8 +223,10 @@ def costs(section: Section) -> list[Part]:
         at_end = at_end or any(row[1].endswith("*") for row in rows)
         parts += [Heading(task, 4), Table(_COSTS, rows)]
     if at_end:
-        said = "* The lowest or highest learning rate of the grid was chosen, so a better one may lie outside the grid."
-        parts.append(Paragraph(said))
+        caption = (
+            "* The lowest or highest learning rate of the grid was chosen, so a better one may lie outside the grid."
+        )
+        parts.append(Paragraph(caption))
     return parts
 
 

@@ -305,7 +305,7 @@ def test_answers_in_two_turns_with_the_published_temperatures_continue(tmp_path:
     assert mt_bench.answer(questions, lambda: second, tmp_path / "b.jsonl", model_id="p") == 13
     assert second.asked == whole.asked[6:]
     assert read_answers(tmp_path / "a.jsonl") == read_answers(tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match="made with seed 0, these settings have 1"):
+    with pytest.raises(UserError, match="made with seed 0, but this run has 1"):
         mt_bench.answer(questions, lambda: whole, tmp_path / "b.jsonl", model_id="p", seed=1)
     broken(tmp_path / "bench" / "question.jsonl", 2, {"turns": ["Q82T1: how?", "Q82T2: and?"]})
     with pytest.raises(UserError, match="its answer 82 is to a different question"):
@@ -460,7 +460,7 @@ def test_no_key_is_said_before_any_answer_is_generated(tmp_path: Path, capsys: A
         (["--judge-url", "https://host/v1?key=secret"], "contains a user name"),
         (["--judge-url", "ftp://host"], "'ftp://host': expected something like"),
         (["--judge-url", "http://[::1"], "malformed"),
-        (["--judge-local", "m"], "leave out --judge-url"),
+        (["--judge-local", "m"], "--judge-local excludes --judge-url"),
         (["--mode", "pairwise"], "the answers of two models, got 1"),
         (["--answers", "no.jsonl"], "no.jsonl: cannot be read"),
         (["--verdicts", "no/folder/v.jsonl"], "no/folder/v.jsonl: cannot be written"),
