@@ -266,7 +266,8 @@ def gathered_weights(case: Case) -> list[tuple[int, int, int]]:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     engine = tiny.initialize(case, llama=wide(case.dtype))
-    matrices = [[p for p in weights if not p.ds_persist] for weights in engine._block_parameters]
+    blocks = [[engine.module.get_parameter(name) for name in block.parameter_names] for block in engine.blocks]
+    matrices = [[p for p in weights if not p.ds_persist] for weights in blocks]
 
     def whole() -> int:
         return sum(p.ds_numel for block in matrices for p in block if p.ds_status == ZeroParamStatus.AVAILABLE)

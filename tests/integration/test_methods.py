@@ -416,8 +416,13 @@ def start_hashes(argv: Sequence[str]) -> dict[str, str]:
 def test_galore_projects_gpt2s_matrices(tmp_path: Path) -> None:
     """Its Conv1D are matrices, too."""
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
-    result = run(tmp_path / "run", "galore", f"model.config={json.dumps(config)}", "training.max_steps=2", *QUIET)
-    assert result["code"] == 0, result["printed"]
+    settings = [f"model.config={json.dumps(config)}", "training.max_steps=2", *QUIET]
+    results = [run(tmp_path / str(r), "galore", *settings, f"method.galore_rank={r}") for r in (4, 16)]
+    assert [one["code"] for one in results] == [0, 0], results[0]["printed"] + results[1]["printed"]
+    # The rank of a projection decides the first step already; what is not projected has the same one.
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    for name in (f"transformer.h.{layer}.{name}.weight" for layer in (0, 1) for name in names):
+        assert results[0]["weights"][name] != results[1]["weights"][name], f"{name} was not projected"
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

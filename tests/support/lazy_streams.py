@@ -24,6 +24,10 @@ from hift_ds.state.transfer import Lane
 from tests.support.device_memory import key, skip_on_a_device, tensors
 
 
+class MissingWait(AssertionError):
+    """The program let go of memory that a copy of its own still needed."""
+
+
 class _Place:
     """Elements of a storage, which they do not keep alive unless asked to."""
 
@@ -37,7 +41,8 @@ class _Place:
 
     def tensor(self) -> torch.Tensor:
         storage = self.storage()
-        assert storage is not None, "a copy ran after its memory on the device was given back"
+        if storage is None:
+            raise MissingWait("a copy ran after its memory on the device was given back")
         return torch.empty(0, dtype=self._dtype).set_(storage, *self._layout)
 
     def overlaps(self, tensor: torch.Tensor) -> bool:

@@ -153,6 +153,9 @@ SCHEDULERS: dict[str, dict[str, Any]] = {  # by the DeepSpeed config, unless the
 }
 
 
+ONE_RATE = ("WarmupLR", "WarmupDecayLR", "OneCycle")  # they set one rate for all parameter groups
+
+
 def halved_each_tick(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda tick: 0.5**tick)
 
@@ -305,11 +308,16 @@ def masters(engine: Any) -> dict[str, Tensor]:
     return copies({n: safe_get_full_fp32_param(p).reshape(-1) for n, p in engine.module.named_parameters()})
 
 
+def learning_rate(case: Case) -> float:
+    """The rate that the case's optimizer is made with."""
+    return OPTIMIZERS[case.optimizer][1].get("lr", LEARNING_RATE)
+
+
 def scheduled_rates(case: Case) -> list[float] | None:
     """Learning rate of each cycle, by the schedule itself ticking on an optimizer of its own; None without one."""
     if case.scheduler is None:
         return None
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=learning_rate(case))
     if case.scheduler == "torch":
         scheduler: Any = halved_each_tick(optimizer)
     else:
@@ -346,7 +354,7 @@ def reference(case: Case, order: tuple[int, ...]) -> Outcome:
         llama,
         case.blocks,
         lambda named: torch_optimizer(case, _groups(case, named)),
-        make_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: rates[t] / LEARNING_RATE))
+        make_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: rates[t] / learning_rate(case)))
         if rates
         else None,
         rows=case.rows,

@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -26,22 +27,34 @@ def committed(out: Path) -> int:
     return found.about["step"] if found is not None else 0
 
 
+def stop_in_save(rank: psutil.Process, folder: Path, numbers: random.Random) -> None:
+    """Stop a rank (SIGSTOP) at some point of a save; rank 1 may reach the end of one before rank 0 has written it."""
+    deadline = time.monotonic() + 100
+    while True:
+        while not any(folder.glob(".saving-*")):
+            assert time.monotonic() < deadline, "no save was seen"
+        time.sleep(numbers.uniform(0, 0.02))
+        rank.suspend()
+        if any(folder.glob(".saving-*")):
+            return
+        rank.resume()  # the save was over, so wait for the next
+
+
 def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random, in_save: bool) -> tuple[str, int]:
     """Start or continue the run, and kill a rank of it; where it was hit, and the step that is committed then."""
-    before, rank = committed(out), numbers.randrange(2)
+    before, rank = committed(out), 0 if in_save else numbers.randrange(2)
     with Job(out, 2, *settings, resume="auto") as job:
         beginning = f"continues after step {before}" if before else "the run begins at its first step"
         job.until(lambda: beginning in job.text(), what=beginning)  # until then the records are those of the run before
         job.wait_for_step(before + numbers.randrange(1, 5))
+        victim = job.rank(rank)
         if in_save:
-            folder, deadline = out / "checkpoints", time.monotonic() + 60
-            while not any(folder.glob(".saving-*")) and time.monotonic() < deadline:
-                pass
-            time.sleep(numbers.uniform(0, 0.02))
+            stop_in_save(victim, out / "checkpoints", numbers)
         else:
             time.sleep(numbers.uniform(0, 0.2))
-        job.rank(rank).send_signal(signal.SIGKILL)
+            victim.suspend()
         where = "while saving" if any((out / "checkpoints").glob(".saving-*")) else "between saves"
+        victim.send_signal(signal.SIGKILL)
         assert job.code(120) != 0
     return where, committed(out)
 
@@ -63,6 +76,7 @@ def kills(tmp_path: Path, count: int, stage: int, seed: int) -> None:
     assert len(places) == count
     ended = run_tiny(2, killed, *saving, resume="yes")
     assert ended["code"] == 0, ended["printed"]
+    assert "while saving" in places
     assert [[r[key] for key in KEYS] for r in records(killed)] == [[r[key] for key in KEYS] for r in records(straight)]
     ours, truth = (load_file(out / "model" / "model.safetensors") for out in (killed, straight))
     assert ours.keys() == truth.keys() and all(ours[name].equal(truth[name]) for name in truth)

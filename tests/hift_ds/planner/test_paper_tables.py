@@ -274,28 +274,3 @@ def test_the_whole_plan_holds_the_same():
     assert plan["device"]["buffers"] == 0 < plan["device"]["activations"]
     assert plan["device"]["total"] == sum(held.values()) + plan["device"]["activations"]
     assert plan["host"]["optimizer_state"] == 8 * (MODELS["gpt2-large"][2] - count)
-
-
-@cache
-def residual(model: str, precision: str, method: str) -> float:
-    """Simulated activations at the peak of the largest block's step, GiB. Attention as of the paper's time."""
-    options = {"batch_size": MODELS[model][1], "seq_len": 512, "attention": "eager", "layout": "paper"}
-    request = Request(model, method=method, precision=precision, optimizer="sgd", **options)
-    built = planner(model).build(request)
-    largest = max(range(len(built.blocks)), key=lambda block: sum(built.numels(block)))
-    return max(peak["activations"] for peak in planner(model).simulate(request, largest).peaks.values()) / GIB
-
-
-@pytest.mark.slow
-def test_residual_states_side_by_side():
-    """Prints #Residual and #Total (GiB) beside the paper's; run with `-m slow -s`.
-
-    Not asserted: what the authors' transformers, allocator and attention held cannot be known from the paper.
-    """
-    print(f"\n{'ours, paper, difference, of':<44}{'residual states':>30}{'total':>30}")
-    for row in ROWS:
-        model, optimizer, precision, method, *_, residual_printed, total_printed = row
-        ours = residual(model, precision, method)
-        total = ours + sum(planned(model, optimizer, precision, method)[1].values()) / GIB
-        pairs = ((ours, residual_printed), (total, total_printed))
-        print(f"{names(row):<44}" + "".join(f"{a:>10.2f}{b:>10.2f}{a - b:>10.2f}" for a, b in pairs))
