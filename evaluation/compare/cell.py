@@ -288,6 +288,7 @@ class _Recorder(Callback):
         self._active = trained_names(engine.module)
 
     def after_step(self, step: Step, total: float) -> bool:
+        """Store the step's record and count its FLOPs; never stop the loop."""
         self.records.append({key: value for key, value in step.record.items() if key != "memory"})
         self.flops += self._flops(step.record)
         self._active = trained_names(self.engine.module)
@@ -302,6 +303,7 @@ class _Recorder(Callback):
         return self._known[key][0] * record["tokens"] + self._known[key][1] * record["trained_tokens"]
 
     def measured(self) -> dict[str, Any]:
+        """Return the fields of a cell's record that the training has measured."""
         records = self.records
         losses = [record["loss"] for record in records if record["loss"] is not None]  # None: non-finite
         seconds, tokens, curve = 0.0, 0, []

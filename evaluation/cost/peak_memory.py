@@ -39,6 +39,7 @@ class Peak:
 
     @property
     def above(self) -> int:
+        """The peak above the loaded model."""
         return self.peak - self.loaded
 
 

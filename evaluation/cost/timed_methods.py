@@ -81,6 +81,7 @@ class Setup:
 
     @property
     def tokens(self) -> int:
+        """Tokens per step."""
         return self.batch * self.length
 
 
