@@ -50,3 +50,26 @@ def train_with_changing_settings(stage: int) -> float:
 def test_settings_that_change_between_steps_reach_the_block(stage: int) -> None:
     (error,) = run_on_ranks(1, train_with_changing_settings, stage)
     assert error <= 1e-4
+
+
+def device_after_good_and_bad_steps(stage: int) -> tuple[dict[str, int], dict[str, int], bool]:
+    """In a rank: bytes on the device between steps, after a good step and after a skipped one."""
+    engine = tiny.initialize(Case(stage=stage, layers_per_block=LAYERS_PER_BLOCK, step="block"))
+    try:
+        for step in range(3):  # every block has state
+            tiny.optimizer_step(engine, step)
+        good = engine.memory_ledger()["device"]
+        for micro in range(tiny.ACCUMULATION):
+            engine.backward(engine(**tiny.micro_batch(3, micro)).loss * float("inf"))
+            engine.step()
+        return good, engine.memory_ledger()["device"], engine.was_step_applied()
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (0, 2))
+def test_a_skipped_step_leaves_no_state_on_the_device(stage: int) -> None:
+    """The block's state was fetched before the step; it must not add to the activations of the next one."""
+    ((good, bad, is_applied),) = run_on_ranks(1, device_after_good_and_bad_steps, stage)
+    assert not is_applied and bad == good
+    assert good["master_weights"] == good["optimizer_state"] == 0
