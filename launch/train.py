@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # `deepspeed launch/train.py` puts launch/ on the path; the package hift_ds is one level above.
 if __name__ == "__main__" and not __package__:
@@ -67,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_mistake(mistake)  # outside, so that the launcher's signals end this process again
 
 
-def command() -> None:
-    """Run the process of ``hift-train`` and ``launch/train.py``."""
+def command() -> NoReturn:
+    """Run the process of ``launch/train.py``."""
     run_process(main)
 
 

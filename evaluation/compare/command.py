@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deepspeed import comm as dist
 from tqdm import tqdm
@@ -362,6 +362,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def command() -> None:
+def command() -> NoReturn:
     """The process of ``python -m evaluation.compare``: `main`, then its exit."""
     run_process(main)
