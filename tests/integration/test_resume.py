@@ -89,6 +89,8 @@ def possible(row: Row) -> bool:
         return False  # refused: it needs the shapes of tensors
     if row["decay_groups"] and row["scheduler"] in ONE_RATE:
         return False  # the groups here have rates of their own
+    if row["offload"] and row["optimizer"] == "AdamW" and row["shape"] == SHAPES[-1]:
+        return False  # six updates of a block: see the test of CPU Adam below
     return not row["offload"] or row["optimizer"] in ("AdamW", "Adagrad")
 
 
@@ -109,6 +111,17 @@ FACTORS = {
 def test_a_stopped_run_continues_bit_for_bit(case: Case, tmp_path: Path) -> None:
     assert case.steps == 12
     check_stops(case, tmp_path, (FIRST_CYCLE, LATER))
+
+
+@pytest.mark.xfail(strict=True, reason="DeepSpeed's CPU Adam rounds its bias correction differently after a restart")
+def test_cpu_adam_continues_bit_for_bit_after_many_updates(tmp_path: Path) -> None:
+    """Its kernel multiplies powers of beta up from step to step, and a new process computes them with `pow`.
+
+    From the third update of a block on, a master weight can differ in its last bit.
+    """
+    shape = {"strategy": "top2down", "layers_per_block": 4, "steps_per_block": 2, "cycles": 3}
+    case = Case(stage=3, dtype="fp16", offload=True, decay_groups=True, **shape)
+    check_stops(case, tmp_path, (LATER,))
 
 
 @pytest.mark.slow
