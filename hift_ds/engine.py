@@ -31,10 +31,10 @@ from hift_ds.optim.properties import has_fused, is_elementwise
 from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
 from hift_ds.zero.block_optimizers import BlockOptimizers
-from hift_ds.zero.plain import PlainBlockOptimizer
+from hift_ds.zero.stage0_bf16 import UnfusedBlockOptimizer
+from hift_ds.zero.stage0_fp32 import PlainBlockOptimizer
 from hift_ds.zero.stage3 import Stage3BlockOptimizer
 from hift_ds.zero.stage12 import Stage12BlockOptimizer
-from hift_ds.zero.unfused import UnfusedBlockOptimizer
 
 _NO_OPTIMIZER = "HiFT needs an optimizer: pass one, or add an 'optimizer' section to the DeepSpeed config"
 # The key of HiFT's entry in a checkpoint's client state.

@@ -7,6 +7,8 @@ import re
 import sys
 from typing import NoReturn
 
+from hift_ds.launch.exit_codes import MISTAKE
+
 
 def train() -> NoReturn:
     """Run ``hift-train``."""
@@ -17,7 +19,7 @@ def train() -> NoReturn:
 
 
 def require_extra(extra: str, command: str) -> None:
-    """Exit with code 2 and a message if a library of the package's extra is not installed."""
+    """Exit with `MISTAKE` and a message if a library of the package's extra is not installed."""
     needs = importlib.metadata.requires("hift_ds") or []
     names = [match[0] for need in needs if f'extra == "{extra}"' in need and (match := re.match(r"[\w.-]+", need))]
     missing = [name for name in names if not _is_installed(name)]
@@ -26,7 +28,7 @@ def require_extra(extra: str, command: str) -> None:
             f"error: {command} needs {', '.join(missing)}, of the extra {extra!r}: pip install 'hift_ds[{extra}]'",
             file=sys.stderr,
         )
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def _is_installed(name: str) -> bool:

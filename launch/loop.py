@@ -15,7 +15,7 @@ from hift_ds.launch.callbacks.callback import Callback, Step, finite
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
 from hift_ds.launch.data.loading import Data
-from hift_ds.launch.engine import block_names
+from hift_ds.launch.make_engine import block_names
 from hift_ds.launch.methods.steps import take_step
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model.batch_loss import summed_loss

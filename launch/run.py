@@ -10,21 +10,21 @@ from typing import Any
 from deepspeed import comm as dist
 
 from hift_ds.checkpoint import store
+from hift_ds.checkpoint.collectives import gather
 from hift_ds.checkpoint.lock import Lock
-from hift_ds.checkpoint.ranks import gather
 from hift_ds.launch.callbacks.callback import Callback
 from hift_ds.launch.callbacks.checkpoints import Checkpoints, load_checkpoint, tag
 from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
 from hift_ds.launch.callbacks.records import Records, RunLog
 from hift_ds.launch.callbacks.skipped import SkippedSteps
-from hift_ds.launch.callbacks.stopping import Stopping
+from hift_ds.launch.callbacks.stop_on_signal import Stopping
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.data.loading import Data, load_data
-from hift_ds.launch.engine import block_names, cycle_steps, make_engine, schedule_ticks
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import train
+from hift_ds.launch.make_engine import block_names, cycle_steps, make_engine, schedule_ticks
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.runtime import extensions, logs, outputs, summary

@@ -23,11 +23,12 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.exit_codes import RANK_LOST, STOPPED
 from hift_ds.launch.run import run
 from hift_ds.launch.runtime import logs
-from hift_ds.launch.runtime.preemption import STOPPED, Preemption, Stopped
+from hift_ds.launch.runtime.preemption import Preemption, Stopped
 from hift_ds.launch.runtime.process import Parser, report_mistake, run_process, world_of_one
-from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch
+from hift_ds.launch.runtime.ranks import RankWatch
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from hift_ds.blocks.block import numel_of
-from hift_ds.checkpoint.ranks import gather
+from hift_ds.checkpoint.collectives import gather
 from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
@@ -36,9 +36,9 @@ from hift_ds.launch.callbacks.time_limit import TimeLimit
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.data.loading import Data
-from hift_ds.launch.engine import cycle_steps, make_engine, schedule_ticks
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import train
+from hift_ds.launch.make_engine import cycle_steps, make_engine, schedule_ticks
 from hift_ds.launch.methods.adapters import trained_parameters
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading

@@ -46,11 +46,11 @@ from hift_ds.evaluation.report.wandb_report import log_report
 from hift_ds.evaluation.tasks.loading import TaskData, load_task
 from hift_ds.launch.config import credentials
 from hift_ds.launch.errors import NotApplicable, UserError
+from hift_ds.launch.exit_codes import RANK_LOST, STOPPED
 from hift_ds.launch.runtime import extensions, logs, outputs
 from hift_ds.launch.runtime.determinism import deterministic
-from hift_ds.launch.runtime.preemption import STOPPED
 from hift_ds.launch.runtime.process import Parser, report_mistake, run_process, world_of_one
-from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch, join
+from hift_ds.launch.runtime.ranks import RankWatch, join
 
 ATTEMPTS = 3  # give up on a cell after the process has died in it this often
 

@@ -24,9 +24,9 @@ from hift_ds.launch.config.checking import problem_list
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.settings import Settings, check_settings
 from hift_ds.launch.data.batches import trained_tokens
-from hift_ds.launch.engine import make_engine
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import loss_share
+from hift_ds.launch.make_engine import make_engine
 from hift_ds.launch.methods.steps import take_step
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.planner.models import PRESETS, load_config

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
+from hift_ds.evaluation.json_lines import Place, Record, RecordFile, field, read_records
 from hift_ds.evaluation.mt_bench import judge, verdicts
 from hift_ds.evaluation.mt_bench.endpoint import (
     Endpoint,
@@ -45,7 +46,6 @@ from hift_ds.evaluation.mt_bench.questions import (
     read_bench,
     read_questions,
 )
-from hift_ds.evaluation.records import Place, Record, RecordFile, field, read_records
 from hift_ds.launch.errors import UserError
 
 EMPTY, FULL = "context", "the conversation filled the model's positions"

@@ -22,10 +22,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from hift_ds.evaluation.json_lines import Record, RecordFile
 from hift_ds.evaluation.mt_bench.endpoint import Message, Reply, Unanswered
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, Answers, Bench, Prompt, Question
 from hift_ds.evaluation.mt_bench.verdicts import SPENDING, verdict_key
-from hift_ds.evaluation.records import Record, RecordFile
 from hift_ds.launch.errors import UserError
 
 REASK_TEMPERATURE = 0.7  # the first request is greedy; repeating it would give the same reply

@@ -15,7 +15,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from hift_ds.evaluation.records import Place, Record, field, read_json_lines
+from hift_ds.evaluation.json_lines import Place, Record, field, read_json_lines
 from hift_ds.launch.errors import UserError, looked_in, nearest
 
 TEMPERATURES = {  # by category, as published

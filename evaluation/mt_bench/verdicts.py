@@ -9,8 +9,8 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hift_ds.evaluation.json_lines import Place, Record, field, read_records
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, TEMPERATURES
-from hift_ds.evaluation.records import Place, Record, field, read_records
 from hift_ds.launch.errors import UserError
 
 TOTAL = "total"

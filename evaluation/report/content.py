@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE
 from hift_ds.evaluation.mt_bench.verdicts import TOTAL, summarize
-from hift_ds.evaluation.records import Record
 from hift_ds.evaluation.report import paper, plots, results, tables
 from hift_ds.evaluation.report.document import Heading, Items, Paragraph, Part, Picture, Table, as_html, markdown
 from hift_ds.evaluation.report.results import OK, Section, as_text, tried_rates

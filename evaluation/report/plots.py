@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.mt_bench.questions import SINGLE, TEMPERATURES
-from hift_ds.evaluation.records import Record
 from hift_ds.evaluation.report.document import Picture, clean
 from hift_ds.evaluation.report.results import MEMORY_PARTS, Section, is_finite, mean_of, std_of
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from hift_ds.checkpoint.files import write_durably
-from hift_ds.evaluation import records
-from hift_ds.evaluation.records import Place, Record
+from hift_ds.evaluation import json_lines
+from hift_ds.evaluation.json_lines import Place, Record
 from hift_ds.evaluation.report.resampling import Difference, paired_difference
 from hift_ds.launch.errors import UserError, shown
 
@@ -46,7 +46,7 @@ def read_results(*paths: Path) -> list[Record]:
     Raises:
         UserError: no such file, a line is broken or lacks a field, or a cell occurs twice; names file, line and field.
     """
-    lines = [line for path in paths for line in records.read_json_lines(path)]
+    lines = [line for path in paths for line in json_lines.read_json_lines(path)]
     for where, record in lines:
         _check(where, record)
     return _distinct(lines)
@@ -79,7 +79,7 @@ def checked(found: Sequence[Record]) -> list[Record]:
 
 
 def _check(where: Place, record: Record) -> None:
-    need = records.field
+    need = json_lines.field
     for name in ("label", "method", "model", "task", "budget"):
         if not need(where, record, name, str, "a text").strip():
             raise UserError(f"{where}: {name!r}: empty; expected a name")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hift_ds.evaluation.records import Record
+from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.report import results
 from hift_ds.evaluation.report.document import Bold, Heading, Items, Paragraph, Part, Table
 from hift_ds.evaluation.report.resampling import paired_difference

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE
 from hift_ds.evaluation.mt_bench.verdicts import summarize
-from hift_ds.evaluation.records import Record
 from hift_ds.evaluation.report import results
 from hift_ds.evaluation.report.resampling import paired_difference
 from hift_ds.evaluation.report.results import OK, Section, is_finite, mean_of, std_of

@@ -24,10 +24,10 @@ from typing import Any
 
 from deepspeed.utils import logger
 
+from hift_ds.checkpoint.collectives import gather, on_every_rank, rank, world_size
 from hift_ds.checkpoint.files import CheckpointError, Files, fsync, write_durably
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.checkpoint.manifest import MANIFEST, REPLACED, Checkpoint, read_manifest, tag_of, verify, write_manifest
-from hift_ds.checkpoint.ranks import gather, on_every_rank, rank, world_size
 
 POINTER = "latest"
 _SAVING, _PRUNED = ".saving-", ".pruned-"

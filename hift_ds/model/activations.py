@@ -46,7 +46,7 @@ def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints
     if not offload:
         return None
     from hift_ds.state import transfer as transfers
-    from hift_ds.state.host import HostMemory
+    from hift_ds.state.allocator import HostMemory
 
     checkpoints = HostCheckpoints(HostMemory(), transfers)
     checkpoints.install(model)
@@ -61,7 +61,7 @@ class HostCheckpoints:
     Buffers are reused; there are as many as there are checkpoints at one time.
 
     Args:
-        host: allocates the buffers, as :class:`hift_ds.state.host.HostMemory`.
+        host: allocates the buffers, as :class:`hift_ds.state.allocator.HostMemory`.
         transfers: provides ``Lane``, ``mark`` and ``wait``, as :mod:`hift_ds.state.transfer`.
 
     Attributes:

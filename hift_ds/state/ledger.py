@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 
 PLACES = ("device", "host", "nvme")
 CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_state", "buffers")

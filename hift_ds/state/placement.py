@@ -9,7 +9,7 @@ import torch
 from hift_ds.blocks.block import Block
 from hift_ds.config import OffloadConfig, slot_bytes
 from hift_ds.optim.properties import is_elementwise, state_bytes
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 
 
 def place_state(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from hift_ds.optim.properties import has_elements
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.transfer import Slot, Staging, wait
 
 # A tensor is cut into slices at multiples of this many elements, so that vectorized kernels treat all of them alike.

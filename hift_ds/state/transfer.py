@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.state.files import DirectIO, Job
+from hift_ds.state.direct_io import DirectIO, Job
 
 # Byte offsets inside a staging area are multiples of this, which suits every dtype and every copy engine.
 _ALIGNMENT = 256

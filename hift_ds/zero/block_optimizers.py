@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import log_dist
 
 from hift_ds.optim.properties import restrict
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Staging

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hift_ds.config import NORM_CHUNK
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.step import Slice
 
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from hift_ds.optim.properties import with_initial_state
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer

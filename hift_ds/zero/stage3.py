@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from hift_ds.optim.properties import with_initial_state
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer

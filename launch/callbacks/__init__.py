@@ -1,1 +1,1 @@
-"""What happens around the training steps, one unit a file."""
+"""What happens around the training steps, one callback per file; launch/run.py lists them."""

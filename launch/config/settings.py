@@ -17,7 +17,7 @@ from hift_ds.launch.config.checking import build, problem_list, setting
 from hift_ds.launch.config.reading import read_yaml, source
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.errors import UserError, expected
-from hift_ds.launch.methods.schedules import SCHEDULES
+from hift_ds.launch.methods.lr_schedules import SCHEDULES
 from hift_ds.launch.methods.settings import MethodSettings
 from hift_ds.launch.methods.table import TRAINED
 from hift_ds.launch.model.settings import ModelSettings

@@ -1,7 +1,7 @@
-"""The training methods by name. A new method is one more entry of `METHODS`.
+"""The training methods by name. A new method is one more entry of `METHODS`; a new adapter is a function of adapters.py.
 
-An entry says what of the model is trained (`adapters.py`), which engine trains it (`engines.py`) and how it takes a
-step (`steps.py`). The training loop is the same for all methods.
+An entry says what of the model is trained (`adapters.py`), which engine trains it (`package_engines.py`) and how it
+takes a step (`steps.py`). The training loop is the same for all methods.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Method:
 
     Attributes:
         engine: "hift": one block a step; "deepspeed": DeepSpeed's own engine; "mezo", "lomo", "badam", "galore": an
-            engine of `engines.py`; None: the method trains nothing, it only evaluates.
+            engine of `package_engines.py`; None: the method trains nothing, it only evaluates.
         adapter: what is trained, a key of `hift_ds.launch.methods.adapters.ADAPTERS`; None for the whole model.
         forward_only: a step takes forward passes and no backward pass.
         options: prefixes of the keys of `MethodSettings` that the method reads.

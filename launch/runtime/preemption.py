@@ -3,7 +3,7 @@
 Before the first step the process exits at once with 75; nothing was trained.
 
 In training and in the evaluation after it, each rank finishes the step or the batch of examples. All ranks agree (by
-the sum over ranks that a step makes anyway), save the same step and exit with 75 (launch/callbacks/stopping.py).
+the sum over ranks that a step makes anyway), save the same step and exit with 75 (launch/callbacks/stop_on_signal.py).
 
 In the export the process exits at once with 75 if the last step has a checkpoint. Otherwise it finishes the export,
 which is then the only result of the run.
@@ -33,7 +33,8 @@ from typing import Any
 
 import psutil
 
-STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try again
+from hift_ds.launch.exit_codes import STOPPED
+
 SAME = 5.0  # seconds within which signals count as one
 LOOK = 1.0  # seconds between two checks of the launcher
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -14,8 +14,7 @@ from deepspeed import comm as dist
 
 from hift_ds.launch.config import credentials
 from hift_ds.launch.errors import UserError
-from hift_ds.launch.runtime.preemption import STOPPED
-from hift_ds.launch.runtime.ranks import RANK_LOST
+from hift_ds.launch.exit_codes import MISTAKE, RANK_LOST, STOPPED
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +43,7 @@ def report_mistake(error: UserError) -> int:
     if os.environ["RANK"] != "0":
         time.sleep(60)
     print(f"error: {credentials.redacted(str(error))}", file=sys.stderr, flush=True)
-    return 2
+    return MISTAKE
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:

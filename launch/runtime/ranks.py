@@ -34,8 +34,8 @@ from torch.distributed import DistNetworkError
 
 from hift_ds.launch.config.credentials import redacted
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.exit_codes import RANK_LOST
 
-RANK_LOST = 76  # exit code
 PATIENCE = 60.0  # seconds that a failed rank waits for the same failure on the others
 MOST = 16  # ranks listed in a message
 

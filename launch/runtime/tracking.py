@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.runtime.preemption import STOPPED
+from hift_ds.launch.exit_codes import STOPPED
 
 FINISH_SECONDS = 60.0  # time to write and send the remaining records at the end of a run
 SECOND = 1.0  # time in which a process that closed its connection ends

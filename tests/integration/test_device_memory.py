@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from hift_ds.checkpoint.files import FileEngine
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.zero.block_optimizers import BlockOptimizers
 from hift_ds.zero.stage3 import Stage3BlockOptimizer
 from hift_ds.zero.stage12 import Stage12BlockOptimizer

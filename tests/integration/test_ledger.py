@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
-from hift_ds.state.files import library
+from hift_ds.state.direct_io import library
 from tests.support import tiny
 from tests.support.parity import STAGES, cases
 from tests.support.ranks import run_on_ranks

@@ -26,8 +26,8 @@ def losses_of_one_example(out: str, first_step: int, attention_dropout: float) -
     from hift_ds.launch.config.settings import load_settings
     from hift_ds.launch.data.encoding import Example
     from hift_ds.launch.data.loading import Data
-    from hift_ds.launch.engine import make_engine
     from hift_ds.launch.loop import train
+    from hift_ds.launch.make_engine import make_engine
     from hift_ds.launch.model import loading
 
     dropout = f"model.config.attention_dropout={attention_dropout}"

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hift_ds.launch.runtime.preemption import STOPPED
+from hift_ds.launch.exit_codes import STOPPED
 from tests.support.ranks import run_on_ranks
 from tests.support.training import arguments, records, run_tiny, summary, train_and_compare
 
@@ -23,7 +23,7 @@ RUN = ("training.max_steps=7", "data.eval_examples=0", "output.export=false")
 
 def train_and_signal(argv: Sequence[str], rank: int, step: int, number: int) -> dict[str, Any]:
     """Run the command line on this rank. After `step`, signal `number` is sent to the process of `rank`."""
-    from hift_ds.launch.callbacks.stopping import Stopping
+    from hift_ds.launch.callbacks.stop_on_signal import Stopping
 
     after_step = Stopping.after_step
     handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}

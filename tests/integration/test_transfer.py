@@ -12,8 +12,8 @@ import pytest
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-import hift_ds.state.files
-import hift_ds.state.host
+import hift_ds.state.allocator
+import hift_ds.state.direct_io
 import hift_ds.state.step
 import hift_ds.state.transfer
 from tests.support import tiny
@@ -58,10 +58,10 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
         if way.lazy:
             stack.enter_context(LazyStreams())
         if way.pinning_refused:
-            stack.enter_context(mock.patch.object(hift_ds.state.host, "get_accelerator", Unpinnable))
-            logger = stack.enter_context(mock.patch.object(hift_ds.state.host, "logger"))
+            stack.enter_context(mock.patch.object(hift_ds.state.allocator, "get_accelerator", Unpinnable))
+            logger = stack.enter_context(mock.patch.object(hift_ds.state.allocator, "logger"))
         if not way.aio:
-            stack.enter_context(mock.patch.object(hift_ds.state.files, "library", lambda: (None, "a test")))
+            stack.enter_context(mock.patch.object(hift_ds.state.direct_io, "library", lambda: (None, "a test")))
         engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
         stack.callback(engine.destroy)
         if way.folder:
@@ -104,14 +104,14 @@ def test_the_place_of_state_does_not_matter(case: Case) -> None:
 
 def aio_is_there() -> bool:
     """Asked here first, it is compiled where nobody limits the time."""
-    return hift_ds.state.files.library()[0] is not None
+    return hift_ds.state.direct_io.library()[0] is not None
 
 
 @pytest.mark.parametrize("aio", (True, False))
 @pytest.mark.parametrize("case", [Case(stage=0), Case(stage=2, dtype="bf16"), Case(stage=3)], ids=str)
 def test_files_in_place_of_memory(case: Case, aio: bool, tmp_path: Path) -> None:
     if aio and not aio_is_there():
-        pytest.skip(hift_ds.state.files.library()[1])
+        pytest.skip(hift_ds.state.direct_io.library()[1])
     in_files = Way("nvme", folder=str(tmp_path), aio=aio)
     assert run_on_ranks(1, different, case, Way(), in_files, replace(in_files, step="block")) == [[]]
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 
 # What may have one foot on either side.
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)

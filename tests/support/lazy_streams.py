@@ -17,9 +17,9 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hift_ds.state.files
+import hift_ds.state.direct_io
 import hift_ds.state.transfer
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.transfer import Lane
 from tests.support.device_memory import key, skip_on_a_device, tensors
 
@@ -211,9 +211,9 @@ class LazyStreams(TorchDispatchMode):
                     if place.key == key(tensor):
                         place.kept = tensor.untyped_storage()
 
-        make = hift_ds.state.files._Channel.__init__
+        make = hift_ds.state.direct_io._Channel.__init__
 
-        def channel(one: hift_ds.state.files._Channel, *args: Any) -> None:
+        def channel(one: hift_ds.state.direct_io._Channel, *args: Any) -> None:
             make(one, *args)
             self._watch(one.buffer)
             self._host.add(key(one.buffer))
@@ -225,8 +225,8 @@ class LazyStreams(TorchDispatchMode):
 
         for patch in (
             mock.patch.object(HostMemory, "empty", empty),
-            mock.patch.object(hift_ds.state.files._Channel, "__init__", channel),
-            mock.patch.object(hift_ds.state.files.ThreadPoolExecutor, "submit", lambda _, *call: at_once(*call)),
+            mock.patch.object(hift_ds.state.direct_io._Channel, "__init__", channel),
+            mock.patch.object(hift_ds.state.direct_io.ThreadPoolExecutor, "submit", lambda _, *call: at_once(*call)),
             mock.patch.object(Lane, "outlives", outlives),  # which otherwise speaks to the allocator of a device
             mock.patch.object(hift_ds.state.transfer, "get_accelerator", lambda: accelerator),
         ):

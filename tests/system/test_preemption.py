@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from hift_ds.launch.runtime.preemption import STOPPED
-from hift_ds.launch.runtime.ranks import RANK_LOST
+from hift_ds.launch.exit_codes import RANK_LOST, STOPPED
 from tests.support.jobs import ENDLESS, Job, alive
 from tests.support.training import records, run_tiny, summary
 

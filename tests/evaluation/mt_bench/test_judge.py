@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from hift_ds.evaluation.json_lines import RecordFile, read_records
 from hift_ds.evaluation.mt_bench import endpoint, judge
 from hift_ds.evaluation.mt_bench.endpoint import Endpoint, Unanswered, seconds_to_wait
 from hift_ds.evaluation.mt_bench.judge import NoVerdict, SpendingLimit, rating, winner
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, read_answers, read_bench
 from hift_ds.evaluation.mt_bench.verdicts import read_verdicts, summarize, tables, verdict_key
-from hift_ds.evaluation.records import RecordFile, read_records
 from hift_ds.launch.errors import UserError
 from tests.support.judge_stub import Request, Stub, Unit, says, serving, stored, write_answers, write_bench
 
@@ -379,11 +379,12 @@ def test_a_record_file_has_unique_keys_and_one_writer(tmp_path: Path) -> None:
 
 
 def test_a_record_is_on_the_drive_when_add_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hift_ds.evaluation import records
+
+    from hift_ds.evaluation import json_lines
 
     synced: list[int] = []
-    fsync = records.os.fsync
-    monkeypatch.setattr(records.os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
+    fsync = json_lines.os.fsync
+    monkeypatch.setattr(json_lines.os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
     with RecordFile(tmp_path / "f", lambda _, record: record["k"]) as file:
         synced.clear()
         file.add({"k": 1})
@@ -393,9 +394,9 @@ def test_a_record_is_on_the_drive_when_add_returns(tmp_path: Path, monkeypatch: 
             real(fd, b'{"k"')
             raise OSError(28, "No space left on device")
 
-        real = records.os.write
+        real = json_lines.os.write
         monkeypatch.setattr(
-            records.os, "write", lambda fd, data: real(fd, data[:4]) if len(data) > 4 else full(fd, data)
+            json_lines.os, "write", lambda fd, data: real(fd, data[:4]) if len(data) > 4 else full(fd, data)
         )
         with pytest.raises(UserError, match="No space left"):
             file.add({"k": 2})

@@ -13,7 +13,7 @@ import hift_ds
 import hift_ds.model.activations
 from hift_ds.model.activations import HostCheckpoints, checkpoint_activations
 from hift_ds.state import transfer as offload
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory
 from tests.support.lazy_streams import LazyStreams, MissingWait

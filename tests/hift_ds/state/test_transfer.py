@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-import hift_ds.state.files
-import hift_ds.state.host
+import hift_ds.state.allocator
+import hift_ds.state.direct_io
 import hift_ds.state.step
 import hift_ds.state.transfer
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.step import BlockState, Slice
 from hift_ds.state.transfer import Lane, Slot, Staging
 from tests.support.device_memory import DeviceMemory

@@ -12,7 +12,7 @@ from hift_ds.launch import train
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.errors import UserError
-from hift_ds.launch.methods.schedules import schedule_factor
+from hift_ds.launch.methods.lr_schedules import schedule_factor
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model import loading
 from hift_ds.launch.model.tokenizer import byte_tokenizer

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hift_ds.launch.runtime.preemption import STOPPED, Preemption
+from hift_ds.launch.exit_codes import STOPPED
+from hift_ds.launch.runtime.preemption import Preemption
 
 
 def until(condition: Callable[[], Any]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hift_ds.launch.exit_codes import RANK_LOST
 from hift_ds.launch.runtime import ranks
-from hift_ds.launch.runtime.ranks import RANK_LOST, RankWatch
+from hift_ds.launch.runtime.ranks import RankWatch
 
 OTHER = """
 import os, socket, sys, time

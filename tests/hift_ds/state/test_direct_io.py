@@ -12,16 +12,18 @@ from unittest import mock
 import pytest
 import torch
 
-import hift_ds.state.files
+import hift_ds.state.direct_io
 import hift_ds.state.transfer
-from hift_ds.state.files import DirectIO, Job, _Channel
-from hift_ds.state.host import HostMemory
+from hift_ds.state.allocator import HostMemory
+from hift_ds.state.direct_io import DirectIO, Job, _Channel
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Lane, Staging, wait
 from tests.hift_ds.state.test_transfer import CPU, SLOTS, Owner, random_steps, same
 from tests.support.lazy_streams import LazyStreams, MissingWait
 
-needs_aio = pytest.mark.skipif(hift_ds.state.files.library()[0] is None, reason=hift_ds.state.files.library()[1])
+needs_aio = pytest.mark.skipif(
+    hift_ds.state.direct_io.library()[0] is None, reason=hift_ds.state.direct_io.library()[1]
+)
 
 
 def direct_memory(folder: Path) -> tuple[HostMemory, DirectIO]:
@@ -33,7 +35,7 @@ def direct_memory(folder: Path) -> tuple[HostMemory, DirectIO]:
 @pytest.fixture
 def small_chunks() -> Any:
     """A page each: tensors of a few thousand elements go in several."""
-    with mock.patch.object(hift_ds.state.files, "AIO_CHUNK", hift_ds.state.files.PAGE):
+    with mock.patch.object(hift_ds.state.direct_io, "AIO_CHUNK", hift_ds.state.direct_io.PAGE):
         yield
 
 
@@ -141,7 +143,7 @@ def test_lazy_streams_change_nothing(step: str, tmp_path: Path, small_chunks: No
 def test_no_wait_can_be_taken_out(what: str, tmp_path: Path, small_chunks: None) -> None:
     broken: Any = {
         "free": lambda: mock.patch.object(_Channel, "free", property(lambda _: None, lambda *_: None), create=True),
-        "written": lambda: mock.patch.object(hift_ds.state.files, "_synchronize", lambda _: None),
+        "written": lambda: mock.patch.object(hift_ds.state.direct_io, "_synchronize", lambda _: None),
         "mark": lambda: mock.patch.object(hift_ds.state.transfer, "mark", lambda: None),
     }[what]
     with broken():
@@ -281,8 +283,8 @@ def mapped_memory() -> int:
 @needs_aio
 @pytest.mark.parametrize("by_aio", (True, False))
 def test_state_is_not_in_memory(tmp_path: Path, by_aio: bool) -> None:
-    library = hift_ds.state.files.library() if by_aio else (None, "a test")
-    with mock.patch.object(hift_ds.state.files, "library", lambda: library):
+    library = hift_ds.state.direct_io.library() if by_aio else (None, "a test")
+    with mock.patch.object(hift_ds.state.direct_io, "library", lambda: library):
         host = HostMemory(folder=str(tmp_path))
     owner = Owner([4 * 2**20], True, torch.Generator().manual_seed(0))
     before = mapped_memory()
@@ -301,8 +303,8 @@ def test_state_is_not_in_memory(tmp_path: Path, by_aio: bool) -> None:
 
 def test_without_it_files_are_mapped(tmp_path: Path) -> None:
     with (
-        mock.patch.object(hift_ds.state.files, "library", lambda: (None, "no such thing")),
-        mock.patch.object(hift_ds.state.files, "logger") as logger,
+        mock.patch.object(hift_ds.state.direct_io, "library", lambda: (None, "no such thing")),
+        mock.patch.object(hift_ds.state.direct_io, "logger") as logger,
     ):
         host = HostMemory(folder=str(tmp_path))
         ours = random_steps(3, 60, SLOTS["streamed"], prefetch=True, folder=str(tmp_path))
@@ -315,10 +317,10 @@ def test_without_it_files_are_mapped(tmp_path: Path) -> None:
 @needs_aio
 @pytest.mark.parametrize("what", ("memory", "folder"))
 def test_it_is_not_used_where_it_does_not_work(what: str, tmp_path: Path) -> None:
-    broken: Any = mock.patch.object(hift_ds.state.files, "_can_lock", lambda _: False)
+    broken: Any = mock.patch.object(hift_ds.state.direct_io, "_can_lock", lambda _: False)
     if what == "folder":
         broken = mock.patch.object(DirectIO, "check_folder", side_effect=OSError(22, "Invalid argument"))
-    with broken, mock.patch.object(hift_ds.state.files, "logger") as logger:
+    with broken, mock.patch.object(hift_ds.state.direct_io, "logger") as logger:
         assert HostMemory(folder=str(tmp_path)).direct is None
     (message,) = (call.args[0] for call in logger.warning.call_args_list)
     assert ("ulimit -l" if what == "memory" else "Invalid argument") in message

@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from hift_ds.state.files import PAGE, open_direct_io
+from hift_ds.state.direct_io import PAGE, open_direct_io
 
 
 class HostMemory:
@@ -24,7 +24,7 @@ class HostMemory:
         folder: keep the buffers in memory-mapped files in this folder instead. The kernel writes their pages to the
             drive and frees them when it needs memory. The files are unlinked, so nothing remains when the process
             ends, however it ends.
-        aio: DeepSpeed's ``aio`` section with all its keys; None: the defaults of :mod:`hift_ds.state.files`.
+        aio: DeepSpeed's ``aio`` section with all its keys; None: the defaults of :mod:`hift_ds.state.direct_io`.
 
     Attributes:
         folder: as given; None: the buffers are in host memory.

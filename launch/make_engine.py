@@ -11,8 +11,8 @@ import hift_ds
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.adapters import ADAPTERS
-from hift_ds.launch.methods.engines import make_plain_engine
-from hift_ds.launch.methods.schedules import schedule_factor
+from hift_ds.launch.methods.lr_schedules import schedule_factor
+from hift_ds.launch.methods.package_engines import make_plain_engine
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.optim.properties import has_fused
