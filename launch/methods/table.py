@@ -1,4 +1,4 @@
-"""The training methods by name. A new method is one more entry of `METHODS`; a new adapter is a function of adapters.py.
+"""The training methods by name. A new method is one more entry of `METHODS`; adapters.py has a function per adapter.
 
 An entry says what of the model is trained (`adapters.py`), which engine trains it (`package_engines.py`) and how it
 takes a step (`steps.py`). The training loop is the same for all methods.
