@@ -195,6 +195,103 @@ def test_circles_are_found() -> None:
     assert circles(graph) == [[2, 3], [5, 6, 7]] and circles({1: {2, 3}, 2: {3}, 3: set()}) == []
 
 
+# Room -> the rooms of the same folder that its files may import from. A room is a folder, or a file beside the folders.
+ROOMS = {
+    "hift_ds": {
+        "blocks": "",
+        "config": "blocks",
+        "optim": "config",
+        "state": "blocks config optim",
+        "weights": "blocks config state",
+        "model": "state",
+        "zero": "config optim state",
+        "checkpoint": "",
+        "engine": "blocks checkpoint config model optim state zero",
+        "initialization": "blocks config engine",
+        "planner": "blocks config model",
+        "plan": "planner",
+        "__init__": "blocks config engine initialization model optim planner",
+    },
+    "launch": {
+        "errors": "",
+        "data": "errors",
+        "model": "errors",
+        "methods": "errors model",
+        "config": "data errors methods model",
+        "runtime": "config data errors methods",
+        "callbacks": "config data errors methods model runtime",
+        "engine": "config errors methods model",
+        "loop": "callbacks config data engine methods model runtime",
+        "run": "callbacks config data engine errors loop methods model runtime",
+        "train": "errors run runtime",
+        "quickstart": "config errors model runtime train",
+        "__init__": "",
+    },
+    "evaluation": {
+        "records": "",
+        "tasks": "records",
+        "cost": "records tasks",
+        "mt_bench": "records tasks",
+        "report": "mt_bench records",
+        "compare": "cost records report tasks",
+        "harness": "tasks",
+        "efficiency": "cost",
+        "__init__": "",
+    },
+}
+
+
+def module_of(path: Path) -> str:
+    """The name under which a file is imported: launch and evaluation are linked into hift_ds."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "hift_ds" else ("hift_ds", *parts))
+
+
+def room_of(path: Path) -> tuple[str, str]:
+    """Top-level folder and room."""
+    folder, room = path.relative_to(ROOT).with_suffix("").parts[:2]
+    return folder, room
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {module_of(path).removesuffix(".__init__"): path for path in SOURCES}
+
+
+def local_imports(path: Path, at_run_time: bool = False) -> list[tuple[int, Path]]:
+    """(line, file) of every file of the project that a file imports; `at_run_time`: without those for type checkers."""
+    only_types: set[int] = set()
+    for node in ast.walk(tree_of(path)) if at_run_time else ():
+        if isinstance(node, ast.If) and dotted(node.test)[-1:] == ["TYPE_CHECKING"]:
+            only_types |= {inner.lineno for one in node.body for inner in ast.walk(one) if hasattr(inner, "lineno")}
+    found = []
+    for line, name in imports_of(path):
+        while name and name not in modules():  # `from a.b import name_in_b`
+            name = name.rpartition(".")[0]
+        if name and line not in only_types and modules()[name] != path:
+            found.append((line, modules()[name]))
+    return found
+
+
+def circles(graph: dict[Any, set[Any]]) -> list[list[Any]]:
+    """All groups of nodes each of which reaches every other one of its group."""
+    reached: dict[Any, set[Any]] = {}
+    for start in graph:
+        reached[start], queue = set(), list(graph[start])
+        while queue:
+            node = queue.pop()
+            if node not in reached[start]:
+                reached[start].add(node)
+                queue += graph.get(node, set())
+    groups = {frozenset(other for other in reached[one] if one in reached.get(other, ())) for one in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def test_circles_are_found() -> None:
+    graph = {1: {2}, 2: {3}, 3: {2, 4}, 4: set(), 5: {6}, 6: {7}, 7: {5}}
+    assert circles(graph) == [[2, 3], [5, 6, 7]] and circles({1: {2, 3}, 2: {3}, 3: set()}) == []
+
+
 def test_imports_go_one_way():
     problems = []
     for path in SOURCES:

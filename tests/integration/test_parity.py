@@ -132,12 +132,16 @@ STOCK = {
 }
 
 
+def comparable(row: Row) -> bool:
+    if row["stage"] == 0:
+        return not row["offload"] and row["dtype"] == "fp32"
+    # At stage 3 in bf16, too, stock DeepSpeed begins with a step on zero gradients. Adagrad's weight decay acts in it.
+    return (row["stage"], row["dtype"], row["optimizer"]) != (3, "bf16", "Adagrad")
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        Case(layers_per_block=6, **row)
-        for row in pairwise(STOCK, lambda row: row["stage"] > 0 or not (row["offload"] or row["dtype"] == "bf16"))
-    ],
+    [Case(layers_per_block=6, **row) for row in pairwise(STOCK, comparable)],
     ids=str,
 )
 def test_all_layers_in_one_block_is_stock_deepspeed(case: Case) -> None:
@@ -155,8 +159,8 @@ def refusal(case: Case) -> str:
     ("case", "said"),
     [
         (Case(optimizer="Adafactor", client_optimizer=True), ("Adafactor", "element-wise")),
-        (Case(stage=2, offload=True), ("offload_optimizer", "remove it")),
-        (Case(place="none"), ("hift.offload.device='none'", "remove it")),
+        (Case(stage=2, offload=True), ("offload_optimizer", "remove offload_optimizer")),
+        (Case(place="none"), ("hift.offload.device='none'", "remove hift.offload.device='none'")),
     ],
     ids=str,
 )
