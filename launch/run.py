@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspeed import comm as dist
 
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.collectives import gather
+from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.launch.callbacks.callback import Callback
 from hift_ds.launch.callbacks.checkpoints import Checkpoints, load_checkpoint, tag
@@ -34,6 +35,11 @@ from hift_ds.launch.runtime.preemption import Preemption, Stopped
 from hift_ds.launch.runtime.ranks import RankWatch, join
 from hift_ds.model import loss as losses
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from hift_ds.checkpoint.manifest import Checkpoint
+
 
 def run(config: str, overrides: list[str], resume: str | None, stop: Preemption, watch: RankWatch) -> None:
     """Train, evaluate and export as the YAML at `config` says. Every rank calls it.
@@ -55,7 +61,30 @@ def run(config: str, overrides: list[str], resume: str | None, stop: Preemption,
 
 
 class Run:
-    """One run. Everything that can be wrong is checked before a weight is loaded or a file is written."""
+    """One run. Everything that can be wrong is checked before a weight is loaded or a file is written.
+
+    Each step in `run` sets attributes that the later ones read.
+    """
+
+    # load_data
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    config: PretrainedConfig
+    ticks: int  # how often the learning-rate schedule advances
+    identity: dict[str, Any]  # what a continuation must share with this run
+    recorded: dict[str, Any]  # run.json: of the run to continue, then of this one
+    # load_engine
+    found: Checkpoint | None  # the checkpoint to continue from
+    engine: Any
+    # continue_or_start
+    first_step: int  # steps done before
+    last_step: int
+    checkpoints: Checkpoints
+    stopping: Stopping
+    log: RunLog | None  # rank 0's
+    # training
+    held_out: HeldOut
+    cycles: int
 
     def __init__(self, settings: Settings, resume: str | None, stop: Preemption, watch: RankWatch) -> None:
         self.settings, self.resume, self.stop, self.watch = settings, resume, stop, watch
@@ -65,10 +94,12 @@ class Run:
     def run(self) -> None:
         """Take all steps in their order."""
         self.prepare_process()
-        if self.is_finished():
-            self.say(f"{self.folder}: this run is finished; nothing to do.")
+        self.check_folder()
+        if self.is_finished(None if self.settings.training.epochs else self.settings.training.max_steps):
             return
         self.load_data()
+        if self.is_finished(self.settings.training.max_steps):
+            return
         self.load_engine()
         lock = self.claim_folder()
         self.continue_or_start()
@@ -83,7 +114,7 @@ class Run:
             )
             self.cycles = getattr(self.engine, "cycle", self.settings.training.max_steps)
             self.take_best()
-            after = self.evaluate(self.stopping.after_last_step)
+            after = self.evaluate_last()
         self.export()
         self.summarize(after)
         if lock is not None:
@@ -99,21 +130,30 @@ class Run:
                 f"state, and ZeRO stage {self.settings.zero_stage} is not used"
             )
 
-    def is_finished(self) -> bool:
-        """Check the output folder; return whether it holds this run, finished."""
+    def check_folder(self) -> None:
+        """Check that the output folder is free, fits `resume` and can be written to."""
         if self.rank == 0:
             outputs.check_free(self.folder)
-        if outputs.check_start(self.folder, self.settings, self.resume):
-            return True
-        outputs.check_writable(self.folder)
-        return False
+        outputs.check_start(self.folder, self.settings, self.resume)
+
+    def is_finished(self, steps: int | None) -> bool:
+        """Return whether a continued run has done these steps (None: not known yet) and is exported."""
+        done = outputs.steps_of_finished(self.folder, self.settings, steps) if self.resume else 0
+        if done:
+            self.say(f"{self.folder}: this run is finished after {done} steps; nothing to do.")
+        return bool(done)
 
     def load_data(self) -> None:
         """Load tokenizer, data and model configuration, and check that they fit each other and the run to continue."""
+        outputs.check_writable(self.folder)
         settings = self.settings
         self.tokenizer = loading.load_tokenizer(settings.model)
         self.data = load_data(settings.data, self.tokenizer, task=settings.model.task, seed=settings.training.seed)
-        _check_held_out(settings, self.data)
+        if settings.training.eval_every and not self.data.eval:
+            raise UserError(
+                f"training.eval_every: got {settings.training.eval_every}, but the data has no held-out examples. Set "
+                "data.eval_split or data.eval_path, or remove training.eval_every."
+            )
         self.settings = settings = settings.with_steps(len(self.data.train))
         self.config = loading.load_config(settings.model, self.tokenizer, len(self.data.report["labels"] or ()) or None)
         loading.check_length(self.config, *self.data.longest(settings.training.max_new_tokens))
@@ -147,13 +187,16 @@ class Run:
         self.first_step, best = 0, None
         if self.found:
             state = load_checkpoint(self.engine, self.found)
-            self.first_step, best = state["step"], state["best"]
+            self.first_step, best = state["step"], state["best"] if self.settings.training.keep_best else None
             self.say(f"{self.folder}: the run continues after step {self.first_step} ({self.found.path})")
             if (self.folder / "summary.json").exists():
                 self.say("note: summary.json and model/ are those of the shorter run until this one ends")
         self.checkpoints = Checkpoints(self.engine, self.settings, self.first_step, best)
-        self.stopping = Stopping(self.settings, self.checkpoints, self.stop, self.watch)
+        self.last_step = max(self.first_step, self.settings.training.max_steps)
+        self.stopping = Stopping(self.settings, self.checkpoints, self.stop, self.watch, self.last_step)
         self.watch.progress()
+        if self.found and state["evaluation_is_pending"] and (result := self.evaluate(self.watch.progress)):
+            self.checkpoints.is_best(self.first_step, result)
         before = self.recorded["before"] if self.found else self.evaluate(self.watch.progress)
         self.log = None
         if self.rank == 0:
@@ -175,9 +218,12 @@ class Run:
     def callbacks(self) -> list[Callback]:
         """Return everything that happens around the steps, in the order in which it happens."""
         method, training = METHODS[self.settings.method.name], self.settings.training
+        self.held_out = HeldOut(
+            training.eval_every, training.max_steps, lambda: self.evaluate(self.stopping.after_batch)
+        )
         can_skip = method.engine != "deepspeed" or self.engine.fp16_enabled()
         return [
-            HeldOut(training.eval_every, training.max_steps, lambda: self.evaluate(self.stopping.after_batch)),
+            self.held_out,
             Records(self.log),
             SkippedSteps(self.engine, self.settings, len(self.data.train), can_skip),
             self.checkpoints,
@@ -198,13 +244,32 @@ class Run:
             raise
 
     def take_best(self) -> None:
-        """With `training.keep_best`, load the best checkpoint, so that its model is evaluated and exported."""
+        """With `training.keep_best`, load the best checkpoint, so that its model is evaluated and exported.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
         best = self.checkpoints.best
-        if self.settings.training.keep_best and best and best["step"] != self.settings.training.max_steps:
+        if best is None or best["step"] == self.last_step:
+            return
+        try:
             found = store.find(self.folder / "checkpoints", tag(best["step"]))
-            assert found is not None
-            load_checkpoint(self.engine, found)
-            self.say(f"step {best['step']} was the best: its model is evaluated and exported")
+        except CheckpointError as error:
+            raise UserError(
+                f"training.keep_best: the best checkpoint, of step {best['step']}, cannot be loaded: {error}\n"
+                "Restore it and continue with --resume, or export the model of the last step with --resume --set "
+                "training.keep_best=false."
+            ) from None
+        assert found is not None  # `find` raises where a tag is missing
+        load_checkpoint(self.engine, found)
+        self.say(f"step {best['step']} was the best; its model is used from here on")
+
+    def evaluate_last(self) -> dict[str, Any] | None:
+        """Evaluate the trained model, unless the loop has just done so."""
+        best, latest = self.checkpoints.best, self.held_out.latest
+        if latest and latest[0] == self.last_step and (best is None or best["step"] == self.last_step):
+            return latest[1]
+        return self.evaluate(self.stopping.after_last_step)
 
     def evaluate(self, after_batch: Callable[[], None]) -> dict[str, Any] | None:
         """Evaluate the model on the held-out examples."""
@@ -212,7 +277,7 @@ class Run:
 
     def export(self) -> None:
         """Write OUT/model, unless `output.export` is false."""
-        last = self.settings.training.max_steps
+        last = self.last_step
         if self.settings.output.export:
             if self.checkpoints.saved == last:
                 self.stop.nothing_to_lose = f"the checkpoint of step {last} is whole; continue with --resume"
@@ -238,11 +303,3 @@ class Run:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         logs.say(self.rank, text)
-
-
-def _check_held_out(settings: Settings, data: Data) -> None:
-    if settings.training.eval_every and not data.eval:
-        raise UserError(
-            f"training.eval_every: got {settings.training.eval_every}, but the data has no held-out examples. Set "
-            "data.eval_split or data.eval_path, or remove training.eval_every."
-        )

@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return its exit code."""
     world_of_one()
     parser = Parser(
-        prog="python -m evaluation.compare",
+        prog="hift-compare" if Path(sys.argv[0]).name == "hift-compare" else "python -m evaluation.compare",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -37,8 +37,8 @@ SECTIONS = (
     "title", "model", "model_name", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training",
     "deepspeed", "evaluation", "output", "logging",
 )  # fmt: skip
-# Keys of `training` that the comparison sets itself.
-DECIDED = ("max_steps", "seed", "learning_rate", "save_every")  # training keys that only the comparison sets
+# Keys of `training` that only the comparison sets.
+DECIDED = ("max_steps", "epochs", "seed", "learning_rate", "save_every", "eval_every", "keep_best")
 
 
 @dataclass(frozen=True)

@@ -20,27 +20,35 @@ class Checkpoints(Callback):
     """Save a checkpoint when one is due.
 
     Args:
-        best: step and held-out result of the best model of a run that is continued.
+        saved: step of the checkpoint that a continued run was loaded from.
+        best: step and held-out result of the best model of a continued run.
 
     Attributes:
         best: `{"step": ..., "held_out": ...}` of the best evaluation so far; None before the first.
         saved: the step of the last checkpoint that this process saved or loaded.
+        is_pending: whether a signal has interrupted the evaluation of the latest step. A continued run repeats it.
     """
 
     def __init__(self, engine: Any, settings: Settings, saved: int = 0, best: dict[str, Any] | None = None) -> None:
         self.engine, self.settings, self.saved, self.best = engine, settings, saved, best
+        self.is_pending = False
 
     def after_step(self, step: Step, total: float) -> bool:
         """Save if the step is a multiple of `training.save_every`, the last one, or the best so far."""
-        training, is_best = self.settings.training, False
-        if training.keep_best and (found := step.record.get("held_out")) is not None:
-            is_best = self.best is None or better(found, self.best["held_out"])
-            if is_best:
-                self.best = {"step": step.number, "held_out": found}
+        training, found = self.settings.training, step.record.get("held_out")
+        self.is_pending = "held_out" in step.record and found is None
+        is_best = found is not None and self.is_best(step.number, found)
         is_last = step.number == training.max_steps and (training.save_every or training.keep_best)
         if is_best or is_last or training.save_every and step.number % training.save_every == 0:
             self.save(step.number)
         return False
+
+    def is_best(self, step: int, found: dict[str, Any]) -> bool:
+        """Return whether the held-out result of a step is the best so far, with `training.keep_best`; remember it."""
+        if not self.settings.training.keep_best or self.best and not better(found, self.best["held_out"]):
+            return False
+        self.best = {"step": step, "held_out": found}
+        return True
 
     def save(self, step: int) -> None:
         """Commit a checkpoint of `step` on all ranks, then delete the checkpoints that are not to be kept.
@@ -49,7 +57,7 @@ class Checkpoints(Callback):
             UserError: the checkpoint cannot be written; earlier ones are unchanged.
         """
         training, folder = self.settings.training, outputs.folder(self.settings) / "checkpoints"
-        state = {"step": step, "best": self.best}
+        state = {"step": step, "best": self.best, "evaluation_is_pending": self.is_pending}
         try:
             self.engine.save_checkpoint(str(folder), tag=tag(step), client_state=state)
         except (CheckpointError, OSError) as error:
@@ -59,7 +67,7 @@ class Checkpoints(Callback):
             ) from None
         self.saved = step
         if dist.get_rank() == 0:
-            keep = [tag(self.best["step"])] if self.best else []
+            keep = [tag(self.best["step"])] if self.best and training.keep_best else []
             try:
                 store.prune(folder, training.keep_last, training.keep_every, keep)
             except (CheckpointError, OSError) as error:  # the next save tries again
@@ -72,7 +80,7 @@ def tag(step: int) -> str:
 
 
 def load_checkpoint(engine: Any, found: Checkpoint) -> dict[str, Any]:
-    """Load a verified checkpoint; return its client state: `step`, the steps done, and `best`.
+    """Load a verified checkpoint; return its client state: `step`, the steps done, and what `Checkpoints` put there.
 
     Raises:
         UserError: the checkpoint is of another kind of run.
@@ -81,4 +89,4 @@ def load_checkpoint(engine: Any, found: Checkpoint) -> dict[str, Any]:
         _, state = engine.load_checkpoint(str(found.path.parent), tag=found)
     except ValueError as error:
         raise UserError(f"--resume: {error}") from error
-    return {"best": None, **state}
+    return {"best": None, "evaluation_is_pending": False, **state}

@@ -28,6 +28,9 @@ class HeldOut(Callback):
 
     Args:
         evaluate: evaluates the engine on all ranks and returns what `evaluate` below returns.
+
+    Attributes:
+        latest: step and result of the latest evaluation; None before the first.
     """
 
     def __init__(self, every: int | None, last: int, evaluate: Callable[[], dict[str, Any] | None]) -> None:
@@ -35,8 +38,10 @@ class HeldOut(Callback):
         self.latest: tuple[int, dict[str, Any] | None] | None = None  # step and result
 
     def describe(self, step: Step) -> None:
-        """Evaluate, if it is due. An evaluation that a signal interrupts leaves no result."""
-        if self.every and (step.number % self.every == 0 or step.number == self.last):
+        """Evaluate, if it is due. If a signal interrupts the evaluation, `held_out` is None."""
+        is_due = self.every and (step.number % self.every == 0 or step.number == self.last)
+        if is_due and step.record["loss"] is not None:  # a run that has diverged ends here
+            step.record["held_out"] = None
             with contextlib.suppress(EvaluationInterrupted):
                 result = self.evaluate()
                 self.latest = step.number, result
@@ -98,7 +103,7 @@ def evaluate(
         return {"loss": finite(loss / tokens), "n": len(data.eval)}
     score = _sum_over_ranks(data.score(results, mine), engine.device)
     return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
-            "unanswered": score.unanswered, "sample": _sample(data, results[0])}  # fmt: skip
+            "unanswered": score.unanswered, "sample": _sample(data, results[0]) if rank == 0 else None}  # fmt: skip
 
 
 def _loss(

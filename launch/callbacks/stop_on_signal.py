@@ -17,12 +17,18 @@ from hift_ds.launch.runtime.ranks import RankWatch, sum_over_ranks
 class Stopping(Callback):
     """Stop after the step, with a checkpoint, as soon as any rank was asked to. It also reports progress to the watch.
 
+    Args:
+        last_step: the step that training ends with.
+
     Ranks receive signals at different times. The sum over ranks that each step makes anyway tells all of them in the
     same step.
     """
 
-    def __init__(self, settings: Settings, checkpoints: Checkpoints, asked: Preemption, watch: RankWatch) -> None:
+    def __init__(
+        self, settings: Settings, checkpoints: Checkpoints, asked: Preemption, watch: RankWatch, last_step: int
+    ) -> None:
         self.settings, self.checkpoints, self.asked, self.watch = settings, checkpoints, asked, watch
+        self.last_step = last_step
         self.any_asked = False
 
     def contribution(self, number: int) -> float:
@@ -60,7 +66,7 @@ class Stopping(Callback):
         try:
             self.after_batch()
         except EvaluationInterrupted:
-            self._stop(self.settings.training.max_steps)
+            self._stop(self.last_step)
 
     def _stop(self, step: int) -> NoReturn:
         method = self.settings.method.name

@@ -7,6 +7,7 @@ problems to a list, so that a user sees all of them at once.
 from __future__ import annotations
 
 import copy
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from hift_ds.launch.errors import expected
 
 
 def setting(default: Any, **limits: Any) -> Any:
-    """Declare a dataclass field with limits for its value: `choices`, `at_least`, `above`, `at_most`.
+    """Declare a dataclass field with limits for its value.
 
-    `build` checks them; null is always allowed. A `dict` or `list` default is copied for each instance.
+    `build` checks the limits `choices`, `at_least`, `above` and `at_most`, and takes null for the default with
+    `null_is_default`. A `dict` or `list` default is copied for each instance.
     """
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=limits)
@@ -49,8 +51,8 @@ def build(kind: Any, given: Mapping, where: str, problems: list[str]) -> Any:
             problems.append(f"{where}.{key}: unknown key. {expected(key, known)}")
             continue
         fits, value = _fit(value, hints[key])
-        if not fits and value is None and known[key].default is not MISSING:
-            continue  # null stands for the default
+        if value is None and known[key].metadata.get("null_is_default"):
+            continue
         if not fits:
             problems.append(f"{where}.{key}: got {value!r}, expected {_type_name(hints[key])}.")
             continue
@@ -113,8 +115,8 @@ def _outside(value: Any, limits: Mapping) -> str | None:
         return None
     if "choices" in limits and value not in limits["choices"]:
         return expected(str(value), limits["choices"])
-    if isinstance(value, float) and value != value:
-        return "Expected a number."
+    if isinstance(value, float) and not math.isfinite(value):
+        return "Expected a finite number."
     if "at_least" in limits and value < limits["at_least"]:
         return f"Expected at least {limits['at_least']}."
     if "above" in limits and value <= limits["above"]:

@@ -27,7 +27,7 @@ from hift_ds.launch.model.settings import ModelSettings
 class TrainingSettings:
     """The `training` section."""
 
-    max_steps: int = setting(100, at_least=1)  # optimizer steps; under HiFT each trains one block
+    max_steps: int = setting(100, at_least=1, null_is_default=True)  # optimizer steps; HiFT trains one block in each
     epochs: float | None = setting(None, above=0)  # passes over the training data, in place of max_steps
     batch_size: int = setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
     micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank
@@ -173,7 +173,7 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
             f"training.loss_chunk: got {sections['training'].loss_chunk}, but model.task is "
             f"{sections['model'].task!r}, which has few logits. Remove it."
         )
-    problems += _training_problems(sections["training"], sections["method"], raw.get("training"))
+    problems += _training_problems(sections["training"], sections["method"], sections["data"], raw.get("training"))
     problems += sections["data"].problems()
     fp16 = sections["deepspeed"].get("fp16")
     is_fp16 = isinstance(fp16, Mapping) and bool(fp16.get("enabled"))
@@ -191,8 +191,8 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
     return None if problems else Settings(**sections)
 
 
-def _training_problems(training: TrainingSettings, method: MethodSettings, given: Any) -> list[str]:
-    """Return the problems of the training section's keys with each other and with the method.
+def _training_problems(training: TrainingSettings, method: MethodSettings, data: DataSettings, given: Any) -> list[str]:
+    """Return the problems of the training section's keys with each other, the method and the data.
 
     Args:
         given: the section as it is in the YAML.
@@ -202,6 +202,11 @@ def _training_problems(training: TrainingSettings, method: MethodSettings, given
         problems.append(
             f"training.epochs: got {training.epochs:g}, and training.max_steps is {training.max_steps}. Expected one "
             "of them; remove the other, e.g. by --set training.max_steps=null."
+        )
+    if training.eval_every and data.eval_examples == 0:
+        problems.append(
+            f"training.eval_every: got {training.eval_every}, but data.eval_examples is 0, so nothing is held out. "
+            "Remove one of them."
         )
     if training.keep_best and not training.eval_every:
         problems.append(

@@ -82,8 +82,8 @@ def find_files(
                     return {**found, "eval": files}
             elif eval_split is not None:
                 raise UserError(
-                    f"data.eval_split: {eval_split!r} is {files[0]}, which is trained on; name another split, or set "
-                    "data.eval_examples to 0"
+                    f"data.eval_split: {eval_split!r} is {files[0]}, which is trained on; name another split, or "
+                    "remove data.eval_split"
                 )
         if eval_split is not None or eval_path is not None:
             wanted = eval_split or " or ".join(HELD_OUT)

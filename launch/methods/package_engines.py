@@ -242,7 +242,7 @@ def _badam(model: Any, rate: float, decay: float, settings: Any, factor: Any) ->
     with (
         contextlib.redirect_stdout(io.StringIO()),
         warnings.catch_warnings(),
-    ):  # blocks, fp32 weights
+    ):  # it prints the names of blocks, and warns about fp32 weights
         warnings.simplefilter("ignore")
         optimizer = badam.BlockOptimizer(
             torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay),

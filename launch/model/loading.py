@@ -51,7 +51,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if settings.tokenizer == "byte":
         return byte_tokenizer()
     name = settings.tokenizer or settings.name_or_path
-    assert name is not None  # settings.py saw to it
+    assert name is not None  # `ModelSettings.problems` has checked it
     source = _source(*tokenizer_source(settings))
     tokenizer = _explained(
         "model.tokenizer" if settings.tokenizer else "model.name_or_path",

@@ -58,7 +58,7 @@ def _remove_if_stale(lock: Path) -> None:
         age = time.time() - before.st_mtime
         if not _is_known(lock, before) and age < LONGEST_BUILD:
             warn(
-                f"{lock} is there, and it cannot be told who holds it. If no other process is building this extension, "
+                f"{lock} is there, and its holder is unknown. If no other process is building this extension, "
                 f"delete the file: until it is gone, everything that needs the extension waits"
             )
             return

@@ -42,8 +42,8 @@ def folder(settings: Settings) -> Path:
     return Path(str(settings.output.dir)).expanduser()
 
 
-def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
-    """Return whether the run in the folder is finished. Only reads files.
+def check_start(folder: Path, settings: Settings, resume: str | None) -> None:
+    """Check that the folder is free for a new run, or holds a run to continue or a finished one. Only reads files.
 
     `resume` is None, "yes" (`--resume`) or "auto" (`--resume auto`).
 
@@ -60,27 +60,26 @@ def check_start(folder: Path, settings: Settings, resume: str | None) -> bool:
                 f"output.dir: {str(folder)!r} already holds a run ({', '.join(used)}). Set another output.dir, "
                 f"continue it with --resume, or delete it with --set output.overwrite=true."
             )
-        return False
+        return
     if settings.output.overwrite:
         raise UserError("output.overwrite: true would delete the run that --resume continues. Use one of them.")
-    if _is_finished(folder, settings):
-        return True
-    if has_checkpoint(folder):
-        return False
+    steps = None if settings.training.epochs else settings.training.max_steps
+    if steps_of_finished(folder, settings, steps) or has_checkpoint(folder):
+        return
     place = folder / "checkpoints"
     named = store.pointed(place)
     missing = f"{str(place)!r} has none" + (f", though {store.POINTER!r} there names {named!r}" if named else "")
     if resume == "yes":
         raise UserError(
             f"--resume: there is no checkpoint to continue from: {missing}. Checkpoints are written every "
-            "training.save_every steps. `--resume auto` starts a new run in that case."
+            "training.save_every steps, and of the best step with training.keep_best. "
+            "`--resume auto` starts a new run in that case."
         )
     if named or _got_to_a_checkpoint(folder):
         raise UserError(
             f"--resume auto: {str(folder)!r} is a run that wrote checkpoints, and {missing}. Restore them, or start a "
             "new run with output.overwrite=true instead of --resume."
         )
-    return False
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -105,22 +104,30 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
 def _got_to_a_checkpoint(folder: Path) -> bool:
     """Return whether the run in the folder has reached its first checkpoint."""
     try:
-        save_every = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["training"]["save_every"]
+        training = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["training"]
+        save_every = training["save_every"] or training.get("keep_best") and training["eval_every"]
         steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(save_every) and steps > save_every  # a step's record is written before its checkpoint
 
 
-def _is_finished(folder: Path, settings: Settings) -> bool:
+def steps_of_finished(folder: Path, settings: Settings, steps: int | None) -> int:
+    """Return the number of steps of the finished run in the folder; 0 if there is none or it is shorter than asked for.
+
+    Args:
+        steps: the steps that the settings ask for; None while they are given as epochs of data not yet loaded.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    exported = not settings.output.export or (folder / "model").is_dir()
-    if settings.training.epochs is not None:
-        return exported and (summary.get("epochs") or 0) >= settings.training.epochs
-    return exported and summary.get("steps", 0) >= settings.training.max_steps
+        return 0
+    if settings.output.export and not (folder / "model").is_dir():
+        return 0
+    done = summary.get("steps", 0)
+    if steps is None:
+        return done if (summary.get("epochs") or 0) >= (settings.training.epochs or 0) else 0
+    return done if done >= steps else 0
 
 
 def check_free(folder: Path) -> None:

@@ -107,7 +107,7 @@ class Preemption:
             if self.nothing_to_lose is not None:
                 self._say(f"stopped by {reason}: {self.nothing_to_lose}")
                 os._exit(STOPPED)
-            self._say(f"{reason}: stopping after the current step is finished and saved")
+            self._say(f"{reason}: stopping as soon as the current work is finished")
         elif time.monotonic() - self._since > SAME:
             self._say(f"{reason} again: exiting at once, without saving", everyone=True)
             os._exit(code)

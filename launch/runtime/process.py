@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 
 from hift_ds.launch.config import credentials
 from hift_ds.launch.errors import UserError
-from hift_ds.launch.exit_codes import MISTAKE, RANK_LOST, STOPPED
+from hift_ds.launch.exit_codes import MISTAKE, RANK_LOST
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +52,7 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     code = main()
     if code == RANK_LOST:
         os._exit(code)  # a group that lacks a rank cannot be taken down in order
-    if dist.is_initialized() and code in (0, 1, STOPPED):
+    # After a mistake other ranks may be in a collective: this process must not wait for them.
+    if dist.is_initialized() and code != MISTAKE:
         dist.destroy_process_group()
     sys.exit(code)

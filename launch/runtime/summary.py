@@ -156,7 +156,7 @@ def report(summary: dict[str, Any]) -> str:
         f"updates            {_updates(s['block_names'], s['updates_per_block'])}",
     ]
     if s.get("best"):
-        lines.append(f"best               step {s['best']['step']} of {s['steps']}, evaluated and exported")
+        lines.append(f"best               step {s['best']['step']} of {s['steps']}; exported and evaluated last")
     if s["steps_skipped"]:
         lines.append(f"skipped            {s['steps_skipped']} steps: loss or gradients not finite")
     if "sample_before" in s:

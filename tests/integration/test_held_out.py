@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def test_without_epochs_the_steps_stay() -> None:
             ["training.keep_best=true", "training.eval_every=2", "method.name=badam"],
             "training.keep_best: true, but badam's package cannot save all of its state",
         ),
+        (["training.max_steps=null", "training.epochs=.inf"], "training.epochs: got inf. Expected a finite number"),
+        (["training.batch_size=null"], "training.batch_size: got None, expected a whole number"),
+        (["training.eval_every=2", "data.eval_examples=0"], "training.eval_every: got 2, but data.eval_examples is 0"),
         (["training.eval_every=0"], "training.eval_every: got 0. Expected at least 1"),
     ],
 )
@@ -82,7 +86,7 @@ def test_a_run_of_epochs_ends_finished_and_can_be_prolonged(tmp_path: Path) -> N
     assert result["code"] == 0, result["printed"]
     assert (summary(tmp_path / "run")["steps"], summary(tmp_path / "run")["epochs"]) == (5, 2)
     again = run_tiny(1, tmp_path / "run", *given, "training.epochs=2", resume="yes")
-    assert again["code"] == 0 and "this run is finished" in again["printed"]
+    assert again["code"] == 0 and "this run is finished after 5 steps" in again["printed"]
     longer = run_tiny(1, tmp_path / "run", *given, "training.epochs=3", resume="yes")
     assert longer["code"] == 0 and summary(tmp_path / "run")["steps"] == 8, longer["printed"]
     straight = run_tiny(1, tmp_path / "straight", *given, "training.epochs=3")
@@ -111,7 +115,8 @@ def test_evaluations_change_no_bit_and_are_those_of_the_shorter_run(tmp_path: Pa
 
 
 def test_evaluation_needs_held_out_examples(tmp_path: Path) -> None:
-    result = run_tiny(1, tmp_path / "run", "data.eval_examples=0", "training.eval_every=2")
+    given = [entry for entry in text_data(tmp_path) if "eval_path" not in entry]
+    result = run_tiny(1, tmp_path / "run", *given, "training.eval_every=2")
     assert result["code"] == 2 and "training.eval_every: got 2, but the data has no held-out" in result["printed"]
     assert not (tmp_path / "run").exists()
 
@@ -178,12 +183,62 @@ def test_a_continued_run_remembers_the_best(tmp_path: Path) -> None:
     """A signal during the evaluation at step 6: the run is saved after step 6, and step 3 stays the best."""
     stopped = run_with_results(tmp_path / "run", [9.0, 1.0, 0.5], *BEST, stop_at=2, ranks=2)
     assert stopped["code"] == 75 and "after step 6; checkpoint" in stopped["printed"]
-    assert [("held_out" in record) for record in records(tmp_path / "run")] == [False, False, True, False, False, False]
-    resumed = run_with_results(tmp_path / "run", [2.0, 3.0, 1.0], *BEST, resume="yes", ranks=2)
+    found = [record.get("held_out", "none") for record in records(tmp_path / "run")]
+    assert found == ["none", "none", {"loss": 1.0, "n": 5}, "none", "none", None]
+    # The evaluation at step 6 is repeated; then come steps 9 and 10, and the loaded best.
+    resumed = run_with_results(tmp_path / "run", [1.5, 2.0, 3.0, 1.0], *BEST, resume="yes", ranks=2)
     assert resumed["code"] == 0, resumed["printed"]
     assert summary(tmp_path / "run")["best"]["step"] == 3
     short = run_tiny(2, tmp_path / "short", "training.max_steps=3")
     assert short["code"] == 0 and same(weights(tmp_path / "run"), weights(tmp_path / "short"))
+
+
+def test_an_interrupted_evaluation_is_repeated_and_may_be_the_best(tmp_path: Path) -> None:
+    stopped = run_with_results(tmp_path / "run", [9.0, 1.0, 0.5], *BEST, stop_at=2)
+    assert stopped["code"] == 75, stopped["printed"]
+    resumed = run_with_results(tmp_path / "run", [0.5, 2.0, 3.0, 0.5], *BEST, resume="yes")
+    assert resumed["code"] == 0 and summary(tmp_path / "run")["best"]["step"] == 6, resumed["printed"]
+    short = run_tiny(1, tmp_path / "short", "training.max_steps=6")
+    assert short["code"] == 0 and same(weights(tmp_path / "run"), weights(tmp_path / "short"))
+
+
+def test_a_damaged_best_checkpoint_is_no_traceback_and_the_last_model_can_be_exported(tmp_path: Path) -> None:
+    run_with_results(tmp_path / "run", [9.0, 1.0, 2.0, 3.0, 3.0, 1.0], *BEST)
+    shutil.rmtree(tmp_path / "run" / "model")  # the export is to be made again
+    states = next((tmp_path / "run" / "checkpoints" / "step3").glob("*model_states.pt"))
+    states.write_bytes(states.read_bytes()[:-1])
+    again = run_with_results(tmp_path / "run", [3.0], *BEST, resume="yes")
+    assert again["code"] == 2 and "training.keep_best: the best checkpoint, of step 3, cannot be" in again["printed"]
+    last = run_with_results(tmp_path / "run", [3.0], *BEST, "training.keep_best=false", resume="yes")
+    assert last["code"] == 0, last["printed"]
+    straight = run_tiny(1, tmp_path / "straight", "training.max_steps=10")
+    assert straight["code"] == 0 and same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
+def test_the_last_evaluation_is_not_repeated(tmp_path: Path) -> None:
+    """Before training and at steps 2 and 4: a fourth evaluation would find no result."""
+    result = run_with_results(tmp_path / "run", [9.0, 2.0, 1.5], "training.max_steps=4", "training.eval_every=2")
+    assert result["code"] == 0 and summary(tmp_path / "run")["held_out_loss_after"] == 1.5, result["printed"]
+
+
+def test_a_run_finished_in_steps_is_finished_in_epochs(tmp_path: Path) -> None:
+    given = [*text_data(tmp_path), "training.save_every=100"]
+    assert run_tiny(1, tmp_path / "run", *given, "training.max_steps=5")["code"] == 0
+    before = (tmp_path / "run" / "summary.json").read_text()
+    again = run_tiny(1, tmp_path / "run", *given, "training.max_steps=null", "training.epochs=2", resume="auto")
+    assert again["code"] == 0 and "this run is finished after 5 steps" in again["printed"], again["printed"]
+    assert (tmp_path / "run" / "summary.json").read_text() == before
+
+
+def test_a_longer_run_that_is_stopped_in_its_last_evaluation_saves_nothing_else(tmp_path: Path) -> None:
+    """Six steps are done when `max_steps` is lowered to four: no checkpoint of step 4 has the weights of step 6."""
+    given = ("training.save_every=6", "training.keep_last=null")
+    assert run_with_results(tmp_path / "run", [9.0, 1.0], "training.max_steps=6", *given)["code"] == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    argv = ("training.max_steps=4", *given)
+    stopped = run_with_results(tmp_path / "run", [1.0], *argv, resume="yes", stop_at=0)
+    assert stopped["code"] == 75 and "stopped by SIGTERM after step 6; checkpoint" in stopped["printed"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step*")] == ["step6"]
 
 
 def test_of_equal_scores_the_later_is_the_best() -> None:

@@ -80,6 +80,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["budgets=[{seconds: 3}]", "deepspeed.scheduler={type: WarmupLR}"],
         "budgets: seconds, but deepspeed.scheduler is",
     ),
+    "epochs": (["training.epochs=2"], "training.epochs: the comparison sets it"),
+    "evaluations in training": (["training.eval_every=2"], "training.eval_every: the comparison sets it"),
+    "no batch size": (["training.batch_size=null"], "training.batch_size: got None, expected a whole number"),
     "row's steps": (
         ["methods=[{name: full, training: {max_steps: 3}}]"],
         "methods: full: training.max_steps: the comparison sets it",
