@@ -34,7 +34,7 @@ from hift_ds.launch.runtime.ranks import RankWatch
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
-        prog=Path(sys.argv[0]).name,
+        prog="hift-train" if Path(sys.argv[0]).name == "hift-train" else "launch/train.py",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
