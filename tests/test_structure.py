@@ -118,7 +118,7 @@ ROOMS = {
     "launch": {
         "errors": "",
         "exit_codes": "",
-        "console": "errors exit_codes",
+        "console": "errors exit_codes train",
         "data": "errors",
         "model": "errors",
         "methods": "errors model",
@@ -134,7 +134,7 @@ ROOMS = {
     },
     "evaluation": {
         "json_lines": "",
-        "console": "",
+        "console": "compare",
         "tasks": "json_lines",
         "cost": "json_lines tasks",
         "mt_bench": "json_lines tasks",
