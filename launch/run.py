@@ -97,6 +97,7 @@ class Run:
         self.check_folder()
         if self.is_finished(None if self.settings.training.epochs else self.settings.training.max_steps):
             return
+        outputs.check_writable(self.folder)
         self.load_data()
         if self.is_finished(self.settings.training.max_steps):
             return
@@ -131,7 +132,7 @@ class Run:
             )
 
     def check_folder(self) -> None:
-        """Check that the output folder is free, fits `resume` and can be written to."""
+        """Check that no other run writes to the output folder, and that its content fits `resume`."""
         if self.rank == 0:
             outputs.check_free(self.folder)
         outputs.check_start(self.folder, self.settings, self.resume)
@@ -145,7 +146,6 @@ class Run:
 
     def load_data(self) -> None:
         """Load tokenizer, data and model configuration, and check that they fit each other and the run to continue."""
-        outputs.check_writable(self.folder)
         settings = self.settings
         self.tokenizer = loading.load_tokenizer(settings.model)
         self.data = load_data(settings.data, self.tokenizer, task=settings.model.task, seed=settings.training.seed)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import deepspeed
 
-from tests.hift_ds.checkpoint.test_store import newest
+from tests.hift_ds.checkpoint.test_store import newest, save
 from tests.support.ranks import run_on_ranks
 
 
@@ -15,8 +15,11 @@ def newest_for_two(folder: Path) -> int | None:
     return newest(folder)
 
 
-def test_each_rank_sees_damage_that_another_finds(two: Path) -> None:
-    """Two ranks share the files: each hashes some of them, and both hear of all damage."""
+def test_each_rank_sees_damage_that_another_finds(tmp_path: Path) -> None:
+    """Two ranks share the files: each hashes some of them, and both learn of all damage."""
+    two = tmp_path / "two"
+    save(two, 1)
+    save(two, 2)
     assert run_on_ranks(2, newest_for_two, two) == [2, 2]
     for name in ("step2/state.pt", "step2/extra/note.json"):
         data = (two / name).read_bytes()

@@ -52,7 +52,7 @@ def test_a_lost_rank_is_named(end: str, tmp_path: Path) -> None:
         other.kill()
         other.wait()
     assert done.returncode == RANK_LOST, done.stderr
-    assert f"error: rank 1 (pid {other.pid} on " in done.stderr and f") is {end}; last sign of life" in done.stderr
+    assert f"error: rank 1 (pid {other.pid} on " in done.stderr and f") is {end}; last heartbeat" in done.stderr
     assert f"after step 7: {log}" in done.stderr and "training.rank_timeout (1 s)" in done.stderr
     own = (tmp_path / "rank0.log").read_text()
     assert f"is {end}" in own and "gave up after 1 s" in own
