@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,13 +71,11 @@ def test_bf16_with_an_untied_head(stage: int, tmp_path: Path) -> None:
 
 def train_until_ended(argv: Sequence[str]) -> dict[str, Any]:
     """Run the command line on this rank; a rank that sleeps is ended there, as the launcher ends it within a minute."""
-    from hift_ds.launch.runtime import process
 
     def sleep(seconds: float) -> None:
         raise KeyboardInterrupt(seconds)
 
-    with mock.patch.object(process, "time", types.SimpleNamespace(sleep=sleep)):
-        return train_and_compare(argv)
+    return train_and_compare(argv, sleep=sleep)
 
 
 def test_a_mistake_is_printed_once_by_two_ranks(tmp_path: Path) -> None:

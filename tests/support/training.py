@@ -3,7 +3,8 @@
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,17 +32,21 @@ def summary(out: Path) -> dict[str, Any]:
     return json.loads((out / "summary.json").read_text())
 
 
-def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dict[str, Any]:
+def train_and_compare(
+    argv: Sequence[str], stop_after: int | None = None, sleep: Callable[[float], None] = lambda _: None
+) -> dict[str, Any]:
     """Runs the command line on this rank, and compares the exported folder with the engine's own weights.
 
     Args:
         stop_after: raise once that many steps are recorded, as if the process had been killed there.
+        sleep: takes the place of the minute for which a rank with a mistake waits for the launcher to end it.
     """
     import deepspeed
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from hift_ds.launch import run, train
     from hift_ds.launch.callbacks import records as log_records
+    from hift_ds.launch.runtime import process
 
     seen: dict[str, Any] = {}
     export, record_step = run.export_model, log_records.RunLog.step
@@ -66,8 +71,9 @@ def train_and_compare(argv: Sequence[str], stop_after: int | None = None) -> dic
     patches: list[Any] = [
         mock.patch.object(run, "export_model", spy),
         mock.patch.object(log_records.RunLog, "step", step_until),
+        mock.patch.object(process, "time", types.SimpleNamespace(sleep=sleep)),
     ]
-    with patches[0], patches[1], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with patches[0], patches[1], patches[2], contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         with contextlib.suppress(KeyboardInterrupt):
             code = train.main(list(argv))
     result: dict[str, Any] = {"code": code, "printed": printed.getvalue()}
