@@ -62,15 +62,19 @@ def main() -> int:
             file=sys.stderr,
         )
         job = ["--config", "configs/tiny.yaml", "--set", "training.max_steps=240"]
-    # Another quickstart replaces the files of the last one.
-    job += ["--set", "output.dir=runs/quickstart", "--set", "output.overwrite=true", *sys.argv[1:]]
+    job += ["--set", "output.dir=runs/quickstart", *sys.argv[1:]]
+    if "--resume" not in sys.argv:  # another quickstart replaces the files of the last one
+        job += ["--set", "output.overwrite=true"]
     with socket.socket() as probe:  # a free port, so that other runs on this machine do not matter
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launcher = ["deepspeed", "--num_gpus", "1", "--master_port", port, "launch/train.py", *job]
     print(f"quickstart: {shlex.join(launcher)}", flush=True)
     script = Path(sys.executable).with_name("deepspeed")  # of this environment, even if it is not on PATH
-    return subprocess.run([sys.executable, str(script), *launcher[1:]], cwd=REPOSITORY).returncode
+    code = subprocess.run([sys.executable, str(script), *launcher[1:]], cwd=REPOSITORY).returncode
+    if code and (REPOSITORY / "runs" / "quickstart" / "checkpoints").exists():
+        print("quickstart: to continue from the checkpoint: make quickstart ARGS=--resume", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -197,7 +197,12 @@ class Run:
         self.watch.progress()
         if self.found and state["evaluation_is_pending"] and (result := self.evaluate(self.watch.progress)):
             self.checkpoints.is_best(self.first_step, result)
-        before = self.recorded["before"] if self.found else self.evaluate(self.watch.progress)
+        if self.found:
+            before = self.recorded["before"]
+        else:
+            if self.data.eval:
+                self.say(f"evaluating {len(self.data.eval)} held-out examples before training")
+            before = self.evaluate(self.watch.progress)
         self.log = None
         if self.rank == 0:
             if not self.found:

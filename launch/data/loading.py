@@ -87,6 +87,12 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
         )
         report[part] = {"rows": len(splits[part]), **counts}
         notes += _notes(settings, part, counts)
+    trained = {tuple(one.input_ids) for one in encoded["train"]}
+    if shared := sum(tuple(one.input_ids) in trained for one in encoded["eval"]):
+        notes.append(
+            f"warning: {shared} of {len(encoded['eval'])} held-out examples are also training examples, so their score "
+            "does not measure new data"
+        )
     train = [Example(one.input_ids, one.labels, one.token_type_ids) for one in encoded["train"]]
     report |= {"files": files, "format": format_, "template": template, "labels": labels, "notes": notes}
     return Data(train, encoded["eval"], report, _find_score(settings, format_))
