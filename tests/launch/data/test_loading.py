@@ -199,3 +199,11 @@ def test_windows_that_cannot_be_cut_are_refused_at_once() -> None:
     for arguments in ((10, 0, 8, 3, 0, 1), (10, 0, 8, 2, 0, 3), (10, 0, 8, 8, 1, 1), (0, 0, 8, 8, 0, 1)):
         with pytest.raises(ValueError):
             window_batches(*arguments)
+
+
+def test_the_first_token_has_no_prediction() -> None:
+    """Three labels of the first row and one of the second have a loss: a first token is predicted from nothing."""
+    ignored = -100
+    labels = torch.tensor([[5, 6, 7, 8], [5, 9, ignored, ignored]])
+    assert trained_tokens({"labels": labels}) == 4
+    assert trained_tokens({"labels": torch.tensor([0, 1, 1])}) == 3  # classes: one each
