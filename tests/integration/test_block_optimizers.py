@@ -73,3 +73,26 @@ def test_a_skipped_step_leaves_no_state_on_the_device(stage: int) -> None:
     ((good, bad, is_applied),) = run_on_ranks(1, device_after_good_and_bad_steps, stage)
     assert not is_applied and bad == good
     assert good["master_weights"] == good["optimizer_state"] == 0
+
+
+def buffers_in_a_window(stage: int) -> list[int]:
+    """In a rank: bytes of buffers on the device before an accumulation window, and after each of its two backwards."""
+    engine = tiny.initialize(Case(stage=stage, layers_per_block=LAYERS_PER_BLOCK, step="block"))
+    try:
+        for step in range(3):  # every block has state
+            tiny.optimizer_step(engine, step)
+        seen = [engine.memory_ledger()["device"]["buffers"]]
+        for micro in range(tiny.ACCUMULATION):
+            engine.backward(engine(**tiny.micro_batch(3, micro)).loss)
+            seen.append(engine.memory_ledger()["device"]["buffers"])
+            engine.step()
+        return seen
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (0, 2))
+def test_a_whole_blocks_state_comes_only_after_the_last_backward_of_a_window(stage: int) -> None:
+    """Earlier, it would add to the activations of the next micro-batch."""
+    ((before, first, last),) = run_on_ranks(1, buffers_in_a_window, stage)
+    assert first == before < last

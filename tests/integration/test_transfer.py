@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,22 @@ def test_lazy_streams_change_no_training(step: str) -> None:
     case = Case(stage=2, dtype="bf16")
     ways = [Way(step=step, lazy=lazy, prefetch=lazy, meddle=change_masters_and_moments) for lazy in (False, True)]
     assert run_on_ranks(1, different, case, *ways) == [[]]
+
+
+def save_and_load(engine: Any) -> None:
+    """Replace the engine's state with what a checkpoint of it holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_checkpoint(folder)
+        engine.load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("step", ("streamed", "block"))
+def test_a_checkpoint_waits_for_the_copies_to_the_host(step: str) -> None:
+    """The second save follows a step of the second cycle. In a block's first step, the step itself waits."""
+    skip_on_a_device()
+    case = Case(stage=2, dtype="bf16", layers_per_block=3)
+    saving = Way(step=step, lazy=True, meddle=save_and_load)
+    assert run_on_ranks(1, different, case, Way(step=step), saving) == [[]]
 
 
 def gradients_of_the_host_step(case: Case) -> list[str]:
