@@ -12,8 +12,9 @@ KERNELS := $(VENV)/.kernels
 # PATH finds `deepspeed`, and `ninja`, which builds DeepSpeed's C++ operators. The environment keeps the compiled
 # operators, because another environment would compile them again.
 RUN := PATH="$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(abspath $(VENV))/torch_extensions"
-# Two workers, each with whole files, because a worker keeps its ranks alive from one test to the next.
-RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+# Two workers, each with whole files, because a worker keeps its ranks alive from one test to the next. The files come in
+# the order of tests/conftest.py.
+RUN_TESTS := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
 	"error: hift_ds needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)

@@ -18,11 +18,15 @@ from tests.support import ranks
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).parent
-NOT_FAST = {"integration", "system", "proofs"}  # folders of tests that start ranks or whole runs
+NOT_FAST = ("system", "integration", "proofs")  # folders of tests that start ranks or whole runs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder: what neither starts ranks nor is a long proof is fast."""
+    """Mark tests by their folder: what neither starts ranks nor is a long proof is fast.
+
+    The tests that are not fast come first: at the end of a run, short files keep all workers busy.
+    """
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] not in NOT_FAST)
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder == "proofs":
