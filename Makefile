@@ -27,7 +27,7 @@ CHECK_HEADERS := import os, sys, sysconfig; \
 help:
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
 	@echo "make compare      set up, then compare all methods on a tiny model and built-in tasks, with a report"
-	@echo "make test         set up, then run the tests without the long proofs (6 to 10 minutes on two cores)"
+	@echo "make test         set up, then run the tests without the long proofs (ten minutes on two cores)"
 	@echo "make test-fast    set up, then run the tests that start no ranks (less than 2 minutes)"
 	@echo "make test-slow    set up, then run the long proofs (hours), which make test leaves out"
 	@echo "make lint         set up, then run ruff check, ruff format --check and mypy"
