@@ -28,7 +28,7 @@ help:
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
 	@echo "make compare      set up, then compare all methods on a tiny model and built-in tasks, with a report"
 	@echo "make test         set up, then run the tests without the long proofs (ten minutes on two cores)"
-	@echo "make test-fast    set up, then run the tests that start no ranks (less than 2 minutes)"
+	@echo "make test-fast    set up, then run the tests that start no ranks (2.5 minutes on two cores)"
 	@echo "make test-slow    set up, then run the long proofs (hours), which make test leaves out"
 	@echo "make lint         set up, then run ruff check, ruff format --check and mypy"
 	@echo "make format       set up, then sort the imports and format the code"
