@@ -222,15 +222,14 @@ class Run:
 
     def callbacks(self) -> list[Callback]:
         """Return everything that happens around the steps, in the order in which it happens."""
-        method, training = METHODS[self.settings.method.name], self.settings.training
+        training = self.settings.training
         self.held_out = HeldOut(
             training.eval_every, training.max_steps, lambda: self.evaluate(self.stopping.after_batch)
         )
-        can_skip = method.engine != "deepspeed" or self.engine.fp16_enabled()
         return [
             self.held_out,
             Records(self.log),
-            SkippedSteps(self.engine, self.settings, len(self.data.train), can_skip),
+            SkippedSteps(self.engine, self.settings, len(self.data.train)),
             self.checkpoints,
             self.stopping,
         ]

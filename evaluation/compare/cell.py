@@ -182,10 +182,9 @@ class Cells:
         engine = make_engine(model, settings, schedule_ticks(settings, model.config))
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
-        can_skip = METHODS[settings.method.name].engine != "deepspeed" or engine.fp16_enabled()
         callbacks = [
             recorder,
-            SkippedSteps(engine, settings, len(examples), can_skip),
+            SkippedSteps(engine, settings, len(examples)),
             TimeLimit(budget.seconds or math.inf),
         ]
         with deterministic(settings.training.deterministic):

@@ -14,7 +14,7 @@ from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.errors import shown
 from hift_ds.launch.runtime import outputs
-from hift_ds.launch.runtime.logs import warn
+from hift_ds.launch.runtime.logs import as_text, warn
 from hift_ds.launch.runtime.tracking import start_wandb
 
 
@@ -75,13 +75,13 @@ class RunLog:
             self.file.write(f"{json.dumps(record, allow_nan=False)}\n".encode())
         if self.wandb is not None:
             self.wandb.log(record)
-        self.bar.set_postfix_str(f"block {record['block_name']}, loss {_number(record['loss'])}")
+        self.bar.set_postfix_str(f"block {record['block_name']}, loss {as_text(record['loss'])}")
         self.bar.update()
         step, steps = record["step"], self.settings.training.max_steps
         due = step == steps or step % self.settings.logging.every == 0
         if record["skipped"] or "held_out" in record or self.bar.disable and due:
             parts = [
-                f"step {step}/{steps}: loss {_number(record['loss'])}",
+                f"step {step}/{steps}: loss {as_text(record['loss'])}",
                 f"learning rate {record['learning_rate']:.3g}",
                 f"block {record['block_name']}",
                 f"{record['tokens_per_second']:.0f} tokens/s",
@@ -110,10 +110,6 @@ def _step_of(line: str) -> float:
         return float("inf")  # half a line: the process was killed while writing it
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
-
-
 def _why(record: dict[str, Any]) -> str:
     if "not_finite" not in record:
         return ": the loss scale was too high"
@@ -125,4 +121,4 @@ def _held_out(record: dict[str, Any]) -> list[str]:
     found = record.get("held_out") or {}
     if "score" in found:
         return [f"held-out {found['metric'].replace('_', ' ')} {100 * found['score']:.1f} %"]
-    return [f"held-out loss {_number(found['loss'])}"] if found else []
+    return [f"held-out loss {as_text(found['loss'])}"] if found else []

@@ -12,6 +12,7 @@ from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import window_batches
 from hift_ds.launch.errors import UserError, shown
+from hift_ds.launch.methods.table import METHODS
 
 
 class SkippedSteps(Callback):
@@ -20,11 +21,12 @@ class SkippedSteps(Callback):
     Args:
         settings: settings of the run; `training.max_skipped_steps` is the longest series of skipped steps allowed.
         n_examples: number of training examples.
-        can_continue: whether the engine can take another step after one that it skipped.
     """
 
-    def __init__(self, engine: Any, settings: Settings, n_examples: int, can_continue: bool) -> None:
+    def __init__(self, engine: Any, settings: Settings, n_examples: int) -> None:
         self.engine, self.training, self.n_examples = engine, settings.training, n_examples
+        # DeepSpeed's own engine cannot take another step after one that it skipped, except in fp16.
+        can_continue = METHODS[settings.method.name].engine != "deepspeed" or engine.fp16_enabled()
         self.limit = settings.training.max_skipped_steps if can_continue else 0
         self.in_a_row = 0
 

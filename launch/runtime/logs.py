@@ -18,6 +18,11 @@ def say(rank: int, text: str) -> None:
         print(text, flush=True)
 
 
+def as_text(loss: float | None) -> str:
+    """Return a loss as it is printed; None stands for one that is not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def warn(text: str) -> None:
     """Print a warning to standard error, with secrets removed."""
     print(f"warning: {redacted(text)}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ import hift_ds
 from hift_ds.launch.config.credentials import redacted
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.loading import Data
+from hift_ds.launch.runtime.logs import as_text
 
 
 def summarize(
@@ -137,8 +138,8 @@ def report(summary: dict[str, Any]) -> str:
         f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole "
         f"cycle{'s' * (s['cycles'] != 1)} of "
         f"{s['blocks']} block{'s' * (s['blocks'] != 1)}",
-        f"loss               {_number(s['loss_first'])} at the first step, {_number(s['loss_last'])} at the last; "
-        f"means of {s['loss_window']}: {_number(s['loss_first_mean'])}, {_number(s['loss_last_mean'])}",
+        f"loss               {as_text(s['loss_first'])} at the first step, {as_text(s['loss_last'])} at the last; "
+        f"means of {s['loss_window']}: {as_text(s['loss_first_mean'])}, {as_text(s['loss_last_mean'])}",
     ]
     for when in ("before", "after"):
         if f"score_{when}" in s:
@@ -148,7 +149,7 @@ def report(summary: dict[str, Any]) -> str:
             )
         if f"held_out_loss_{when}" in s:
             loss, n = s[f"held_out_loss_{when}"], s["held_out_n"]
-            lines.append(f"{'held-out ' + when:<18} loss {_number(loss)} ({n} examples)")
+            lines.append(f"{'held-out ' + when:<18} loss {as_text(loss)} ({n} examples)")
     lines += [
         f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
         f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",
@@ -189,7 +190,3 @@ def _updates(names: list[str], counts: list[int]) -> str:
 
 def _indented(title: str, text: str) -> str:
     return "\n".join([f"{title}:", *(f"    {line}" for line in text.splitlines() or ["(empty)"])])
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
