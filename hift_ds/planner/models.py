@@ -271,14 +271,3 @@ def with_lora(model: Any, rank: int, task: str) -> Any:
             return get_peft_model(model, LoraConfig(task_type=kind, r=rank))
     except ValueError as error:
         raise ConfigError([f"--method=lora: {textwrap.shorten(str(error), 300)}"]) from error
-
-
-def longest_input(model: nn.Module) -> int | None:
-    """Return the most tokens that learned position embeddings allow, or None without such embeddings."""
-    limits = []
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
-            offset = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            limits.append(module.num_embeddings - offset)
-    return min(limits, default=None)

@@ -16,6 +16,7 @@ from hift_ds.blocks.block import Block
 from hift_ds.blocks.partition import partition_model
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError
 from hift_ds.model.activations import checkpoint_activations
+from hift_ds.model.positions import position_limit
 from hift_ds.planner import models
 from hift_ds.planner.accounting import (
     FP32,
@@ -349,9 +350,9 @@ class Planner:
                 except ValueError as error:
                     raise ConfigError([str(error)]) from error
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            limit = models.longest_input(model)
+            limit = position_limit(model)
             simulator = Simulator(model, self.task, request.checkpoint_offload)
-            self._built[key] = BuiltModel(simulator, shapes, blocks, limit)
+            self._built[key] = BuiltModel(simulator, shapes, blocks, limit.tokens if limit.table else None)
         if sliced := next((block.name for block in self._built[key].blocks if block.slices), None):
             self._check_slices(request, sliced)
         return self._built[key]
