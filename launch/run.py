@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from deepspeed import comm as dist
 
 from hift_ds.checkpoint import store
-from hift_ds.checkpoint.collectives import gather
 from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.checkpoint.lock import Lock
+from hift_ds.collectives import gather
 from hift_ds.launch.callbacks.callback import Callback
 from hift_ds.launch.callbacks.checkpoints import Checkpoints, load_checkpoint, tag
 from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
@@ -32,7 +32,7 @@ from hift_ds.launch.runtime import extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.runtime.export import export_model
 from hift_ds.launch.runtime.preemption import Preemption, Stopped
-from hift_ds.launch.runtime.ranks import RankWatch, join
+from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, join, together
 from hift_ds.model import loss as losses
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Run:
     data: Data
     config: PretrainedConfig
     ticks: int  # how often the learning-rate schedule advances
+    # find_run
     identity: dict[str, Any]  # what a continuation must share with this run
     recorded: dict[str, Any]  # run.json: of the run to continue, then of this one
     # load_engine
@@ -90,19 +91,22 @@ class Run:
         self.settings, self.resume, self.stop, self.watch = settings, resume, stop, watch
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.folder = outputs.folder(settings)
+        self.lock: Lock | None = None  # rank 0's
 
     def run(self) -> None:
         """Take all steps in their order."""
         self.prepare_process()
+        self.join_ranks()
         self.check_folder()
         if self.is_finished(None if self.settings.training.epochs else self.settings.training.max_steps):
             return
-        outputs.check_writable(self.folder)
+        together(lambda: outputs.check_writable(self.folder))
         self.load_data()
         if self.is_finished(self.settings.training.max_steps):
             return
+        self.find_run()
         self.load_engine()
-        lock = self.claim_folder()
+        self.claim_folder()
         self.continue_or_start()
         with self.saved_if_stopped():
             train(
@@ -118,8 +122,8 @@ class Run:
             after = self.evaluate_last()
         self.export()
         self.summarize(after)
-        if lock is not None:
-            lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def prepare_process(self) -> None:
         """Set up messages and compiled extensions."""
@@ -131,21 +135,37 @@ class Run:
                 f"state, and ZeRO stage {self.settings.zero_stage} is not used"
             )
 
+    def join_ranks(self) -> None:
+        """Join the ranks. From here on, they answer questions about files together, or rank 0 does for all."""
+        join(self.settings.training.rank_timeout)
+        sections = self.settings.as_dict()
+        values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        check_same("settings", values, "Start them all with the same command and the same YAML.")
+
     def check_folder(self) -> None:
         """Check that no other run writes to the output folder, and that its content fits `resume`."""
-        if self.rank == 0:
-            outputs.check_free(self.folder)
-        outputs.check_start(self.folder, self.settings, self.resume)
+        decide(lambda: outputs.check_free(self.folder))
+        decide(lambda: outputs.check_start(self.folder, self.settings, self.resume))
 
     def is_finished(self, steps: int | None) -> bool:
         """Return whether a continued run has done these steps (None: not known yet) and is exported."""
-        done = outputs.steps_of_finished(self.folder, self.settings, steps) if self.resume else 0
+        done = decide(lambda: outputs.steps_of_finished(self.folder, self.settings, steps)) if self.resume else 0
         if done:
             self.say(f"{self.folder}: this run is finished after {done} steps; nothing to do.")
         return bool(done)
 
     def load_data(self) -> None:
-        """Load tokenizer, data and model configuration, and check that they fit each other and the run to continue."""
+        """Load tokenizer, data and model configuration, and check that they fit each other on every rank."""
+        together(self._load_data)
+        rows = {
+            f"{part} {key}": self.data.report[part][key]
+            for part in ("train", "eval")
+            for key in ("sha256", "used", "tokens")
+        }
+        check_same("data", rows, "Give every machine the same files (data.path, data.eval_path, model.tokenizer).")
+        check_same("models", self.config.to_dict(), "Give every machine the same model (model.name_or_path).")
+
+    def _load_data(self) -> None:
         settings = self.settings
         self.tokenizer = loading.load_tokenizer(settings.model)
         self.data = load_data(settings.data, self.tokenizer, task=settings.model.task, seed=settings.training.seed)
@@ -158,29 +178,38 @@ class Run:
         self.config = loading.load_config(settings.model, self.tokenizer, len(self.data.report["labels"] or ()) or None)
         loading.check_length(self.config, *self.data.longest(settings.training.max_new_tokens))
         self.ticks = schedule_ticks(settings, self.config)
-        self.identity = outputs.identity(settings, self.world, self.data)
-        continues = self.resume and outputs.has_checkpoint(self.folder)
-        self.recorded = outputs.check_same_run(self.folder, self.identity) if continues else {}
+
+    def find_run(self) -> None:
+        """Check that the run to continue has the same settings and data."""
+        self.identity = outputs.identity(self.settings, self.world, self.data)
+        self.recorded = decide(
+            lambda: (
+                outputs.check_same_run(self.folder, self.identity)
+                if self.resume and outputs.has_checkpoint(self.folder)
+                else {}
+            )
+        )
 
     def load_engine(self) -> None:
-        """Join the ranks, find the checkpoint to continue from, and make the engine."""
-        join(self.settings.training.rank_timeout)
+        """Find the checkpoint to continue from, and make the engine."""
         self.found = outputs.find_checkpoint(self.folder) if self.recorded else None
         if self.resume and self.found is None:
             self.say(f"{self.folder}: no checkpoint yet; the run begins at its first step")
         self.say(summary.data_report(self.data))
         seed_generators(self.settings.training.seed)
-        model = loading.load_model(self.settings.model, self.config, self.settings.dtype)
+        model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype))
         self.engine = make_engine(model, self.settings, self.ticks)
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 
-    def claim_folder(self) -> Lock | None:
+    def claim_folder(self) -> None:
         """Keep other runs out of the folder (rank 0 holds the lock), and open this rank's log in it."""
-        lock = outputs.claim(self.folder) if self.rank == 0 else None
+        decide(self._claim_folder)
         timeout, keep = self.settings.training.rank_timeout, self.resume is not None
         self.watch.start(self.folder / outputs.LOGS, self.rank, self.world, timeout, keep=keep)
-        return lock
+
+    def _claim_folder(self) -> None:
+        self.lock = outputs.claim(self.folder)
 
     def continue_or_start(self) -> None:
         """Load the checkpoint, or evaluate the untrained model; then open the run's records."""

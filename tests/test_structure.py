@@ -102,13 +102,14 @@ def test_there_is_something_to_check():
 ROOMS = {
     "hift_ds": {
         "blocks": "",
+        "collectives": "",
         "config": "blocks",
         "optim": "config",
-        "state": "blocks config optim",
+        "state": "blocks collectives config optim",
         "weights": "blocks config state",
         "model": "state",
         "zero": "config optim state",
-        "checkpoint": "",
+        "checkpoint": "collectives",
         "engine": "blocks checkpoint config model optim state zero",
         "initialization": "blocks config engine",
         "planner": "blocks config model",

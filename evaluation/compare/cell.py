@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from hift_ds.blocks.block import numel_of
-from hift_ds.checkpoint.collectives import gather
+from hift_ds.collectives import gather
 from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
 from hift_ds.evaluation.cost.flops import step_flops, trained_names

@@ -37,6 +37,7 @@ from deepspeed import comm as dist
 from tqdm import tqdm
 
 from hift_ds.checkpoint.files import write_durably
+from hift_ds.checkpoint.lock import Lock
 from hift_ds.evaluation.compare.cell import Cells, Outcome
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row, TaskEntry, load_comparison
 from hift_ds.evaluation.cost.machine import machine
@@ -50,23 +51,24 @@ from hift_ds.launch.exit_codes import RANK_LOST, STOPPED
 from hift_ds.launch.runtime import extensions, logs, outputs
 from hift_ds.launch.runtime.determinism import deterministic
 from hift_ds.launch.runtime.process import Parser, report_mistake, run_process, world_of_one
-from hift_ds.launch.runtime.ranks import RankWatch, join
+from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, join, together
 
 ATTEMPTS = 3  # give up on a cell after the process has died in it this often
 
 
 class Runs:
-    """The finished trainings by key, one line of runs.jsonl each. Rank 0 writes the file."""
+    """The finished trainings by key, one line of runs.jsonl each. Rank 0 reads and writes the files for all ranks."""
 
     def __init__(self, folder: Path, rank: int):
         self.path, self.rank = folder / "runs.jsonl", rank
         self.begun_path = folder / "begun.jsonl"
-        self.done = {run["key"]: run for run in self._lines(self.path)}
+        finished, begun = decide(lambda: (self._lines(self.path), self._lines(self.begun_path)))
+        self.done = {run["key"]: run for run in finished}
         self.asked: set[str] = set()  # keys of the trainings that this command needs
         self.tries: Counter[str] = Counter()  # attempts of this command
         # How often the process died in a training: the training began, and no stop was recorded.
         self.deaths: Counter[str] = Counter()
-        for line in self._lines(self.begun_path):
+        for line in begun:
             self.deaths[line["key"]] += -1 if line.get("stopped") else 1
 
     def begin(self, key: str) -> str:
@@ -89,8 +91,8 @@ class Runs:
         if not path.exists():
             return []
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
-        if cut and self.rank == 0:
-            write_durably(path, whole + "\n" if whole else "")  # atomically: other ranks read it
+        if cut:
+            write_durably(path, whole + "\n" if whole else "")
         found = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
@@ -111,14 +113,19 @@ class Runs:
 
 def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
     """Run what is missing, and return the records of all cells in the order of the settings."""
-    join(comparison.rank_timeout)
     world, remedy = dist.get_world_size(), "The same command continues with what is missing."
     watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
     runs = Runs(comparison.folder, rank)
     if runs.done:
         logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are finished; this run does the missing ones")
-    dist.barrier()  # all ranks have read the file before rank 0 appends to it
-    loaded = _load(comparison, watch.progress)
+    loaded = together(lambda: _load(comparison, watch.progress))
+    hashes = {
+        f"{entry.task.name} {part}, seed {seed}": data.report[part]["sha256"]
+        for entry, by_seed in zip(comparison.tasks, loaded, strict=True)
+        for seed, data in by_seed.items()
+        for part in ("train", "dev", "test")
+    }
+    check_same("data", hashes, "Give every machine the same files.")
     for entry, parts in zip(comparison.tasks, loaded, strict=True):
         for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
             logs.say(rank, f"{entry.task.name}: {note}")
@@ -286,18 +293,25 @@ def _line(record: dict[str, Any]) -> str:
     return f"{head}: {score}, {record['steps']} steps, {record['seconds']:.1f} s"
 
 
+def _claim(comparison: Comparison) -> Lock:
+    """Make the output folder with its settings, and keep other commands out of it."""
+    if comparison.folder.exists() and not comparison.folder.is_dir():
+        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder or a new name")
+    lock = outputs.claim(comparison.folder)
+    (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+    return lock
+
+
 def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
     """Load the settings, run the comparison and write its report; return the exit code."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     comparison = load_comparison(arguments.config, arguments.set, world, arguments.only)
     logs.quieten(comparison.logging, rank)
     extensions.prepare(rank)
-    if comparison.folder.exists() and not comparison.folder.is_dir():
-        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder or a new name")
-    lock = None
-    if rank == 0:
-        lock = outputs.claim(comparison.folder)
-        (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+    join(comparison.rank_timeout)
+    check_same("settings", comparison.as_dict(), "Start them all with the same command and the same YAML.")
+    locks: list[Lock] = []  # rank 0's
+    decide(lambda: locks.append(_claim(comparison)))
     wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
     with deterministic(wanted):  # one setting for all rows: the accelerator is set up once
         records = compare(comparison, rank, arguments.retry_failed, watch)
@@ -319,7 +333,7 @@ def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
         }
         print(f"{counts['ok']} cells ok, {counts['not_applicable']} not applicable, {counts['failed']} failed")
         print(f"report             {comparison.folder / 'report.md'}, {comparison.folder / 'report.html'}")
-    if lock is not None:
+    for lock in locks:
         lock.release()
     return int(any(one["status"] == "failed" for one in records))
 

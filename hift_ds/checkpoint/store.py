@@ -20,17 +20,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deepspeed.utils import logger
 
-from hift_ds.checkpoint.collectives import gather, on_every_rank, rank, world_size
 from hift_ds.checkpoint.files import CheckpointError, Files, fsync, write_durably
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.checkpoint.manifest import MANIFEST, REPLACED, Checkpoint, read_manifest, tag_of, verify, write_manifest
+from hift_ds.collectives import gather, on_every_rank, rank, world_size
 
 POINTER = "latest"
 _SAVING, _PRUNED = ".saving-", ".pruned-"
+_T = TypeVar("_T")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -82,11 +83,11 @@ def save(
                 write_durably(folder / POINTER, tag)
 
     try:
-        tags = set(on_every_rank("begin", begin))
+        tags = set(_on_every_rank("begin", begin))
         if len(tags) > 1:
             raise CheckpointError(f"the ranks save different tags: {', '.join(sorted(tags))}; pass the same tag on all")
-        written = on_every_rank("write", lambda: write(str(folder), staging.name))
-        on_every_rank("commit", lambda: commit(written))
+        written = _on_every_rank("write", lambda: write(str(folder), staging.name))
+        _on_every_rank("commit", lambda: commit(written))
     except BaseException:
         if is_first and lock is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -95,6 +96,20 @@ def save(
         if lock is not None:
             lock.release()
     return folder / tag
+
+
+def _on_every_rank(what: str, action: Callable[[], _T]) -> list[_T]:
+    """Run an action on every rank, and return the results of all.
+
+    Raises:
+        CheckpointError: on every rank, if the action failed on any rank.
+    """
+    results, problems = on_every_rank(action, Exception)
+    if problems:
+        raise CheckpointError(
+            "\n".join(f"rank {i} could not {what} the checkpoint: {text}" for i, text in problems.items())
+        )
+    return results
 
 
 def prune(

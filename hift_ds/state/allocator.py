@@ -3,16 +3,19 @@
 import math
 import os
 import shutil
+import socket
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
+from hift_ds.collectives import gather
 from hift_ds.state.direct_io import PAGE, open_direct_io
+from hift_ds.state.free_memory import available_memory
 
 
 class HostMemory:
@@ -45,25 +48,34 @@ class HostMemory:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def check_room(self, nbytes: int) -> None:
-        """Check for enough free space before anything is allocated.
+        """Check for enough free space before anything is allocated. All ranks call it, and all get the same answer.
 
         Args:
-            nbytes: bytes that all processes on this machine will allocate together.
+            nbytes: bytes that this rank will allocate.
 
         Raises:
-            ValueError: less is free.
+            ValueError: on every rank, if less is free on any machine than its ranks need.
         """
+        host = socket.gethostname()
         if self.folder is not None:
-            free, place = shutil.disk_usage(self.folder).free, f"the drive of hift.offload.nvme_path={self.folder!r}"
+            place = f"the drive of hift.offload.nvme_path={self.folder!r} on {host}"
+            free = shutil.disk_usage(self.folder).free
             remedy = "free some space there, or choose a folder on a larger drive"
         else:
-            free, place = psutil.virtual_memory().available, "host memory"
+            place, free = f"host memory on {host}", available_memory()
             remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
-        if nbytes > free:
-            raise ValueError(
-                f"fp32 masters and optimizer state of all blocks need {nbytes / 2**30:.2f} GiB of {place}, and "
-                f"{free / 2**30:.2f} GiB are free; {remedy}"
-            )
+        needed, least = Counter[str](), dict[str, int]()
+        for at, wanted, left in gather((place, nbytes, free)):
+            needed[at] += wanted
+            least[at] = min(left, least.get(at, left))
+        problems = [
+            f"fp32 masters and optimizer state of all blocks need {needed[at] / 2**30:.2f} GiB of {at}, and "
+            f"{least[at] / 2**30:.2f} GiB are free"
+            for at in needed
+            if needed[at] > least[at]
+        ]
+        if problems:
+            raise ValueError("; ".join([*problems, remedy]))
 
     def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
         """Return an uninitialized buffer with the shape and dtype of ``like``.

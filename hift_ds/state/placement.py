@@ -1,6 +1,5 @@
 """The placement of masters and optimizer state that a config, a model and an optimizer allow."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,8 +74,7 @@ def place_state(
     if not has_masters:
         element -= 4  # at stage 0, fp32 weights are their own masters
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
-    local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by DeepSpeed's launcher
-    host.check_room(sum(block.numel for block in blocks) * element // ranks * local_ranks)
+    host.check_room(sum(block.numel for block in blocks) * element // ranks)
     return {
         "slices": slices,
         "host": host,

@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import psutil
@@ -32,12 +33,14 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import DistNetworkError
 
+from hift_ds import collectives
 from hift_ds.launch.config.credentials import redacted
-from hift_ds.launch.errors import UserError
+from hift_ds.launch.errors import UserError, shown
 from hift_ds.launch.exit_codes import RANK_LOST
 
 PATIENCE = 60.0  # seconds that a failed rank waits for the same failure on the others
-MOST = 16  # ranks listed in a message
+MOST = 16  # ranks or differences listed in a message
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -60,11 +63,15 @@ class State:
 
 
 def join(rank_timeout: float) -> None:
-    """Join the process group of all ranks. Its collectives time out a minute after `RankWatch`, which reports more.
+    """Choose this rank's device, and join the process group of all ranks.
+
+    Collectives time out a minute after `RankWatch`, which reports more.
 
     Raises:
         UserError: the port of the launcher is in use.
     """
+    # NCCL communicates from the current device, which is the first one until it is set: all ranks would share it.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     try:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
@@ -79,6 +86,58 @@ def join(rank_timeout: float) -> None:
             f"port {port} of this machine is in use, perhaps by another run; choose another port for this run: "
             f"deepspeed --master_port {port + 1} ..."
         ) from None
+
+
+def decide(question: Callable[[], _T]) -> _T:
+    """Answer a question about files on rank 0, and return its answer on every rank.
+
+    Ranks on other machines may see other files, or see them later; if they answered differently, they would go on with
+    different collectives and wait for each other.
+
+    Raises:
+        UserError: on every rank, if rank 0 raises one.
+    """
+    answers, problems = collectives.on_every_rank(lambda: question() if collectives.rank() == 0 else None, UserError)
+    if problems:
+        raise UserError(problems[0])
+    return answers[0]  # type: ignore[return-value]
+
+
+def together(action: Callable[[], _T]) -> _T:
+    """Run an action without collectives on every rank, and return this rank's result.
+
+    Raises:
+        UserError: on every rank, if any rank raises one. The message names the ranks, unless it is the same on all.
+    """
+    own: list[_T] = []
+    _, problems = collectives.on_every_rank(lambda: own.append(action()), UserError)
+    if len(problems) == collectives.world_size() and len(set(problems.values())) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError("\n".join(f"rank {i}: {text}" for i, text in problems.items()))
+    return own[0]
+
+
+def check_same(what: str, value: Mapping[str, Any], remedy: str) -> None:
+    """Check that all ranks have the same values.
+
+    Args:
+        what: the subject of the message, e.g. "settings".
+        value: the values by the names that the message uses.
+
+    Raises:
+        UserError: on every rank, naming each difference to rank 0.
+    """
+    first, *others = collectives.gather(value)
+    problems = [
+        f"{name}: rank {i} has {shown(other.get(name))}, rank 0 has {shown(first.get(name))}"
+        for i, other in enumerate(others, 1)
+        for name in {**first, **other}
+        if other.get(name) != first.get(name)
+    ]
+    if problems:
+        more = [f"and {len(problems) - MOST} more differences"] * (len(problems) > MOST)
+        raise UserError("\n".join([f"the ranks have different {what}. {remedy}", *problems[:MOST], *more]))
 
 
 def sum_over_ranks(device: torch.device, *values: float) -> list[float]:

@@ -5,8 +5,6 @@ from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
-from hift_ds.checkpoint.files import CheckpointError
-
 _T = TypeVar("_T")
 
 
@@ -29,25 +27,20 @@ def gather(value: _T) -> list[_T]:
     return values
 
 
-def on_every_rank(what: str, action: Callable[[], _T]) -> list[_T]:
-    """Run an action on every rank. All ranks call it.
+def on_every_rank(action: Callable[[], _T], expected: type[Exception]) -> tuple[list[_T], dict[int, str]]:
+    """Run an action on every rank, and exchange the results and errors. All ranks call it.
 
     Args:
-        what: a verb for the error message.
-        action: what this rank does.
+        action: what this rank does. It must not contain a collective, which an error on one rank would leave waiting.
+        expected: the errors to exchange. Others are raised on this rank alone.
 
     Returns:
-        The results of all ranks.
-
-    Raises:
-        CheckpointError: on every rank, if the action failed on any rank.
+        The results of all ranks (None where the action failed), and the message of each rank where it failed.
     """
     result, problem = None, None
     try:
         result = action()
-    except Exception as error:
-        problem = f"rank {rank()} could not {what} the checkpoint: {error}"
-    outcomes = gather((result, problem))
-    if problems := [text for _, text in outcomes if text is not None]:
-        raise CheckpointError("\n".join(problems))
-    return [value for value, _ in outcomes]  # type: ignore[misc]
+    except expected as error:
+        problem = str(error)
+    outcomes: list[Any] = gather((result, problem))
+    return [value for value, _ in outcomes], {i: text for i, (_, text) in enumerate(outcomes) if text is not None}
