@@ -265,7 +265,7 @@ class Run:
 
     @contextlib.contextmanager
     def saved_if_stopped(self) -> Any:
-        """Close the records when the run is asked to stop; its checkpoint is saved by then."""
+        """Close the records when the run ends early; if it was asked to stop, its checkpoint is saved by then."""
         try:
             yield
         except Stopped:
@@ -274,6 +274,10 @@ class Run:
                 self.log.close(None)
             # Here the ranks also meet: the launcher ends all ranks as soon as one has exited.
             self.stop.reasons = sorted({reason for own in gather(self.stop.reasons) for reason in own})
+            raise
+        except UserError:
+            if self.log is not None:
+                self.log.close(None)
             raise
 
     def take_best(self) -> None:

@@ -50,9 +50,12 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Call `main`, take down the group of ranks, and exit with the code that `main` returns."""
     sys.excepthook = credentials.print_redacted
     code = main()
-    if code == RANK_LOST:
-        os._exit(code)  # a group that lacks a rank cannot be taken down in order
-    # After a mistake other ranks may be in a collective: this process must not wait for them.
-    if dist.is_initialized() and code != MISTAKE:
+    if dist.is_initialized():
+        if code in (MISTAKE, RANK_LOST):
+            # Other ranks may be gone or in a collective, so the group cannot be taken down in order, and its threads
+            # would abort a process that exits with them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         dist.destroy_process_group()
     sys.exit(code)

@@ -20,17 +20,18 @@ from tests.support.training import arguments
 ENDLESS = ("training.max_steps=100000", "data.eval_examples=0", "output.export=false")
 
 
-def launch(ranks: int, argv: Sequence[str], port: int | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    ranks: int, argv: Sequence[str], port: int | None = None, script: str = "launch/train.py"
+) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
-    script = str(Path(sys.executable).with_name("deepspeed"))
     command = [
         sys.executable,
-        script,
+        str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
         str(ranks),
         "--master_port",
         str(port or free_port()),
-        "launch/train.py",
+        script,
         *argv,
     ]
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import ENVIRONMENT
 from tests.support.jobs import launch
 from tests.support.paths import REPOSITORY
-from tests.support.training import arguments, records, summary
+from tests.support.ranks import free_port
+from tests.support.training import SHORT, arguments, records, summary
 
 STAGES = (0, 1, 2, 3)
 
@@ -68,3 +70,57 @@ def test_a_script_without_the_launcher_is_told_so() -> None:
     outside = {name: v for name, v in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", lines], env=outside, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and "deepspeed --num_gpus 1 script.py" in done.stderr.splitlines()[-1]
+
+
+APART = """
+import os, sys
+sys.path[0] = {repository!r}
+os.environ["HOME"] = {home!r} + os.environ["RANK"]
+from hift_ds.launch.train import command
+command()
+"""
+
+
+def launch_apart(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks under the launcher, each with a home folder of its own."""
+    script = tmp_path / "apart.py"
+    script.write_text(APART.format(repository=str(REPOSITORY), home=str(tmp_path / "home")))
+    return launch(2, arguments(Path("~/run"), *SHORT, *overrides, resume="auto"), script=str(script))
+
+
+def test_ranks_that_see_different_files_do_not_part(tmp_path: Path) -> None:
+    """Rank 1 sees checkpoints of an earlier run, rank 0 none, and each sees other rows: one error, and no hang."""
+    for rank in (0, 1):
+        home = tmp_path / f"home{rank}"
+        (home / "run" / "checkpoints").mkdir(parents=True)
+        (home / "rows.jsonl").write_text(f'{{"prompt": "a", "completion": "{rank}"}}\n' * 8)
+    (tmp_path / "home1" / "run" / "checkpoints" / "latest").write_text("step2")
+    own = ("data.name=jsonl", "data.path=~/rows.jsonl", "data.train_examples=null")
+    done = launch_apart(tmp_path, *own)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in printed, printed
+    assert printed.count("error: the ranks have different data") == 1 and "train sha256: rank 1 has" in printed
+    assert not (tmp_path / "home0" / "run" / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_checkpoints_do_as_rank_0_does(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"home{rank}" / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "home1" / "run" / "checkpoints" / "latest").write_text("step2")
+    done = launch_apart(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no checkpoint yet; the run begins at its first step" in done.stdout
+    assert summary(tmp_path / "home0" / "run")["steps"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """Another launcher: it sets LOCAL_WORLD_SIZE and not LOCAL_SIZE."""
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "--master_port", free_port()]
+    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in unset}
+    argv = [*command, "launch/train.py", *arguments(tmp_path / "run", *SHORT)]
+    done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary(tmp_path / "run")["ranks"] == 2
