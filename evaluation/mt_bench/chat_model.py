@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
-from hift_ds.evaluation.mt_bench.endpoint import Message, Reply
+from hift_ds.evaluation.mt_bench.endpoint import Message
+from hift_ds.evaluation.mt_bench.replies import Reply, Unread
+from hift_ds.launch.data.answers import without_thinking
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.adapters import SETTINGS as ADAPTER_FILE
 from hift_ds.launch.methods.adapters import load_adapter
@@ -75,12 +77,21 @@ class ChatModel:
         """Do nothing: a local model has no waiting requests."""
 
     @torch.no_grad()
-    def ask(self, messages: Sequence[Message], temperature: float, max_tokens: int, seed: int | None = None) -> Reply:
+    def ask(
+        self,
+        messages: Sequence[Message],
+        temperature: float,
+        max_tokens: int,
+        seed: int | None = None,
+        *,
+        paid: Callable[[Unread], None] | None = None,
+    ) -> Reply:
         """Reply to a conversation: greedy at temperature 0, otherwise sampled from all tokens.
 
         Only the temperature shapes the sampling. The model's own generation settings (top-p, penalties) are not used,
-        so that models are comparable. The reply's `ended` is "stop", "length" (`max_tokens`, or no positions left), or
-        "context" with an empty text if the conversation leaves no position for a reply.
+        so that models are comparable. A thinking block is no part of the reply's text. `ended` is "stop", "length"
+        (`max_tokens`, or no positions left), or "context" with an empty text if the conversation leaves no position for
+        a reply. `paid` is never called.
         """
         with self._lock:
             tokens = self._encode(messages)
@@ -100,7 +111,7 @@ class ChatModel:
                 ),
             )[0, tokens.shape[1] :].tolist()
         stopped = bool(written) and written[-1] in self._ends
-        text = self._tokenizer.decode(written, skip_special_tokens=True).strip()
+        text = without_thinking(self._tokenizer.decode(written, skip_special_tokens=True)).strip()
         return Reply(text, "stop" if stopped else "length", tokens.shape[1], len(written))
 
     def _encode(self, messages: Sequence[Message]) -> torch.Tensor:

@@ -30,7 +30,6 @@ from hift_ds.evaluation.mt_bench import judge, verdicts
 from hift_ds.evaluation.mt_bench.endpoint import (
     Endpoint,
     Message,
-    Reply,
     checked_base_url,
     is_loopback,
     key_from_environment,
@@ -46,9 +45,10 @@ from hift_ds.evaluation.mt_bench.questions import (
     read_bench,
     read_questions,
 )
+from hift_ds.evaluation.mt_bench.replies import Reply
 from hift_ds.launch.errors import UserError
 
-EMPTY, FULL = "context", "the conversation filled the model's positions"
+FILLED, FULL = "context", "the conversation filled the model's positions"
 MISSING = 3  # the exit code if verdicts are missing; 2 is a user error
 
 
@@ -110,7 +110,7 @@ def answer(
             if bar.disable:
                 print(f"question {question.id} is answered, {number} of {len(waiting)}", flush=True)
             for turn, ended in enumerate(record["ended"], 1):
-                if ended == EMPTY:
+                if ended == FILLED:
                     bar.write(f"warning: question {question.id}, turn {turn}: {FULL}", file=sys.stderr)
     return len(waiting)
 
@@ -168,9 +168,12 @@ def _run_answer(options: argparse.Namespace) -> int:
     new = answer(questions, load, options.answers, model_id=model_id, source=source, **settings)
     print(f"{options.answers}: {new} new answers, {len(questions)} in total")
     ended = [end for record in read_records(options.answers, _question_id).values() for end in record.get("ended", [])]
-    for word, meaning in (("length", "cut off"), (EMPTY, f"empty: {FULL}")):
+    for word, meaning in (("length", "cut off"), (FILLED, f"empty: {FULL}")):
         if word in ended:
             print(f"{ended.count(word)} of {len(ended)} turns are {meaning}")
+    texts = [text for turns in read_answers(options.answers).turns.values() for text in turns]
+    if empty := sum(not text.strip() for text in texts) - ended.count(FILLED):
+        print(f"{empty} of {len(texts)} turns are empty: the model wrote nothing, or only a thinking block")
     if bench is None or asked is None:
         return 0
     return _judge_files(options, bench, [options.answers], SINGLE, *asked)
@@ -232,6 +235,13 @@ def _judge_files(
         f"{options.verdicts}: {outcome.stored} new verdicts ({outcome.failed} failed), {outcome.before} stored before, "
         f"{len(outcome.missing)} of {len(to_do)} missing"
     )
+    if outcome.estimated:
+        print(
+            f"{outcome.spent} tokens are counted for {options.verdicts}. {outcome.estimated} requests did not report "
+            "theirs: each counts with a token for each byte of the prompt and the whole limit of a reply, marked "
+            '"estimated" in the file. If a "spending" line was not charged, remove it',
+            file=sys.stderr,
+        )
     if not outcome.missing:
         return 0
     if outcome.stopped:
@@ -240,7 +250,8 @@ def _judge_files(
         print(f"missing: question {key[0]}, turn {key[1]}, {' and '.join(key[3])}: {reason}", file=sys.stderr)
     if len(outcome.missing) > 5:
         print(f"missing: {len(outcome.missing) - 5} more", file=sys.stderr)
-    print("the same command continues with the missing verdicts", file=sys.stderr)
+    how = "the same command with a higher limit" if outcome.limited else "the same command"
+    print(f"{how} continues with the missing verdicts", file=sys.stderr)
     return MISSING
 
 

@@ -1,24 +1,24 @@
 """A client of an OpenAI-compatible HTTP endpoint, with retries: `POST BASE/chat/completions`.
 
-The key comes from an environment variable and is used only in the header of requests.
+The key comes from an environment variable and is used only in the header of requests. `replies.py` reads the bodies.
 """
 
 from __future__ import annotations
 
 import email.utils
 import ipaddress
-import json
 import os
 import random
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
+from hift_ds.evaluation.mt_bench.replies import Reply, Unread, bound, read
 from hift_ds.launch.errors import UserError
 
 Message = dict[str, str]  # role and content
@@ -27,16 +27,6 @@ LONGEST_REPLY = 1 << 24  # bytes
 LONGEST_WAIT = 60.0  # seconds between attempts, unless the endpoint asks for more
 LONGEST_OBEYED = 600.0  # seconds that an endpoint may ask for; a longer wait ends the request
 AGAIN = frozenset({408, 409, 425, 429})  # retry after these statuses, and after 500 to 599
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A chat model's reply. Token counts are None where the endpoint does not report them."""
-
-    text: str
-    ended: str  # the finish reason: "stop", "length", or another of the endpoint
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
 
 
 class Unanswered(Exception):
@@ -136,11 +126,23 @@ class Endpoint:
         self._not_before = 0.0  # time.monotonic(): all threads obey a wait that the endpoint asks for
         self._threads = threading.local()
 
-    def ask(self, messages: Sequence[Message], temperature: float, max_tokens: int) -> Reply:
+    def ask(
+        self,
+        messages: Sequence[Message],
+        temperature: float,
+        max_tokens: int,
+        *,
+        paid: Callable[[Unread], None] = lambda unread: None,
+    ) -> Reply:
         """Return the reply to a conversation.
 
+        Args:
+            paid: called before the next attempt, or before this method raises, with each attempt that may cost tokens
+                and gave no reply. It may call `stop`.
+
         Raises:
-            Unanswered: every attempt failed (status 429 or 5xx, timeout, broken JSON), or `stop` was called.
+            Unanswered: every attempt failed (status 429 or 5xx, timeout, a body that is no chat completion), or `stop`
+                was called.
             UserError: the endpoint refuses the request, e.g. an unknown model or a wrong key.
         """
         body = {"model": self.model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
@@ -152,7 +154,7 @@ class Endpoint:
             if self._stopped.is_set():
                 break
             try:
-                return self._send(body)
+                return self._send(body, max_tokens, paid)
             except _Again as problem:
                 reasons.append(str(problem))
                 if problem.wait is not None and problem.wait > LONGEST_OBEYED:
@@ -165,7 +167,9 @@ class Endpoint:
                     pause = min(self.backoff * 2 ** (number - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5)
                     self._wait_until(time.monotonic() + pause)
         raise Unanswered(
-            f"{len(reasons)} attempts, the last: {reasons[-1]}" if reasons else "stopped before the first attempt"
+            f"{len(reasons)} attempt{'s' * (len(reasons) > 1)}, the last: {reasons[-1]}"
+            if reasons
+            else "stopped before the first attempt"
         )
 
     def stop(self) -> None:
@@ -184,9 +188,11 @@ class Endpoint:
         session: requests.Session = self._threads.session
         return session
 
-    def _send(self, body: Mapping[str, Any]) -> Reply:
+    def _send(self, body: Mapping[str, Any], max_tokens: int, paid: Callable[[Unread], None]) -> Reply:
         deadline = time.monotonic() + self.timeout
+        most = bound(body, max_tokens)
         content = bytearray()
+        status = 0
         try:
             with self._session().post(
                 f"{self.base_url}/chat/completions",
@@ -196,6 +202,7 @@ class Endpoint:
                 allow_redirects=False,  # the key is only for this host
                 stream=True,
             ) as response:
+                status = response.status_code
                 # Read in small chunks, because the time limit is for the whole reply.
                 for part in response.iter_content(64):
                     content += part
@@ -203,14 +210,27 @@ class Endpoint:
                         raise _Again(f"no whole reply in {self.timeout:g} s")
                     if len(content) > LONGEST_REPLY:
                         raise _Again(f"a reply of more than {LONGEST_REPLY} bytes")
-        except requests.Timeout:
-            raise _Again(f"no reply in {self.timeout:g} s") from None
+        except _Again as problem:
+            if _is_success(status):
+                paid(Unread(str(problem), *most, estimated=True))
+            raise
         except requests.RequestException as error:
-            # Its text may contain a proxy's password.
-            raise _Again(f"the connection failed ({type(error).__name__})") from None
-        if response.status_code != 200:
+            late = isinstance(error, requests.Timeout)
+            # The error's text may contain a proxy's password.
+            reason = f"no reply in {self.timeout:g} s" if late else f"the connection failed ({type(error).__name__})"
+            # An endpoint that was too slow has had the request, and may charge for it.
+            if _is_success(status) or isinstance(error, requests.ReadTimeout):
+                paid(Unread(reason, *most, estimated=True))
+            raise _Again(reason) from None
+        found = read(bytes(content), most, self.redacted)
+        if not _is_success(status):
+            if not found.estimated:  # an error that reports tokens
+                paid(Unread(f"HTTP {status}", found.prompt_tokens, found.completion_tokens))
             self._refused(response, bytes(content))
-        return self._parse(bytes(content))
+        if isinstance(found, Unread):
+            paid(found)
+            raise _Again(found.reason)
+        return found
 
     def _refused(self, response: requests.Response, content: bytes) -> None:
         status = response.status_code
@@ -221,26 +241,6 @@ class Endpoint:
         if status == 400:  # may concern only this question: too long for the judge, or a content filter
             raise Unanswered(message)
         raise UserError(message)
-
-    def _parse(self, content: bytes) -> Reply:
-        try:
-            reply = json.loads(content)
-            choice = reply["choices"][0]
-            text = choice["message"]["content"]
-            ended = choice.get("finish_reason")
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise _Again("HTTP 200 with a body that is not a chat completion") from None
-        if text is None:  # a refusal has a separate field
-            text = choice["message"].get("refusal") or ""
-        if not isinstance(text, str):
-            raise _Again("HTTP 200 with a message that is not text")
-        usage = reply.get("usage")
-        counts = usage if isinstance(usage, dict) else {}
-        return Reply(
-            self.redacted(text),
-            ended if isinstance(ended, str) else "stop",
-            *(_count(counts.get(name)) for name in ("prompt_tokens", "completion_tokens")),
-        )
 
     def redacted(self, text: str) -> str:
         """Return a text from the endpoint without the key, which the endpoint may send back."""
@@ -261,5 +261,5 @@ def seconds_to_wait(header: str | None) -> float | None:
         return None
 
 
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+def _is_success(status: int) -> bool:
+    return 200 <= status < 300

@@ -9,13 +9,14 @@ interrupted run continues without judging anything twice; the cost of replies wi
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import re
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,14 +24,17 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from hift_ds.evaluation.json_lines import Record, RecordFile
-from hift_ds.evaluation.mt_bench.endpoint import Message, Reply, Unanswered
+from hift_ds.evaluation.mt_bench.endpoint import Message, Unanswered
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE, Answers, Bench, Prompt, Question
+from hift_ds.evaluation.mt_bench.replies import Reply, Unread
 from hift_ds.evaluation.mt_bench.verdicts import SPENDING, verdict_key
 from hift_ds.launch.errors import UserError
 
 REASK_TEMPERATURE = 0.7  # the first request is greedy; repeating it would give the same reply
 GIVE_UP_AFTER = 5  # consecutive questions without a reply
 WINNERS = {"A": 0, "B": 1, "C": None}  # index of the model shown first or second; None is a tie
+CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons of a reply that is not whole
+WITHHELD = ("content_filter", "safety")  # finish reasons of a reply that the endpoint does not show
 
 # --- what the judge is asked --------------------------------------------------------------------------
 
@@ -189,9 +193,14 @@ def _verdict(reply: str) -> str:
 
 
 class Judge(Protocol):
-    """An endpoint or a local model that replies. `stop` makes waiting requests give up."""
+    """An endpoint or a local model that replies. `stop` makes waiting requests give up.
 
-    def ask(self, messages: Sequence[Message], temperature: float, max_tokens: int) -> Reply: ...
+    `paid` is called with each attempt that may cost tokens and gave no reply.
+    """
+
+    def ask(
+        self, messages: Sequence[Message], temperature: float, max_tokens: int, *, paid: Callable[[Unread], None]
+    ) -> Reply: ...
 
     def stop(self) -> None: ...
 
@@ -225,6 +234,9 @@ class Outcome:
         before: verdicts from earlier runs.
         missing: task key -> why there is no verdict.
         stopped: why the run stopped early, or None.
+        limited: whether the spending limit is reached.
+        spent: tokens of all requests for the file, over all runs.
+        estimated: how many of these requests did not report their tokens, so that their bound counts.
     """
 
     stored: int = 0
@@ -232,6 +244,9 @@ class Outcome:
     before: int = 0
     missing: dict[tuple[Any, ...], str] = field(default_factory=dict)
     stopped: str | None = None
+    limited: bool = False
+    spent: int = 0
+    estimated: int = 0
 
 
 def run(
@@ -247,9 +262,11 @@ def run(
     """Judge every task that has no verdict in the file, and append each verdict as it comes.
 
     If the judge does not reply, the verdict stays missing, and another run can ask for it. If a reply has no verdict,
-    the judge is asked again, at most `asks` times in total; then the verdict is stored as failed. When the spending
-    limit is reached, requests in progress are finished and stored, so the limit can be exceeded by at most `workers`
-    requests. The cost of a reply without a verdict is stored before the next request, so that later runs count it.
+    the judge is asked again, at most `asks` times in total; then the verdict is stored as failed.
+
+    Every request that may cost tokens counts, whatever came back. Its cost is stored before its worker sends another
+    one, so that later runs count it. When the spending limit is reached, no request is sent any more, and those in
+    progress are finished and stored. So the limit can be exceeded by at most one request of each worker.
 
     Args:
         workers: concurrent requests.
@@ -277,6 +294,7 @@ def run(
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+        work.sum_up()
     return work.outcome
 
 
@@ -310,58 +328,59 @@ class _Run:
     def check_limit(self) -> None:
         """Stop asking if the limit is reached. Requests in progress may finish."""
         with self._lock:
-            self.outcome.stopped = self.outcome.stopped or self._limit.reached(*self._spent)
+            reached = self._limit.reached(*self._spent)
+        if reached:
+            self.stop(reached)
+
+    def sum_up(self) -> None:
+        """Write into the outcome what the requests of all runs have cost."""
+        self.outcome.limited = self._limit.reached(*self._spent) is not None
+        self.outcome.spent = sum(self._spent)
+        self.outcome.estimated = sum(record.get("estimated") is True for record in self._file.records.values())
 
     def judge_one(self, task: Task) -> None:
         """Ask for one verdict and store it."""
-        spent, reasons, text, verdict = [0, 0], [], "", None  # `spent`: tokens of the last reply
+        reasons: list[str] = []
         for number in range(self._asks):
             if self.outcome.stopped is not None:
                 break
             try:
                 temperature = REASK_TEMPERATURE if number else 0.0
-                reply = self._judge.ask(task.messages(), temperature, self._max_tokens)
+                paid = functools.partial(self._paid, task)
+                reply = self._judge.ask(task.messages(), temperature, self._max_tokens, paid=paid)
             except Unanswered as error:
                 self._missed(task, str(error))
                 return
             except UserError as error:
                 self.stop(str(error))
                 raise
-            spent = self._count(reply)
-            text = reply.text
             try:
-                verdict = _judged(task, reply)
-                break
+                result = {**_judged(task, reply), "asked": number + 1}
             except NoVerdict as reason:
                 reasons.append(str(reason))
-            if len(reasons) < self._asks:
-                self._file.add(_spending(task, reasons[-1], spent))
-        if verdict is None and len(reasons) < self._asks:
-            self._missed(task, self.outcome.stopped or "")
+                if number + 1 < self._asks:
+                    self._paid(task, Unread(str(reason), reply.prompt_tokens, reply.completion_tokens, reply.estimated))
+                    continue
+                result = {"status": "failed", "reason": "; ".join(reasons), "asked": number + 1}
+            self._count(reply)
+            self._file.add(_verdict_record(task, reply, result))
+            with self._lock:
+                self.outcome.stored += 1
+                self.outcome.failed += result["status"] == "failed"
+                self._unanswered = 0
             return
-        result = verdict or {"status": "failed", "reason": "; ".join(reasons)}
-        self._file.add(
-            {
-                "question_id": task.question.id,
-                "turn": task.turn,
-                "mode": task.mode,
-                "models": list(task.models),
-                "judge": task.judge,
-                "prompt_sha256": task.prompt_sha256,
-                "prompt": task.prompt.name,
-                "category": task.question.category,
-                **result,
-                "asked": len(reasons) + (verdict is not None),
-                "prompt_tokens": spent[0],
-                "completion_tokens": spent[1],
-                "reply": text,
-                "tstamp": round(time.time(), 3),
-            }
-        )
+        self._missed(task, self.outcome.stopped or "")
+
+    def _paid(self, task: Task, unread: Unread) -> None:
+        """Store and count the cost of a request without a verdict."""
+        self._count(unread)
+        self._file.add(_spending(task, unread))
+
+    def _count(self, reply: Reply | Unread) -> None:
         with self._lock:
-            self.outcome.stored += 1
-            self.outcome.failed += verdict is None
-            self._unanswered = 0
+            self._spent[0] += reply.prompt_tokens
+            self._spent[1] += reply.completion_tokens
+        self.check_limit()
 
     def _missed(self, task: Task, reason: str) -> None:
         with self._lock:
@@ -373,23 +392,12 @@ class _Run:
         if give_up:
             self.stop(f"the judge did not reply to {GIVE_UP_AFTER} consecutive questions; the last reason: {reason}")
 
-    def _count(self, reply: Reply) -> list[int]:
-        counts = (reply.prompt_tokens, reply.completion_tokens)
-        with self._lock:
-            if None in counts and (self._limit.tokens is not None or self._limit.cost is not None):
-                self.outcome.stopped = (
-                    "the judge's replies do not report their tokens (`usage`), so no limit can be enforced"
-                )
-            spent = [count or 0 for count in counts]
-            self._spent = [total + count for total, count in zip(self._spent, spent, strict=True)]
-        self.check_limit()
-        return spent
-
 
 def _judged(task: Task, reply: Reply) -> dict[str, Any]:
-    if reply.ended == "length":
+    ended = reply.ended.lower()
+    if ended in CUT_OFF:
         raise NoVerdict("cut off at the token limit")
-    if reply.ended == "content_filter":
+    if ended in WITHHELD:
         raise NoVerdict("withheld by the endpoint's content filter")
     if task.mode == SINGLE:
         return {"status": "ok", "rating": rating(reply.text)}
@@ -397,19 +405,40 @@ def _judged(task: Task, reply: Reply) -> dict[str, Any]:
     return {"status": "ok", "winner": None if index is None else task.models[index]}  # None: a tie
 
 
-def _spending(task: Task, reason: str, spent: Sequence[int]) -> Record:
-    """Make the record of the cost of a reply without a verdict. Its key is random, because it is never looked up."""
+def _verdict_record(task: Task, reply: Reply, result: Record) -> Record:
+    return {
+        "question_id": task.question.id,
+        "turn": task.turn,
+        "mode": task.mode,
+        "models": list(task.models),
+        "judge": task.judge,
+        "prompt_sha256": task.prompt_sha256,
+        "prompt": task.prompt.name,
+        "category": task.question.category,
+        **result,
+        **_cost_of(reply),
+        "reply": reply.text,
+        "tstamp": round(time.time(), 3),
+    }
+
+
+def _spending(task: Task, unread: Unread) -> Record:
+    """Make the record of a cost without a verdict. Its key is random, because it is never looked up."""
     return {
         SPENDING: secrets.token_hex(8),
         "question_id": task.question.id,
         "turn": task.turn,
         "models": list(task.models),
         "judge": task.judge,
-        "reason": reason,
-        "prompt_tokens": spent[0],
-        "completion_tokens": spent[1],
+        "reason": unread.reason,
+        **_cost_of(unread),
         "tstamp": round(time.time(), 3),
     }
+
+
+def _cost_of(reply: Reply | Unread) -> Record:
+    cost: Record = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+    return {**cost, "estimated": True} if reply.estimated else cost
 
 
 def _spent_on(record: Record, index: int) -> int:

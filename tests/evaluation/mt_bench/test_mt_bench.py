@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hift_ds.evaluation.mt_bench import command as mt_bench
-from hift_ds.evaluation.mt_bench.endpoint import Endpoint, Reply, checked_base_url
+from hift_ds.evaluation.mt_bench.endpoint import Endpoint, checked_base_url
 from hift_ds.evaluation.mt_bench.judge import tasks
 from hift_ds.evaluation.mt_bench.questions import (
     PAIRWISE,
@@ -30,6 +30,7 @@ from hift_ds.evaluation.mt_bench.questions import (
     read_prompts,
     read_questions,
 )
+from hift_ds.evaluation.mt_bench.replies import Reply
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.adapters import ADAPTERS, save_adapter
 from hift_ds.launch.methods.settings import AdapterSettings
@@ -270,6 +271,16 @@ def test_a_model_without_a_chat_template_is_refused(tiny: Path, tmp_path: Path, 
     assert code == 2 and "has no chat template" in out
 
 
+def test_thinking_is_no_part_of_an_answer(chat: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    written = iter(["<think>\nhm</think>\n\nBecause.", "<think>hm", "hm</think>And.", "", "Why?", "And?"])
+    monkeypatch.setattr(chat._tokenizer, "decode", lambda *_, **__: next(written))
+    monkeypatch.setattr("hift_ds.evaluation.mt_bench.chat_model.ChatModel", lambda *_, **__: chat)
+    code, out = answer(tmp_path, capsys, "--model", "m")
+    assert code == 0 and "2 of 6 turns are empty: the model wrote nothing, or only a thinking block" in out
+    turns = [one["choices"][0]["turns"] for one in stored(tmp_path / "answers.jsonl")]
+    assert turns == [["Because.", ""], ["And.", ""], ["Why?", "And?"]]
+
+
 class Parrot:
     """Records what it is asked; fails after `lasts` replies."""
 
@@ -277,7 +288,7 @@ class Parrot:
         self.asked: list[tuple[list[str], float, int | None]] = []
         self.lasts = lasts
 
-    def ask(self, messages: Any, temperature: float, max_tokens: int, seed: int | None = None) -> Reply:
+    def ask(self, messages: Any, temperature: float, max_tokens: int, seed: int | None = None, **_: Any) -> Reply:
         if len(self.asked) == self.lasts:
             raise KeyboardInterrupt
         self.asked.append(([message["content"] for message in messages], temperature, seed))
@@ -427,6 +438,7 @@ def test_missing_verdicts_are_reported(tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "verdicts.jsonl").unlink()
         code, out = judge(tmp_path, stub.url, capsys, "--token-limit", "300", "--workers", "1")
         assert code == 3 and "stopped: 300 tokens are spent, the limit is 300" in out and "missing: 8 more" in out
+        assert "the same command with a higher limit continues" in out
         more = ["--request", '{"max_tokens": null, "max_completion_tokens": 7}']
         judge(tmp_path, stub.url, capsys, *more)
         body = stub.requests[-1].body
