@@ -198,6 +198,12 @@ class Run:
         self.say(summary.data_report(self.data))
         seed_generators(self.settings.training.seed)
         model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype))
+        if added := loading.stop_at(model, self.data.report["train"]["ends"]):
+            names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
+            self.say(
+                f"note: answers in the training data end with {names}; generation stops there too, here and in the "
+                "exported model (eos_token_id in generation_config.json)"
+            )
         self.engine = make_engine(model, self.settings, self.ticks)
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")

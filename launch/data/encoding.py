@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import jinja2
-
+from hift_ds.launch.data.chat import Written, write_conversation
+from hift_ds.launch.data.remarks import Remarks
 from hift_ds.launch.data.sources import Row
-from hift_ds.launch.errors import UserError
+from hift_ds.launch.errors import UserError, shown
 
 IGNORED = -100  # the label that cross-entropy ignores
 
@@ -88,41 +89,80 @@ def encode(
         max_length: tokens of an example; longer ones are truncated on the right.
 
     Returns:
-        The examples, and their counts and hash (see `hift_ds.launch.data.loading.Data`).
+        The examples, and their counts, hash, ends and remarks (see `hift_ds.launch.data.loading.Data`). A conversation
+        may be several examples.
 
     Raises:
-        UserError: the chat template cannot write a conversation.
+        UserError: the chat template cannot write a conversation, or leaves out what should be trained.
     """
     counts = dict.fromkeys(("read", "used", "truncated", "skipped_no_target", "tokens", "trained_tokens"), 0)
     digest = hashlib.sha256()
+    remarks = Remarks()
+    control_tokens = _control_tokens(tokenizer)
+    ends: set[int] = set()
     examples = []
     for where, row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
+        for token in (token for text in _texts(row) for token in control_tokens.findall(text)):
+            remarks.add("control tokens", where, token)
+        found: list[tuple[EvalExample, int]] = []  # with their lengths before truncation
         if labels is not None:
-            example, length = _label_example(tokenizer, row, labels, max_length)
+            found.append(_label_example(tokenizer, row, labels, max_length))
         else:
-            if "messages" in row:
-                segments = _chat_segments(tokenizer, row["messages"], where)
-            elif template:
-                messages = [
-                    {"role": "user", "content": row["prompt"]},
-                    {"role": "assistant", "content": row["completion"]},
-                ]
-                segments = _chat_segments(tokenizer, messages, where)
-            else:
-                segments = _plain_segments(row, question)
-            example, length = _token_example(tokenizer, segments, row, max_length, marked=template)
-        trained = _count_trained(example)
+            for written in _written(tokenizer, row, template, question, where, remarks):
+                tokens = _tokens(tokenizer, written, marked=template)
+                found.append(_token_example(written, tokens, row, max_length))
+                for segment, is_trained in tokens:
+                    if is_trained and _is_end(tokenizer, segment[-1], written):
+                        ends.add(segment[-1])
+                    elif is_trained:
+                        remarks.add("no end mark", where, shown(tokenizer.decode(segment[-8:])))
         counts["read"] += 1
-        if not trained:
-            counts["skipped_no_target"] += 1
-            continue
-        counts["used"] += 1
-        counts["truncated"] += length > max_length
-        counts["tokens"] += len(example.input_ids)
-        counts["trained_tokens"] += trained
-        examples.append(example)
-    return examples, {**counts, "sha256": digest.hexdigest()}
+        counts["skipped_no_target"] += not any(_count_trained(example) for example, _ in found)
+        for example, length in found:
+            trained = _count_trained(example)
+            if not trained:
+                continue
+            counts["used"] += 1
+            counts["truncated"] += length > max_length
+            counts["tokens"] += len(example.input_ids)
+            counts["trained_tokens"] += trained
+            examples.append(example)
+    remarked = {matter: asdict(remark) for matter, remark in remarks.found.items()}
+    return examples, {**counts, "sha256": digest.hexdigest(), "ends": sorted(ends), "remarks": remarked}
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return the pattern of the special tokens that a text can contain."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    known = {token for token in [*added, *tokenizer.all_special_tokens] if token.strip()}
+    return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
+
+
+def _is_end(tokenizer: Any, token: int, written: Written) -> bool:
+    """Return whether the last token of an answer can end generation: a control token, not a piece of the answer."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    if added is None:
+        return token in tokenizer.all_special_ids
+    return added.special or not written.answer.rstrip().endswith(added.content)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """Return the texts of a row that are tokenized."""
+    if "messages" in row:
+        return [message["content"] for message in row["messages"]]
+    return [text for key, text in row.items() if key in ("prompt", "completion", "text", "text_pair") and text]
+
+
+def _written(
+    tokenizer: Any, row: dict[str, Any], template: bool, question: bool, where: str, remarks: Remarks
+) -> list[Written]:
+    if "messages" in row:
+        return write_conversation(tokenizer, row["messages"], row.get("tools"), where, remarks)
+    if template:
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        return write_conversation(tokenizer, messages, None, where, remarks)
+    return [Written(_plain_segments(row, question), row["completion"])]
 
 
 def _count_trained(example: Example) -> int:
@@ -153,33 +193,37 @@ def _label_example(tokenizer: Any, row: dict[str, Any], labels: list[str], max_l
     return example, length
 
 
-def _token_example(
-    tokenizer: Any, segments: list[tuple[str, bool]], row: dict[str, Any], max_length: int, *, marked: bool
-) -> tuple[EvalExample, int]:
-    """Return the example of consecutive segments of text, and its length before truncation.
+def _tokens(tokenizer: Any, written: Written, *, marked: bool) -> list[tuple[list[int], bool]]:
+    """Return the tokens of each segment, with whether they are trained.
 
     Args:
-        segments: each text with whether it is trained. The last one is trained, or none is.
         marked: whether the text holds the special tokens of a chat template. If not, the beginning-of-sequence token
             is put before it, if the tokenizer sets one, and a trained end-of-sequence token after it.
     """
-    texts = [text for text, _ in segments]
-    tokens = tokenize_segments(tokenizer, texts)
-    ids: list[int] = []
+    tokens = tokenize_segments(tokenizer, [text for text, _ in written.segments])
+    found = [(segment, trained) for segment, (_, trained) in zip(tokens, written.segments, strict=True)]
     if not marked:
-        ids = beginning(tokenizer)
-        if segments[-1][1]:
-            tokens[-1].append(tokenizer.eos_token_id)
-    labels = [IGNORED] * len(ids)
-    for segment, (_, trained) in zip(tokens, segments, strict=True):
+        found.insert(0, (beginning(tokenizer), False))
+        if found[-1][1]:
+            found[-1][0].append(tokenizer.eos_token_id)
+    return found
+
+
+def _token_example(
+    written: Written, tokens: list[tuple[list[int], bool]], row: dict[str, Any], max_length: int
+) -> tuple[EvalExample, int]:
+    """Return the example of the segments' tokens, and its length before truncation."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for segment, is_trained in tokens:
         ids += segment
-        labels += segment if trained else [IGNORED] * len(segment)
+        labels += segment if is_trained else [IGNORED] * len(segment)
     example = EvalExample(
         input_ids=ids[:max_length],
         labels=labels[:max_length],
-        prompt_ids=ids[: len(ids) - len(tokens[-1])],
-        prompt="".join(texts[:-1]),
-        reference=_last_answer(row),
+        prompt_ids=ids[: len(ids) - len(tokens[-1][0])],
+        prompt="".join(text for text, _ in written.segments[:-1]),
+        reference=written.answer,
         accepted=row.get("accepted", ()),
     )
     return example, len(ids)
@@ -188,13 +232,6 @@ def _token_example(
 def beginning(tokenizer: Any) -> list[int]:
     """Return the beginning-of-sequence token in a list, or an empty list if the tokenizer sets none."""
     return [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
-
-
-def _last_answer(row: dict[str, Any]) -> str:
-    if "completion" in row:
-        return row["completion"]
-    answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-    return next((answer for answer in reversed(answers) if answer.strip()), "")
 
 
 def tokenize_segments(tokenizer: Any, segments: list[str]) -> list[list[int]]:
@@ -233,43 +270,3 @@ def as_question(text: str) -> str:
 def spaced(prompt: str, completion: str) -> str:
     """Return the completion as it follows the prompt: after a space, if neither side has whitespace."""
     return completion if not prompt or prompt[-1].isspace() or completion[0].isspace() else " " + completion
-
-
-def _chat_segments(tokenizer: Any, messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:
-    """Write a conversation with the chat template, cut at the start and end of each assistant's turn.
-
-    A trained segment is what the model must write itself: everything after the generation prompt up to and including
-    the end-of-turn mark, but not the whitespace that templates put between turns. The text after the last assistant's
-    turn is dropped.
-    """
-
-    def render(n: int, generate: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=generate)
-        except (jinja2.TemplateError, ValueError) as error:  # ValueError: there is no message
-            roles = ", ".join(message["role"] for message in messages[:n]) or "none"
-            raise UserError(
-                f"{where}: the chat template cannot write the first {n} of {len(messages)} messages "
-                f"(roles: {roles}): {error}"
-            ) from error
-
-    whole = render(len(messages), False)
-    segments: list[tuple[str, bool]] = []
-    done = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or not message["content"].strip():
-            continue
-        before = render(i, True)
-        after = render(i + 1, False) if i + 1 < len(messages) else whole
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise UserError(
-                f"{where}: the tokenizer's chat template writes earlier turns differently when later ones "
-                f"follow (message {i + 1} of {len(messages)}), so the assistant's tokens cannot be "
-                "found; give one-turn conversations, or a tokenizer with another template"
-            )
-        turn = after[len(before) :]
-        if not turn.rstrip().endswith(message["content"].rstrip()):  # a visible mark ends the turn
-            turn = turn.rstrip()
-        segments += [(whole[done : len(before)], False), (turn, True)]
-        done = len(before) + len(turn)
-    return segments or [(whole, False)]

@@ -1,10 +1,11 @@
 """Convert rows of published data sets and of users' files to the columns of one format.
 
 prompt-completion: `prompt`, `completion` (texts). Trained: the completion and the end-of-sequence token.
-chat: `messages` (list of {role, content}). Trained: each assistant's turn with its end-of-turn token.
+chat: `messages` (list of {role, content}), optional `tools`. Trained: each assistant's turn with its end-of-turn token.
 text-label: `text`, `label`, optional `text_pair`. Trained: the label (sequence classification).
 
-Users' files have these columns, or others that `data.columns` maps to them. The columns of published sets are known.
+Users' files have these columns, or others that `data.columns` maps to them. The columns of Alpaca, of ShareGPT and of
+published sets are known.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hift_ds.launch.data import scores
+from hift_ds.launch.data.messages import read_messages, read_tools
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError, nearest, shown
 
@@ -23,7 +25,14 @@ FORMATS = {
     "chat": ("messages",),
     "text-label": ("text", "label"),
 }
-COLUMNS = ("prompt", "completion", "messages", "text", "text_pair", "label")
+COLUMNS = ("prompt", "input", "completion", "messages", "text", "text_pair", "label")
+# Columns that a format takes if they are there. `input` continues the prompt; it must be mapped, as in Alpaca's files.
+OPTIONAL = {"prompt-completion": ("input",), "chat": ("tools",), "text-label": ("text_pair",)}
+KNOWN_COLUMNS = (
+    {"prompt": "instruction", "completion": "output"},  # Alpaca
+    {"messages": "conversations"},  # ShareGPT
+)
+MAX_LABELS = 100_000  # a larger number is no class
 
 
 # Published sets --------------------------------------------------------------------------------------
@@ -143,7 +152,7 @@ def flatten(name: str, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             ]
         if name == "superglue/wsc" and isinstance(row.get("target"), dict):
             return [{**row, **row["target"]}]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a row of {name} as published ({error!r})") from error
     return [row]
 
@@ -155,7 +164,7 @@ def _label_task_row(task: LabelTask, classify: bool, row: dict[str, Any], where:
     spelled = str(value).lower()  # publishers write true, "true" and 1 for the same label
     if spelled in task.labels:
         label = task.labels.index(spelled)
-    elif spelled.isdigit() and int(spelled) < len(task.labels):
+    elif spelled in map(str, range(len(task.labels))):
         label = int(spelled)
     else:
         raise UserError(
@@ -183,14 +192,14 @@ def _solution_row(row: dict[str, Any], where: str) -> dict[str, Any]:
 def _copa_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     premise, *choices = (text_of(row, column, where) for column in ("premise", "choice1", "choice2"))
     links = {"cause": "because", "effect": "so", 0: "because", 1: "so"}  # the Hub's copy has numbers
-    if row.get("question") not in links or row.get("label") not in (0, 1):
+    if row.get("question") not in list(links) or row.get("label") not in (0, 1):
         raise UserError(
             f"{where}: expected question cause or effect and label 0 or 1, got "
             f"{shown((row.get('question'), row.get('label')))}"
         )
     # The choices continue a sentence.
     choices = [one if one.startswith("I ") else one[:1].lower() + one[1:] for one in choices]
-    choice = choices[row["label"]]
+    choice = choices[int(row["label"])]
     prompt = f"{premise.rstrip(' .')} {links[row['question']]}"
     return {"prompt": prompt, "completion": choice, "accepted": (choice,), "candidates": tuple(choices)}
 
@@ -199,10 +208,10 @@ def _record_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Cut the query at the missing entity; the completion is the entity and the rest of the query."""
     passage, query = text_of(row, "passage", where), text_of(row, "query", where)
     before, placeholder, after = query.partition("@placeholder")
-    accepted = tuple(answer + after for answer in dict.fromkeys(row.get("answers") or ()))
+    answers, entities = (_distinct_texts(row.get(column), column, where) for column in ("answers", "entities"))
+    accepted = tuple(answer + after for answer in answers)
     if not accepted or not placeholder:
         raise UserError(f"{where}: expected a query with @placeholder and an answer; got {shown(query)}")
-    entities = tuple(dict.fromkeys(row.get("entities") or ()))
     return {
         "prompt": f"{passage} {before}".rstrip(),
         "completion": accepted[0],
@@ -210,6 +219,13 @@ def _record_row(row: dict[str, Any], where: str) -> dict[str, Any]:
         "candidates": tuple(entity + after for entity in entities),
         "entities": entities,
     }
+
+
+def _distinct_texts(value: Any, column: str, where: str) -> tuple[str, ...]:
+    texts = value or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: expected a list of texts in column {column!r}, got {shown(value)}")
+    return tuple(dict.fromkeys(texts))
 
 
 # Any set ---------------------------------------------------------------------------------------------
@@ -221,6 +237,35 @@ def possible_formats(name: str) -> tuple[str, ...]:
     if name in (*SOLUTION_TASKS, *CHOICE_TASKS):
         return ("prompt-completion",)
     return ("prompt-completion", "text-label") if name in LABEL_TASKS else tuple(FORMATS)
+
+
+def known_columns(name: str, columns: dict[str, str], rows: list[Row]) -> dict[str, str]:
+    """Return `data.columns` with what is known of the names in Alpaca's and ShareGPT's files.
+
+    Alpaca's `instruction`, `input` and `output`, and ShareGPT's `conversations`, are taken where the format's own
+    columns are neither there nor mapped. An `input` beside a prompt in `instruction` always belongs to the prompt.
+    """
+    if len(possible_formats(name)) < len(FORMATS):
+        return columns
+    present = {column for _, row in rows for column in row}
+    for known in KNOWN_COLUMNS:
+        if present.issuperset(known.values()) and not present & known.keys() and not columns.keys() & known.keys():
+            columns = columns | known
+    if columns.get("prompt") == "instruction" and "input" in present and "input" not in columns:
+        columns = columns | {"input": "input"}
+    return columns
+
+
+def unused_columns(format_: str, columns: dict[str, str], rows: list[Row]) -> dict[str, list[str]]:
+    """Return the columns with values that a format does not take, each with the places of its rows."""
+    used = {columns.get(ours, ours) for ours in FORMATS[format_]}
+    used |= {columns.get(ours, ours) for ours in OPTIONAL[format_] if ours in columns or ours != "input"}
+    found: dict[str, list[str]] = {}
+    for where, row in rows:
+        for column, value in row.items():
+            if column not in used and value is not None:
+                found.setdefault(column, []).append(where)
+    return found
 
 
 def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: list[Row], task: str) -> str:
@@ -244,8 +289,8 @@ def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: li
             asked = [wanted] if wanted else list(FORMATS)
             expected = [f"{' and '.join(FORMATS[one])} ({one})" for one in asked]
             raise UserError(
-                f"data: the columns found are {', '.join(present)}; expected {', or '.join(expected)}. Map the "
-                "columns, as in data.columns: {prompt: question, completion: answer}"
+                f"data: the columns found are {', '.join(present) or 'none'}; expected {', or '.join(expected)}. Map "
+                "the columns, as in data.columns: {prompt: question, completion: answer}"
             )
     if wanted:
         candidates = [wanted]
@@ -259,7 +304,7 @@ def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: li
         )
     if len(fitting) > 1:
         raise UserError(f"data.format: the columns fit {' and '.join(fitting)}; set data.format to one of them")
-    unused = set(columns) - {*FORMATS[fitting[0]], *(["text_pair"] if classify else [])}
+    unused = set(columns) - {*FORMATS[fitting[0]], *OPTIONAL[fitting[0]]}
     if unused:
         raise UserError(f"data.columns: {', '.join(sorted(unused))} is not used by {fitting[0]}; remove it")
     return fitting[0]
@@ -314,7 +359,11 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _completion_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
-    return {ours: text_of(row, columns.get(ours, ours), where) for ours in FORMATS["prompt-completion"]}
+    made = {ours: text_of(row, columns.get(ours, ours), where) for ours in FORMATS["prompt-completion"]}
+    column = columns.get("input")
+    if column is not None and row.get(column) is not None and text_of(row, column, where).strip():
+        made["prompt"] += "\n" + row[column]
+    return made
 
 
 def _chat_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -322,17 +371,10 @@ def _chat_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[
     messages = row.get(column)
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: expected a list of messages in column {column!r}, got {shown(messages)}")
+    made: dict[str, Any] = {"messages": read_messages(messages, where)}
     if row.get("tools"):
-        raise UserError(f"{where}: tool definitions (column 'tools') are not supported; remove the column")
-    kept = []
-    for i, message in enumerate(messages, 1):
-        turn = {key: message.get(key) if isinstance(message, dict) else None for key in ("role", "content")}
-        if not all(isinstance(value, str) for value in turn.values()) or message.get("tool_calls"):
-            raise UserError(
-                f"{where}: message {i} must be {{role: text, content: text}} without tool calls; got {shown(message)}"
-            )
-        kept.append(turn)
-    return {"messages": kept}
+        made["tools"] = read_tools(row["tools"], where)
+    return made
 
 
 def _text_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -350,12 +392,14 @@ def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tupl
 
     def as_number(value: Any) -> int | None:
         is_number = isinstance(value, int) or isinstance(value, str) and value.isascii() and value.isdigit()
-        return int(value) if is_number and int(value) >= 0 else None
+        return int(value) if is_number and len(str(value)) < 20 and 0 <= int(value) < MAX_LABELS else None
 
     values = [row.get(column) for _, row in parts["train"]]
     numbers = any(as_number(value) is not None for value in values)
     names = [] if numbers else sorted({value for value in values if isinstance(value, str)})
-    expected = "a whole number from 0" if numbers else f"one of the names in training ({', '.join(names[:20])})"
+    expected = f"a whole number from 0, below {MAX_LABELS}"
+    if not numbers:
+        expected = f"one of the names in training ({', '.join(names[:20])})"
     highest = 0
     numbered: dict[str, list[Row]] = {}
     for part, rows in parts.items():

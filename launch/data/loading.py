@@ -14,7 +14,19 @@ from hift_ds.checkpoint.files import sha256_of
 from hift_ds.launch.data import scores
 from hift_ds.launch.data.built_in import BUILT_IN, built_in_rows
 from hift_ds.launch.data.encoding import EvalExample, Example, choose_template, encode
-from hift_ds.launch.data.formats import CHOICE_TASKS, LABEL_TASKS, SOLUTION_TASKS, convert, find_format, flatten
+from hift_ds.launch.data.formats import (
+    CHOICE_TASKS,
+    FORMATS,
+    LABEL_TASKS,
+    SOLUTION_TASKS,
+    convert,
+    find_format,
+    flatten,
+    known_columns,
+    possible_formats,
+    unused_columns,
+)
+from hift_ds.launch.data.remarks import sentence
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.data.sources import Row, read_file, read_hub
 from hift_ds.launch.errors import UserError
@@ -29,10 +41,11 @@ class Data:
     Attributes:
         train, eval: the examples to train on and the held-out ones.
         report: for "train" and "eval": `rows` in the split, `read` (after taking the subset), `used`, `truncated` (of
-            the used ones), `skipped_no_target`, `tokens`, `trained_tokens`, and `sha256` of the rows read. Also `files`
+            the used ones), `skipped_no_target`, `tokens`, `trained_tokens`, `sha256` of the rows read, `ends` (ids of
+            the tokens that end answers) and `remarks` (what was found in rows; see `remarks.Remark`). Also `files`
             (path to sha256), `format`, `template` (whether the chat template is used), `labels` (names in the order of
-            their ids; None for causal language models) and `notes`: sentences for the user about truncated and skipped
-            examples.
+            their ids; None for causal language models) and `notes`: sentences for the user about what is not used as it
+            is written.
         score: `score(predictions, examples)` scores generated texts (causal language models) or label ids
             (classification) of held-out examples. None if the data has no score.
     """
@@ -71,8 +84,11 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
     splits, files = _read(settings, seed)
     notes: list[str] = []
     chosen = {part: _subset(settings, part, rows, seed, notes) for part, rows in splits.items()}
-    format_ = find_format(settings.name, settings.format, settings.columns, chosen["train"], task)
-    rows, labels = convert(settings.name, format_, settings.columns, chosen)
+    columns = known_columns(settings.name, settings.columns, chosen["train"])
+    if columns != settings.columns:
+        notes.append(f"data.columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}} is used")
+    format_ = find_format(settings.name, settings.format, columns, chosen["train"], task)
+    rows, labels = convert(settings.name, format_, columns, chosen)
     template = choose_template(settings.template, format_, tokenizer)
     report: dict[str, Any] = {}
     encoded: dict[str, list[EvalExample]] = {}
@@ -85,6 +101,7 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
             question=settings.name.lower() in SOLUTION_TASKS,
             max_length=settings.max_length,
         )
+        notes += _columns_note(settings, part, format_, columns, chosen[part])
         report[part] = {"rows": len(splits[part]), **counts}
         notes += _notes(settings, part, counts)
     trained = {tuple(one.input_ids) for one in encoded["train"]}
@@ -159,7 +176,26 @@ def _notes(settings: DataSettings, part: str, counts: dict[str, Any]) -> list[st
         notes.append(f"{part}: {counts['truncated']} of {read} examples were cut on the right to {limit}")
     if skipped := counts["skipped_no_target"]:
         notes.append(f"{part}: {skipped} of {read} examples skipped: no trained token within {limit}")
+    notes += [
+        f"{part}: {sentence(matter, remark['names'])}: {remark['rows']} of {read} rows, the first is {remark['first']}"
+        for matter, remark in counts["remarks"].items()
+    ]
     return notes
+
+
+def _columns_note(
+    settings: DataSettings, part: str, format_: str, columns: dict[str, str], rows: list[Row]
+) -> list[str]:
+    """Name the columns of a user's data that are not used. Those of published sets are known."""
+    if len(possible_formats(settings.name)) < len(FORMATS):
+        return []
+    found = unused_columns(format_, columns, rows)
+    named = []
+    for name, places in found.items():
+        some = f" (in {len(places)} of {len(rows)} rows, the first is {places[0]})" if len(places) < len(rows) else ""
+        named.append(f"{name or repr(name)}{some}")
+    listed = ", ".join(named[:20]) + ", ..." * (len(named) > 20)
+    return [f"{part}: columns not used: {listed}"] if named else []
 
 
 def _find_score(

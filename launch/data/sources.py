@@ -9,14 +9,11 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hift_ds.launch.errors import UserError, shown
-
-if TYPE_CHECKING:
-    import datasets
 
 Row = tuple[str, dict[str, Any]]  # its place (for messages) and its columns
 
@@ -36,6 +33,7 @@ PUBLISHED = {
         for task in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
     },
 }
+MAX_LEVELS = 100  # of lists and objects in a row
 # Publishers' names for the validation split. `eval_split: null` looks for these splits in this order.
 VALIDATION = ("validation", "val", "dev")
 HELD_OUT = (*VALIDATION, "test")
@@ -127,12 +125,15 @@ def _eval_splits(name: str, eval_split: str | None) -> tuple[str, ...]:
 
 
 def read_file(path: Path, name: str) -> list[Row]:
-    """Read the rows of a file with the values as they are written, each with its file and line."""
+    """Read the rows of a file with the values as they are written, each with its file and line.
+
+    Raises:
+        UserError: the file cannot be read, or a row is broken.
+    """
     if path.stat().st_size == 0:
         return []
     if name == "parquet":
-        rows = _load_file("parquet", path).to_list()
-        return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
+        return [(f"{path} row {i}", row) for i, row in enumerate(_load_file("parquet", path), 1)]
     # Read lines, because the json and csv readers of `datasets` guess types: text that looks like a date or a number
     # becomes one, "null" becomes None, and "false" in a mixed column becomes a bool.
     lines = read_lines(path)
@@ -142,13 +143,17 @@ def read_file(path: Path, name: str) -> list[Row]:
 
 
 def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
-    """Read the lines of a text file, with their line ends."""
+    """Read the lines of a text file, with their line ends.
+
+    Raises:
+        UserError: the file cannot be read or decoded.
+    """
     if path.stat().st_size == 0:
         return []
-    return list(_load_file("text", path, encoding=encoding, keep_linebreaks=True)["text"])
+    return [row["text"] for row in _load_file("text", path, encoding=encoding, keep_linebreaks=True)]
 
 
-def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:
+def _load_file(builder: str, path: Path, **options: Any) -> list[dict[str, Any]]:
     import datasets  # takes seconds; settings are checked without it
 
     bars = not datasets.are_progress_bars_disabled()
@@ -163,35 +168,90 @@ def _load_file(builder: str, path: Path, **options: Any) -> datasets.Dataset:
                 cache_dir=cache,
                 keep_in_memory=True,
                 **options,
-            )
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            ).to_list()
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, ImportError) as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise _not_decoded(path, error.__cause__) from error
         raise UserError(f"{path}: cannot be read as {builder}: {error.__cause__ or error}") from error
     finally:
         if bars:
             datasets.enable_progress_bars()
 
 
+def _not_decoded(path: Path, error: UnicodeDecodeError) -> UserError:
+    """Name the first line of a text file that is not UTF-8, and the remedy."""
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return UserError(f"{path}: the text is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as found:
+            return UserError(
+                f"{path}:{number}: the byte {line[found.start]:#04x} is not UTF-8 ({found.reason}); save the file as "
+                "UTF-8 (iconv -f CP1252 -t UTF-8, if it comes from Windows), or remove the byte"
+            )
+    return UserError(f"{path}: cannot be read as text: {error}")
+
+
 def _parse_json(path: Path, lines: Sequence[str]) -> list[Row]:
     """Parse JSON lines, or one list of objects."""
-    first = next((line.lstrip() for line in lines if line.strip()), "")
-    number = 0  # of the line; 0 in a list, where the parser counts
+    if next((line.lstrip() for line in lines if line.strip()), "").startswith("["):
+        elements = _parse_value(path, 0, "".join(lines))
+        rows = [(f"{path} element {i}", element) for i, element in enumerate(elements, 1)]
+    else:
+        # Files that were joined have a byte-order mark in the middle.
+        numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, 1))
+        rows = [(f"{path}:{number}", _parse_value(path, number, line)) for number, line in numbered if line.strip()]
+    for where, value in rows:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a JSON object with named columns, got {shown(value)}")
+        _check_row(where, value)
+    return rows
+
+
+def _parse_value(path: Path, number: int, text: str) -> Any:
+    """Parse a line, or with number 0 the whole file."""
     try:
-        if first.startswith("["):
-            rows = [(f"{path} element {i}", one) for i, one in enumerate(json.loads("".join(lines)), 1)]
-        else:
-            rows = []
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append((f"{path}:{number}", json.loads(line)))
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{number or error.lineno}: broken JSON ({error.msg}, column {error.colno}); expected one "
             "object a line, or one list of objects"
         ) from error
-    for where, value in rows:
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a JSON object with named columns, got {shown(value)}")
-    return rows
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, or too many levels
+        where = f"{path}:{number}" if number else str(path)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where}: cannot be read as JSON: {reason}; correct the value, or remove it") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twice)} occurs twice in an object, and only one of the values would be used")
+    return found
+
+
+def _check_row(where: str, row: dict[str, Any]) -> None:
+    """Refuse what JSON can write and other code cannot take."""
+    level: list[Any] = [row]
+    for _ in range(MAX_LEVELS):
+        level = [one for value in level for one in _children(value)]
+    if level:
+        raise UserError(f"{where}: the value is nested more than {MAX_LEVELS} levels deep; flatten it, or remove it")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: a text contains half of a surrogate pair, {ascii(error.object[error.start])[1:-1]}, which is no "
+            "character; write the whole pair (as in \\ud83d\\ude00), or remove the half"
+        ) from error
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bool) -> list[Row]:
@@ -209,6 +269,11 @@ def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bo
         if len(set(header)) < len(header):
             raise UserError(f"{path}:1: a column name occurs twice ({', '.join(header)}); rename one")
         for values in reader:
+            if values and values[0].startswith("\ufeff"):
+                raise UserError(
+                    f"{path}:{reader.line_num}: a byte-order mark in the middle, as after joining files with headers; "
+                    "remove the mark and the second header"
+                )
             if len(values) == len(header):
                 rows.append((f"{path}:{reader.line_num}", dict(zip(header, values, strict=True))))
             elif values:
@@ -264,7 +329,12 @@ def read_hub(
             raise UserError(f"data.eval_split: {present[0]!r} of {label} is trained on; name another split")
         if present:
             trained = trained or present[0]
-            rows = loaded[present[0]].to_list()
+            try:
+                rows = loaded[present[0]].to_list()
+            except (OSError, ValueError, ImportError) as error:  # a column of pictures or sound that cannot be decoded
+                raise UserError(
+                    f"data.name: {name!r}: the rows of {label} cannot be read: {error}; {remedy}"
+                ) from error
             splits[part] = [(f"{label} {present[0]} row {i}", row) for i, row in enumerate(rows, 1)]
         elif asked is not None:
             raise UserError(f"data.{key}: {label} has no split {asked!r}; it has {', '.join(loaded)}")

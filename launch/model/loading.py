@@ -175,6 +175,23 @@ def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) ->
     return model
 
 
+def stop_at(model: PreTrainedModel, ends: list[int]) -> list[int]:
+    """Make generation stop at the tokens that end the trained answers, also in the exported model.
+
+    Returns:
+        The tokens that the model's generation config did not have among its `eos_token_id`.
+    """
+    if not model.can_generate():
+        return []
+    known = model.generation_config.eos_token_id
+    stops = list(known) if isinstance(known, list | tuple) else [] if known is None else [known]
+    added = [end for end in ends if end not in stops]
+    if added:
+        stops += added
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return added
+
+
 def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
     """Refuse examples that are longer than the model's positions, before its weights are loaded.
 

@@ -110,19 +110,21 @@ def test_masks_of_other_templates(template: str, trained: list[str], tmp_path: P
     assert trained_texts(tokenizer, data.train[0]) == trained
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rows.jsonl:1: .*earlier turns differently.*message 2 of 4"):
-        load_rows(bpe(FORGETS_THOUGHTS), tmp_path, [{"messages": TWO_TURNS}])
-    one_turn = load_rows(bpe(FORGETS_THOUGHTS), tmp_path, [{"messages": TWO_TURNS[:2]}])
-    assert trained_texts(bpe(FORGETS_THOUGHTS), one_turn.train[0]) == ["one THINK two</>"]
+def test_a_template_that_rewrites_earlier_turns_gets_an_example_for_each(tmp_path: Path) -> None:
+    tokenizer = bpe(FORGETS_THOUGHTS)
+    data = load_rows(tokenizer, tmp_path, [{"messages": TWO_TURNS}, {"messages": TWO_TURNS[:2]}])
+    assert [trained_texts(tokenizer, one) for one in data.train] == [
+        ["one THINK two</>"],
+        ["three</>"],
+        ["one THINK two</>"],
+    ]
+    assert tokenizer.decode(data.train[1].input_ids) == "<user>a</><assistant> two</><user>b</><assistant>three</>"
 
 
 def test_what_a_template_refuses_is_said_with_its_own_words(tmp_path: Path) -> None:
     rows = [{"messages": TWO_TURNS}, {"messages": CONVERSATION}]
     with pytest.raises(UserError, match=r"rows.jsonl:2: .*system.*no system role here"):
         load_rows(bpe(GEMMA_LIKE), tmp_path, rows)
-    with pytest.raises(UserError, match=r"rows.jsonl:1: .*first 0 of 1 messages"):
-        load_rows(bpe(GEMMA_LIKE), tmp_path, [{"messages": [{"role": "assistant", "content": "I begin"}]}])
 
 
 def test_conversations_without_an_answer_are_skipped_and_counted(chat_tokenizer: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from hift_ds.launch.errors import UserError
@@ -55,10 +56,21 @@ def test_columns_that_do_not_fit(plain_tokenizer: Any, chat_tokenizer: Any, tmp_
         ("hello", "expected a list of messages.*'hello'"),
         ([], "expected a list of messages"),
         (["hello"], "message 1 must be"),
-        ([{"from": "human", "value": "x"}], "message 1 must be"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 1 must be"),
+        ([{"from": "human"}], "message 1 must be"),
+        ([{"from": 1, "value": "x"}], "message 1 must be"),
+        ([{"from": "human", "value": 1}], "message 1 must be"),
+        ([{"role": None, "content": "x"}], "message 1 must be"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "message 1 must be.*list of parts"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "message 1 must be"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": None}], "message 2 must be"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "without tool calls"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant"}], "message 2 must be"),
+        ([{"role": "assistant", "content": "x", "weight": 0.5}], "message 1: weight is 0.5; expected 0"),
+        ([{"role": "assistant", "content": "x", "weight": "0"}], "message 1: weight is '0'; expected 0"),
+        ([{"role": "assistant", "content": "x", "train": "no"}], "message 1: train is 'no'; expected true or false"),
+        ([{"role": "assistant", "content": "x", "train": True, "weight": 0}], "contradict each other"),
+        ([{"role": "user", "content": "x", "train": True}], "message 1 has the role 'user' and is marked"),
+        ([{"role": "assistant", "content": "x", "reasoning_content": ["y"]}], "reasoning_content must be a text"),
+        ([{"role": "assistant", "content": "x", "tool_calls": {"name": "f"}}], "tool_calls must be a list"),
     ],
 )
 def test_bad_messages_are_named(messages: Any, message: str, chat_tokenizer: Any, tmp_path: Path) -> None:
@@ -67,9 +79,108 @@ def test_bad_messages_are_named(messages: Any, message: str, chat_tokenizer: Any
         load_rows(chat_tokenizer, tmp_path, rows)
 
 
-def test_tool_definitions_are_refused(chat_tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rows.jsonl:1: tool definitions"):
-        load_rows(chat_tokenizer, tmp_path, [{"messages": TWO_TURNS, "tools": [{"name": "f"}]}])
+@pytest.mark.parametrize("tools", ["f", "{}", 3, ["f"], '["f"]'])
+def test_bad_tool_definitions_are_named(tools: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rows.jsonl:1: column 'tools' must be a list"):
+        load_rows(chat_tokenizer, tmp_path, [{"messages": TWO_TURNS, "tools": tools}])
+
+
+SHAREGPT = [
+    {"from": "system", "value": "s"},
+    {"from": "human", "value": "a"},
+    {"from": "gpt", "value": "b", "weight": 1},
+    {"from": "human", "value": "c"},
+    {"from": "gpt", "value": "d", "weight": 0},
+]
+PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {"role": "assistant", "content": ["c"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "text"),
+    [
+        ({"conversations": SHAREGPT}, {}, "system\ns|user\na|assistant\nb"),
+        ({"messages": SHAREGPT}, {}, "system\ns|user\na|assistant\nb"),
+        ({"chat": SHAREGPT}, {"columns": {"messages": "chat"}}, "system\ns|user\na|assistant\nb"),
+        ({"messages": PARTS}, {}, "user\na\nb|assistant\nc"),
+    ],
+)
+def test_spellings_of_messages(
+    row: Any, settings: dict[str, Any], text: str, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    data = load_rows(chat_tokenizer, tmp_path, [row], **settings)
+    read = chat_tokenizer.decode(data.train[0].input_ids)
+    assert read.replace("<|im_end|>\n<|im_start|>", "|") == f"<|im_start|>{text}<|im_end|>"
+    assert not any("not used" in note for note in data.report["notes"])
+
+
+def test_parquet_gives_each_message_the_keys_of_all(chat_tokenizer: Any, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "id": "x"}]
+    datasets.Dataset.from_list([{"messages": messages + more}]).to_parquet(tmp_path / "rows.parquet")
+    data = load(chat_tokenizer, name="parquet", path=str(tmp_path / "rows.parquet"))
+    assert trained_texts(chat_tokenizer, data.train[0]) == ["d<|im_end|>"]
+    assert any("keys of messages that are not used" in note and "id (1)" in note for note in data.report["notes"])
+
+
+# Columns that are not used, and those of Alpaca ------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": "instruction", "completion": "output"}])
+def test_alpacas_input_belongs_to_the_prompt(columns: dict[str, str], plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Translate.", "input": "Good day", "output": "Bonjour"},
+        {"instruction": "Say hi.", "input": "", "output": "Hi"},
+        {"instruction": "Say no.", "output": "No"},
+        {"instruction": "Say yes.", "input": None, "output": "Yes"},
+    ]
+    data = load_rows(plain_tokenizer, tmp_path, rows, columns=columns)
+    texts = [plain_tokenizer.decode(one.input_ids).removesuffix("<|im_end|>") for one in data.train]
+    assert texts == ["Translate.\nGood day Bonjour", "Say hi. Hi", "Say no. No", "Say yes. Yes"]
+    assert any("data.columns: {prompt: instruction, completion: output, input: input} is used" in note
+               for note in data.report["notes"])  # fmt: skip
+    with pytest.raises(UserError, match="rows.jsonl:2: expected a text in column 'input', but it is 3"):
+        load_rows(plain_tokenizer, tmp_path, [rows[0], {**rows[0], "input": 3}])
+
+
+def test_an_input_of_other_columns_is_used_where_it_is_mapped(plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"question": "a", "context": "c", "answer": "b"}]
+    columns = {"prompt": "question", "input": "context", "completion": "answer"}
+    data = load_rows(plain_tokenizer, tmp_path, rows, columns=columns)
+    assert plain_tokenizer.decode(data.train[0].input_ids) == "a\nc b<|im_end|>"
+    assert not any("not used" in note or "data.columns" in note for note in data.report["notes"])
+    own = load_rows(plain_tokenizer, tmp_path, [{"prompt": "a", "completion": "b", "input": "c"}])
+    assert plain_tokenizer.decode(own.train[0].input_ids) == "a b<|im_end|>"
+    assert "train: columns not used: input" in own.report["notes"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_columns_that_are_not_used_are_named_once(kind: str, plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "completion": "x", "source": "web", "": "y"} for i in range(3)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        datasets.Dataset.from_list(rows).to_csv(path)
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        write_jsonl(path, rows)
+    notes = load(plain_tokenizer, name=kind, path=str(path)).report["notes"]
+    assert [note for note in notes if "not used" in note] == ["train: columns not used: source, ''"]
+
+
+def test_columns_of_some_rows_are_named_with_a_row(plain_tokenizer: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1, "note": None}, {"text": "c", "label": 1, "note": "d"}]
+    path = write_jsonl(tmp_path / "eval.jsonl", [{**rows[0], "split": "x", "text_pair": "y"}])
+    notes = classify(plain_tokenizer, tmp_path, rows, eval_path=str(path)).report["notes"]
+    named = [note.replace(str(tmp_path), "") for note in notes if "not used" in note]
+    assert named == [
+        "train: columns not used: note (in 1 of 3 rows, the first is /rows.jsonl:3)",
+        "eval: columns not used: split",
+    ]
+    chat = load_rows(chat_tokenizer, tmp_path, [{"messages": TWO_TURNS, "system": "be good", "tools": []}])
+    assert [note for note in chat.report["notes"] if "not used" in note] == ["train: columns not used: system"]
 
 
 # Labels ----------------------------------------------------------------------------------------------
@@ -104,7 +215,7 @@ def test_held_out_labels(plain_tokenizer: Any, tmp_path: Path) -> None:
         classify(plain_tokenizer, tmp_path, rows, eval_path=str(path))
 
 
-@pytest.mark.parametrize("label", [-1, 0.5, None, "one", [1]])
+@pytest.mark.parametrize("label", [-1, 0.5, None, "one", [1], 10**6, 10**50, "9" * 5000])
 def test_labels_that_are_none(label: Any, plain_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl:2: label .*expected a whole number from 0"):
         classify(plain_tokenizer, tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": label}])
@@ -231,6 +342,10 @@ def test_record_accepts_every_published_answer(plain_tokenizer: Any, tmp_path: P
         ("superglue/rte", {"premise": "a", "hypothesis": "b", "label": 2}, "label 2; expected"),
         ("superglue/cb", {"premise": "a", "label": "neutral"}, "expected a text in column 'hypothesis'"),
         ("superglue/wsc", {"text": "a", "target": {}, "label": True}, "expected a text in column 'span1_text'"),
+        ("superglue/rte", {"premise": "a", "hypothesis": "b", "label": "\u00b2"}, "label '\u00b2'; expected"),
+        ("superglue/copa", {"premise": "a", "choice1": "b", "choice2": "c", "question": ["x"], "label": 0}, "'x'"),
+        ("superglue/record", {"passage": "a", "query": "@placeholder", "answers": [3]}, "list of texts.*'answers'"),
+        ("superglue/record", {"passage": {"text": "a"}, "qas": [{"query": "b", "answers": ["c"]}]}, "as published"),
         ("superglue/multirc", {"passage": {"text": "a"}}, "not a row of superglue/multirc as published"),
         ("superglue/copa", {"premise": "a", "choice1": "b", "choice2": "c", "question": "why", "label": 0}, "why"),
         ("superglue/record", {"passage": {"text": "a"}, "qas": [{"query": "b"}]}, "expected a query with"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +128,70 @@ def test_broken_files_are_named_with_their_line(
         load(plain_tokenizer, name=name, path=str(tmp_path / "file"))
 
 
-def test_a_file_that_is_not_utf8(plain_tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b'{"prompt": "a\xff"}\n')
-    with pytest.raises(UserError, match="file: cannot be read.*utf-8"):
-        load(plain_tokenizer, name="jsonl", path=str(tmp_path / "file"))
+ROW = b'{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("jsonl", ROW + b'{"prompt": "a\xff"}\n', "file:2: the byte 0xff is not UTF-8.*iconv"),
+        ("json", b'[{"prompt": "a"},\n{"prompt": "\xed\xa0\xbd"}]', "file:2: the byte 0xed is not UTF-8"),
+        ("csv", b"prompt,completion\ncaf\xe9,b\n", "file:2: the byte 0xe9 is not UTF-8"),
+        ("jsonl", ROW.decode().encode("utf-16"), "file: the text is UTF-16.*iconv"),
+        ("jsonl", ROW.decode().encode("utf-16-le"), "file:1: broken JSON"),
+        ("jsonl", gzip.compress(ROW * 99)[:-9], "file: cannot be read as text: Compressed file ended"),
+        ("jsonl", b"PK\x03\x04", "file: cannot be read as text"),
+        ("csv", b"prompt,completion\na,b\n\xef\xbb\xbfprompt,completion\n", "file:3: a byte-order mark in the middle"),
+        ("jsonl", ROW + rb'{"prompt": "Say \ud83d", "completion": "b"}', r"file:2: .*half of a surrogate.*\\ud83d, "),
+        ("jsonl", ROW + rb'{"prompt": "a", "completion": "\udc00\ud83d"}', r"file:2: .*half of a surrogate.*\\udc00"),
+        ("json", rb'[{"prompt": "a", "other": [{"\ud83d": 1}]}]', "file element 1: .*half of a surrogate"),
+        ("jsonl", ROW + b'{"prompt": "a", "prompt": "b"}', "file:2: .*the key 'prompt' occurs twice"),
+        ("jsonl", ROW + b'{"prompt": "a", "m": [{"x": 1, "x": 2}]}', "file:2: .*the key 'x' occurs twice"),
+        ("jsonl", ROW + b'{"prompt": ' + b"9" * 5000 + b"}", "file:2: .*4300 digits.*correct the value"),
+        ("jsonl", ROW + b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "file:2: .*nested too deeply"),
+        ("jsonl", ROW + b'{"prompt": ' + b"[" * 200 + b"]" * 200 + b"}", "file:2: .*nested more than 100 levels"),
+        ("json", b"[" * 10**5, "file: .*nested too deeply"),
+        ("jsonl", b'{"prompt": "a\x00"}', "file:1: broken JSON"),
+        (
+            "jsonl",
+            ROW + b'{"prompt": NaN, "completion": "b"}',
+            "file:2: expected a text in column 'prompt', but it is nan",
+        ),
+    ],
+)
+def test_what_no_tokenizer_can_read_is_named_with_its_line(
+    name: str, content: bytes, message: str, plain_tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(plain_tokenizer, name=name, path=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROW.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + ROW + b"\xef\xbb\xbf" + ROW,  # joined files
+        gzip.compress(ROW),
+        ROW.replace(b'"}', b'", "other": NaN, "more": 1e999}'),
+        rb'{"prompt": "a", "completion": "b", "other": "\ud83d\ude00 \u0000"}',
+    ],
+)
+def test_what_looks_broken_and_is_not(content: bytes, plain_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    data = load(plain_tokenizer, name="jsonl", path=str(tmp_path / "file"))
+    assert {plain_tokenizer.decode(one.input_ids) for one in data.train} == {"a b<|im_end|>"}
+
+
+def test_parquet_columns_of_other_kinds(plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "when": datetime(2026, 1, 1), "raw": b"\xff", "tags": ["x"]}]
+    path = tmp_path / "file.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    data = load(plain_tokenizer, name="parquet", path=str(path))
+    assert "train: columns not used: when, raw, tags" in data.report["notes"]
+    for column in ("when", "raw", "tags"):
+        with pytest.raises(UserError, match=f"file.parquet row 1: expected a text in column '{column}'"):
+            load(plain_tokenizer, name="parquet", path=str(path), columns={"completion": column})
 
 
 # The Hub ---------------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""What a run should say about its data: each matter once, with the number of rows and an example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SENTENCES = {
+    "assistant first": "conversations begin with the assistant; this turn is not trained, because nothing asks for it",
+    "one example a turn": (
+        "the chat template writes earlier turns differently when later ones follow, so there is one example for each "
+        "turn of the assistant"
+    ),
+    "keys not used": "keys of messages that are not used, because the chat template does not write them: {names}",
+    "messages not written": "messages that the chat template leaves out, by role: {names}",
+    "control tokens": (
+        "texts contain control tokens of the tokenizer, and become these tokens: {names}; change them where they are "
+        "meant as text"
+    ),
+    "no end mark": (
+        "warning: answers end without a control token, so the trained model does not know where to stop; use a "
+        "tokenizer whose chat template ends turns with one (model.tokenizer), or stop at a text. They end with {names}"
+    ),
+}
+
+
+@dataclass
+class Remark:
+    """One matter: in how many rows it was found, the first of them, and the names concerned with their rows."""
+
+    rows: int = 0
+    first: str = ""
+    names: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Remarks:
+    """The matters found in rows. A row counts once for each matter, and once for each name."""
+
+    found: dict[str, Remark] = field(default_factory=dict)
+    _latest: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def add(self, matter: str, where: str, name: str = "") -> None:
+        """Count a row, at `where`, for a matter and a name. Rows must come in their order."""
+        remark = self.found.setdefault(matter, Remark(first=where))
+        if self._is_new(matter, "", where):
+            remark.rows += 1
+        if name and self._is_new(matter, name, where):
+            remark.names[name] = remark.names.get(name, 0) + 1
+
+    def _is_new(self, matter: str, name: str, where: str) -> bool:
+        is_new = self._latest.get((matter, name)) != where
+        self._latest[matter, name] = where
+        return is_new
+
+
+def sentence(matter: str, names: dict[str, int]) -> str:
+    """Return what is said about a matter. `names` are named with their numbers of rows, the most frequent first."""
+    listed = sorted(names.items(), key=lambda item: -item[1])
+    return SENTENCES[matter].format(
+        names=", ".join(f"{name} ({n})" for name, n in listed[:10]) + ", ..." * (len(listed) > 10)
+    )
