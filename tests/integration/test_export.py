@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tests import ENVIRONMENT
+from tests.support.data_fixtures import CHATML_WITHOUT_MARKERS, write_jsonl
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_on_ranks
+from tests.support.training import SHORT, run_tiny
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> AutoModelFor..., model_type, config
@@ -196,3 +198,26 @@ def test_full_disk(tmp_path: Path) -> None:
     message = run_on_ranks(1, export_to_a_full_disk, tmp_path / "model")[0]
     assert f"{tmp_path / 'model'}: cannot be written" in message and "too large" in message.lower()
     assert not (tmp_path / "model").exists()
+
+
+def test_the_exported_model_stops_where_the_chat_template_ends_turns(tmp_path: Path) -> None:
+    """Its turns end with <|im_end|>, and the base model only knows the tokenizer's own end-of-sequence token."""
+    from transformers import GenerationConfig
+
+    from hift_ds.launch.model.tokenizer import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML_WITHOUT_MARKERS
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [
+        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]} for i in range(4)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings = [*SHORT, f"model.tokenizer={tmp_path / 'tokenizer'}", "data.name=jsonl", f"data.path={data}"]
+    result = run_tiny(1, tmp_path / "run", *settings, "data.train_examples=null")
+    assert result["code"] == 0, result["printed"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    exported = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
+    assert exported.eos_token_id == [tokenizer.eos_token_id, end]
+    assert "answers in the training data end with '<|im_end|>'; generation stops there too" in result["printed"]
