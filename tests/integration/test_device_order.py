@@ -1,5 +1,6 @@
 """NCCL communicates from the current device, so each rank chooses its own before the first collective."""
 
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def events_of(work: Callable[[], Any]) -> list[str]:
 
 def command_on_a_rank(argv: list[str]) -> list[str]:
     from hift_ds.launch import train
+    from hift_ds.launch.runtime import process
 
-    return events_of(lambda: train.main(argv))
+    with mock.patch.object(process, "time", types.SimpleNamespace(sleep=lambda seconds: None)):
+        return events_of(lambda: train.main(argv))
 
 
 def comparison_on_a_rank(argv: list[str]) -> list[str]:
