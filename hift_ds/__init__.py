@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hift_ds.engine import HiFTEngine
     from hift_ds.initialization import initialize
     from hift_ds.model.activations import checkpoint_activations
+    from hift_ds.model.reach import freeze_patterns, unreached_parameters
     from hift_ds.optim.mezo import MeZO
     from hift_ds.planner.api import plan_memory
 
@@ -27,9 +28,11 @@ __all__ = [
     "HiFTEngine",
     "MeZO",
     "checkpoint_activations",
+    "freeze_patterns",
     "initialize",
     "partition_model",
     "plan_memory",
+    "unreached_parameters",
 ]
 _MODULES = {
     "Block": "hift_ds.blocks.block",
@@ -39,9 +42,11 @@ _MODULES = {
     "HiFTEngine": "hift_ds.engine",
     "MeZO": "hift_ds.optim.mezo",
     "checkpoint_activations": "hift_ds.model.activations",
+    "freeze_patterns": "hift_ds.model.reach",
     "initialize": "hift_ds.initialization",
     "partition_model": "hift_ds.blocks.partition",
     "plan_memory": "hift_ds.planner.api",
+    "unreached_parameters": "hift_ds.model.reach",
 }
 
 

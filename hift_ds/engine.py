@@ -26,6 +26,7 @@ from hift_ds.checkpoint.engine import SavingEngine
 from hift_ds.checkpoint.files import FileEngine
 from hift_ds.config import HiFTConfig
 from hift_ds.model.activations import host_buffers
+from hift_ds.model.reach import freeze_patterns
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.properties import has_fused, is_elementwise
 from hift_ds.state.ledger import Held, Ledger, count, device_total
@@ -39,6 +40,10 @@ from hift_ds.zero.stage12 import Stage12BlockOptimizer
 _NO_OPTIMIZER = "HiFT needs an optimizer: pass one, or add an 'optimizer' section to the DeepSpeed config"
 # The key of HiFT's entry in a checkpoint's client state.
 _STATE_KEY = "hift"
+
+
+class UnreachedBlockError(RuntimeError):
+    """The loss does not depend on the block that a step trains."""
 
 
 class _Files(FileEngine, CheckpointEngine):
@@ -146,20 +151,28 @@ class HiFTEngine(CheckpointingEngine):
         """DeepSpeed's ``backward``: compute the active block's gradients.
 
         Raises:
-            RuntimeError: the loss does not depend on the active block.
+            UnreachedBlockError: the loss does not depend on the active block.
         """
         if not loss.requires_grad:
-            raise RuntimeError(
-                f"the loss does not depend on block {self.active_block} ({self.blocks[self.active_block].name}), which "
-                "this step trains. If the model never uses these parameters, add them to hift.freeze; if activation "
-                "checkpointing is on, use its non-reentrant form (use_reentrant=False)"
-            )
+            raise UnreachedBlockError(self._why_unreached())
         self.block_optimizers.watch_loss(loss)
         result = super().backward(loss, *args, **kwargs)
         if self.is_gradient_accumulation_boundary():
             self._watch_memory()
             self.block_optimizers.prefetch()
         return result
+
+    def _why_unreached(self) -> str:
+        block = self.blocks[self.active_block]
+        names = block.parameter_names
+        patterns = freeze_patterns(names, [name for other in self.blocks for name in other.parameter_names])
+        return (
+            f"the loss does not depend on block {self.active_block} ({block.name}), which this step trains: "
+            f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}. If the model never uses "
+            f"these parameters, freeze them: hift.freeze={[*self.hift.freeze, *patterns]}. "
+            "hift_ds.unreached_parameters(model, loss), before hift_ds.initialize, finds those of all blocks. If "
+            "activation checkpointing is on, use its non-reentrant form (use_reentrant=False)"
+        )
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
         """DeepSpeed's ``save_checkpoint``, with the state of all blocks and the position in the cycle.

@@ -3,43 +3,95 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
 import hift_ds
+from hift_ds.blocks.block import numel_of
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.errors import UserError
+from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapters import ADAPTERS
 from hift_ds.launch.methods.lr_schedules import schedule_factor
 from hift_ds.launch.methods.package_engines import make_plain_engine
 from hift_ds.launch.methods.table import METHODS
-from hift_ds.launch.model import loading
 from hift_ds.optim.properties import has_fused
 
 
-def schedule_ticks(settings: Settings, config: Any) -> int:
-    """Return how often the learning-rate schedule advances in the run. The blocks are found on a meta-device model.
+def find_blocks(settings: Settings, model: Any) -> list[hift_ds.Block]:
+    """Return the blocks that HiFT cuts the model into; [] if the method has no blocks.
+
+    Args:
+        model: the model, or its skeleton on the meta device.
 
     Raises:
         UserError: the model cannot be cut into blocks as asked.
     """
-    method = METHODS[settings.method.name]
-    if not method.block_wise:
-        return method.schedule_ticks(settings.training.max_steps, 1, 1)
+    if not METHODS[settings.method.name].block_wise:
+        return []
     hift = hift_ds.HiFTConfig.from_dict(settings.deepspeed["hift"])
-    skeleton = loading.skeleton(settings.model, config)
     try:
-        blocks = hift_ds.partition_model(
-            skeleton, hift.layers_per_block, hift.freeze, hift.max_block_numel, hift.balance
-        )
+        return hift_ds.partition_model(model, hift.layers_per_block, hift.freeze, hift.max_block_numel, hift.balance)
     except ValueError as error:
         raise UserError(f"deepspeed.hift: {error}") from None
-    return method.schedule_ticks(settings.training.max_steps, len(blocks), hift.steps_per_block)
 
 
-def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
+def schedule_ticks(settings: Settings, blocks: Sequence[hift_ds.Block]) -> int:
+    """Return how often the learning-rate schedule advances in the run."""
+    steps_per_block = settings.deepspeed["hift"].get("steps_per_block", 1)
+    method = METHODS[settings.method.name]
+    return method.schedule_ticks(settings.training.max_steps, len(blocks), steps_per_block)
+
+
+def check_reach(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any, unreached: Sequence[str]) -> str:
+    """Check that the loss depends on a parameter of each block.
+
+    Args:
+        blocks: from `find_blocks`.
+        model: the model or its skeleton.
+        unreached: names of the parameters that the loss does not depend on.
+
+    Returns:
+        A note about parameters that are not trained, or "".
+
+    Raises:
+        UserError: the loss does not depend on some block; the message has the value of `hift.freeze`.
+    """
+    method = METHODS[settings.method.name]
+    sizes = {name: numel_of(parameter) for name, parameter in model.named_parameters()}
+    trained = [name for block in blocks for name in block.parameter_names] if method.block_wise else list(sizes)
+    missed = [name for name in trained if name in set(unreached)]
+    if not missed or method.adapter:
+        return ""
+    share = sum(sizes[name] for name in missed) / sum(sizes.values())
+    patterns = hift_ds.freeze_patterns(missed, trained)
+    what = (
+        f"the loss does not depend on {len(missed)} of the {len(sizes)} parameters of the model ({100 * share:.1f} % "
+        f"of its weights): {', '.join(patterns)}"
+    )
+    if not method.block_wise:
+        return f"note: {what}. They stay as they are."
+    freeze = [*settings.deepspeed["hift"].get("freeze", ()), *patterns]
+    remedy = f'--set "deepspeed.hift.freeze={freeze}"'
+    empty = [block.name for block in blocks if set(block.parameter_names) <= set(missed)]
+    if not empty:
+        return (
+            f"note: {what}. They take memory for optimizer state, and weight decay may change them. To leave them out: "
+            f"{remedy}"
+        )
+    raise UserError(
+        f"deepspeed.hift.freeze: {what}. Text does not reach these parameters, so the steps of {len(empty)} of "
+        f"{len(blocks)} blocks (such as {empty[0]}) would train nothing. Freeze them: {remedy}"
+    )
+
+
+def make_engine(model: Any, settings: Settings, ticks: int, unreached: Sequence[str] = ()) -> Any:
     """Make the engine of the method, with `training.lr_schedule` unless the deepspeed section has a scheduler.
+
+    Args:
+        unreached: names of the parameters that the loss does not depend on. Methods without blocks do not train them:
+            they would take memory for gradients and optimizer state, and weight decay or MeZO would change them.
 
     Raises:
         NotApplicable: the method does not fit the model.
@@ -50,8 +102,13 @@ def make_engine(model: Any, settings: Settings, ticks: int) -> Any:
     def factor(tick: int) -> float:
         return schedule_factor(training.lr_schedule, training.warmup_ratio, ticks, tick)
 
+    left_out = [] if method.block_wise else [model.get_parameter(name) for name in unreached]
     if method.adapter:
         model = ADAPTERS[method.adapter](model, settings.method)
+    for parameter in left_out:
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise NotApplicable(settings.method.name, model, "text does not reach the weights it trains")
     if not method.uses_deepspeed:
         return make_plain_engine(model, settings, factor)
     config = copy.deepcopy(settings.deepspeed)

@@ -22,10 +22,18 @@ from hift_ds.launch.callbacks.stop_on_signal import Stopping
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
+from hift_ds.launch.data.batches import collate
 from hift_ds.launch.data.loading import Data, load_data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import train
-from hift_ds.launch.make_engine import block_names, cycle_steps, make_engine, schedule_ticks
+from hift_ds.launch.make_engine import (
+    block_names,
+    check_reach,
+    cycle_steps,
+    find_blocks,
+    make_engine,
+    schedule_ticks,
+)
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.runtime import extensions, logs, outputs, summary
@@ -34,10 +42,12 @@ from hift_ds.launch.runtime.export import export_model
 from hift_ds.launch.runtime.preemption import Preemption, Stopped
 from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, join, together
 from hift_ds.model import loss as losses
+from hift_ds.model.reach import unreached_by_example, unreached_by_text
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from hift_ds.blocks.block import Block
     from hift_ds.checkpoint.manifest import Checkpoint
 
 
@@ -70,7 +80,9 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: Data
     config: PretrainedConfig
+    blocks: list[Block]  # of HiFT
     ticks: int  # how often the learning-rate schedule advances
+    unreached: list[str] | None  # parameters that the loss does not depend on; None: not known yet
     # find_run
     identity: dict[str, Any]  # what a continuation must share with this run
     recorded: dict[str, Any]  # run.json: of the run to continue, then of this one
@@ -176,8 +188,14 @@ class Run:
             )
         self.settings = settings = settings.with_steps(len(self.data.train))
         self.config = loading.load_config(settings.model, self.tokenizer, len(self.data.report["labels"] or ()) or None)
-        loading.check_length(self.config, *self.data.longest(settings.training.max_new_tokens))
-        self.ticks = schedule_ticks(settings, self.config)
+        longest, answered = self.data.longest(settings.training.max_new_tokens)
+        loading.check_length(self.config, longest, answered)
+        skeleton = loading.skeleton(settings.model, self.config)
+        self.blocks = find_blocks(settings, skeleton)
+        self.ticks = schedule_ticks(settings, self.blocks)
+        self.unreached = unreached_by_text(skeleton, longest)
+        if self.unreached is not None:
+            check_reach(settings, self.blocks, skeleton, self.unreached)
 
     def find_run(self) -> None:
         """Check that the run to continue has the same settings and data."""
@@ -204,9 +222,18 @@ class Run:
                 f"note: answers in the training data end with {names}; generation stops there too, here and in the "
                 "exported model (eos_token_id in generation_config.json)"
             )
-        self.engine = make_engine(model, self.settings, self.ticks)
+        together(lambda: self.check_reach(model))
+        self.engine = make_engine(model, self.settings, self.ticks, self.unreached or ())
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
+
+    def check_reach(self, model: PreTrainedModel) -> None:
+        """Check that the loss depends on all blocks, with the loaded model if it could not be found without data."""
+        if self.unreached is None:
+            example = min(self.data.train[:100], key=lambda example: len(example.input_ids))
+            self.unreached = unreached_by_example(model, collate([example], self.tokenizer.pad_token_id))
+        if note := check_reach(self.settings, self.blocks, model, self.unreached):
+            self.say(note)
 
     def claim_folder(self) -> None:
         """Keep other runs out of the folder (rank 0 holds the lock), and open this rank's log in it."""

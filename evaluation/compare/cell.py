@@ -38,7 +38,7 @@ from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import train
-from hift_ds.launch.make_engine import cycle_steps, make_engine, schedule_ticks
+from hift_ds.launch.make_engine import cycle_steps, find_blocks, make_engine, schedule_ticks
 from hift_ds.launch.methods.adapters import trained_parameters
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
@@ -179,7 +179,7 @@ class Cells:
         if not examples:
             raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
         model = self._model(task, settings.dtype)
-        engine = make_engine(model, settings, schedule_ticks(settings, model.config))
+        engine = make_engine(model, settings, schedule_ticks(settings, find_blocks(settings, model)))
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
         callbacks = [

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hift_ds.config import noise_chunk
 from hift_ds.model.activations import HostCheckpoints
 from hift_ds.model.loss import Targets, chunking_problem, classification_loss, default_chunk, summed_loss
+from hift_ds.model.reach import give_fake_tensors
 
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
 
@@ -129,20 +129,7 @@ class Simulator:
 
     def __init__(self, model: nn.Module, task: str, offload: bool = False):
         self.model, self.task, self.offload = model, task, offload
-        self.mode = FakeTensorMode()
-        made: dict[int, Any] = {}  # id of the old tensor -> the new one, so that tied weights stay tied
-        with self.mode:
-            for module in model.modules():
-                stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                for store in stores:
-                    for name, old in store.items():
-                        if old is None:
-                            continue
-                        if id(old) not in made:
-                            new: Any = torch.empty(old.shape, dtype=old.dtype)
-                            is_parameter = isinstance(old, nn.Parameter)
-                            made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
-                        store[name] = made[id(old)]
+        self.mode = give_fake_tensors(model)
 
     def chunking_problem(self) -> str | None:
         """Return why the model cannot compute its logits in chunks: see :func:`hift_ds.model.loss.chunking_problem`."""

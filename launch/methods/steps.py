@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from hift_ds.engine import UnreachedBlockError
+from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.table import Method
 
 # Computes a micro-batch's share of the step's loss. Gradient methods call it once, forward-only ones several times.
@@ -30,7 +32,10 @@ def _gradient_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
     for number, share in enumerate(shares, start=1):
         value = share()
         # DeepSpeed averages over micro-batches and ranks, but the shares are to be summed.
-        engine.backward(value * (len(shares) * dist.get_world_size()))
+        try:
+            engine.backward(value * (len(shares) * dist.get_world_size()))
+        except UnreachedBlockError as error:
+            raise UserError(f"deepspeed.hift.freeze: {error}") from None
         loss += value.item()
         if number == len(shares) and not _may_step(engine, loss):
             return loss, False

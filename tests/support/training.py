@@ -57,7 +57,7 @@ def train_and_compare(
         for name, tensor in tensors:
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 seen["tensors"][name] = tensor.detach().cpu().clone()
-        seen["causal"] = "CausalLM" in type(engine.module).__name__
+        seen["causal"] = "SequenceClassification" not in type(engine.module).__name__
         export(engine, tokenizer, folder, use_cache)
         seen["folder"] = folder
 
