@@ -215,7 +215,7 @@ class Run:
             self.say(f"{self.folder}: no checkpoint yet; the run begins at its first step")
         self.say(summary.data_report(self.data))
         seed_generators(self.settings.training.seed)
-        model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype))
+        model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say))
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
             self.say(

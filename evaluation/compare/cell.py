@@ -77,6 +77,7 @@ class Cells:
         rank0 = dist.get_rank() == 0  # copies on other machines may have additional files next to the weights
         self.model_identity = gather(loading.identity(comparison.model) if rank0 else None)[0]
         self._loaded: dict[str, Any] = {}
+        self._say = functools.cache(functools.partial(logs.say, dist.get_rank()))  # each note once, not for each cell
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
@@ -224,7 +225,7 @@ class Cells:
     def _load(self, task: Task | None, dtype: str) -> Any:
         labels = len(task.labels) if task is not None and self.classifies else None
         config = loading.load_config(self.comparison.model, self.tokenizer, labels)
-        return loading.load_model(self.comparison.model, config, dtype)
+        return loading.load_model(self.comparison.model, config, dtype, self._say)
 
     def _predict(
         self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +59,7 @@ class ChatModel:
             raise UserError(f"{name!r}: its tokenizer has no chat template, which MT-Bench needs; give a chat model")
         config = load_config(settings, self._tokenizer, None)
         accelerator = get_accelerator()
-        model = load_model(settings, config, dtype)
+        model = load_model(settings, config, dtype, functools.partial(print, file=sys.stderr))
         whole: Any = model if adapter is None else load_adapter(model, adapter)
         self._model: Any = whole.to(accelerator.current_device_name(), model.dtype).eval()
         self._positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -21,11 +21,13 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import is_progress_bar_enabled
 
 import hift_ds
 from hift_ds.checkpoint.files import sha256_of
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.model import weights
 from hift_ds.launch.model.settings import ModelSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 
@@ -143,30 +145,24 @@ def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedMod
         return _from_config(settings, config)
 
 
-def load_model(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+def load_model(
+    settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object] = print
+) -> PreTrainedModel:
     """Load the model into host memory, with weights in `dtype` ("float32", "bfloat16" or "float16").
 
     A model from scratch is always drawn in fp32, so that a seed gives the same weights for each dtype; DeepSpeed casts
     it.
 
+    Args:
+        say: called with notes for the user, e.g. about a new classification head.
+
     Raises:
-        UserError: the model cannot be found or reached, or does not fit the task.
+        UserError: the model cannot be found or reached, does not fit the task, or its files do not hold its weights.
     """
     if settings.config is not None:
         model = _from_config(settings, config)
     else:
-        name = str(settings.name_or_path)
-        options = _source(name, settings.revision) | _options(settings)
-        if "gguf_file" in options:
-            options["quantization_config"] = GgufConfig(dequantize=True)  # quantized weights cannot be trained
-        auto = AUTO_CLASSES[settings.task]
-        with _gguf_bar_as_set():
-            model = _explained(
-                "model.name_or_path",
-                name,
-                lambda: auto.from_pretrained(config=config, dtype=getattr(torch, dtype), **options),
-            )
-        _forget_gguf(model)
+        model = _from_files(settings, config, dtype, say)
     if model.can_generate():
         _make_savable(model.generation_config)
     model.config.use_cache = False  # training needs no key-value cache; generation enables it
@@ -232,6 +228,53 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
+def _from_files(
+    settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object]
+) -> PreTrainedModel:
+    key, name = "model.name_or_path", str(settings.name_or_path)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": getattr(torch, dtype),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `check_weights` names them
+        **_options(settings),
+    }
+    source = _source(name, settings.revision)
+    if "gguf_file" in source:
+        source["quantization_config"] = GgufConfig(dequantize=True)  # quantized weights cannot be trained
+    auto: Any = AUTO_CLASSES[settings.task]
+
+    def load() -> tuple[Any, dict[str, Any]]:
+        try:
+            return auto.from_pretrained(**source, **options)
+        except Exception as error:  # safetensors, torch and pickle raise many kinds for damaged files
+            if problem := weights.explain_damage(_folder(name, settings.revision)):
+                raise UserError(f"{key}: {problem}") from None
+            if isinstance(error, RuntimeError):
+                raise ValueError(f"{error} (logging.verbose=true prints the report)") from error
+            raise
+
+    with _gguf_bar_as_set():
+        model, found = _explained(key, name, load)
+    if wrapped := sorted(one for one in found["unexpected_keys"] if weights.unwrapped(one) != one):
+        say(f"note: {key}: a wrapper has changed the names of {len(wrapped)} tensors, e.g. {wrapped[0]}; they are read "
+            f"as {weights.unwrapped(wrapped[0])}")  # fmt: skip
+        # Not by `key_mapping` of transformers: it would apply the mapping in reverse when the model is saved.
+        tensors = weights.read_unwrapped(_folder(name, settings.revision))
+        generation, model_class = getattr(model, "generation_config", None), type(model)
+        del model
+        options.pop("trust_remote_code")
+        model, found = model_class.from_pretrained(None, state_dict=tensors, **options)
+        model.config.name_or_path, model.generation_config = name, generation
+    _forget_gguf(model)
+    try:
+        for note in weights.check_weights(model, found, settings.task):
+            say(note)
+    except UserError as error:
+        raise UserError(f"{key}: {name!r}: {error}") from None
+    return model
+
+
 def _from_config(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
     auto = AUTO_CLASSES[settings.task]
     return _explained(
@@ -290,6 +333,15 @@ def _source(name: str, revision: str | None) -> dict[str, Any]:
     if revision is not None:
         source["revision"] = revision
     return source
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    """Return the folder with a model's files; for a model of the Hub, the snapshot in the cache."""
+    local = Path(name).expanduser()
+    if local.exists():
+        return local if local.is_dir() else local.parent
+    file = cached_file(name, "config.json", revision=revision, local_files_only=True)
+    return Path(str(file)).parent
 
 
 def _explained(key: str, name: str, load: Callable[[], T]) -> T:
