@@ -68,7 +68,8 @@ def run(
 
     Returns:
         `lm_eval` (its version), `limit`, and for each task in `tasks`: its name in the harness (`task`), `version`,
-        `examples`, `num_fewshot`, `files` (path -> sha256) and `metrics` by the harness's names, from 0 to 1.
+        `examples`, `num_fewshot`, `files` (path -> sha256) and `metrics` by the harness's names, from 0 to 1. GSM8K
+        also has `unanswered`, the number of replies in which the strict match finds no number.
 
     Raises:
         UserError: lm-evaluation-harness is not installed, or a task, the model or the data does not exist.
@@ -93,8 +94,8 @@ def run(
         model = HFLM(pretrained=str(folder), device=device, dtype="auto", batch_size=batch_size)
     with tempfile.TemporaryDirectory() as place:
         root = Path(definitions.__file__).parent
-        written = {name: _define(name, data, root, Path(place)) for name in names}
-        theirs = [task for task, _ in written.values()]
+        defined = {name: _define(name, data, root, Path(place)) for name in names}
+        theirs = [task for task, _ in defined.values()]
         found = evaluator.simple_evaluate(
             model,
             tasks=list(theirs),
@@ -102,12 +103,12 @@ def run(
             batch_size=batch_size,
             limit=limit,
             task_manager=definitions.TaskManager(include_path=place, include_defaults=False),
-            log_samples=False,
+            log_samples=True,
             bootstrap_iters=0,
         )
     assert found is not None  # None only on ranks other than 0
     report: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": limit, "tasks": {}}
-    for name, (task, files) in written.items():
+    for name, (task, files) in defined.items():
         metrics = {
             key.removesuffix(",none"): value
             for key, value in found["results"][task].items()
@@ -121,6 +122,9 @@ def run(
             "files": files,
             "metrics": metrics,
         }
+        if find_task(name).max_new_tokens:
+            written = {one["doc_id"]: one["resps"][0][0] for one in found["samples"][task]}  # once for each filter
+            report["tasks"][name]["unanswered"] = find_task(name).unanswered(list(written.values()))
     return report
 
 
@@ -224,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for name, one in report["tasks"].items():
         figures = ", ".join(f"{metric} {value:.4f}" for metric, value in one["metrics"].items())
-        print(f"{name}: {figures} ({one['examples']} examples, {one['num_fewshot']} shots)")
+        empty = f", {one['unanswered']} without an answer" if one.get("unanswered") else ""
+        print(f"{name}: {figures} ({one['examples']} examples, {one['num_fewshot']} shots{empty})")
     return 0
 
 

@@ -130,6 +130,7 @@ class Cells:
             **self._scores(task, data.test, tested.values),
             **measured,
             "truncated": {"train": encoded["truncated"], "test": tested.truncated},
+            "unanswered": task.unanswered(tested.values) if task.max_new_tokens and not self.classifies else None,
             "test_cut": "end" if self.classifies else "beginning",
             "total_parameters": total,
             "peak_memory": peak.above,

@@ -174,7 +174,7 @@ def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]
     scores = [Heading("Scores", 3), *tables.scores(section, notes), *notes.parts()]
     if not section.shown():
         return [*parts, *scores]
-    scores += tables.other_metrics(section)
+    scores += [*tables.other_metrics(section), *tables.unanswered(section)]
     notes = tables.Notes()
     differences = [Heading("Differences to full fine-tuning", 3), *tables.differences(section, notes), *notes.parts()]
     parts += [*scores, *differences, *drawn.get("time", ()), *drawn.get("memory", ()), Heading("Training and cost", 3)]

@@ -100,6 +100,8 @@ def _check(where: Place, record: Record) -> None:
     for name in _PRESENT:
         if name not in record:
             raise UserError(f"{where}: {name!r}: missing; run the cell again")
+    if "unanswered" in record:  # results of earlier versions have no such field
+        need(where, record, "unanswered", (int, _NONE), "a number of answers or null")
     each: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "bootstrap": ("a number", _is_number_or_null),
         "curve": ("[step, seconds, tokens, loss]", _is_point),

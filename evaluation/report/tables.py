@@ -113,6 +113,28 @@ def other_metrics(section: Section) -> list[Part]:
     return [Heading("Other metrics", 3), Paragraph(caption), Table(head, rows)]
 
 
+def unanswered(section: Section) -> list[Part]:
+    """Make the table of the numbers of empty answers; an empty list if there are none."""
+    counts: dict[str, dict[str, str]] = {}  # task -> label -> a count for each seed
+    for task in section.tasks:
+        found = {
+            label: [one for one in section.ok(label, task) if one.get("unanswered") is not None]
+            for label in section.shown()
+        }
+        if any(one["unanswered"] for some in found.values() for one in some):
+            counts[task] = {
+                label: ", ".join(f"{one['unanswered']} of {one['n']}" for one in some) for label, some in found.items()
+            }
+    if not counts:
+        return []
+    rows = [[label, *(counts[task][label] or NOTHING for task in counts)] for label in section.shown()]
+    caption = (
+        "Test answers without any text, and solutions without a final number, for each seed. They count as wrong, so a "
+        "low score may be due to the form of the answers."
+    )
+    return [Heading("Empty answers", 3), Paragraph(caption), Table(["method", *counts], rows)]
+
+
 def _plain(values: Sequence[Any]) -> str:
     known = [value for value in values if is_finite(value)]
     if not known:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hift_ds.evaluation.tasks import metrics, templates
 from hift_ds.launch.data import scores
+from hift_ds.launch.data.answers import has_words
 from hift_ds.launch.data.built_in import BUILT_IN
 from hift_ds.launch.data.formats import LABEL_TASKS
 from hift_ds.launch.errors import UserError, nearest
@@ -77,7 +78,8 @@ class Task:
     published: tuple[str, str] | None = None  # the publisher's names of the training and test files
     grouped: bool = False  # merge held-out rows with the same prompt into one example with all references
     max_new_tokens: int = 0  # for written answers; 0 for tasks with candidates
-    stop: str | None = None  # text at which a written answer ends
+    stops: tuple[str, ...] = ()  # texts at which a written answer ends
+    solution: bool = False  # the written answer is a solution in GSM8K's format, scored as a whole
     labels: tuple[str, ...] = ()  # the classes, for a model with a head; () if there are none
     regression: bool = False  # the head predicts a number; the only label is the number's name
     prompted: bool = True  # whether the task has a prompt template
@@ -91,6 +93,11 @@ class Task:
     def has_classes(self) -> bool:
         """Whether a classification head can be trained on it (a regression has no classes)."""
         return bool(self.labels) and not self.regression
+
+    def unanswered(self, texts: Sequence[str]) -> int:
+        """Return how many written answers are empty; of solutions, how many have no final number."""
+        answered = scores.extract_number if self.solution else has_words
+        return sum(not answered(text) for text in texts)
 
     def score(
         self,
@@ -156,7 +163,9 @@ def _solutions(predictions: Sequence[Any], _: Sequence[Any], examples: Sequence[
 
 
 _accuracy = _labels(metrics.accuracy)
-_QA = {"metrics": ("f1", "exact_match"), "max_new_tokens": 50, "stop": "\n"}
+_QA = {"metrics": ("f1", "exact_match"), "max_new_tokens": 50, "stops": ("\n",)}
+# A solution ends where lm-evaluation-harness ends it.
+_SOLUTION = {"metrics": ("exact_match",), "stops": ("Question:", "</s>", "<|im_end|>"), "solution": True}
 
 
 def _published(
@@ -217,7 +226,7 @@ _NLI_WORDS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 TASKS = {
     task.name: task
     for task in (
-        _published("arithmetic", "arithmetic", _solutions, ("exact_match",), max_new_tokens=96),
+        _published("arithmetic", "arithmetic", _solutions, max_new_tokens=96, **_SOLUTION),  # type: ignore[arg-type]
         _published("yes-no", "yes-no"),
         _published("sst2", "sst2"),
         _filled_in(
@@ -306,9 +315,9 @@ TASKS = {
             published=("trainset", "testset_w_refs"),
             grouped=True,
             max_new_tokens=100,
-            stop="\n",
+            stops=("\n",),
         ),
-        _published("gsm8k", "gsm8k", _solutions, ("exact_match",), max_new_tokens=320),
+        _published("gsm8k", "gsm8k", _solutions, max_new_tokens=320, **_SOLUTION),  # type: ignore[arg-type]
         _glue("cola", ("sentence",), metrics.matthews, ("matthews",), ("unacceptable", "acceptable")),
         _glue("mrpc", _PAIR, metrics.accuracy_and_f1, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
         _glue("wnli", _PAIR, metrics.accuracy, ("accuracy",), ("not_entailment", "entailment")),

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteria
 
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
 from hift_ds.evaluation.tasks.loading import classification_rows, few_shot
+from hift_ds.launch.data.answers import Decoder, has_ended, read_answer, until
 from hift_ds.launch.data.batches import collate, collate_prompts
 from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_segments
 from hift_ds.launch.errors import UserError
@@ -210,33 +212,75 @@ def _write(
     beams: dict[str, Any],
     after_batch: Callable[[], object],
 ) -> Predictions:
-    """Generate answers up to the task's stop text, without surrounding whitespace."""
+    """Generate answers up to one of the task's stop texts, without what comes before them (`read_answer`).
+
+    Solutions are searched for their answer, so what comes before it stays.
+    """
     limit = max_length and max_length - task.max_new_tokens
     fitted = [_fitted(tokenizer, tokenize_segments(tokenizer, [prompt])[0], limit) for prompt in prompts]
     cases = [kept for kept, _ in fitted]
     order = sorted(range(len(cases)), key=lambda i: len(cases[i]), reverse=True)
     end = model.generation_config.eos_token_id
-    options: dict[str, Any] = {"stop_strings": [task.stop], "tokenizer": tokenizer} if task.stop else {}
+    written = _Written(task, tokenizer)
     values = [""] * len(prompts)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = collate_prompts([EvalExample([], [], prompt_ids=cases[i]) for i in batch], _padding(tokenizer))
             device = next(model.parameters()).device
+            length = inputs["input_ids"].shape[1]
             tokens = model.generate(  # (sequences, prompt + new tokens)
                 **{key: value.to(device) for key, value in inputs.items()},
-                **options,
                 **beams,
+                stopping_criteria=[_AnswerEnds(written, length)],
                 do_sample=False,
                 max_new_tokens=task.max_new_tokens,
                 pad_token_id=_padding(tokenizer),
                 eos_token_id=tokenizer.eos_token_id if end is None else end,
             )
-            new = tokens[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                values[i] = (text.partition(task.stop)[0] if task.stop else text).strip()
+            for i, answer in zip(batch, written.answers(tokens[:, length:]), strict=True):
+                values[i] = answer
             after_batch()
     return Predictions(values, sum(cut for _, cut in fitted))
+
+
+class _Written:
+    """Reads what a model has written for a task."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._task, self._tokenizer, self._decode = task, tokenizer, Decoder(tokenizer)
+
+    def answers(self, tokens: Tensor) -> list[str]:
+        """Return the answers in new tokens (sequences, tokens)."""
+        read = _solution if self._task.solution else read_answer
+        return [read(text, self._task.stops) for text in self._texts(tokens)]
+
+    def have_ended(self, tokens: Tensor) -> list[bool]:
+        """Return whether each answer has come to one of the task's stop texts."""
+        stops = self._task.stops
+        if self._task.solution:
+            return [any(stop in text for stop in stops) for text in self._texts(tokens)]
+        return [has_ended(text, stops) for text in self._texts(tokens)]
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        if self._task.solution:  # as lm-evaluation-harness decodes them
+            return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return self._decode(tokens.tolist())
+
+
+def _solution(text: str, stops: Sequence[str]) -> str:
+    return until(text, stops).strip()
+
+
+class _AnswerEnds(StoppingCriteria):
+    """Ends a sequence when its answer has ended. A stop text before the answer, such as a line break, ends nothing."""
+
+    def __init__(self, written: _Written, prompt_length: int) -> None:
+        self._written, self._prompt_length = written, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = self._written.have_ended(input_ids[:, self._prompt_length :])
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _fitted(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], limit: int | None) -> tuple[list[int], bool]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hift_ds.launch.callbacks.callback import Callback, Step, finite
 from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.answers import Decoder
 from hift_ds.launch.data.batches import collate, collate_prompts, trained_tokens
 from hift_ds.launch.data.encoding import EvalExample
 from hift_ds.launch.data.loading import Data
@@ -131,7 +132,7 @@ def _generate(
         eos_token_id=tokenizer.eos_token_id if stop is None else stop,
         synced_gpus=settings.zero_stage == 3 and dist.get_world_size() > 1,
     )
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return Decoder(tokenizer)(tokens[:, inputs["input_ids"].shape[1] :].tolist())
 
 
 def _classify(

@@ -120,5 +120,6 @@ def _why(record: dict[str, Any]) -> str:
 def _held_out(record: dict[str, Any]) -> list[str]:
     found = record.get("held_out") or {}
     if "score" in found:
-        return [f"held-out {found['metric'].replace('_', ' ')} {100 * found['score']:.1f} %"]
+        empty = f" ({found['unanswered']} without an answer)" if found["unanswered"] else ""
+        return [f"held-out {found['metric'].replace('_', ' ')} {100 * found['score']:.1f} %{empty}"]
     return [f"held-out loss {as_text(found['loss'])}"] if found else []

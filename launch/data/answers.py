@@ -44,10 +44,14 @@ _MARK = re.compile(
 
 def read_answer(text: str, stops: Sequence[str] = ()) -> str:
     """Return the answer in a text: what follows its opening, up to the first of `stops`; empty if there is none."""
-    answer = text[_opening(text) :]
+    return _BLANKS.sub("", until(text[_opening(text) :], stops))
+
+
+def until(text: str, stops: Sequence[str]) -> str:
+    """Return the text up to the first of `stops`."""
     for stop in stops:
-        answer = answer.partition(stop)[0]
-    return _BLANKS.sub("", answer)
+        text = text.partition(stop)[0]
+    return text
 
 
 def has_ended(text: str, stops: Sequence[str]) -> bool:
@@ -58,7 +62,7 @@ def has_ended(text: str, stops: Sequence[str]) -> bool:
 
 def has_words(text: str) -> bool:
     """Return whether there is a letter or a digit."""
-    return re.search(r"\w", text) is not None
+    return re.search(r"[^\W_]", text) is not None
 
 
 def without_thinking(text: str) -> str:

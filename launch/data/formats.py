@@ -184,8 +184,11 @@ def _label_task_row(task: LabelTask, classify: bool, row: dict[str, Any], where:
 
 def _solution_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     question, answer = text_of(row, "question", where), text_of(row, "answer", where)
-    if scores.extract_number(answer) is None:
-        raise UserError(f"{where}: the answer must end in '#### ' and a number; got {shown(answer[-80:])}")
+    if scores.reference_number(answer) is None:
+        raise UserError(
+            f"{where}: the answer must end in '#### ' and a plain number, such as 1,000 or -2.5, without a unit; got "
+            f"{shown(answer[-80:])}"
+        )
     return {"prompt": question, "completion": answer}
 
 

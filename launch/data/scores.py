@@ -1,20 +1,19 @@
-"""Scores of answers: exact match of the final numbers of GSM8K, and accuracy of labels. Pure functions."""
+"""Scores of answers: exact match of the final numbers of GSM8K, and accuracy of labels. Pure functions.
+
+GSM8K's score is the strict match of lm-evaluation-harness (its gsm8k.yaml), for any text.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
-# The number after `####`: an optional sign before or after an optional currency mark, digits with commas, and an
-# optional decimal fraction. Text that would change the number (a fraction bar, an exponent, a second decimal point)
-# must not follow; a unit, a percent sign or a full stop may.
-_FINAL_NUMBER = re.compile(
-    r"####[ \t]*(?P<sign>[-+\u2212]?)[ \t]*[$€£]?[ \t]*(?P<minus>[-\u2212]?)"
-    r"(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)(?![\d,]*\d)(?![ \t]*/[ \t]*\d)(?!\.\d)(?![eE][+-]?\d)"
-)
+from hift_ds.launch.data.answers import read_answer
+
+_ANSWER = re.compile(r"#### (-?[0-9.,]+)")  # the first one is the answer, so text after other `####` does not matter
+_NUMBER = re.compile(r"-?[0-9.]*[0-9][0-9.]*")
 
 
 @dataclass(frozen=True)
@@ -38,47 +37,56 @@ class Score:
         return Score(self.metric, self.correct + other.correct, self.n + other.n, self.unanswered + other.unanswered)
 
 
-def extract_number(text: str) -> Decimal | None:
-    """Return the final answer of a solution in GSM8K's format: the number after the first `####`, or None.
+def extract_number(text: str) -> str | None:
+    """Return the final answer of a solution: the number after the first `#### ` that a number follows, or None.
 
-    The first one counts, because a model that continues after its answer writes further problems. `1,000`, `$1000.00`
-    and `1000.` are the same number. A text without `####`, or without a plain number after it, has no answer.
+    It is compared as a text, without commas and a final full stop: `1,000`, `1000` and `1000.` are equal, but `1000.0`
+    is another answer, as for lm-evaluation-harness. A currency mark before the number is no answer.
     """
-    position = text.find("####")
-    match = _FINAL_NUMBER.match(text, position) if position >= 0 else None
-    if match is None:
-        return None
-    number = Decimal(match["number"].replace(",", ""))
-    negative = match["sign"] in ("-", "\u2212") or match["minus"] != ""
-    return -number if negative else number
+    found = _ANSWER.search(text)
+    number = "" if found is None else _plain(found[1])
+    return number if any(map(str.isdigit, number)) else None
+
+
+def reference_number(solution: str) -> str | None:
+    """Return the final answer of a reference solution: what follows the last `#### `, or None if it is no number.
+
+    Unlike in a model's answer, dollar signs are ignored.
+    """
+    _, mark, number = _plain(solution.strip()).rpartition("#### ")
+    return number if mark and _NUMBER.fullmatch(number) else None
 
 
 def number_match(predictions: Sequence[str], references: Sequence[str]) -> Score:
-    """Compare the final numbers of predicted and reference solutions: exact match, GSM8K's metric.
+    """Compare the final answers of predicted and reference solutions: GSM8K's metric.
 
     Raises:
         ValueError: a reference has no final number.
     """
     correct = unanswered = 0
     for prediction, reference in zip(predictions, references, strict=True):
-        expected = extract_number(reference)
+        expected = reference_number(reference)
         if expected is None:
-            raise ValueError(f"the reference solution has no number after '####': {reference!r}")
+            raise ValueError(f"the reference solution has no number after '#### ': {reference!r}")
         answer = extract_number(prediction)
         unanswered += answer is None
         correct += answer == expected
     return Score("exact_match", correct, len(predictions), unanswered)
 
 
+def _plain(text: str) -> str:
+    return text.replace(",", "").replace("$", "").removesuffix(".")
+
+
 def leading_words_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """Return the accuracy of generated label words: a prediction must begin with one of its accepted answers.
 
-    Letter case, punctuation and the text after the answer do not matter, so a model may continue after its answer.
-    Whole words are compared: `Nothing` is not `No`.
+    Letter case, punctuation and the text after the answer do not matter, so a model may continue after its answer. The
+    answer begins where `read_answer` finds it. Whole words are compared: `Nothing` is not `No`.
     """
     correct = unanswered = 0
     for prediction, accepted in zip(predictions, references, strict=True):
-        words = _words(prediction)
+        words = _words(read_answer(prediction))
         unanswered += not words
         correct += any(_begins(words, _words(answer)) for answer in accepted)
     return Score("accuracy", correct, len(predictions), unanswered)

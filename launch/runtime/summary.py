@@ -143,9 +143,11 @@ def report(summary: dict[str, Any]) -> str:
     ]
     for when in ("before", "after"):
         if f"score_{when}" in s:
+            empty = s[f"score_{when}_unanswered"]
             lines.append(
                 f"{s['score_metric'].replace('_', ' ') + ' ' + when:<18} {100 * s[f'score_{when}']:.1f} % "
-                f"({s[f'score_{when}_correct']} of {s['score_n']} held-out examples)"
+                f"({s[f'score_{when}_correct']} of {s['score_n']} held-out examples"
+                + (f"; {empty} without an answer)" if empty else ")")
             )
         if f"held_out_loss_{when}" in s:
             loss, n = s[f"held_out_loss_{when}"], s["held_out_n"]

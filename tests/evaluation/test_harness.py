@@ -54,6 +54,8 @@ def test_every_task_runs_on_local_files(model: Any, tmp_path: Path) -> None:
     for name, one in report["tasks"].items():
         assert one["examples"] == 3 and one["num_fewshot"] == 1 and len(one["files"]) == 2, name
         assert one["metrics"] and all(-1 <= value <= 1 for value in one["metrics"].values()), name
+        assert ("unanswered" in one) is (name == "gsm8k")
+    assert report["tasks"]["gsm8k"]["unanswered"] == 3  # by a random model
     assert report["tasks"]["rte"]["task"] == "sglue_rte" and report["tasks"]["boolq"]["version"] == 2.0
 
 

@@ -113,6 +113,8 @@ def test_the_tiny_comparison_needs_no_data(tmp_path: Path) -> None:
         assert one["status"] == "ok" and one["n"] == 8, (label, task, one["reason"])
         assert one["metric"] == ("exact_match" if task == "arithmetic" else "accuracy")
         assert ("answer_loss" in one["metrics"]) is (task == "arithmetic")
+        assert one["unanswered"] == (8 if task == "arithmetic" else None)  # a random model writes no `#### N`
+    assert "### Empty answers" in (tmp_path / "report.md").read_text("utf-8")
     assert not result["leaked"]
     last = result["printed"].strip().splitlines()[-1]
     assert last.startswith("report ") and str(tmp_path / "report.md") in last and (tmp_path / "report.md").is_file()

@@ -315,6 +315,25 @@ def test_which_end_of_an_example_was_lost(tmp_path: Path) -> None:
         assert f"full: up to 3 of {cell('full')['n']} test examples were cut at the {side}." in text
 
 
+def test_empty_answers_are_counted_for_each_cell() -> None:
+    counts = {("zero-shot", 0): 39, ("zero-shot", 1): 12, ("full", 0): 0, ("full", 1): 3}
+    found = [cell(label, task="squad", seed=seed, unanswered=n) for (label, seed), n in counts.items()]
+    found += [cell(label, task="rte", seed=seed, unanswered=None) for label, seed in counts]
+    found += [cell("hift", task="squad"), cell("hift", task="rte")]  # of an earlier version
+    text, _ = words(found)
+    (table,) = tables(text, "Empty answers")
+    assert table == {
+        "method": ["squad"],
+        "full": ["0 of 40, 3 of 40"],
+        "hift": ["-"],
+        "zero-shot": ["39 of 40, 12 of 40"],
+    }
+    assert "They count as wrong" in text
+    assert "Empty answers" not in words([cell("full", task="squad", unanswered=0), cell("hift", task="squad")])[0]
+    with pytest.raises(UserError, match="'unanswered': expected a number of answers or null, got 'many'"):
+        words([cell("full", unanswered="many")])
+
+
 def test_cells_of_other_folders_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As if one comparison had run them; what cannot be joined changes no file."""
     everything = [cell(label, seed=seed) for seed in (0, 1) for label in ("full", "hift")]

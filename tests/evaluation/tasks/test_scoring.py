@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from hift_ds.evaluation.tasks.catalog import TaskExample, find_task
 from hift_ds.evaluation.tasks.loading import few_shot, load_task
@@ -130,8 +130,12 @@ def test_of_equally_likely_candidates_the_first_is_chosen(batch_size: int) -> No
     assert found.values == ([0, 0, 0, 1] if red_wins else [0, 0, 1, 0])
 
 
+BLANKS = " \0\t\n\v\f\r\x1c\x1d\x1e\x1f"  # of what is one byte
+
+
 @torch.no_grad()
 def greedy(model: Any, tokenizer: Any, prompt: str, n: int, stop: str) -> str:
+    """The answer begins after white space; some bytes are no visible characters either."""
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     text = ""
     new: list[int] = []
@@ -140,8 +144,8 @@ def greedy(model: Any, tokenizer: Any, prompt: str, n: int, stop: str) -> str:
         if token == model.config.eos_token_id:
             break
         new.append(token)
-        text = tokenizer.decode(new, skip_special_tokens=True)
-    return text.split(stop)[0].strip()
+        text = tokenizer.decode(new, skip_special_tokens=True).lstrip(BLANKS)
+    return text.split(stop)[0].strip(BLANKS)
 
 
 def test_written_answers_do_not_depend_on_the_batch() -> None:
@@ -151,7 +155,7 @@ def test_written_answers_do_not_depend_on_the_batch() -> None:
     for seed in range(3):
         model = llama(seed, len(tokenizer))
         for stop in ("\n", ")", "V"):
-            task = dataclasses.replace(find_task("squad"), stop=stop, max_new_tokens=12)
+            task = dataclasses.replace(find_task("squad"), stops=(stop,), max_new_tokens=12)
             expected = [greedy(model, tokenizer, one.prompt, 12, stop) for one in examples]
             stopped += sum(len(text) < 3 for text in expected)
             for batch_size in (1, 4, 10):
@@ -163,6 +167,91 @@ def test_written_answers_do_not_depend_on_the_batch() -> None:
     assert cut.truncated == len(examples) and whole.truncated == 0
     last = [dataclasses.replace(one, prompt=one.prompt[-18:]) for one in examples]  # a byte is a token
     assert cut.values == predict(task, llama(0, len(tokenizer)), tokenizer, last).values
+
+
+class Forced(LogitsProcessor):
+    """Forces the tokens of a text after a prompt, and then the end."""
+
+    def __init__(self, ids: list[int], end: int, start: int) -> None:
+        self.ids, self.end, self.start = ids, end, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        done = input_ids.shape[1] - self.start
+        forced = torch.full_like(scores, -1e9)
+        forced[:, self.ids[done] if done < len(self.ids) else self.end] = 0
+        return forced
+
+
+class Writer:
+    """A model that writes a text, and then the end, after every prompt; it counts the tokens it was let write."""
+
+    def __init__(self, text: str, tokenizer: Any, end: int | None = None) -> None:
+        model = llama(0, len(tokenizer))
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        end = model.config.eos_token_id if end is None else end
+        generate = model.generate
+        self.written = 0
+
+        def forced(input_ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+            start = input_ids.shape[1]
+            tokens = generate(input_ids=input_ids, logits_processor=[Forced(ids, end, start)], **rest)
+            self.written = tokens.shape[1] - start
+            return tokens
+
+        self.model, self.forced = model, forced
+
+    def __getattr__(self, name: str) -> Any:
+        return self.forced if name == "generate" else getattr(self.model, name)
+
+
+def about_paris(name: str) -> TaskExample:
+    references: Any = {"squad": ("Paris",), "drop": (("Paris",),), "e2e": ("Paris",)}[name]
+    prompt = "Question: what is the capital of France? Answer:"
+    return TaskExample(where="row 1", prompt=prompt, completion="Paris", references=references)
+
+
+WRITTEN = ("Paris", " Paris", "\nParis", "\n\n Paris\nLondon", "\r\nParis\r\n", "\u00a0\u200b\n\ufeffParis\u200b",
+           "<think>\nLondon\n</think>\nParis\n", "<|assistant|>\nParis\n", "Answer:\nParis\nQ",
+           "```\nParis\n```")  # fmt: skip
+EMPTY = ("", "\n", "\n \u200b\n", "<think>\nParis\n", "<|im_start|>assistant\n", "Answer:\n", "\n" * 110 + "Paris")
+
+
+@pytest.mark.parametrize("text", [*WRITTEN, *EMPTY])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_written_answers_are_read_where_they_begin(text: str, beams: int) -> None:
+    tokenizer = byte_tokenizer()
+    for name in ("squad", "drop", "e2e"):
+        task, example = find_task(name), about_paris(name)
+        writer = Writer(text, tokenizer)
+        found = predict(task, writer, tokenizer, [example] * 2, num_beams=beams)
+        assert found.values == ["Paris" if text in WRITTEN else ""] * 2
+        assert task.unanswered(found.values) == (0 if text in WRITTEN else 2)
+        if name != "e2e":
+            score = float(text in WRITTEN)
+            assert task.score(found.values, [example] * 2) == {"f1": score, "exact_match": score}
+
+
+def test_a_stop_text_ends_writing_after_the_answer_has_begun() -> None:
+    tokenizer = byte_tokenizer()
+    writer = Writer("\n\nParis\n" + "London\n" * 9, tokenizer)
+    assert predict(find_task("squad"), writer, tokenizer, [about_paris("squad")]).values == ["Paris"]
+    assert writer.written == len("\n\nParis\n")
+    solution = "2 + 2 = 4\n#### 4\n"
+    for stop in ("Question:", "</s>", "<|im_end|>"):
+        writer = Writer(f"\n<think>\n{solution}{stop} what is 2 + 3?\n#### 5", tokenizer)
+        example = TaskExample("row 1", "Question: 2 + 2?\nAnswer:", solution, references=(solution,))
+        found = predict(find_task("arithmetic"), writer, tokenizer, [example])
+        assert found.values == [f"<think>\n{solution}".strip()]  # as it was written
+        assert writer.written == len(f"\n<think>\n{solution}{stop}")
+        assert find_task("arithmetic").score(found.values, [example]) == {"exact_match": 1.0}
+    assert find_task("gsm8k").unanswered(["", "4", "#### $4", "#### 4", "<think>"]) == 4
+
+
+def test_a_repeated_prompt_is_an_answer_and_a_wrong_one() -> None:
+    tokenizer, example = byte_tokenizer(), about_paris("squad")
+    task = find_task("squad")
+    found = predict(task, Writer(example.prompt + " Paris", tokenizer), tokenizer, [example])
+    assert task.unanswered(found.values) == 0 and task.score(found.values, [example])["exact_match"] == 0
 
 
 @needs_shared
@@ -177,7 +266,7 @@ def test_solutions_equal_those_of_lm_eval(shots: int) -> None:
     demonstrations = data.demonstrations(shots, seed=0)
     harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=4096, device="cpu")
     before = few_shot(demonstrations)
-    options = {"until": ["<|im_end|>"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 24}
+    options = {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 24}
     requests = [
         instance.Instance("generate_until", {}, (before + one.prompt, options), 0, ("gsm8k", i, 1))
         for i, one in enumerate(data.test)
