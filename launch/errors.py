@@ -35,6 +35,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """List names from the data for a message: at most `most` of them, each in at most 80 characters."""
+    found = [(name if len(name) <= 80 else name[:77] + "...") or "''" for name in names]
+    return ", ".join(found[:most] + ["..."] * (len(found) > most)) or "none"
+
+
 class NotApplicable(UserError):
     """A training method cannot train this model; the message gives the reason."""
 

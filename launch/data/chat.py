@@ -8,7 +8,7 @@ from typing import Any
 
 from hift_ds.launch.data.messages import CALLS, REASONING, UNTRAINED
 from hift_ds.launch.data.remarks import Remarks
-from hift_ds.launch.errors import UserError, shown
+from hift_ds.launch.errors import UserError, listed, shown
 
 Segment = tuple[str, bool]  # a text, and whether it is trained
 PLACEHOLDER = "\u2042answer\u2042"  # stands for an answer, to find what the template writes after it
@@ -182,11 +182,11 @@ class _Conversation:
                 )
             except Exception as error:  # whatever the template's own code raises
                 problem = problem or error
-        roles = ", ".join(message["role"] for message in messages)
+        roles = listed(message["role"] for message in messages)
         raise UserError(
             f"{self.where}: the chat template cannot write the first {len(messages)} of {len(self.messages)} messages "
-            f"(roles: {roles}): {problem}. Change the messages, or use a tokenizer with another template "
-            "(model.tokenizer)"
+            f"(roles: {roles}): {str(problem).rstrip('.')}; change the messages, or use a tokenizer with another "
+            "template (model.tokenizer)"
         ) from problem
 
 

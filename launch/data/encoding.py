@@ -102,7 +102,7 @@ def encode(
     ends: set[int] = set()
     examples = []
     for where, row in rows:
-        digest.update(json.dumps(row).encode() + b"\n")
+        digest.update(json.dumps(row, default=str).encode() + b"\n")  # Parquet has dates and bytes
         for token in (token for text in _texts(row) for token in control_tokens.findall(text)):
             remarks.add("control tokens", where, token)
         found: list[tuple[EvalExample, int]] = []  # with their lengths before truncation

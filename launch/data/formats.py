@@ -18,7 +18,7 @@ from typing import Any
 from hift_ds.launch.data import scores
 from hift_ds.launch.data.messages import read_messages, read_tools
 from hift_ds.launch.data.sources import Row
-from hift_ds.launch.errors import UserError, nearest, shown
+from hift_ds.launch.errors import UserError, listed, nearest, shown
 
 FORMATS = {
     "prompt-completion": ("prompt", "completion"),
@@ -242,23 +242,6 @@ def possible_formats(name: str) -> tuple[str, ...]:
     return ("prompt-completion", "text-label") if name in LABEL_TASKS else tuple(FORMATS)
 
 
-def known_columns(name: str, columns: dict[str, str], rows: list[Row]) -> dict[str, str]:
-    """Return `data.columns` with what is known of the names in Alpaca's and ShareGPT's files.
-
-    Alpaca's `instruction`, `input` and `output`, and ShareGPT's `conversations`, are taken where the format's own
-    columns are neither there nor mapped. An `input` beside a prompt in `instruction` always belongs to the prompt.
-    """
-    if len(possible_formats(name)) < len(FORMATS):
-        return columns
-    present = {column for _, row in rows for column in row}
-    for known in KNOWN_COLUMNS:
-        if present.issuperset(known.values()) and not present & known.keys() and not columns.keys() & known.keys():
-            columns = columns | known
-    if columns.get("prompt") == "instruction" and "input" in present and "input" not in columns:
-        columns = columns | {"input": "input"}
-    return columns
-
-
 def unused_columns(format_: str, columns: dict[str, str], rows: list[Row]) -> dict[str, list[str]]:
     """Return the columns with values that a format does not take, each with the places of its rows."""
     used = {columns.get(ours, ours) for ours in FORMATS[format_]}
@@ -271,28 +254,34 @@ def unused_columns(format_: str, columns: dict[str, str], rows: list[Row]) -> di
     return found
 
 
-def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: list[Row], task: str) -> str:
-    """Return the format that `data.format` (`wanted`) names or that the columns of the rows fit.
+def find_format(
+    name: str, wanted: str | None, columns: dict[str, str], rows: list[Row], task: str
+) -> tuple[str, dict[str, str]]:
+    """Return the format that `data.format` (`wanted`) names or that the columns of the rows fit, and its columns.
+
+    The columns are those of `data.columns`, and the known ones of Alpaca's and ShareGPT's files.
 
     Raises:
         UserError: the columns fit no format or several ones, or the format does not fit the model's task.
     """
     candidates = list(possible_formats(name))
+    mapping = columns
     if len(candidates) == len(FORMATS):  # a data set with unknown columns
         present = sorted({column for _, row in rows for column in row})
+        mapping = _with_known_columns(columns, set(present))
         for ours, theirs in columns.items():
             if theirs not in present:
                 raise UserError(
-                    f"data.columns: {ours}: {theirs!r} is not among the columns found ({', '.join(present)})"
+                    f"data.columns: {ours}: {theirs!r} is not among the columns found ({listed(present)})"
                     f"{nearest(theirs, present)}"
                 )
-        mapped = {column for column in COLUMNS if columns.get(column, column) in present}
+        mapped = {column for column in COLUMNS if mapping.get(column, column) in present}
         candidates = [one for one, needed in FORMATS.items() if mapped.issuperset(needed)]
         if not candidates or wanted and wanted not in candidates:
             asked = [wanted] if wanted else list(FORMATS)
             expected = [f"{' and '.join(FORMATS[one])} ({one})" for one in asked]
             raise UserError(
-                f"data: the columns found are {', '.join(present) or 'none'}; expected {', or '.join(expected)}. Map "
+                f"data: the columns found are {listed(present)}; expected {', or '.join(expected)}. Map "
                 "the columns, as in data.columns: {prompt: question, completion: answer}"
             )
     if wanted:
@@ -307,10 +296,24 @@ def find_format(name: str, wanted: str | None, columns: dict[str, str], rows: li
         )
     if len(fitting) > 1:
         raise UserError(f"data.format: the columns fit {' and '.join(fitting)}; set data.format to one of them")
-    unused = set(columns) - {*FORMATS[fitting[0]], *OPTIONAL[fitting[0]]}
-    if unused:
+    taken = (*FORMATS[fitting[0]], *OPTIONAL[fitting[0]])
+    if unused := set(columns) - set(taken):
         raise UserError(f"data.columns: {', '.join(sorted(unused))} is not used by {fitting[0]}; remove it")
-    return fitting[0]
+    return fitting[0], {ours: theirs for ours, theirs in mapping.items() if ours in taken}
+
+
+def _with_known_columns(columns: dict[str, str], present: set[str]) -> dict[str, str]:
+    """Return `data.columns` with what is known of the names in Alpaca's and ShareGPT's files.
+
+    They are taken where the format's own columns are neither there nor mapped. An `input` beside a prompt in
+    `instruction` always belongs to the prompt.
+    """
+    for known in KNOWN_COLUMNS:
+        if present.issuperset(known.values()) and not present & known.keys() and not columns.keys() & known.keys():
+            columns = columns | known
+    if columns.get("prompt") == "instruction" and "input" in present and "input" not in columns:
+        columns = columns | {"input": "input"}
+    return columns
 
 
 def convert(
@@ -356,7 +359,7 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
     """
     value = row.get(column)
     if not isinstance(value, str):
-        found = f"it is {shown(value)}" if column in row else f"the columns are {', '.join(row) or 'none'}"
+        found = f"it is {shown(value)}" if column in row else f"the columns are {listed(row)}"
         raise UserError(f"{where}: expected a text in column {column!r}, but {found}")
     return value
 
@@ -402,7 +405,7 @@ def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tupl
     names = [] if numbers else sorted({value for value in values if isinstance(value, str)})
     expected = f"a whole number from 0, below {MAX_LABELS}"
     if not numbers:
-        expected = f"one of the names in training ({', '.join(names[:20])})"
+        expected = f"one of the names in training ({listed(names)})"
     highest = 0
     numbered: dict[str, list[Row]] = {}
     for part, rows in parts.items():

@@ -22,14 +22,13 @@ from hift_ds.launch.data.formats import (
     convert,
     find_format,
     flatten,
-    known_columns,
     possible_formats,
     unused_columns,
 )
 from hift_ds.launch.data.remarks import sentence
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.data.sources import Row, read_file, read_hub
-from hift_ds.launch.errors import UserError
+from hift_ds.launch.errors import UserError, listed
 
 DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # numbers of built-in problems by default
 
@@ -84,10 +83,9 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
     splits, files = _read(settings, seed)
     notes: list[str] = []
     chosen = {part: _subset(settings, part, rows, seed, notes) for part, rows in splits.items()}
-    columns = known_columns(settings.name, settings.columns, chosen["train"])
+    format_, columns = find_format(settings.name, settings.format, settings.columns, chosen["train"], task)
     if columns != settings.columns:
         notes.append(f"data.columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}} is used")
-    format_ = find_format(settings.name, settings.format, columns, chosen["train"], task)
     rows, labels = convert(settings.name, format_, columns, chosen)
     template = choose_template(settings.template, format_, tokenizer)
     report: dict[str, Any] = {}
@@ -193,9 +191,8 @@ def _columns_note(
     named = []
     for name, places in found.items():
         some = f" (in {len(places)} of {len(rows)} rows, the first is {places[0]})" if len(places) < len(rows) else ""
-        named.append(f"{name or repr(name)}{some}")
-    listed = ", ".join(named[:20]) + ", ..." * (len(named) > 20)
-    return [f"{part}: columns not used: {listed}"] if named else []
+        named.append(f"{listed([name])}{some}")
+    return [f"{part}: columns not used: {', '.join(named[:20] + ['...'] * (len(named) > 20))}"] if named else []
 
 
 def _find_score(

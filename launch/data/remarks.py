@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hift_ds.launch.errors import listed
+
 SENTENCES = {
     "assistant first": "conversations begin with the assistant; this turn is not trained, because nothing asks for it",
     "one example a turn": (
@@ -55,7 +57,5 @@ class Remarks:
 
 def sentence(matter: str, names: dict[str, int]) -> str:
     """Return what is said about a matter. `names` are named with their numbers of rows, the most frequent first."""
-    listed = sorted(names.items(), key=lambda item: -item[1])
-    return SENTENCES[matter].format(
-        names=", ".join(f"{name} ({n})" for name, n in listed[:10]) + ", ..." * (len(listed) > 10)
-    )
+    counted = sorted(names.items(), key=lambda item: -item[1])
+    return SENTENCES[matter].format(names=listed((f"{name} ({n})" for name, n in counted), most=10))

@@ -27,7 +27,7 @@ class DataSettings:
     revision: str | None = None
     # prompt-completion | chat | text-label; null = found from the columns
     format: str | None = None
-    # Column of the format: column of the file, as in {prompt: question, completion: answer}. `input` continues a prompt.
+    # Column of the format: column of the file, as in {prompt: question, completion: answer}. `input` continues prompts.
     columns: dict[str, str] = field(default_factory=dict)
     # The splits to train on and to score. eval_split null = the first of validation, val, dev and test that is there
     # and not trained on.

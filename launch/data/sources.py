@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hift_ds.launch.errors import UserError, shown
+from hift_ds.launch.errors import UserError, listed, shown
 
 Row = tuple[str, dict[str, Any]]  # its place (for messages) and its columns
 
@@ -169,7 +169,7 @@ def _load_file(builder: str, path: Path, **options: Any) -> list[dict[str, Any]]
                 keep_in_memory=True,
                 **options,
             ).to_list()
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, ImportError) as error:
+    except Exception as error:  # decompressors and decoders have errors of their own
         if isinstance(error.__cause__, UnicodeDecodeError):
             raise _not_decoded(path, error.__cause__) from error
         raise UserError(f"{path}: cannot be read as {builder}: {error.__cause__ or error}") from error
@@ -267,7 +267,7 @@ def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bo
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise UserError(f"{path}:1: a column name occurs twice ({', '.join(header)}); rename one")
+            raise UserError(f"{path}:1: a column name occurs twice ({listed(header)}); rename one")
         for values in reader:
             if values and values[0].startswith("\ufeff"):
                 raise UserError(
@@ -279,7 +279,7 @@ def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bo
             elif values:
                 raise UserError(
                     f"{path}:{reader.line_num}: {len(values)} values for {len(header)} columns "
-                    f"({', '.join(header)}); a value that holds the separator must be quoted"
+                    f"({listed(header)}); a value that holds the separator must be quoted"
                 )
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken table ({error})") from error
@@ -331,7 +331,7 @@ def read_hub(
             trained = trained or present[0]
             try:
                 rows = loaded[present[0]].to_list()
-            except (OSError, ValueError, ImportError) as error:  # a column of pictures or sound that cannot be decoded
+            except Exception as error:  # whatever decoders of pictures and sound raise
                 raise UserError(
                     f"data.name: {name!r}: the rows of {label} cannot be read: {error}; {remedy}"
                 ) from error

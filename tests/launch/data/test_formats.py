@@ -47,6 +47,16 @@ def test_columns_that_do_not_fit(plain_tokenizer: Any, chat_tokenizer: Any, tmp_
         load_rows(plain_tokenizer, tmp_path, [{"text": "a", "label": 0}])
 
 
+def test_known_columns_of_another_format_do_not_matter(plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "label": 0, "conversations": []},
+        {"text": "b", "label": 1, "instruction": "c", "output": "d"},
+    ]
+    assert len(classify(plain_tokenizer, tmp_path, rows).train) == 2
+    with pytest.raises(UserError, match="data.columns: messages is not used by text-label"):
+        classify(plain_tokenizer, tmp_path, rows, columns={"messages": "conversations"})
+
+
 # Messages --------------------------------------------------------------------------------------------
 
 
