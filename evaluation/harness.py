@@ -21,6 +21,7 @@ import datasets
 import yaml
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds import paths
 from hift_ds.evaluation.tasks.catalog import TASKS, find_task
 from hift_ds.evaluation.tasks.loading import read_task
 from hift_ds.launch.data.formats import LABEL_TASKS, convert, flatten
@@ -200,9 +201,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code: 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.harness", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="a causal language model with its tokenizer")
+    add(
+        "--model",
+        type=paths.to_read,
+        required=True,
+        metavar="FOLDER",
+        help="a causal language model with its tokenizer",
+    )
     add("--tasks", required=True, help=f"comma-separated: {', '.join(HARNESS)}")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="has a folder for each task")
+    add("--data", type=paths.to_read, required=True, metavar="FOLDER", help="has a folder for each task")
     add("--limit", type=_positive, metavar="N", help="only the first N examples of each task")
     add(
         "--num-fewshot",
@@ -211,13 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="solved examples in the prompt; default: the task's",
     )
     add("--batch-size", type=_positive, default=8, metavar="N")
-    add("--output", type=Path, required=True, metavar="FILE", help="write the results to this JSON file")
+    add("--output", type=paths.to_write, required=True, metavar="FILE", help="write the results to this JSON file")
     options = parser.parse_args(arguments)
     try:
+        if not options.output.parent.is_dir():  # found before the evaluation, whose results would be lost
+            raise UserError(f"--output: the folder {str(options.output.parent)!r} does not exist; create it")
         report = run(
             options.model,
             options.tasks.split(","),
-            options.data.expanduser(),
+            options.data,
             limit=options.limit,
             num_fewshot=options.num_fewshot,
             batch_size=options.batch_size,

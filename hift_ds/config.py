@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hift_ds import paths
 from hift_ds.blocks.schedule import STRATEGIES
 
 SECTION = "hift"
@@ -199,6 +200,8 @@ def _place_problems(offload: Mapping[str, Any]) -> list[str]:
         return [f"{prefix}.nvme_path={folder!r} has no effect with device={device!r}; remove it"] if folder else []
     if not folder:
         return [f"{prefix}.device='nvme' needs {prefix}.nvme_path, an existing folder on the drive"]
+    if reason := paths.fault(folder):
+        return [f"{prefix}.nvme_path: {reason}"]
     if not Path(folder).is_dir():
         return [f"{prefix}.nvme_path={folder!r} is not a folder; create it, or choose one that exists"]
     try:
@@ -253,6 +256,10 @@ def _on(value: Any) -> bool:
     return bool(value) and value != "none"
 
 
+def _above(limit: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and value > limit
+
+
 # Keys of DeepSpeed that change which parameters train, where their state is, or how gradients are computed. No test
 # shows that HiFT equals Algorithm 1 with them, so HiFT refuses them.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -261,14 +268,14 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "zero_optimization.super_offload": (_on, "remove it"),
     "zero_optimization.elastic_checkpoint": (_on, "remove it"),
     "zero_optimization.zero_hpz_partition_size": (lambda v: v is not None and v != 1, "remove it"),
-    "zero_optimization.mics_shard_size": (lambda v: v is not None and v > 0, "remove it"),
+    "zero_optimization.mics_shard_size": (_above(0), "remove it"),
     "zero_optimization.zero_quantized_weights": (_on, "remove it"),
     "zero_optimization.zero_quantized_nontrainable_weights": (_on, "remove it"),
     "zero_optimization.zero_quantized_gradients": (_on, "remove it"),
     "zero_optimization.offload_optimizer.ratio": (lambda v: v is not None and v != 1.0, "set it to 1.0"),
     "hybrid_engine.enabled": (_on, "remove it"),
     "aio.use_gds": (_on, "remove it"),
-    "tensor_parallel.autotp_size": (lambda v: v is not None and v > 1, "remove it"),
+    "tensor_parallel.autotp_size": (_above(1), "remove it"),
     "torch_autocast.enabled": (_on, "use bf16 or fp16"),
     "amp.enabled": (_on, "use bf16 or fp16"),
     "compile.deepcompile": (_on, "remove it"),

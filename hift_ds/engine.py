@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LION_OPTIMIZER, DeepSpeedConfig
@@ -44,6 +45,15 @@ _STATE_KEY = "hift"
 
 class UnreachedBlockError(RuntimeError):
     """The loss does not depend on the block that a step trains."""
+
+
+def scheduler_class(kind: str) -> type | None:
+    """Return the class of the schedule that the ``scheduler`` section of a DeepSpeed config names, or None."""
+    if kind in lr_schedules.VALID_LR_SCHEDULES:
+        return getattr(lr_schedules, kind)
+    found = getattr(torch.optim.lr_scheduler, kind, None)
+    is_schedule = isinstance(found, type) and issubclass(found, torch.optim.lr_scheduler.LRScheduler)
+    return found if is_schedule else None
 
 
 class _Files(FileEngine, CheckpointEngine):

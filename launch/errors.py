@@ -12,13 +12,13 @@ class UserError(Exception):
     """A mistake in the settings, the data or the environment; the message names the remedy."""
 
 
-def nearest(value: str, known: Iterable[str]) -> str:
+def nearest(value: Any, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown `value`: the most similar known one, or nothing."""
-    near = difflib.get_close_matches(value, list(known), n=1)
+    near = difflib.get_close_matches(str(value), list(map(str, known)), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def expected(found: str, allowed: Iterable[str]) -> str:
+def expected(found: Any, allowed: Iterable[str]) -> str:
     """Return the end of a message about a value that is not among `allowed`: the list, and the most similar one."""
     allowed = list(allowed)
     return f"Expected one of: {', '.join(allowed)}{nearest(found, allowed)}"

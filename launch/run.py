@@ -198,8 +198,9 @@ class Run:
             check_reach(settings, self.blocks, skeleton, self.unreached)
 
     def find_run(self) -> None:
-        """Check that the run to continue has the same settings and data."""
+        """Check that the run to continue has the same settings and data; then fill in what depends on the model."""
         self.identity = outputs.identity(self.settings, self.world, self.data)
+        self.settings = self.settings.for_model(self.config, self.ticks)
         self.recorded = decide(
             lambda: (
                 outputs.check_same_run(self.folder, self.identity)
@@ -214,6 +215,8 @@ class Run:
         if self.resume and self.found is None:
             self.say(f"{self.folder}: no checkpoint yet; the run begins at its first step")
         self.say(summary.data_report(self.data))
+        for note in self.settings.notes:
+            self.say(f"note: {note}")
         seed_generators(self.settings.training.seed)
         model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say))
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):

@@ -103,7 +103,8 @@ ROOMS = {
     "hift_ds": {
         "blocks": "",
         "collectives": "",
-        "config": "blocks",
+        "paths": "",
+        "config": "blocks paths",
         "optim": "config",
         "state": "blocks collectives config optim",
         "weights": "blocks config state",
@@ -112,7 +113,7 @@ ROOMS = {
         "checkpoint": "collectives",
         "engine": "blocks checkpoint config model optim state zero",
         "initialization": "blocks config engine",
-        "planner": "blocks config model",
+        "planner": "blocks config model paths",
         "plan": "planner",
         "__init__": "blocks config engine initialization model optim planner",
     },

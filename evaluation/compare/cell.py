@@ -181,7 +181,9 @@ class Cells:
         if not examples:
             raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
         model = self._model(task, settings.dtype)
-        engine = make_engine(model, settings, schedule_ticks(settings, find_blocks(settings, model)))
+        ticks = schedule_ticks(settings, find_blocks(settings, model))
+        settings = settings.for_model(model.config, ticks)
+        engine = make_engine(model, settings, ticks)
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
         callbacks = [

@@ -295,8 +295,6 @@ def _line(record: dict[str, Any]) -> str:
 
 def _claim(comparison: Comparison) -> Lock:
     """Make the output folder with its settings, and keep other commands out of it."""
-    if comparison.folder.exists() and not comparison.folder.is_dir():
-        raise UserError(f"output.dir: {str(comparison.folder)!r} is a file; expected a folder or a new name")
     lock = outputs.claim(comparison.folder)
     (comparison.folder / SETTINGS).write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
     return lock

@@ -16,16 +16,18 @@ output:       {dir}
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hift_ds import paths
 from hift_ds.evaluation.tasks.catalog import GLUE, WITHOUT_DATA, Task, find_task
 from hift_ds.launch.config.checking import build, problem_list, setting
 from hift_ds.launch.config.library_checks import library_problems
 from hift_ds.launch.config.reading import read_yaml, source
-from hift_ds.launch.config.settings import LoggingSettings, Settings, TrainingSettings, check_settings
+from hift_ds.launch.config.settings import LoggingSettings, Settings, TrainingSettings, check_settings, output_problems
 from hift_ds.launch.data.sources import PUBLISHED
 from hift_ds.launch.errors import UserError, looked_in, nearest
 from hift_ds.launch.methods.table import METHODS, TRAINED
@@ -189,8 +191,7 @@ def load_comparison(
     problems += _decided(raw.get("training") or {}, "training")
     data = build(DataSettings, raw.get("data") or {}, "data", problems)
     output = build(OutputSettings, raw.get("output") or {}, "output", problems)
-    if not output.dir:
-        problems.append("output.dir: not set; expected a folder for the results, e.g. output.dir=runs/compare")
+    problems += output_problems(output.dir, "runs/compare")
     seeds = _numbers(raw, "seeds", [0], int, 0, problems)
     model = build(ModelSettings, raw.get("model") or {}, "model", problems)
     comparison = Comparison(
@@ -204,7 +205,7 @@ def load_comparison(
         budgets=_budgets(raw, problems),
         evaluation=build(EvaluationSettings, raw.get("evaluation") or {}, "evaluation", problems),
         logging=build(LoggingSettings, raw.get("logging") or {}, "logging", problems),
-        folder=Path(str(output.dir)).expanduser(),
+        folder=Path(os.path.expanduser(str(output.dir))),
         base={key: raw[key] for key in ("model", "logging") if raw.get(key)},
     )
     problems += _problems_together(comparison)
@@ -239,7 +240,9 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> l
             found.append(TaskEntry(task, None))
             continue
         path = entry.get("path") or _folder_of(task, data.path)
-        if path is not None and not Path(path).expanduser().exists():
+        if path is not None and (reason := paths.fault(path, reads=True)):
+            problems.append(f"tasks: {task.name}: {reason}")
+        elif path is not None and not Path(path).expanduser().exists():
             glue = (
                 f"; {Path(path).parent / 'glue'} does not, either"
                 if task.data == GLUE and not entry.get("path")
@@ -260,9 +263,11 @@ def _folder_of(task: Task, path: str | None) -> str | None:
     """Return a task's folder inside `path`: "superglue" for SuperGLUE's tasks, and possibly "glue" for GLUE's."""
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     own = folder / (task.data.split("/")[0] if task.data in PUBLISHED else task.name)
-    return str(own if own.exists() or not (folder / "glue").exists() or task.data != GLUE else folder / "glue")
+    return str(
+        own if os.path.exists(own) or not os.path.exists(folder / "glue") or task.data != GLUE else folder / "glue"
+    )
 
 
 def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:

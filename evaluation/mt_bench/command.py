@@ -25,6 +25,7 @@ from typing import Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
+from hift_ds import paths
 from hift_ds.evaluation.json_lines import Place, Record, RecordFile, field, read_records
 from hift_ds.evaluation.mt_bench import judge, verdicts
 from hift_ds.evaluation.mt_bench.endpoint import (
@@ -313,12 +314,12 @@ def _parser() -> argparse.ArgumentParser:
         "--model-id",
         help="the model's name in answers and verdicts; default: the last component of --adapter or --model",
     )
-    add("--answers", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
+    add("--answers", type=paths.to_write, required=True, metavar="FILE", help="JSON lines to write or continue")
     add("--max-new-tokens", type=_number(int, at_least=1), default=1024, help="limit for a turn (default: 1024)")
     add("--seed", type=int, default=0, help="seed of sampled answers (default: 0)")
     add(
         "--verdicts",
-        type=Path,
+        type=paths.to_write,
         metavar="FILE",
         help="also judge the answers (single grading) and write verdicts to this file",
     )
@@ -328,14 +329,14 @@ def _parser() -> argparse.ArgumentParser:
     to_judge.set_defaults(run=_run_judge)
     add = to_judge.add_argument
     add("--data", required=True, metavar="DATA", help=_DATA)
-    add("--answers", type=Path, required=True, nargs="+", metavar="FILE", help="one file for each model")
+    add("--answers", type=paths.to_write, required=True, nargs="+", metavar="FILE", help="one file for each model")
     add("--mode", choices=(SINGLE, PAIRWISE), default=SINGLE, help="pairwise: two models, in both orders")
-    add("--verdicts", type=Path, required=True, metavar="FILE", help="JSON lines to write or continue")
+    add("--verdicts", type=paths.to_write, required=True, metavar="FILE", help="JSON lines to write or continue")
     _add_judge(to_judge)
 
     to_show = commands.add_parser("show", help="show mean ratings, wins and flips", allow_abbrev=False)
     to_show.set_defaults(run=_run_show)
-    to_show.add_argument("--verdicts", type=Path, required=True, metavar="FILE")
+    to_show.add_argument("--verdicts", type=paths.to_write, required=True, metavar="FILE")
     to_show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser
 

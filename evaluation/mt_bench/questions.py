@@ -15,6 +15,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+from hift_ds import paths
 from hift_ds.evaluation.json_lines import Place, Record, field, read_json_lines
 from hift_ds.launch.errors import UserError, looked_in, nearest
 
@@ -87,6 +88,8 @@ def find_folder(data: str) -> Path:
     Raises:
         UserError: there is no such folder, or the Hub cannot be reached.
     """
+    if reason := paths.fault(data, reads=True):
+        raise UserError(f"--data: {reason}")
     place = Path(data).expanduser()
     if not place.is_dir():
         place = _fetched(data)

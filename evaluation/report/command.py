@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hift_ds import paths
 from hift_ds.evaluation.mt_bench.verdicts import read_verdicts
 from hift_ds.evaluation.report import results
 from hift_ds.evaluation.report.content import write_report
@@ -42,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; return the exit code: 0, or 2 for a user error."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="python -m evaluation.report", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("out", type=Path, metavar="OUT", help=f"folder with {RESULTS}")
+    parser.add_argument("out", type=paths.to_write, metavar="OUT", help=f"folder with {RESULTS}")
     parser.add_argument(
-        "--add", nargs="+", type=Path, metavar="FOLDER", help=f"first copy the cells of its {RESULTS} into OUT"
+        "--add", nargs="+", type=paths.to_read, metavar="FOLDER", help=f"first copy the cells of its {RESULTS} into OUT"
     )
     parser.add_argument(
-        "--verdicts", type=Path, metavar="FILE", help="verdicts of MT-Bench, written by evaluation.mt_bench"
+        "--verdicts", type=paths.to_read, metavar="FILE", help="verdicts of MT-Bench, written by evaluation.mt_bench"
     )
     parser.add_argument("--title", help=f"default: the title of the comparison, or {TITLE!r}")
     parser.add_argument(

@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.utils import logger
 
@@ -44,6 +45,31 @@ def has_fused(builder: str) -> bool:
         logger.warning(f"{builder} does not work on this machine ({error}); the optimizer uses its plain PyTorch step")
         return False
     return True
+
+
+def optimizer_class(kind: str, on_host: bool = False, torch_adam: bool = False) -> type[torch.optim.Optimizer] | None:
+    """Return the class of the optimizer that the ``optimizer`` section of a DeepSpeed config names, or None.
+
+    Nothing is compiled for the answer: on a GPU, the fused kernels are assumed to work.
+
+    Args:
+        kind: ``optimizer.type``. DeepSpeed ignores the case of its own names; the others are classes of torch.optim.
+        on_host: DeepSpeed steps on the host (``offload_optimizer``).
+        torch_adam: ``optimizer.params.torch_adam``.
+    """
+    is_fused = get_accelerator().device_name() != "cpu"
+    name = kind.lower()
+    if name in ("adam", "adamw"):
+        in_torch = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        return in_torch if torch_adam or not (on_host or is_fused) else DeepSpeedCPUAdam if on_host else FusedAdam
+    if name == "lion":
+        return DeepSpeedCPULion if on_host else FusedLion if is_fused else Lion
+    if name == "lamb":
+        return FusedLamb
+    if name == "adagrad":
+        return DeepSpeedCPUAdagrad if on_host else torch.optim.Adagrad
+    found = getattr(torch.optim, kind, None)
+    return found if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) else None
 
 
 def restrict(

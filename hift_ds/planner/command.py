@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from hift_ds import paths
 from hift_ds.config import ConfigError
 from hift_ds.planner.api import prepare
 from hift_ds.planner.models import PRESETS
@@ -165,9 +166,11 @@ def _file_problems(config: str | None, picture: str | None) -> list[str]:
     """Return the problems of the files that the command would write."""
     found = []
     for option, file in (("--write-config", config), ("--plot", picture)):
-        if file and not Path(file).resolve().parent.is_dir():
+        if file is not None and (reason := paths.fault(file)):
+            found.append(f"{option}: {reason}")
+        elif file and not Path(file).resolve().parent.is_dir():
             found.append(f"{option}={file!r}: there is no such folder; create it, or use another name")
-    if config and Path(config).exists():
+    if config and os.path.exists(config):
         found.append(f"--write-config={config!r} exists; remove it, or use another name")
     if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         found.append(f"--plot={picture!r}: expected a name that ends in .png, .svg or .pdf")

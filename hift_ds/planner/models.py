@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import textwrap
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hift_ds import paths
 from hift_ds.config import ConfigError
 
 
@@ -145,19 +147,21 @@ def load_config(model: Any) -> Any:
         model = PRESETS[model]
     if isinstance(model, Mapping):
         return _from_mapping(dict(model), "--model")
-    path, name = Path(model).expanduser(), str(model)
+    path, name = Path(os.path.expanduser(model)), str(model)
+    if "/" not in name and (reason := paths.fault(name)):
+        raise ConfigError([f"--model: {reason}"])
     if path.is_file() and path.suffix != ".gguf":
         return _from_mapping(_read_json(path), f"--model={name}")
     known = f"a preset ({', '.join(PRESETS)}), a folder with a config.json, a config.json, a GGUF file, or a Hub id"
     near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.75)
-    if near and "/" not in name and not path.exists():
+    if near and "/" not in name and not os.path.exists(path):
         raise ConfigError([f"--model={name!r} is unknown; did you mean {near[0]!r}? Expected {known} like owner/name"])
     from transformers import AutoConfig
 
     try:
         if path.is_file():
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(path) if os.path.exists(path) else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ConfigError([f"--model={name!r} cannot be read: {reason}. Expected {known}"]) from error

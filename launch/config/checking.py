@@ -6,21 +6,24 @@ problems to a list, so that a user sees all of them at once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hift_ds.launch.errors import expected
+from hift_ds.launch.errors import expected, shown
+
+LARGEST = 2**63  # an integer that PyTorch and C++ can hold is smaller
 
 
 def setting(default: Any, **limits: Any) -> Any:
     """Declare a dataclass field with limits for its value.
 
-    `build` checks the limits `choices`, `at_least`, `above` and `at_most`, and takes null for the default with
+    `build` checks the limits `choices`, `at_least`, `above`, `below` and `at_most`, and takes null for the default with
     `null_is_default`. A `dict` or `list` default is copied for each instance.
     """
     if isinstance(default, (dict, list)):
@@ -50,15 +53,11 @@ def build(kind: Any, given: Mapping, where: str, problems: list[str]) -> Any:
         if key not in known:
             problems.append(f"{where}.{key}: unknown key. {expected(key, known)}")
             continue
-        fits, value = _fit(value, hints[key])
         if value is None and known[key].metadata.get("null_is_default"):
             continue
-        if not fits:
-            problems.append(f"{where}.{key}: got {value!r}, expected {_type_name(hints[key])}.")
-            continue
-        fault = _outside(value, known[key].metadata)
+        value, fault = fit(value, hints[key], known[key].metadata)
         if fault:
-            problems.append(f"{where}.{key}: got {value!r}. {fault}")
+            problems.append(f"{where}.{key}: {fault}")
             continue
         values[key] = value
     for name, f in known.items():
@@ -67,6 +66,88 @@ def build(kind: Any, given: Mapping, where: str, problems: list[str]) -> Any:
                 problems.append(f"{where}.{name}: not set. Expected {_type_name(hints[name])}.")
             values[name] = None
     return kind(**values)
+
+
+def check_keys(
+    node: dict[Any, Any], keys: Mapping[str, Any], where: str, problems: list[str], whole: bool = True
+) -> None:
+    """Check the keys of a nested mapping and the types of their values. What is wrong is reported and taken out.
+
+    Args:
+        node: the mapping.
+        keys: for each known key a type, possibly `Annotated` with limits as in `setting`, or the keys of a mapping.
+        where: the mapping's name for the messages.
+        whole: a number such as 1e9 becomes an integer where one is expected, as JSON files have it.
+    """
+    for key, value in list(node.items()):
+        place = f"{where}.{key}"
+        if key not in keys:
+            problems.append(f"{place}: unknown key, DeepSpeed would ignore it. {expected(key, keys)}")
+            del node[key]
+        elif isinstance(keys[key], Mapping):
+            if isinstance(value, dict):
+                check_keys(value, keys[key], place, problems, whole)
+            elif value is None:
+                del node[key]
+            else:
+                problems.append(f"{place}: got {shown(value)}, expected a mapping.")
+                del node[key]
+        else:
+            if whole and isinstance(value, float) and value.is_integer() and fit(value, keys[key])[1] is not None:
+                value = int(value)
+            value, fault = fit(value, keys[key])
+            if fault:
+                problems.append(f"{place}: {fault}")
+                del node[key]
+            else:
+                node[key] = value
+
+
+def not_storable(node: Any, where: str = "") -> list[str]:
+    """Return a problem for each value in nested settings that no file or library can hold.
+
+    These are numbers that are infinite, NaN or too large, and texts with halves of characters (lone surrogates).
+    """
+    if isinstance(node, dict):
+        return [
+            text for key, value in node.items() for text in not_storable(value, f"{where}.{key}" if where else str(key))
+        ]
+    if isinstance(node, (list, tuple)):
+        return [text for index, value in enumerate(node) for text in not_storable(value, f"{where}[{index}]")]
+    fault = _outside(node, {})
+    return [f"{where}: {fault}"] if fault else []
+
+
+def fit(value: Any, hint: Any, limits: Mapping[str, Any] = types.MappingProxyType({})) -> tuple[Any, str | None]:
+    """Return `value` as the type `hint` and None, or the value and what was expected.
+
+    Args:
+        hint: a type; with `Annotated`, its second argument adds to the limits.
+        limits: see `setting`.
+    """
+    if typing.get_origin(hint) is Annotated:
+        hint, limits = typing.get_args(hint)
+    fits, fitted = _fit(value, hint)
+    if fits:
+        return fitted, _outside(fitted, limits)
+    fault = f"got {shown(value)}, expected {_type_name(hint)}."
+    if isinstance(value, str):
+        if value == "auto":
+            fault += ' Only the Hugging Face Trainer replaces "auto" here; set a value, or remove the key.'
+        elif _is_written(value, hint):
+            fault += " The quotes make it a text; remove them."
+    return value, fault
+
+
+def _is_written(text: str, hint: Any) -> bool:
+    """Return whether a text reads as a value of the type: "1e-8" as a number, "true" as a bool."""
+    if text.lower() in ("true", "false"):
+        return _fit(True, hint)[0]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if _fit(kind(text), hint)[0]:
+                return True
+    return False
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -80,12 +161,20 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     base = typing.get_origin(hint) or hint
     if base is Any:
         return True, value
+    if base is Literal:
+        return value in typing.get_args(hint), value
     if base is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
+        return True, float(value) if abs(value) < LARGEST else value
     if base is tuple and isinstance(value, list):
         return True, tuple(value)
+    inner = typing.get_args(hint)
     if base is Mapping or base is dict:
-        return isinstance(value, dict), value
+        if not isinstance(value, dict):
+            return False, value
+        key_hint, value_hint = inner or (Any, Any)
+        return all(_fit(key, key_hint)[0] and _fit(one, value_hint)[0] for key, one in value.items()), value
+    if base is list:
+        return isinstance(value, list) and all(_fit(one, kind)[0] for one in value for kind in inner), value
     if base is int and isinstance(value, bool):
         return False, value
     return isinstance(value, base), value
@@ -93,6 +182,12 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
 
 def _type_name(hint: Any) -> str:
     """Name a type for a user who writes YAML."""
+    base = typing.get_origin(hint) or hint
+    if base in (list, dict) and typing.get_args(hint):
+        inner = _type_name(typing.get_args(hint)[-1])
+        return f"a list, each entry {inner}" if base is list else f"a mapping, each value {inner}"
+    if base is Literal:
+        return " or ".join(repr(one) for one in typing.get_args(hint))
     names = {
         str: "text",
         int: "a whole number",
@@ -105,22 +200,28 @@ def _type_name(hint: Any) -> str:
     }
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
-    base = typing.get_origin(hint) or hint
     return names.get(base, getattr(base, "__name__", str(base)))
 
 
 def _outside(value: Any, limits: Mapping) -> str | None:
-    """Return what `limits` expect where `value` violates them, else None."""
+    """Return the value found and what `limits` expect where it violates them, else None."""
     if value is None:
         return None
+    got = f"got {shown(value)}. "
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return got + "It has half a character (a lone surrogate), which no file can hold; remove it."
     if "choices" in limits and value not in limits["choices"]:
-        return expected(str(value), limits["choices"])
+        return got + expected(str(value), map(str, limits["choices"]))
     if isinstance(value, float) and not math.isfinite(value):
-        return "Expected a finite number."
+        return got + "Expected a finite number."
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return got + "Expected a number below 2^63."
     if "at_least" in limits and value < limits["at_least"]:
-        return f"Expected at least {limits['at_least']}."
+        return got + f"Expected at least {limits['at_least']}."
     if "above" in limits and value <= limits["above"]:
-        return f"Expected more than {limits['above']}."
+        return got + f"Expected more than {limits['above']}."
+    if "below" in limits and value >= limits["below"]:
+        return got + f"Expected less than {limits['below']}."
     if "at_most" in limits and value > limits["at_most"]:
-        return f"Expected at most {limits['at_most']}."
+        return got + f"Expected at most {limits['at_most']}."
     return None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any
-
 from hift_ds.launch.config.checking import problem_list
+from hift_ds.launch.config.deepspeed_section import fill_in
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.settings import config_problems
@@ -27,24 +24,10 @@ def check_with_libraries(settings: Settings, source: str) -> None:
 
 
 def library_problems(settings: Settings) -> list[str]:
-    """Return the problems that transformers and DeepSpeed find, one line each."""
+    """Return the problems that transformers, DeepSpeed and torch find, one line each."""
+    from hift_ds.launch.config.deepspeed_trial import deepspeed_problems  # loads the engine
+
     found = [] if settings.model.config is None else config_problems(settings.model.config)
-    return found + _deepspeed_problems(settings.deepspeed)
-
-
-def _deepspeed_problems(section: Mapping[str, Any]) -> list[str]:
-    """Return the problems that DeepSpeed's own parser finds; importing it loads the engine."""
-    from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
-    from pydantic import ValidationError
-
-    candidate = {key: value for key, value in section.items() if key not in ("hift", "train_batch_size")}
-    try:
-        DeepSpeedConfig(copy.deepcopy(candidate))
-    except ValidationError as error:
-        return [
-            f"deepspeed ({error.title}) {'.'.join(map(str, fault['loc']))}: got {fault['input']!r}: {fault['msg']}."
-            for fault in error.errors()
-        ]
-    except (DeepSpeedConfigError, ValueError, AssertionError, KeyError, TypeError) as error:
-        return [f"deepspeed: {error}"]
-    return []
+    # What depends on the model is not known yet; any numbers will do for the check.
+    filled = fill_in(settings.deepspeed, settings.training, hidden_size=64, ticks=settings.training.max_steps or 1)
+    return found + deepspeed_problems(filled)

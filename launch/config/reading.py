@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hift_ds import paths
 from hift_ds.launch.config import credentials
 from hift_ds.launch.config.checking import problem_list
 from hift_ds.launch.errors import UserError, expected
@@ -80,13 +82,18 @@ def _yaml(text: str) -> Any:
 
 def _find(name: str) -> Path:
     """Return the file at the path `name`, or the package's own file of that name, such as configs/tiny.yaml."""
-    path = Path(name).expanduser()
-    return PACKAGE / name if not path.exists() and (PACKAGE / name).is_file() else path
+    if os.path.isfile(PACKAGE / name) and not os.path.exists(os.path.expanduser(name)):
+        return PACKAGE / name
+    if reason := paths.fault(name, reads=True):
+        raise UserError(reason)
+    return Path(name).expanduser()
 
 
 def _read_mapping(path: str, sections: Iterable[str]) -> dict:
     try:
         content = _yaml(_find(path).read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"--config: {error}.") from None
     except OSError as error:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}). Expected a YAML file, e.g. configs/tiny.yaml."
@@ -126,6 +133,9 @@ def _apply_override(raw: dict, override: str, problems: list[str]) -> None:
 def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
     try:
         content = json.loads(_find(name).read_text(encoding="utf-8"))
+    except UserError as error:
+        problems.append(f"deepspeed: {error}.")
+        return {}
     except OSError as error:
         shipped = sorted(str(p.relative_to(PACKAGE)) for p in (PACKAGE / "configs" / "deepspeed").glob("*.json"))
         problems.append(

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from hift_ds import paths
 from hift_ds.launch.config import deepspeed_section
-from hift_ds.launch.config.checking import build, problem_list, setting
+from hift_ds.launch.config.checking import build, not_storable, problem_list, setting
 from hift_ds.launch.config.reading import read_yaml, source
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.errors import UserError, expected
@@ -39,12 +41,13 @@ class TrainingSettings:
     optimizer: str | None = None
     max_skipped_steps: int = setting(5, at_least=0)  # in a row, for what is not finite; one more stops the run
     loss_chunk: int | None = setting(None, at_least=0)  # tokens whose logits exist at a time; null: by size; 0: all
-    seed: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     deterministic: bool = False  # true: the same bits again on the same machine, at the price of slower kernels
     save_every: int | None = setting(None, at_least=1)  # steps; null = no checkpoints
     keep_last: int | None = setting(2, at_least=1)  # checkpoints; older ones are deleted; null = all are kept
     keep_every: int | None = setting(None, at_least=1)  # steps; checkpoints at multiples of it are kept, too
-    rank_timeout: float = setting(1800.0, at_least=1)  # seconds without progress after which a rank counts as lost
+    # Seconds without progress after which a rank counts as lost; at most a year.
+    rank_timeout: float = setting(1800.0, at_least=1, at_most=31_536_000)
     eval_every: int | None = setting(None, at_least=1)  # steps between two held-out evaluations; null = none
     keep_best: bool = False  # true: the best of these evaluations' checkpoints is kept, and its model is exported
     eval_batch_size: int | None = setting(None, at_least=1)  # examples a rank; default: micro_batch_size
@@ -82,6 +85,7 @@ class Settings:
     deepspeed: dict  # complete (see deepspeed_section.py)
     output: OutputSettings
     logging: LoggingSettings
+    notes: tuple[str, ...] = ()  # what each "auto" of the deepspeed section stands for
 
     @property
     def zero_stage(self) -> int:
@@ -116,9 +120,26 @@ class Settings:
         steps = math.ceil(round(self.training.epochs * n_examples / self.training.batch_size, 6))
         return replace(self, training=replace(self.training, max_steps=max(1, steps)))
 
+    def for_model(self, config: Any, ticks: int) -> Settings:
+        """Return the settings with a value for each "auto" of the deepspeed section that is still open.
+
+        Args:
+            config: the model's transformers configuration.
+            ticks: how often the learning-rate schedule advances.
+
+        Raises:
+            UserError: the model has no width to compute a value from.
+        """
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        sizes = [getattr(text, "hidden_size", None), *(getattr(text, "hidden_sizes", None) or ())]
+        size = max((one for one in sizes if isinstance(one, int)), default=None)
+        filled = deepspeed_section.fill_in(self.deepspeed, self.training, size, ticks)
+        notes = deepspeed_section.differences(self.deepspeed, filled)
+        return replace(self, deepspeed=filled, notes=(*self.notes, *notes))
+
     def as_dict(self) -> dict:
-        """Return the settings as nested dictionaries, for records."""
-        return asdict(self)
+        """Return the sections as nested dictionaries, for records."""
+        return {key: value for key, value in asdict(self).items() if key in SECTIONS}
 
 
 SECTIONS = {
@@ -155,6 +176,7 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
     for key in raw:
         if key not in SECTIONS:
             problems.append(f"{key}: unknown section. {expected(key, SECTIONS)}")
+    problems += not_storable(dict(raw))
     sections: dict[str, Any] = {}
     for key, kind in SECTIONS.items():
         given = raw.get(key)
@@ -178,17 +200,29 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
     fp16 = sections["deepspeed"].get("fp16")
     is_fp16 = isinstance(fp16, Mapping) and bool(fp16.get("enabled"))
     problems += sections["method"].problems(sections["training"].save_every, is_fp16)
-    if not sections["output"].dir:
-        problems.append("output.dir: not set. Expected a folder for this run's files, e.g. output.dir=runs/first.")
+    problems += output_problems(sections["output"].dir, "runs/first")
+    notes: list[str] = []
     sections["deepspeed"] = deepspeed_section.complete(
         sections["deepspeed"],
         sections["training"],
         sections["method"],
         world_size,
-        has_lr_schedule="lr_schedule" in (raw.get("training") or {}),
+        has_lr_schedule=isinstance(raw.get("training"), Mapping) and "lr_schedule" in raw["training"],
         problems=problems,
+        notes=notes,
     )
-    return None if problems else Settings(**sections)
+    problems[:] = dict.fromkeys(problems)  # `build` finds some of what `not_storable` finds
+    return None if problems else Settings(**sections, notes=tuple(notes))
+
+
+def output_problems(folder: str | None, example: str) -> list[str]:
+    """Return the problem of `output.dir`, of a run or of a comparison."""
+    if not folder:
+        return [f"output.dir: not set. Expected a folder for the files to write, e.g. output.dir={example}."]
+    reason = paths.fault(folder, inside=paths.INSIDE)
+    if reason is None and Path(folder).expanduser().is_file():
+        reason = f"{folder!r} is a file; expected a folder, or a name that is free"
+    return [f"output.dir: {reason}."] if reason else []
 
 
 def _training_problems(training: TrainingSettings, method: MethodSettings, data: DataSettings, given: Any) -> list[str]:

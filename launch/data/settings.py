@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hift_ds import paths
 from hift_ds.launch.data.built_in import BUILT_IN, MAX_PROBLEMS
 from hift_ds.launch.data.formats import COLUMNS, possible_formats
 from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, find_files
@@ -102,7 +103,9 @@ class DataSettings:
             )
         if local or published:
             for key, path in (("path", self.path), ("eval_path", self.eval_path)):
-                if path is not None and not Path(path).expanduser().exists():
+                if path is not None and (reason := paths.fault(path, reads=True)):
+                    found.append(f"data.{key}: {reason}")
+                elif path is not None and not Path(path).expanduser().exists():
                     found.append(f"data.{key}: {path!r} does not exist{looked_in(path)}")
         if not found and self.path is not None:
             try:

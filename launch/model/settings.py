@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hift_ds import paths
 from hift_ds.launch.errors import nearest
 
 TASKS = ("causal-lm", "sequence-classification")
@@ -43,15 +45,17 @@ class ModelSettings:
         found += self._path_problems()
         if self.revision is not None and (self.name_or_path is None or looks_like_path(self.name_or_path)):
             found.append(f"model.revision: {self.revision!r} is for models from the Hub; remove it.")
-        if self.tokenizer not in (None, "byte") and looks_like_path(self.tokenizer):
+        if self.tokenizer is not None and (reason := _name_fault(self.tokenizer)):
+            found.append(f"model.tokenizer: {reason}.")
+        elif self.tokenizer not in (None, "byte") and looks_like_path(self.tokenizer):
             if not Path(self.tokenizer).expanduser().exists():
                 found.append(
                     f"model.tokenizer: {self.tokenizer!r} does not exist. Expected a Hub id, a folder, a .gguf "
                     f'file, or "byte" for the built-in tokenizer.'
                 )
         if self.config is not None:
-            if "model_type" not in self.config:
-                found.append("model.config.model_type: not set. Expected an architecture of transformers, e.g. llama.")
+            if not isinstance(self.config.get("model_type"), str):
+                found.append("model.config.model_type: no name. Expected an architecture of transformers, e.g. llama.")
             if self.tokenizer is None:
                 found.append(
                     "model.tokenizer: not set, and a model.config comes without a tokenizer. Expected "
@@ -71,6 +75,8 @@ class ModelSettings:
 
     def _path_problems(self) -> list[str]:
         name = self.name_or_path
+        if name is not None and (reason := _name_fault(name)):
+            return [f"model.name_or_path: {reason}."]
         if name is None or not looks_like_path(name):
             return []
         path = Path(name).expanduser()
@@ -93,7 +99,12 @@ class ModelSettings:
 
 def looks_like_path(name: str) -> bool:
     """Return whether a model or tokenizer name means a file or folder on this machine and not a Hub id."""
-    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or Path(name).exists()
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or os.path.exists(name)
+
+
+def _name_fault(name: str) -> str | None:
+    """Return why a name cannot be a path. A Hub id, OWNER/NAME, is not judged as one."""
+    return paths.fault(name, reads=True) if looks_like_path(name) or "/" not in name else None
 
 
 def config_problems(given: dict[str, Any]) -> list[str]:

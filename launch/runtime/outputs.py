@@ -52,8 +52,6 @@ def check_start(folder: Path, settings: Settings, resume: str | None) -> None:
             checkpoint, and resume is "yes" or a checkpoint is missing.
     """
     used = [name for name in OWN_FILES if (folder / name).exists()]
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output.dir: {str(folder)!r} is a file. Expected a folder, or a name that is free.")
     if resume is None:
         if used and not settings.output.overwrite:
             raise UserError(
