@@ -6,9 +6,11 @@ list of parts, and a body may come as a stream of chunks. What cannot be read st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +67,9 @@ def read(content: bytes, most: tuple[int, int], redacted: Callable[[str], str] =
         most: the tokens of prompt and reply to count where the body does not report them.
         redacted: removes secrets from texts of the endpoint.
     """
-    chunks = _chunks(content)
-    prompt, completion, estimated = _cost(chunks, most)
+    values = _values(content)
+    prompt, completion, estimated = _cost(_usage(values or _remains(content)), most)
+    chunks = [one for one in values if isinstance(one, dict)]
     texts, refusals, ended = [], [], None
     for choice in filter(None, map(_first_choice, chunks)):
         ended = choice.get("finish_reason") or ended
@@ -84,24 +87,20 @@ def read(content: bytes, most: tuple[int, int], redacted: Callable[[str], str] =
     return Reply(redacted(text), ended if isinstance(ended, str) else "stop", prompt, completion, estimated)
 
 
-def _chunks(content: bytes) -> list[dict[str, Any]]:
-    """Return the objects of a body: one, those of a list, or those of a stream of server-sent events."""
+def _values(content: bytes) -> list[Any]:
+    """Return the values of a body: one, those of a list, or those of a stream of server-sent events."""
     try:
         whole = json.loads(content)
-        return [one for one in (whole if isinstance(whole, list) else [whole]) if isinstance(one, dict)]
+        return whole if isinstance(whole, list) else [whole]
     except (ValueError, RecursionError):
         return list(_events(content))
 
 
-def _events(content: bytes) -> Iterator[dict[str, Any]]:
+def _events(content: bytes) -> Iterator[Any]:
     for line in content.decode("utf-8", "replace").splitlines():
         if line.startswith("data:"):
-            try:
-                event = json.loads(line.removeprefix("data:"))
-            except (ValueError, RecursionError):  # the end, [DONE], or a part that is cut off
-                continue
-            if isinstance(event, dict):
-                yield event
+            with contextlib.suppress(ValueError, RecursionError):  # the end, [DONE], or a part that is cut off
+                yield json.loads(line.removeprefix("data:"))
 
 
 def _first_choice(chunk: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -155,13 +154,32 @@ def _what(content: bytes, chunks: Sequence[Mapping[str, Any]], has_message: bool
 # --- tokens -------------------------------------------------------------------------------------------
 
 
-def _cost(chunks: Sequence[Mapping[str, Any]], most: tuple[int, int]) -> tuple[int, int, bool]:
+def _usage(values: Sequence[Any]) -> dict[str, Any]:
+    """Return what a body reports, at whatever depth: outer values count before inner ones, later before earlier."""
+    found: list[dict[str, Any]] = []
+    level = list(values)
+    while level:
+        found = [one["usage"] for one in level if isinstance(one, dict) and isinstance(one.get("usage"), dict)] + found
+        level = [inner for one in level for inner in _parts_of(one)]
+    return {name: value for usage in found for name, value in usage.items() if value is not None}
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _remains(content: bytes) -> list[Any]:
+    """Return the reports of tokens in a body that is not JSON, for example because it is cut off."""
+    text = content.decode("utf-8", "replace")
+    remains = []
+    for found in re.finditer(r'"usage"\s*:\s*(?=\{)', text):
+        with contextlib.suppress(ValueError, RecursionError):
+            remains.append({"usage": json.JSONDecoder().raw_decode(text, found.end())[0]})
+    return remains
+
+
+def _cost(usage: Mapping[str, Any], most: tuple[int, int]) -> tuple[int, int, bool]:
     """Return the tokens of prompt and reply, and whether one of them is not reported."""
-    usage: dict[str, Any] = {}
-    for chunk in chunks:  # in a stream the last event counts, which has the sums
-        for found in (chunk.get("usage"), (_first_choice(chunk) or {}).get("usage")):
-            if isinstance(found, dict):
-                usage |= {name: value for name, value in found.items() if value is not None}
     prompt, completion = (next((n for n in map(_count, map(usage.get, names)) if n is not None), None)
                           for names in _COUNTS)  # fmt: skip
     total = _count(usage.get("total_tokens"))

@@ -109,6 +109,10 @@ UNREAD = {
     "an error": json.dumps({"error": {"message": "over\nloaded", "code": 502}, "usage": USAGE}).encode(),
     "an error as text": json.dumps({"error": "overloaded", "usage": USAGE}).encode(),
     "a list with an error": json.dumps([{"error": {"message": "quota"}}, {"usage": USAGE}]).encode(),
+    "another form": json.dumps({"result": {"response": TEXT, "usage": USAGE}, "success": True}).encode(),
+    "a list in a list": json.dumps([[{"usage": USAGE}]]).encode(),
+    "cut off after the usage": json.dumps({"usage": USAGE, "choices": [{"message": {"content": TEXT}}]}).encode()[:-9],
+    "HTML around JSON": b"<pre>" + body() + b"</pre>",
     "a stream with an error": stream({"error": {"message": "quota"}, "usage": USAGE}),
 }
 
@@ -123,7 +127,7 @@ def test_what_is_no_reply_has_its_cost(name: str) -> None:
 
 
 NOT_JSON = (b"", b"<html>\n<body>Sign in</body>", body()[:-9], b"7", b"null", b'"text"', b"[]", b"[[]]",
-            b"\xff\xfe\x00", b"[" * 100_000,
+            b"\xff\xfe\x00", b"[" * 100_000, b'{"usage": {"prompt_tok',
             b'{"choices": [], "usage": {"prompt_tokens": ' + b"9" * 5000 + b"}}")  # fmt: skip
 
 
@@ -163,6 +167,10 @@ def test_counts_of_wrong_kinds(usage: Any, tokens: tuple[int, int, bool]) -> Non
     assert (found.prompt_tokens, found.completion_tokens, found.estimated) == tokens
     within = read(json.dumps({"choices": [{"message": {"content": TEXT}, "usage": usage}]}).encode(), MOST)
     assert (within.prompt_tokens, within.completion_tokens, within.estimated) == tokens  # in the choice
+    inner = {"usage": {"prompt_tokens": 900, "completion_tokens": 900, "total_tokens": 1800}}
+    if isinstance(usage, dict) and tokens[2] is False and "total_tokens" in usage and len(usage) == 3:
+        outer = read(json.dumps({"choices": [{"message": {"content": TEXT}} | inner], "usage": usage}).encode(), MOST)
+        assert (outer.prompt_tokens, outer.completion_tokens, outer.estimated) == tokens
 
 
 def test_the_bound_of_a_request() -> None:
