@@ -347,6 +347,12 @@ def test_record_accepts_every_published_answer(plain_tokenizer: Any, tmp_path: P
     ("name", "row", "message"),
     [
         ("gsm8k", {"question": "a", "answer": "4"}, "train.jsonl:1: the answer must end in '#### '"),
+        (
+            "gsm8k",
+            {"question": "a", "answer": "#### 4 apples"},
+            "a plain number, such as 1,000 or -2.5",
+        ),
+        ("gsm8k", {"question": "a", "answer": "####4"}, "train.jsonl:1: the answer must end in '#### '"),
         ("gsm8k", {"question": "a"}, "expected a text in column 'answer', but the columns are question"),
         ("superglue/rte", {"premise": "a", "hypothesis": "b"}, "label None; expected entailment, not_entailment"),
         ("superglue/rte", {"premise": "a", "hypothesis": "b", "label": 2}, "label 2; expected"),
