@@ -54,7 +54,8 @@ def train(
         learning_rate = engine.basic_optimizer.param_groups[0]["lr"]
         # Dropout depends only on the step and the rank, so a resumed run draws the same masks.
         torch.manual_seed((training.seed * 1_000_003 + number - 1) * world + rank)
-        losses = [functools.partial(loss_share, engine, batch, settings, targets) for batch in batches]
+        forwards = len(batches) * world
+        losses = [functools.partial(loss_share, engine, batch, settings, targets, forwards) for batch in batches]
         own_loss, is_applied = take_step(METHODS[settings.method.name], engine, losses)
         loss, *totals = sum_over_ranks(engine.device, own_loss, *(c.contribution(number) for c in callbacks))
         seconds = time.perf_counter() - started
@@ -68,9 +69,20 @@ def train(
             break
 
 
-def loss_share(engine: Any, batch: dict[str, torch.Tensor], settings: Settings, targets: float) -> torch.Tensor:
-    """Return a micro-batch's share of the mean loss over all `targets` of the step's global batch."""
-    return summed_loss(engine, batch, settings.model.task, settings.training.loss_chunk) / targets
+def loss_share(
+    engine: Any, batch: dict[str, torch.Tensor], settings: Settings, targets: float, forwards: int
+) -> torch.Tensor:
+    """Return a micro-batch's share of the step's loss.
+
+    The step's loss is the mean over all `targets` of the global batch, and for a mixture of experts also the mean of
+    the router losses of its micro-batches.
+
+    Args:
+        forwards: number of micro-batches of the step, over all ranks.
+    """
+    # The sum is divided by the targets, and the router loss is not a sum over them.
+    router_weight = targets / forwards
+    return summed_loss(engine, batch, settings.model.task, settings.training.loss_chunk, router_weight) / targets
 
 
 def engine_record(engine: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from hift_ds.launch.make_engine import (
 )
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
+from hift_ds.launch.model.batch_loss import loss_note
 from hift_ds.launch.runtime import extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.runtime.export import export_model
@@ -225,17 +226,19 @@ class Run:
                 f"note: answers in the training data end with {names}; generation stops there too, here and in the "
                 "exported model (eos_token_id in generation_config.json)"
             )
-        together(lambda: self.check_reach(model))
+        together(lambda: self.check_loss(model))
         self.engine = make_engine(model, self.settings, self.ticks, self.unreached or ())
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 
-    def check_reach(self, model: PreTrainedModel) -> None:
-        """Check that the loss depends on all blocks, with the loaded model if it could not be found without data."""
+    def check_loss(self, model: PreTrainedModel) -> None:
+        """Check that the loss depends on all blocks, and say what it does not depend on and what it includes."""
         if self.unreached is None:
             example = min(self.data.train[:100], key=lambda example: len(example.input_ids))
             self.unreached = unreached_by_example(model, collate([example], self.tokenizer.pad_token_id))
         if note := check_reach(self.settings, self.blocks, model, self.unreached):
+            self.say(note)
+        if note := loss_note(model):
             self.say(note)
 
     def claim_folder(self) -> None:

@@ -202,7 +202,7 @@ def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: 
     engine.train()
 
     def step(batch: Batch) -> None:
-        take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch))])
+        take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch), 1)])
 
     timed_method = TimedMethod(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
     if method.engine == "badam":  # one step on each block, as in HiFT's cycle

@@ -62,9 +62,14 @@ def default_chunk(model: Any) -> int:
 
 
 def summed_loss(
-    call: Callable[..., Any], model: Any, inputs: Mapping[str, Tensor], targets: Targets, chunk: int | None = None
+    call: Callable[..., Any],
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    targets: Targets,
+    chunk: int | None = None,
+    router_weight: float = 0.0,
 ) -> Tensor:
-    """Return the sum of the cross-entropies of the targets, a scalar in fp32.
+    """Return the sum of the cross-entropies of the targets, and the weighted router loss, a scalar in fp32.
 
     Args:
         call: runs the model on ``inputs``: the engine, whose hooks must run, or the model itself.
@@ -73,6 +78,7 @@ def summed_loss(
         targets: see :func:`find_targets`.
         chunk: tokens in a chunk of logits. None: :func:`default_chunk` if the model supports chunks. 0: all tokens.
             Nothing is recomputed if one chunk holds all tokens.
+        router_weight: factor of :func:`router_loss`. A mean over all targets needs the number of targets for each call.
 
     Raises:
         ValueError: ``chunk`` is not None, and the model does not support chunks.
@@ -82,15 +88,40 @@ def summed_loss(
         problem = chunking_problem(model)
         if problem is None:
             split = _SplitForward(model)
-            with _replaced(split.model, "forward", lambda **given: split.summed(given, targets, chunks)):
+            with _replaced(split.model, "forward", lambda **given: split.summed(given, targets, chunks, router_weight)):
                 return call(**inputs)
         if chunk is not None:
             raise ValueError(problem)
     if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
-        logits = call(**inputs, logits_to_keep=targets.kept).logits  # (batch, kept, vocabulary)
+        outputs = call(**inputs, logits_to_keep=targets.kept)
+        logits = outputs.logits  # (batch, kept, vocabulary)
     else:
-        logits = call(**inputs).logits[:, targets.kept]
-    return F.cross_entropy(logits.flatten(0, 1)[targets.rows].float(), targets.values, reduction="sum")
+        outputs = call(**inputs)
+        logits = outputs.logits[:, targets.kept]
+    loss = F.cross_entropy(logits.flatten(0, 1)[targets.rows].float(), targets.values, reduction="sum")
+    return loss + router_weight * router_loss(model, outputs) if router_weight else loss
+
+
+def router_coefficient(model: Any) -> float:
+    """Return the coefficient of the loss with which a mixture of experts balances its routers; 0 without one.
+
+    It is the attribute of the model that its own loss uses.
+    """
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return next((float(value) for name in names if (value := getattr(unwrapped(model), name, None))), 0.0)
+
+
+def router_loss(model: Any, outputs: Any) -> Tensor | float:
+    """Return the term that a mixture of experts adds to its own loss: the coefficient times the router loss.
+
+    transformers returns the router loss as ``aux_loss`` if the configuration has ``output_router_logits``. It depends
+    on all tokens of the call that are not padding.
+
+    Returns:
+        A scalar; 0 if the model returns no router loss.
+    """
+    loss = getattr(outputs, "aux_loss", None)
+    return 0.0 if loss is None else router_coefficient(model) * loss
 
 
 def classification_loss(call: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
@@ -175,9 +206,14 @@ class _SplitForward:
         self._name: str = name
         self._parent = self.model.get_submodule(above)
 
-    def summed(self, given: Mapping[str, Any], targets: Targets, chunks: int) -> Tensor:
-        """Return the summed loss of the targets, computed in ``chunks`` chunks."""
+    def summed(self, given: Mapping[str, Any], targets: Targets, chunks: int, router_weight: float) -> Tensor:
+        """Return the summed loss of the targets, computed in ``chunks`` chunks, and the weighted router loss."""
         hidden, others = self._decode(given)
+        of_router: Tensor | float = 0.0
+        if router_weight and "router_logits" in others:
+            # The model's own forward pass, with the head on one token.
+            of_router = router_weight * router_loss(self.model, self._outputs(hidden[:, :1], others, given))
+        others.pop("router_logits", None)  # otherwise each chunk would compute the router loss
         # Hidden states of the targets only, (tokens, width), without padding.
         row, column = targets.rows // len(targets.kept), targets.kept[targets.rows % len(targets.kept)]
         rows = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)
@@ -192,7 +228,7 @@ class _SplitForward:
         total = rows.new_zeros((), dtype=torch.float32)
         for chunk, values in zip(rows.split(lengths), targets.values.split(lengths), strict=True):
             total = total + checkpoint(loss, chunk, values, use_reentrant=False)
-        return total
+        return total + of_router
 
     def logits(self, given: Mapping[str, Any]) -> Tensor:
         """Return the logits of all tokens through both steps, shape (batch, length, vocabulary)."""
@@ -205,9 +241,13 @@ class _SplitForward:
         return others.pop("last_hidden_state"), others
 
     def _head(self, hidden: Tensor, others: dict[str, Any]) -> Tensor:
+        return self._outputs(hidden, others, {}).logits
+
+    def _outputs(self, hidden: Tensor, others: dict[str, Any], given: Mapping[str, Any]) -> Any:
+        """Return the outputs of the model's forward pass with a decoder that returns ``hidden`` and ``others``."""
         outputs = self._kind(last_hidden_state=hidden, **others)
         with _replaced(self._parent, self._name, _Decoded(self._decoder, outputs)):
-            return self._forward().logits
+            return self._forward(**given)
 
 
 class _Decoded:

@@ -1,6 +1,7 @@
 """ZeRO stage 3: weights, gradients, masters and state are sharded over the ranks."""
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,21 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
         for parameters in self.fp16_groups:
             for parameter in parameters:
                 parameter._z3_optimizer = self
+
+    def create_reduce_and_remove_grad_hooks(self) -> None:
+        """Let DeepSpeed make its hooks, and disable those of mixtures of experts while their block is inactive.
+
+        DeepSpeed reduces the gradients of all experts of a layer after the layer's backward pass, and makes zeros for
+        those without a gradient. This hook belongs to a module and would also run for frozen parameters.
+        """
+        super().create_reduce_and_remove_grad_hooks()
+        for handle in self._leaf_module_hooks:
+            hooks = handle.hooks_dict_ref()
+            hooks[handle.id] = functools.partial(self._reduce_if_active, hooks[handle.id])
+
+    def _reduce_if_active(self, reduce: Any, module: Any, *gradients: Any) -> None:
+        if any(parameter.requires_grad for parameter in self.leaf_parameters[module]):
+            reduce(module, *gradients)
 
     # DeepSpeed returns None for a parameter that does not require a gradient, but an inactive block has state, too.
     def get_full_hp_param(self, param: Any, optim_state_key: str | None = None) -> torch.Tensor | None:

@@ -212,8 +212,8 @@ def run_with_faults(argv: list[str], bad: Sequence[int], where: str = "both") ->
     share, last = loop.loss_share, torch.distributed.get_world_size() - 1
     seen: dict[str, Any] = {"weights": [], "rates": [], "message": None}
 
-    def spoiled(engine: Any, batch: Any, settings: Any, targets: float) -> torch.Tensor:
-        loss = share(engine, batch, settings, targets)
+    def spoiled(*given: Any) -> torch.Tensor:
+        loss = share(*given)
         if len(seen["weights"]) + 1 in bad and torch.distributed.get_rank() == last:
             if where != "gradient":
                 return loss * math.nan

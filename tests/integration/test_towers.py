@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.ranks import run_on_ranks
-from tests.support.towers import save_gemma3
+from tests.support.towers import GEMMA3, save_model
 from tests.support.training import SHORT, arguments, run_tiny, train_and_compare
 
 
@@ -25,7 +25,7 @@ def assert_only_text_changed(before: dict[str, torch.Tensor], out: Path) -> None
 
 
 def test_a_vision_tower_is_refused_before_anything_is_written_and_the_remedy_trains_the_rest(tmp_path: Path) -> None:
-    before = save_gemma3(tmp_path / "gemma3")
+    before = save_model(tmp_path / "gemma3", "gemma3", GEMMA3)
     options = [*SHORT, *model_at(tmp_path / "gemma3"), "training.max_steps=4"]
     refused = run_tiny(1, tmp_path / "out", *options)
     assert refused["code"] == 2 and not (tmp_path / "out").exists()
@@ -37,7 +37,7 @@ def test_a_vision_tower_is_refused_before_anything_is_written_and_the_remedy_tra
 
 @pytest.mark.parametrize("method", ["mezo", pytest.param("full", marks=pytest.mark.slow)])
 def test_methods_without_blocks_do_not_change_it(method: str, tmp_path: Path) -> None:
-    before = save_gemma3(tmp_path / "gemma3")
+    before = save_model(tmp_path / "gemma3", "gemma3", GEMMA3)
     result = run_tiny(1, tmp_path / "out", *SHORT, *model_at(tmp_path / "gemma3"), f"method.name={method}")
     assert result["code"] == 0 and "model.vision_tower.*" in result["printed"]
     assert_only_text_changed(before, tmp_path / "out")
@@ -55,7 +55,7 @@ def run_without_check(argv: list[str]) -> dict[str, Any]:
 
 
 def test_a_step_without_gradients_is_an_error_without_traceback(tmp_path: Path) -> None:
-    save_gemma3(tmp_path / "gemma3")
+    save_model(tmp_path / "gemma3", "gemma3", GEMMA3)
     options = [*SHORT, *model_at(tmp_path / "gemma3"), "training.max_steps=4"]
     (result,) = run_on_ranks(1, run_without_check, arguments(tmp_path / "out", *options))
     assert result["code"] == 2 and "model.vision_tower.encoder.layers.0.*" in result["printed"]

@@ -20,15 +20,15 @@ BART = {"d_model": 16, "vocab_size": 262, "max_position_embeddings": 512, "decod
 TOWER = ("model.vision_tower.", "model.multi_modal_projector.")
 
 
-def save_gemma3(folder: Path) -> dict[str, torch.Tensor]:
-    """Write a Gemma 3 with its vision tower and the byte tokenizer; return its weights by their names in the file."""
+def save_model(folder: Path, kind: str, config: dict[str, Any], task: str = "CausalLM") -> dict[str, torch.Tensor]:
+    """Write a model of random weights and the byte tokenizer; return its weights by their names in the file."""
+    import transformers
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from hift_ds.launch.model.tokenizer import byte_tokenizer
 
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", **GEMMA3))
-    model.save_pretrained(folder)
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    auto.from_config(transformers.AutoConfig.for_model(kind, **config)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return load_file(folder / "model.safetensors")
