@@ -37,6 +37,8 @@ from hift_ds.launch.make_engine import (
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.model.batch_loss import loss_note
+from hift_ds.launch.model.classes import set_classes
+from hift_ds.launch.model.limits import check_limits
 from hift_ds.launch.runtime import extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.runtime.export import export_model
@@ -181,6 +183,7 @@ class Run:
     def _load_data(self) -> None:
         settings = self.settings
         self.tokenizer = loading.load_tokenizer(settings.model)
+        self.config = loading.load_config(settings.model, self.tokenizer, say=self.say)
         self.data = load_data(settings.data, self.tokenizer, task=settings.model.task, seed=settings.training.seed)
         if settings.training.eval_every and not self.data.eval:
             raise UserError(
@@ -188,10 +191,12 @@ class Run:
                 "data.eval_split or data.eval_path, or remove training.eval_every."
             )
         self.settings = settings = settings.with_steps(len(self.data.train))
-        self.config = loading.load_config(settings.model, self.tokenizer, len(self.data.report["labels"] or ()) or None)
+        if labels := self.data.report["labels"]:
+            self.data.renumber(set_classes(self.config, settings.model, labels, self.say))
         longest, answered = self.data.longest(settings.training.max_new_tokens)
-        loading.check_length(self.config, longest, answered)
         skeleton = loading.skeleton(settings.model, self.config)
+        examples = self.data.train, self.data.eval
+        self.data.report["notes"] += check_limits(skeleton, self.tokenizer, *examples, longest, answered)
         self.blocks = find_blocks(settings, skeleton)
         self.ticks = schedule_ticks(settings, self.blocks)
         self.unreached = unreached_by_text(skeleton, longest)

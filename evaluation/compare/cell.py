@@ -44,6 +44,7 @@ from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.runtime import logs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
+from hift_ds.model.positions import position_limit
 
 POINTS = 200  # at most about so many points of a loss curve are stored
 
@@ -249,7 +250,7 @@ class Cells:
             return []
         before = few_shot(shown)
         pairs = [(before + one.prompt, one.completion) for one in examples]
-        size, length = self.comparison.evaluation.batch_size, getattr(model.config, "max_position_embeddings", None)
+        size, length = self.comparison.evaluation.batch_size, position_limit(model).tokens
         means, _ = average_log_likelihoods(model, self.tokenizer, pairs, size, length, self.progress)
         return [-value for value in means]
 

@@ -23,6 +23,7 @@ from hift_ds.launch.methods.adapters import SETTINGS as ADAPTER_FILE
 from hift_ds.launch.methods.adapters import load_adapter
 from hift_ds.launch.model.loading import load_config, load_model, load_tokenizer
 from hift_ds.launch.model.settings import ModelSettings
+from hift_ds.model.positions import position_limit
 
 
 class ChatModel:
@@ -62,7 +63,7 @@ class ChatModel:
         model = load_model(settings, config, dtype, functools.partial(print, file=sys.stderr))
         whole: Any = model if adapter is None else load_adapter(model, adapter)
         self._model: Any = whole.to(accelerator.current_device_name(), model.dtype).eval()
-        self._positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._positions = position_limit(model).tokens
         self._seed = seed
         self._lock = threading.Lock()
         known = self._model.generation_config.eos_token_id

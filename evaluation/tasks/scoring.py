@@ -26,6 +26,7 @@ from hift_ds.launch.data.batches import collate, collate_prompts
 from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_segments
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.loading import evaluating
+from hift_ds.model.positions import position_limit
 
 
 @dataclass
@@ -70,7 +71,7 @@ def predict(
     """
     if not task.prompted:
         raise UserError(f"{task.name} has no prompt; use a model with a classification head")
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
+    limit = max_length or position_limit(model).tokens
     before = few_shot(demonstrations)
     if task.max_new_tokens:
         beams = {"num_beams": num_beams, **({"length_penalty": length_penalty} if num_beams > 1 else {})}
@@ -112,11 +113,7 @@ def classify(
     rows = classification_rows(examples)
     if not task.labels:
         raise UserError(f"{task.name} has no classes; use a causal language model")
-    limits = (
-        [max_length]
-        if max_length
-        else [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
-    )
+    limits = [max_length] if max_length else [position_limit(model).tokens, tokenizer.model_max_length]
     limit = min(one for one in limits if one is not None)
     encoded, counts = encode(
         rows, tokenizer, labels=list(task.labels), template=False, question=False, max_length=limit

@@ -65,6 +65,15 @@ class Data:
             max((len(example.prompt_ids) + max_new_tokens for example in answered), default=0),
         )
 
+    def renumber(self, labels: list[str]) -> None:
+        """Number the classes by their place in `labels`, in which all names of `report["labels"]` are."""
+        numbers = [labels.index(name) for name in self.report["labels"]]
+        for examples in (self.train, self.eval):
+            for one in examples:
+                assert isinstance(one.labels, int)
+                one.labels = numbers[one.labels]
+        self.report["labels"] = labels
+
 
 def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -> Data:
     """Read, convert and tokenize the data into memory.

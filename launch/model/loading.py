@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -28,8 +29,10 @@ import hift_ds
 from hift_ds.checkpoint.files import sha256_of
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model import weights
+from hift_ds.launch.model.classes import number_of_classes
 from hift_ds.launch.model.settings import ModelSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
+from hift_ds.model.quantization import quantization_method
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,15 +84,20 @@ def tokenizer_source(settings: ModelSettings) -> tuple[str, str | None]:
 
 
 def load_config(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    num_labels: int | None = None,
+    say: Callable[[str], object] = print,
 ) -> PretrainedConfig:
-    """Load the model's configuration, and no weights.
+    """Load the model's configuration, and no weights. Makes the padding token of the tokenizer fit the model.
 
     Args:
-        num_labels: classes of the data, for sequence classification without `model.num_labels`.
+        num_labels: classes of the data, for sequence classification.
+        say: called with notes for the user.
 
     Raises:
-        UserError: the configuration cannot be loaded, or its vocabulary is smaller than the tokenizer's.
+        UserError: the configuration cannot be loaded, its vocabulary is smaller than the tokenizer's, its weights are
+            quantized, or `model.num_labels` is smaller than `num_labels`.
     """
     if settings.config is not None:
         given = dict(settings.config)
@@ -110,13 +118,55 @@ def load_config(
             name,
             lambda: AutoConfig.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
         )
+        method = None if "gguf_file" in source else quantization_method(config)  # GGUF is dequantized
+        if method is not None:
+            raise UserError(
+                f"model.name_or_path: the weights of {name!r} are quantized ({method}), and quantized weights "
+                "cannot be trained. Name the checkpoint that it was made from, with weights in bf16, fp16 or fp32, or "
+                "a .gguf file, which is dequantized."
+            )
+    _agree_on_padding(config, tokenizer, settings.task == "sequence-classification", say)
     if settings.task == "sequence-classification":
-        if config.pad_token_id is None:  # the model uses it to find the last token of a text
-            config.pad_token_id = tokenizer.pad_token_id
-        labels = settings.num_labels or num_labels
-        if labels is not None:
-            config.num_labels = labels
+        if settings.num_labels or num_labels:
+            config.num_labels = number_of_classes(settings, num_labels or 0)
     return config
+
+
+def _agree_on_padding(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, classifies: bool, say: Callable[[str], object]
+) -> None:
+    """Make the tokenizer pad with a token that the model has; for a classifier, with the one of the configuration.
+
+    Classifiers on decoders find the end of a text by it, and models like RoBERTa count positions by it.
+
+    Raises:
+        UserError: the model has neither the padding nor the end-of-sequence token.
+    """
+    text = config.get_text_config()
+    size = getattr(text, "vocab_size", None) or math.inf
+
+    def is_usable(token: int | None) -> bool:
+        return token is not None and 0 <= token < size and bool(tokenizer.convert_ids_to_tokens(token))
+
+    theirs: Any = getattr(text, "pad_token_id", None)
+    before = tokenizer.pad_token
+    if classifies and is_usable(theirs):
+        chosen, reason = theirs, "as in the model's configuration"
+    elif is_usable(tokenizer.pad_token_id):
+        chosen, reason = tokenizer.pad_token_id, ""
+    elif is_usable(tokenizer.eos_token_id):
+        chosen, reason = tokenizer.eos_token_id, f"whose id {tokenizer.pad_token_id} the model does not have"
+    else:
+        raise UserError(
+            f"model.tokenizer: its padding token {before!r} has the id {tokenizer.pad_token_id}, but the model has "
+            f"{size} tokens. Expected a tokenizer whose padding or end-of-sequence token is among them."
+        )
+    if chosen != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+        say(f"note: model.tokenizer: {tokenizer.pad_token!r} is the padding token instead of {before!r}, {reason}")
+    if classifies:
+        for part in (config, text):
+            part.pad_token_id = chosen
 
 
 def identity(settings: ModelSettings) -> dict[str, Any]:
@@ -188,34 +238,6 @@ def stop_at(model: PreTrainedModel, ends: list[int]) -> list[int]:
     return added
 
 
-def check_length(config: PretrainedConfig, longest: int, answered: int) -> None:
-    """Refuse examples that are longer than the model's positions, before its weights are loaded.
-
-    Args:
-        longest: tokens of the longest example, after truncation to `data.max_length`.
-        answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 if nothing is generated.
-
-    Raises:
-        UserError: either is more than the configuration's `max_position_embeddings`.
-    """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    problems = []
-    if positions is not None and longest > positions:
-        problems.append(
-            f"data.max_length: the longest example has {longest} tokens, but the model has {positions} positions "
-            f"(max_position_embeddings). Set data.max_length={positions} (longer examples are truncated and counted), "
-            "or use a model with more."
-        )
-    if positions is not None and answered > positions:
-        problems.append(
-            f"training.max_new_tokens: the longest held-out prompt and its answer need {answered} positions, but the "
-            f"model has {positions} (max_position_embeddings). Lower training.max_new_tokens by at least "
-            f"{answered - positions}, or set data.eval_examples=0."
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-
-
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Disable gradients and dropout within the context, then restore the model's mode."""
@@ -267,6 +289,11 @@ def _from_files(
         model, found = model_class.from_pretrained(None, state_dict=tensors, **options)
         model.config.name_or_path, model.generation_config = name, generation
     _forget_gguf(model)
+    if getattr(model, "peft_config", None):
+        raise UserError(
+            f"{key}: {name!r} holds a PEFT adapter besides the model. Remove its adapter_config.json from a local "
+            "copy, or merge it with PEFT's merge_and_unload and save the result."
+        )
     try:
         for note in weights.check_weights(model, found, settings.task):
             say(note)

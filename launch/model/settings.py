@@ -85,16 +85,34 @@ class ModelSettings:
                 f"model.name_or_path: {name!r} does not exist. Expected a Hub id, a folder with config.json, or a "
                 ".gguf file."
             ]
+        if (path / "adapter_config.json").exists():
+            auto = "SequenceClassification" if self.task == "sequence-classification" else "CausalLM"
+            return [
+                f"model.name_or_path: {name!r} holds a PEFT adapter, which cannot be trained further. Merge it into "
+                f"its model in Python: peft.AutoPeftModelFor{auto}.from_pretrained({name!r}).merge_and_unload()"
+                ".save_pretrained(NEW); save the tokenizer there too, and set model.name_or_path=NEW."
+            ]
         if path.is_dir() and not (path / "config.json").exists():
-            inside = sorted(p.name for p in path.glob("*.gguf"))
-            remedy = f"Name the file: {path / inside[0]}." if inside else "Expected a Hugging Face model folder."
-            return [f"model.name_or_path: the folder {name!r} has no config.json. {remedy}"]
+            return [f"model.name_or_path: the folder {name!r} has no config.json. {_instead(path)}"]
         if path.is_file() and path.suffix != ".gguf":
             return [
                 f"model.name_or_path: {name!r} is a file but not a .gguf file. Expected a Hub id, a folder with "
                 "config.json, or a .gguf file."
             ]
         return []
+
+
+def _instead(folder: Path) -> str:
+    """Return what to do about a folder that is no model: a sentence."""
+    inside = sorted([*folder.glob("*.gguf"), *folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+    if inside:
+        return f"Name {inside[0] if inside[0].suffix == '.gguf' else inside[0].parent}."
+    if (folder / "zero_to_fp32.py").exists():
+        return (
+            "It is a checkpoint of DeepSpeed. Convert it with its zero_to_fp32.py, and put config.json and the "
+            "tokenizer's files beside the result."
+        )
+    return "Expected a Hugging Face model folder."
 
 
 def looks_like_path(name: str) -> bool:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.pairwise import others_slow
 from tests.support.ranks import run_on_ranks
@@ -120,6 +121,20 @@ def test_sequence_classification(tmp_path: Path) -> None:
     assert final["score_after"] == 1
     assert final["sample_after"]["answer"] == final["sample_after"]["expected"]
 
+    # A checkpoint that numbers the same classes in another way keeps its numbers: it is right before training.
+    config, weights = (out / "model" / name for name in ("config.json", "model.safetensors"))
+    written = json.loads(config.read_text())
+    assert written["id2label"] == {"0": "bad", "1": "good"} and written["label2id"] == {"bad": 0, "good": 1}
+    tensors = load_file(weights)
+    save_file(tensors | {"score.weight": tensors["score.weight"].flip(0)}, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps(written | {"id2label": {"0": "GOOD", "1": "BAD"}, "label2id": {"GOOD": 0, "BAD": 1}}))
+    overrides += ["model.config=null", "model.tokenizer=null", f"model.name_or_path={out / 'model'}"]
+    result = run_tiny(1, tmp_path / "again", *overrides, "training.max_steps=2", "training.eval_batch_size=2")
+    assert result["code"] == 0 and "0 good, 1 bad" in result["printed"] and "head is new" not in result["printed"]
+    assert summary(tmp_path / "again")["score_before"] == 1
+    again = json.loads((tmp_path / "again" / "model" / "config.json").read_text())
+    assert again["id2label"] == {"0": "good", "1": "bad"}
+
 
 def test_held_out_loss_of_own_data(tmp_path: Path) -> None:
     """Prompts and completions have no score: what is told is the held-out loss, as the exported model has it."""
@@ -202,7 +217,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) ->
     assert result["code"] == 2
     assert "data.max_length: the longest example has" in result["printed"]
     assert "training.max_new_tokens: the longest held-out prompt" in result["printed"]
-    assert "64 positions" in result["printed"] and not (tmp_path / "run").exists()
+    assert "takes at most 64" in result["printed"] and not (tmp_path / "run").exists()
     result = run_tiny(1, tmp_path / "run", settings[0], "data.max_length=64", "data.eval_examples=0", *SHORT)
     assert result["code"] == 0, result["printed"]
 

@@ -1,0 +1,98 @@
+"""Whether tokenized examples fit the sizes of a model: its positions, its vocabulary and its token types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hift_ds.launch.errors import UserError
+from hift_ds.model.positions import position_limit
+
+
+def check_limits(
+    model: Any, tokenizer: Any, train: Sequence[Any], held_out: Sequence[Any], longest: int, answered: int
+) -> list[str]:
+    """Refuse examples that the model cannot take, before its weights are loaded.
+
+    Args:
+        model: the model on the meta device.
+        train, held_out: the examples (`input_ids`, `token_type_ids`).
+        longest: tokens of the longest example, after truncation to `data.max_length`.
+        answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 if nothing is generated.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        UserError: naming every problem.
+    """
+    notes: list[str] = []
+    parts = {"training": train, "held-out": held_out}
+    problems = _position_problems(model, longest, answered)
+    problems += _token_problems(model, tokenizer, parts, notes) + _type_problems(model, parts)
+    if problems:
+        raise UserError("\n".join(problems))
+    return notes
+
+
+def _position_problems(model: Any, longest: int, answered: int) -> list[str]:
+    limit = position_limit(model).tokens
+    if limit is None:
+        return []
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None) or limit
+    reserved = f" ({stated - limit} of its {stated} positions are for padding)" if stated > limit else ""
+    problems = []
+    if longest > limit:
+        problems.append(
+            f"data.max_length: the longest example has {longest} tokens, but the model takes at most "
+            f"{limit}{reserved}. Set data.max_length={limit} (longer examples are truncated and counted), or use a "
+            "model with more."
+        )
+    if answered > limit:
+        problems.append(
+            f"training.max_new_tokens: the longest held-out prompt and its answer need {answered} positions, but the "
+            f"model takes at most {limit} tokens{reserved}. Lower training.max_new_tokens by at least "
+            f"{answered - limit}, or set data.eval_examples=0."
+        )
+    return problems
+
+
+def _token_problems(model: Any, tokenizer: Any, parts: Mapping[str, Sequence[Any]], notes: list[str]) -> list[str]:
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    vocabulary = tokenizer.get_vocab()
+    if size is None or max(vocabulary.values(), default=0) < size:
+        return []
+    outside = f"{sum(one >= size for one in vocabulary.values())} tokens of the tokenizer have ids from {size}"
+    problems = []
+    for part, examples in parts.items():
+        using = [example for example in examples if max(example.input_ids, default=0) >= size]
+        if using:
+            token = max(using[0].input_ids)
+            problems.append(
+                f"model.tokenizer: {len(using)} of {len(examples)} {part} examples have a token that the model does "
+                f"not have, e.g. {tokenizer.convert_ids_to_tokens(token)!r} (id {token}); its "
+                f"vocabulary has {size} tokens."
+            )
+    if problems:
+        problems.append(
+            f"{outside}. Give the model more tokens in Python: model = "
+            f"transformers.{type(model).__name__}.from_pretrained(OLD); model.resize_token_embeddings"
+            f"({max(vocabulary.values()) + 1}); model.save_pretrained(NEW). Then set model.name_or_path=NEW and "
+            "model.tokenizer=OLD. Or use a tokenizer without them."
+        )
+    else:
+        notes.append(f"note: {outside}, which the model does not have; no example uses one")
+    return problems
+
+
+def _type_problems(model: Any, parts: Mapping[str, Sequence[Any]]) -> list[str]:
+    types = getattr(model.config.get_text_config(), "type_vocab_size", None)
+    found = {
+        max(one.token_type_ids, default=0) for examples in parts.values() for one in examples if one.token_type_ids
+    }
+    if not types or max(found, default=0) < types:
+        return []
+    return [
+        f"model.tokenizer: it marks texts with the token types 0 to {max(found)}, but the model has {types} "
+        "(type_vocab_size). Use the model's own tokenizer (model.tokenizer=null), or put both texts into one column."
+    ]
