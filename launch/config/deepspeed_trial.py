@@ -82,7 +82,7 @@ def deepspeed_problems(section: Mapping[str, Any]) -> list[str]:
     section = copy.deepcopy({key: value for key, value in section.items() if key != "hift"})
     problems: list[str] = []
     with _quiet():
-        parsed = DeepSpeedConfig({"train_batch_size": 1, "comms_logger": {}, "weight_quantization": {}})
+        parsed = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "comms_logger": {}, "weight_quantization": {}})
         for key, path in MODELS.items():
             if key in section:
                 model: Any = parsed
