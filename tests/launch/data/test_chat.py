@@ -152,6 +152,16 @@ def test_reasoning_that_the_generation_prompt_opens(tmp_path: Path) -> None:
     assert trained(OPENED_REASONING, tmp_path, plain, template=False)[0] == [[" 4<|im_end|>"]]
 
 
+@pytest.mark.parametrize("turn", [assistant("<think>\nB\n</think>\n\nb"), assistant("b", reasoning_content="B")])
+def test_reasoning_that_the_generation_prompt_opens_and_the_template_keeps(turn: Any, tmp_path: Path) -> None:
+    opens = LATEST_REASONING.replace(
+        "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>\n' }}{% endif"
+    )
+    texts, _, data = trained(opens, tmp_path, [user("a"), turn], [user("a"), assistant("b")])
+    assert texts == [["B\n</think>\n\nb<|im_end|>"], ["\n</think>\n\nb<|im_end|>"]]
+    assert bpe().decode(data.train[0].input_ids).endswith("assistant\n<think>\nB\n</think>\n\nb<|im_end|>")
+
+
 def test_content_that_a_template_cuts_is_refused(tmp_path: Path) -> None:
     forgets = LATEST_REASONING.replace("{% if loop.last %}", "{% if false %}")
     with pytest.raises(
