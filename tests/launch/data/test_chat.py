@@ -258,6 +258,17 @@ def test_the_tokens_that_end_turns_are_reported(tmp_path: Path) -> None:
     assert data.report["train"]["ends"] == [2]
 
 
+def test_added_tokens_end_answers_unless_the_answer_wrote_them(tmp_path: Path) -> None:
+    """Some tokenizers do not mark the template's end of turn as special."""
+    tokenizer = bpe(CHATML_WITHOUT_MARKERS.replace("<|im_end|>", "<end>"))
+    tokenizer.add_tokens(["<end>", "<b>"])
+    data = load_rows(tokenizer, tmp_path, [{"messages": [user("a"), assistant("b")]}], eval_examples=0)
+    assert data.report["train"]["ends"] == [tokenizer.convert_tokens_to_ids("<end>")]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    data = load_rows(tokenizer, tmp_path, [{"messages": [user("a"), assistant("<b>")]}], eval_examples=0)
+    assert data.report["train"]["ends"] == [] and data.report["train"]["remarks"]["no end mark"]["rows"] == 1
+
+
 def test_a_template_without_an_end_is_said(tmp_path: Path) -> None:
     endless = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,11 @@ def test_spellings_of_messages(
 
 def test_parquet_gives_each_message_the_keys_of_all(chat_tokenizer: Any, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
-    more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "id": "x"}]
+    more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "at": datetime(2026, 1, 1)}]
     datasets.Dataset.from_list([{"messages": messages + more}]).to_parquet(tmp_path / "rows.parquet")
     data = load(chat_tokenizer, name="parquet", path=str(tmp_path / "rows.parquet"))
     assert trained_texts(chat_tokenizer, data.train[0]) == ["d<|im_end|>"]
-    assert any("keys of messages that are not used" in note and "id (1)" in note for note in data.report["notes"])
+    assert any("keys of messages that are not used" in note and "at (1)" in note for note in data.report["notes"])
 
 
 # Columns that are not used, and those of Alpaca ------------------------------------------------------
