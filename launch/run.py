@@ -229,7 +229,7 @@ class Run:
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
             self.say(
                 f"note: answers in the training data end with {names}; generation stops there too, here and in the "
-                "exported model (eos_token_id in generation_config.json)"
+                "exported model (eos_token_id)"
             )
         together(lambda: self.check_loss(model))
         self.engine = make_engine(model, self.settings, self.ticks, self.unreached or ())

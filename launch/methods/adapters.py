@@ -200,7 +200,9 @@ def merge(module: Any) -> Any:
 
 
 def save_adapter(module: Any, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the trained weights to ``folder``: adapter.safetensors, and adapter.json with the method and its settings.
+    """Write the trained weights to ``folder``: adapter.safetensors, and adapter.json.
+
+    The latter has the method, its settings, the base model, and the tokens at which generation stops.
 
     Args:
         weights: whole tensors by name in the module's state dict, for a module with ZeRO-3 shards.
@@ -209,10 +211,10 @@ def save_adapter(module: Any, folder: str | Path, weights: Mapping[str, Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: (weights or {}).get(name, p) for name, p in module.named_parameters() if p.requires_grad}
     save_file({name: p.detach().cpu().contiguous() for name, p in trained.items()}, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(
-        json.dumps(module.adapter_record | {"base_model": module.config.name_or_path or None}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    record = module.adapter_record | {"base_model": module.config.name_or_path or None}
+    if module.can_generate():
+        record["eos_token_id"] = module.generation_config.eos_token_id  # training may have added one
+    (folder / SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
@@ -244,6 +246,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
+    if "eos_token_id" in record:
+        model.generation_config.eos_token_id = record["eos_token_id"]
     return module
 
 

@@ -479,6 +479,15 @@ def test_saved_and_loaded_is_the_same_bit_by_bit(method: str, name: str, tmp_pat
     assert (record["method"], record["base_model"]) == (method, None)  # made from a config
 
 
+@pytest.mark.parametrize("method", ["adapter", "prefix", "lora"])
+def test_an_adapter_keeps_where_generation_stops(method: str, tmp_path: Path) -> None:
+    module = made(method, "gpt2")
+    module.generation_config.eos_token_id = [3, 5]
+    save_adapter(module, tmp_path)
+    again = load_adapter(base("gpt2"), tmp_path)
+    assert again.generation_config.eos_token_id == [3, 5]
+
+
 def test_whole_weights_may_be_given(tmp_path: Path) -> None:
     """As for ZeRO-3, where the module has parts of them."""
     module, start = made("adapter", "gpt2", noise=0.1), made("adapter", "gpt2")
