@@ -25,6 +25,7 @@ from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.data.batches import collate
 from hift_ds.launch.data.loading import Data, load_data
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.learning_rates import low_rate_warning
 from hift_ds.launch.loop import train
 from hift_ds.launch.make_engine import (
     block_names,
@@ -223,6 +224,9 @@ class Run:
         self.say(summary.data_report(self.data))
         for note in self.settings.notes:
             self.say(f"note: {note}")
+        steps_per_block = self.settings.deepspeed["hift"].get("steps_per_block", 1)
+        if warning := low_rate_warning(self.settings, self.ticks, len(self.blocks) * steps_per_block or 1):
+            self.say(warning)
         seed_generators(self.settings.training.seed)
         model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say))
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):

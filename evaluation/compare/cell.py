@@ -37,6 +37,7 @@ from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.learning_rates import low_rate_warning
 from hift_ds.launch.loop import train
 from hift_ds.launch.make_engine import cycle_steps, find_blocks, make_engine, schedule_ticks
 from hift_ds.launch.methods.adapters import trained_parameters
@@ -109,6 +110,8 @@ class Cells:
                     notes.append(
                         f"{left_out} training examples were left out: no trained token within data.max_length {length}"
                     )
+                if encoded["warning"]:
+                    notes.append(f"{row.label}: {encoded['warning']}")
                 if measured["steps"] < (cycle := cycle_steps(engine, settings)):
                     notes.append(f"{row.label}: some blocks were not trained, because a cycle takes {cycle} steps")
                 model = engine.module
@@ -172,7 +175,7 @@ class Cells:
     def _train(
         self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` (tokens) added."""
+        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` and `warning`."""
         rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
         labels = list(task.labels) if self.classifies else None
         length = self.comparison.data.max_length
@@ -194,7 +197,9 @@ class Cells:
         ]
         with deterministic(settings.training.deterministic):
             train(engine, only_train, self.tokenizer.pad_token_id, settings, callbacks)
-        return engine, recorder.measured(), report | {"longest": max(len(one.input_ids) for one in examples)}
+        warning = low_rate_warning(settings, ticks, cycle_steps(engine, settings) or 1)
+        longest = max(len(one.input_ids) for one in examples)
+        return engine, recorder.measured(), report | {"longest": longest, "warning": warning}
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
         """Plan the memory for sequences of `length` tokens, once for each row, task and length, on rank 0."""

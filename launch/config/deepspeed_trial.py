@@ -303,7 +303,8 @@ def made_schedule(scheduler: Mapping[str, Any], rate: float) -> Any:
     """Return the schedule of a `scheduler` section, over an optimizer of one parameter without a gradient."""
     made: Any = scheduler_class(scheduler["type"])
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    return made(optimizer, **scheduler.get("params", {}))
+    with _quiet():
+        return made(optimizer, **scheduler.get("params", {}))
 
 
 def _tried(trial: Callable[[Mapping[str, Any]], None], params: Mapping[str, Any], where: str) -> list[str]:
