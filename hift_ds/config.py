@@ -188,7 +188,7 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
     "buffer_size": (lambda v: _is_int(v) and v >= MIN_BUFFER, f"bytes, an integer of at least {MIN_BUFFER}"),
     "pin_memory": (lambda v: isinstance(v, bool), "true or false"),
     "prefetch": (lambda v: isinstance(v, bool), "true or false"),
-    "nvme_path": (lambda v: v is None or isinstance(v, str), "the path of a folder, or null"),
+    "nvme_path": (lambda v: v is None or isinstance(v, str) and bool(v.strip()), "the path of a folder, or null"),
 }
 
 

@@ -14,8 +14,9 @@ class UserError(Exception):
 
 def nearest(value: Any, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown `value`: the most similar known one, or nothing."""
-    near = difflib.get_close_matches(str(value), list(map(str, known)), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    names = {str(one).lower(): str(one) for one in known}
+    near = difflib.get_close_matches(str(value).lower(), names, n=1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
 
 
 def expected(found: Any, allowed: Iterable[str]) -> str:

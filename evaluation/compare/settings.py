@@ -24,12 +24,12 @@ from typing import Any
 
 from hift_ds import paths
 from hift_ds.evaluation.tasks.catalog import GLUE, WITHOUT_DATA, Task, find_task
-from hift_ds.launch.config.checking import build, problem_list, setting
+from hift_ds.launch.config.checking import build, not_storable, problem_list, setting
 from hift_ds.launch.config.library_checks import library_problems
 from hift_ds.launch.config.reading import read_yaml, source
 from hift_ds.launch.config.settings import LoggingSettings, Settings, TrainingSettings, check_settings, output_problems
 from hift_ds.launch.data.sources import PUBLISHED
-from hift_ds.launch.errors import UserError, looked_in, nearest
+from hift_ds.launch.errors import UserError, looked_in, nearest, shown
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
@@ -185,11 +185,14 @@ def load_comparison(
         if key not in SECTIONS:
             problems.append(f"{key}: unknown section; expected {', '.join(SECTIONS)}{nearest(key, SECTIONS)}")
     for key in ("model", "data", "training", "deepspeed", "evaluation", "output", "logging"):
-        if not isinstance(raw.get(key) or {}, Mapping):
+        if not isinstance(raw.get(key), (Mapping, type(None))):
             problems.append(f"{key}: got {raw[key]!r}, expected a mapping of settings")
             raw[key] = {}
+    problems += [text for key in ("title", "model_name") for text in _name_problems(raw.get(key), key)]
     problems += _decided(raw.get("training") or {}, "training")
     data = build(DataSettings, raw.get("data") or {}, "data", problems)
+    if data.path is not None and (reason := paths.fault(data.path, reads=True)):
+        problems.append(f"data.path: {reason}")
     output = build(OutputSettings, raw.get("output") or {}, "output", problems)
     problems += output_problems(output.dir, "runs/compare")
     seeds = _numbers(raw, "seeds", [0], int, 0, problems)
@@ -211,6 +214,8 @@ def load_comparison(
     problems += _problems_together(comparison)
     if not problems:
         problems += _run_problems(comparison, world_size)
+    told = tuple(problem.partition(": ")[0] for problem in problems)
+    problems += [text for text in not_storable(raw) if text.partition(": ")[0] not in told]
     if problems:
         raise UserError(problem_list(source(path, overrides), list(dict.fromkeys(problems))))
     return comparison
@@ -288,7 +293,8 @@ def _rows(raw: Mapping[str, Any], problems: list[str]) -> list[Row]:
                 expected = f"expected {', '.join(ROW_KEYS)}{nearest(str(key), ROW_KEYS)}"
                 problems.append(f"methods: {name}: unknown key {key!r}; {expected}")
         label = str(entry.get("label") or name)
-        own = {key: entry.get(key) or {} for key in ("method", "training", "deepspeed")}
+        problems += _name_problems(entry.get("label"), f"methods: {name}: label")
+        own = {key: {} if entry.get(key) is None else entry[key] for key in ("method", "training", "deepspeed")}
         for key, value in own.items():
             if not isinstance(value, Mapping):
                 problems.append(f"methods: {label}: {key}: got {value!r}, expected a mapping of settings")
@@ -388,6 +394,12 @@ def _decided(training: Mapping[str, Any], where: str) -> list[str]:
         for key in DECIDED
         if key in training
     ]
+
+
+def _name_problems(value: Any, where: str) -> list[str]:
+    """Return the problem of a name in the report. A number is one, too."""
+    is_name = isinstance(value, (str, int, float, type(None))) and not isinstance(value, bool)
+    return [] if is_name else [f"{where}: got {shown(value)}; expected text"]
 
 
 def _is_whole(value: Any) -> bool:

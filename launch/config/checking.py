@@ -6,7 +6,6 @@ problems to a list, so that a user sees all of them at once.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import types
@@ -106,14 +105,21 @@ def check_keys(
 def not_storable(node: Any, where: str = "") -> list[str]:
     """Return a problem for each value in nested settings that no file or library can hold.
 
-    These are numbers that are infinite, NaN or too large, and texts with halves of characters (lone surrogates).
+    These are numbers that are infinite, NaN or too large, texts with half a character (a lone surrogate), and what only
+    YAML has, such as dates.
     """
     if isinstance(node, dict):
-        return [
-            text for key, value in node.items() for text in not_storable(value, f"{where}.{key}" if where else str(key))
+        found = [
+            f"{where}: the key {shown(key)} is no text; write it in quotes"
+            for key in node
+            if where and not isinstance(key, (str, int))
         ]
+        inside = {f"{where}.{key}" if where else str(key): value for key, value in node.items()}
+        return found + [text for name, value in inside.items() for text in not_storable(value, name)]
     if isinstance(node, (list, tuple)):
         return [text for index, value in enumerate(node) for text in not_storable(value, f"{where}[{index}]")]
+    if not isinstance(node, (str, int, float, type(None))):
+        return [f"{where}: got {shown(node)}. Expected text, a number, true, false or null; write a date in quotes."]
     fault = _outside(node, {})
     return [f"{where}: {fault}"] if fault else []
 
@@ -143,11 +149,11 @@ def _is_written(text: str, hint: Any) -> bool:
     """Return whether a text reads as a value of the type: "1e-8" as a number, "true" as a bool."""
     if text.lower() in ("true", "false"):
         return _fit(True, hint)[0]
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            if _fit(kind(text), hint)[0]:
-                return True
-    return False
+    try:
+        number = float(text)
+    except ValueError:
+        return False
+    return _fit(number, hint)[0] or number.is_integer() and _fit(int(number), hint)[0]
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:

@@ -48,7 +48,7 @@ MODELS = {
     "zero_optimization": "zero_config",
 }
 # Numbers of optimizers and schedules that have no sense outside these limits; not every class checks them.
-_NOT_NEGATIVE, _SHARE = {"at_least": 0}, {"at_least": 0, "below": 1}
+_NOT_NEGATIVE, _SHARE = {"at_least": 0, "at_most": 1e30}, {"at_least": 0, "below": 1}
 LIMITS = {
     **dict.fromkeys(("lr", "eps", "weight_decay", "muon_lr", "adam_lr", "warmup_min_ratio"), _NOT_NEGATIVE),
     **dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr"), _NOT_NEGATIVE),
@@ -92,6 +92,7 @@ def deepspeed_problems(section: Mapping[str, Any]) -> list[str]:
                 keys |= {name: MODEL_LIMITS[f"{key}.{name}"] for name in keys if f"{key}.{name}" in MODEL_LIMITS}
                 keys = {"throughput": keys} if key == "timers" else keys
                 check_keys(section[key], keys, f"deepspeed.{key}", problems)
+        problems += [] if problems else _zero_problems(section)
         problems += _optimizer_problems(section)
         problems += _scheduler_problems(section)
         return problems or _parser_problems(section)
@@ -142,6 +143,27 @@ def _hint(annotation: Any) -> Any:
         if annotation in (bool, int, float, str, list):
             return annotation
     return annotation if origin is typing.Literal else Any
+
+
+def _zero_problems(section: Mapping[str, Any]) -> list[str]:
+    """Return what ZeRO stages 1 and 2 assert about settings together, only when their optimizer is made."""
+    zero = section.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2):
+        return []
+    found = []
+    if zero.get("reduce_scatter", True):
+        for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if section.get(key, default) != default:
+                found.append(
+                    f"deepspeed.{key}: got {section[key]!r}, which ZeRO stages 1 and 2 do not support with "
+                    "reduce_scatter. Remove it, or set deepspeed.zero_optimization.reduce_scatter=false."
+                )
+    if zero.get("allgather_bucket_size", 2) % 2:
+        found.append(
+            f"deepspeed.zero_optimization.allgather_bucket_size: got {zero['allgather_bucket_size']}. Expected an even "
+            "number."
+        )
+    return found
 
 
 def _parser_problems(section: Mapping[str, Any]) -> list[str]:
@@ -240,12 +262,14 @@ def _optimizer_problems(section: Mapping[str, Any]) -> list[str]:
     if made is None:
         known = ["Adam", "AdamW", "Lion", "Lamb", "Muon", *_names(torch.optim, torch.optim.Optimizer)]
         return [f"{where}.type: got {kind!r}. Expected an optimizer of DeepSpeed or torch.optim{nearest(kind, known)}"]
+    if inspect.signature(made.step).parameters["closure"].default is inspect.Parameter.empty:
+        return [f"{where}.type: got {kind!r}, which evaluates the loss several times a step. Set another one."]
+    if "weight_decay" not in inspect.signature(made).parameters:
+        return [f"{where}.type: got {kind!r}, which has no weight decay, and a run always sets one. Set another one."]
     extra = ADAM_KEYS if name in ("adam", "adamw") else {}
     _check_params(params, {**_signature_keys(made), **extra}, f"{where}.params", problems)
     if problems:
         return problems
-    if inspect.signature(made.step).parameters["closure"].default is inspect.Parameter.empty:
-        return [f"{where}.type: got {kind!r}, which evaluates the loss several times a step. Set another one."]
     # Fused kernels are compiled for the device, so the same step is tried with the class that needs none.
     plain = {"lion": Lion, "lamb": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}.get(name, made)
     plain = torch.optim.AdamW if name in ("adam", "adamw") else plain

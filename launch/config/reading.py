@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ import yaml
 from hift_ds import paths
 from hift_ds.launch.config import credentials
 from hift_ds.launch.config.checking import problem_list
-from hift_ds.launch.errors import UserError, expected
+from hift_ds.launch.errors import UserError, expected, shown
 
+# Limits of a settings file, far above any that a person writes.
+MAX_DEPTH, MAX_VALUES = 50, 100_000
+_TOO_DEEP = f"values are nested more than {MAX_DEPTH} levels deep, or an alias contains itself"
 PACKAGE = Path(__file__).parents[2]  # hift_ds; it holds configs/ in a clone and in a wheel
 
 
@@ -66,7 +69,13 @@ _Loader.add_implicit_resolver(
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a key is {shown(key)}, expected text", key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
         seen.add(key)
@@ -77,7 +86,42 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    """Parse YAML.
+
+    Raises:
+        ValueError: it is not valid, or too deep or too large for settings.
+    """
+    try:
+        found = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except Exception as error:  # of many types: constructors of PyYAML do not check values with an explicit tag
+        raise ValueError(str(error)) from None
+    _check_size(found)
+    return found
+
+
+def _check_size(node: Any) -> None:
+    """Refuse settings in which an alias (`*name`) contains itself, or aliases multiply what they stand for."""
+    queue, count = [(node, 0)], 0
+    while queue:
+        inner, depth = queue.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        if count > MAX_VALUES:
+            raise ValueError(f"there are more than {MAX_VALUES} values, perhaps by aliases")
+        values = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, (list, tuple, set)) else ()
+        queue += [(one, depth + 1) for one in values]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, as `object_pairs_hook`; Python's own keeps the last of two values."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return content
 
 
 def _find(name: str) -> Path:
@@ -98,7 +142,7 @@ def _read_mapping(path: str, sections: Iterable[str]) -> dict:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}). Expected a YAML file, e.g. configs/tiny.yaml."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--config {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a mapping with the sections {', '.join(sections)}.")
@@ -113,8 +157,9 @@ def _apply_override(raw: dict, override: str, problems: list[str]) -> None:
         return
     try:
         value = _yaml(text)
-    except yaml.YAMLError:
-        problems.append(f"--set {override}: the value is not valid YAML. Quote it if it is text.")
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        problems.append(f"--set {override}: the value is not valid YAML. Quote it if it is text. ({reason})")
         return
     node = raw
     for depth, part in enumerate(path[:-1]):
@@ -132,7 +177,8 @@ def _apply_override(raw: dict, override: str, problems: list[str]) -> None:
 
 def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
     try:
-        content = json.loads(_find(name).read_text(encoding="utf-8"))
+        content = json.loads(_find(name).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        _check_size(content)
     except UserError as error:
         problems.append(f"deepspeed: {error}.")
         return {}
@@ -143,7 +189,7 @@ def _read_deepspeed_file(name: str, problems: list[str]) -> dict:
             f"JSON file or the section itself. {expected(name, shipped)}"
         )
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"deepspeed: {name!r} is not valid JSON: {error}.")
         return {}
     if not isinstance(content, dict):

@@ -176,7 +176,6 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
     for key in raw:
         if key not in SECTIONS:
             problems.append(f"{key}: unknown section. {expected(key, SECTIONS)}")
-    problems += not_storable(dict(raw))
     sections: dict[str, Any] = {}
     for key, kind in SECTIONS.items():
         given = raw.get(key)
@@ -211,7 +210,8 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
         problems=problems,
         notes=notes,
     )
-    problems[:] = dict.fromkeys(problems)  # `build` finds some of what `not_storable` finds
+    told = tuple(problem.partition(": ")[0] for problem in problems)
+    problems += [text for text in not_storable(dict(raw)) if text.partition(": ")[0] not in told]
     return None if problems else Settings(**sections, notes=tuple(notes))
 
 

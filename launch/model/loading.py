@@ -190,9 +190,19 @@ def files_sha256(source: str) -> str | None:
 
 
 def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
-    """Make the model on the meta device (names and shapes only), to find its blocks before loading weights."""
-    with torch.device("meta"):
-        return _from_config(settings, config)
+    """Make the model on the meta device (names and shapes only), to find its blocks before loading weights.
+
+    Raises:
+        UserError: the sizes in its configuration do not make a model.
+    """
+    try:
+        with torch.device("meta"):
+            return _from_config(settings, config)
+    except (RuntimeError, ArithmeticError, LookupError) as error:  # e.g. a negative or missing dimension
+        raise UserError(
+            f"{'model.config' if settings.config is not None else 'model.name_or_path'}: no {config.model_type} can be "
+            f"made of these sizes ({' '.join(str(error).split())}). Correct them."
+        ) from error
 
 
 def load_model(

@@ -103,9 +103,9 @@ def test_settings_that_are_paths(key: str, names: dict[str, tuple[str, str]], tm
         with pytest.raises(UserError) as raised:
             load_settings(str(file), overrides)
         lines = str(raised.value).splitlines()
-        if name == "surrogate":  # refused as a text, whatever it is for
-            expected = "half a character" if key != "deepspeed" else expected
-        assert [line for line in lines if line.startswith(f"  - {key}") and expected in line], (name, lines)
+        words = (expected, "half a character") if name == "surrogate" else (expected,)  # refused as a text, too
+        told = [line for line in lines if line.startswith(f"  - {key}") and any(word in line for word in words)]
+        assert told, (name, lines)
         assert len(lines) == 2 or name == "surrogate", (name, lines)
 
 

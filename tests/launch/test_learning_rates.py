@@ -36,7 +36,7 @@ LOW = {
         "0 in the first 12 of 30 steps (2 of 5 cycles",
     ),
     "WarmupDecayLR, too short": (
-        ["training.max_steps=60", scheduler("WarmupDecayLR", total_num_steps=4, warmup_max_lr=3e-3, warmup_num_steps=2)],
+        ["training.max_steps=60", scheduler("WarmupDecayLR", total_num_steps=4, warmup_num_steps=2)],
         "0 in 42 of 60 steps (7 of 10 cycles",
     ),
     "WarmupCosineLR": (
