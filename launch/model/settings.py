@@ -109,8 +109,8 @@ def _instead(folder: Path) -> str:
         return f"Name {inside[0] if inside[0].suffix == '.gguf' else inside[0].parent}."
     if (folder / "zero_to_fp32.py").exists():
         return (
-            "It is a checkpoint of DeepSpeed. Convert it with its zero_to_fp32.py, and put config.json and the "
-            "tokenizer's files beside the result."
+            "It is a checkpoint of DeepSpeed. Convert it with its zero_to_fp32.py, and put the model's config.json "
+            "and tokenizer beside the result."
         )
     return "Expected a Hugging Face model folder."
 

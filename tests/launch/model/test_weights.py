@@ -228,6 +228,15 @@ def test_values_that_are_not_finite(value: float, copy: Any) -> None:
     assert said == ["warning: NaN or infinite values in 1 tensor of the model, model.norm.weight"]
 
 
+def test_an_adapter_beside_the_model(copy: Any) -> None:
+    peft = pytest.importorskip("peft")
+    folder = copy("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(folder)
+    assert "holds a PEFT adapter besides the model" in refusal(folder)
+
+
 # Damaged files --------------------------------------------------------------------------------------
 
 
