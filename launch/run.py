@@ -91,6 +91,7 @@ class Run:
     identity: dict[str, Any]  # what a continuation must share with this run
     recorded: dict[str, Any]  # run.json: of the run to continue, then of this one
     # load_engine
+    processor_files: dict[str, bytes]  # of a model that also reads images or audio: they go into the export
     found: Checkpoint | None  # the checkpoint to continue from
     engine: Any
     # continue_or_start
@@ -218,6 +219,7 @@ class Run:
 
     def load_engine(self) -> None:
         """Find the checkpoint to continue from, and make the engine."""
+        self.processor_files = decide(lambda: loading.processor_files(self.settings.model, self.config))
         self.found = outputs.find_checkpoint(self.folder) if self.recorded else None
         if self.resume and self.found is None:
             self.say(f"{self.folder}: no checkpoint yet; the run begins at its first step")
@@ -366,7 +368,12 @@ class Run:
         if self.settings.output.export:
             if self.checkpoints.saved == last:
                 self.stop.nothing_to_lose = f"the checkpoint of step {last} is whole; continue with --resume"
-            export_model(self.engine, self.tokenizer, self.folder / "model", getattr(self.config, "use_cache", None))
+            use_cache, files = getattr(self.config, "use_cache", None), self.processor_files
+            export_model(self.engine, self.tokenizer, self.folder / "model", use_cache, files)
+            if files:
+                self.say(
+                    f"note: copied from {self.settings.model.name_or_path} to the exported model: {', '.join(files)}"
+                )
 
     def summarize(self, after: dict[str, Any] | None) -> None:
         """Write and print the summary."""

@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
 )
-from transformers.utils.hub import cached_file
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import AUDIO_TOKENIZER_NAME, FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 from transformers.utils.logging import is_progress_bar_enabled
 
 import hift_ds
@@ -41,6 +44,15 @@ AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
 }
+
+# The first one can hold the others. The images' is also the audio's.
+PROCESSOR_FILES = (
+    PROCESSOR_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    AUDIO_TOKENIZER_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+)
 
 T = TypeVar("T")
 
@@ -246,6 +258,39 @@ def stop_at(model: PreTrainedModel, ends: list[int]) -> list[int]:
         stops += added
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     return added
+
+
+def processor_files(settings: ModelSettings, config: PretrainedConfig) -> dict[str, bytes]:
+    """Return the files of the model's processor for images, audio and video, by name; {} for most models.
+
+    Training does not use them, and saving model and tokenizer does not write them. Python code of a processor is
+    included, unless it is in another repository.
+    """
+    if settings.name_or_path is None or settings.name_or_path.endswith(".gguf"):
+        return {}
+    source = _source(settings.name_or_path, getattr(config, "_commit_hash", None) or settings.revision)
+    name = source.pop("pretrained_model_name_or_path")
+    files: dict[str, bytes] = {}
+    waiting = list(PROCESSOR_FILES)
+    while waiting:
+        file = waiting.pop(0)
+        try:
+            path = Path(str(cached_file(name, file, **source)))
+            files[file] = path.read_bytes()
+        except OSError:
+            continue
+        imported = get_relative_imports(path) if path.suffix == ".py" else _named_code(files[file])
+        waiting += [f"{module}.py" for module in dict.fromkeys(imported) if f"{module}.py" not in files]
+    return files
+
+
+def _named_code(content: bytes) -> list[str]:
+    """Return the modules of the Python code that a configuration names, as in {"AutoProcessor": "module.Class"}."""
+    try:
+        classes = json.loads(content)["auto_map"].values()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
+    return [one.partition(".")[0] for one in classes if isinstance(one, str) and "--" not in one]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from hift_ds.launch.methods.adapters import merge, save_adapter
 from hift_ds.launch.runtime import outputs
 
 
-def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, use_cache: bool | None) -> None:
+def export_model(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    use_cache: bool | None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write weights, persistent buffers, configs and tokenizer to `folder`. Every rank calls it; rank 0 writes.
 
     The folder appears complete or not at all. ZeRO-3 shards are gathered one tensor at a time into rank 0's host
@@ -26,6 +33,7 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
 
     Args:
         use_cache: the `use_cache` of the model's config before training disabled the key-value cache; None: unknown.
+        files: other files by name, from `hift_ds.launch.model.loading.processor_files`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -40,6 +48,9 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         with outputs.writing(folder):
             _write(engine.module, weights, beside)
             tokenizer.save_pretrained(beside)
+            for name, content in (files or {}).items():
+                if not (beside / name).exists():
+                    (beside / name).write_bytes(content)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(beside, folder)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.ranks import run_on_ranks
-from tests.support.towers import GEMMA3, save_model
+from tests.support.towers import GEMMA3, save_gemma3_processor, save_model
 from tests.support.training import SHORT, arguments, run_tiny, train_and_compare
 
 
@@ -25,14 +25,24 @@ def assert_only_text_changed(before: dict[str, torch.Tensor], out: Path) -> None
 
 
 def test_a_vision_tower_is_refused_before_anything_is_written_and_the_remedy_trains_the_rest(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import AutoProcessor
+
     before = save_model(tmp_path / "gemma3", "gemma3", GEMMA3)
-    options = [*SHORT, *model_at(tmp_path / "gemma3"), "training.max_steps=4"]
+    save_gemma3_processor(tmp_path / "gemma3")
+    options = [*SHORT, *model_at(tmp_path / "gemma3"), "model.tokenizer=null", "training.max_steps=4"]
     refused = run_tiny(1, tmp_path / "out", *options)
     assert refused["code"] == 2 and not (tmp_path / "out").exists()
     assert "Traceback" not in refused["printed"]
     (remedy,) = re.findall(r'--set "(.*?)"', refused["printed"])
-    assert run_tiny(1, tmp_path / "out", *options, remedy)["code"] == 0
+    trained = run_tiny(1, tmp_path / "out", *options, remedy)
+    assert trained["code"] == 0 and "processor_config.json" in trained["printed"]
     assert_only_text_changed(before, tmp_path / "out")
+    read = [AutoProcessor.from_pretrained(tmp_path / folder) for folder in ("gemma3", "out/model")]
+    image = Image.linear_gradient("L").convert("RGB")
+    original, exported = (one(text="<|system|> a", images=image, return_tensors="pt") for one in read)
+    assert original.keys() == exported.keys() and "pixel_values" in exported
+    assert all(torch.equal(original[key], exported[key]) for key in original)
 
 
 @pytest.mark.parametrize("method", ["mezo", pytest.param("full", marks=pytest.mark.slow)])

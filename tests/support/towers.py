@@ -32,3 +32,20 @@ def save_model(folder: Path, kind: str, config: dict[str, Any], task: str = "Cau
     auto.from_config(transformers.AutoConfig.for_model(kind, **config)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return load_file(folder / "model.safetensors")
+
+
+def save_gemma3_processor(folder: Path) -> None:
+    """Write a Gemma 3 processor around the byte tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+
+    from hift_ds.launch.model.tokenizer import CHAT_TEMPLATE, byte_tokenizer
+
+    tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
+    images = {"boi_token": "<|system|>", "image_token": "<|user|>", "eoi_token": "<|assistant|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer().backend_tokenizer, extra_special_tokens=images, **tokens
+    )
+    reader = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    Gemma3Processor(reader, tokenizer, image_seq_length=4).save_pretrained(folder)

@@ -51,14 +51,14 @@ def train_and_compare(
     seen: dict[str, Any] = {}
     export, record_step = run.export_model, log_records.RunLog.step
 
-    def spy(engine: Any, tokenizer: Any, folder: Path, use_cache: Any) -> None:
+    def spy(engine: Any, tokenizer: Any, folder: Path, *others: Any) -> None:
         seen["tensors"] = {}
         tensors = [*engine.module.named_parameters(remove_duplicate=False), *engine.module.named_buffers()]
         for name, tensor in tensors:
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 seen["tensors"][name] = tensor.detach().cpu().clone()
         seen["causal"] = "SequenceClassification" not in type(engine.module).__name__
-        export(engine, tokenizer, folder, use_cache)
+        export(engine, tokenizer, folder, *others)
         seen["folder"] = folder
 
     def step_until(log: Any, record: dict[str, Any]) -> None:
