@@ -1,11 +1,12 @@
-"""The summed loss of a batch against plain cross entropy."""
+"""The summed loss of a batch against plain cross entropy, and what is said of the loss."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hift_ds.launch.model.batch_loss import summed_loss
+from hift_ds.launch.model.batch_loss import loss_note, summed_loss
 from tests.support.tiny import model
 
 
@@ -51,3 +52,20 @@ def test_summed_loss_against_plain_cross_entropy(empty_first: bool) -> None:
     loss, expected, gradient_error = loss_and_gradient(empty_first)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert gradient_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("attributes", "wanted", "said"),
+    [
+        ({"router_aux_loss_coef": 0.02}, True, "includes the router loss of the experts times 0.02"),
+        ({"aux_loss_coef": 0.5}, False, "no term that balances the experts"),
+        ({"router_aux_loss_coef": 0.0}, False, ""),
+        ({}, True, "Model has no router loss"),  # a classifier of a mixture of experts
+        ({"z_loss_coefficient": 0.1}, False, "z_loss_coefficient=0.1"),
+        ({}, False, ""),
+    ],
+)
+def test_what_is_said_of_the_loss(attributes: dict[str, float], wanted: bool, said: str) -> None:
+    model = type("Model", (), attributes | {"config": SimpleNamespace(output_router_logits=wanted)})()
+    note = loss_note(model)
+    assert note.startswith("note: ") and said in note if said else note == ""
