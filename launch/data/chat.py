@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from hift_ds.launch.data.messages import CALLS, REASONING, UNTRAINED
+from hift_ds.launch.data.messages import CALLS, REASONING
 from hift_ds.launch.data.remarks import Remarks
 from hift_ds.launch.errors import UserError, listed, shown
 
@@ -68,7 +68,7 @@ def write_conversation(
 
 def _is_trained(message: dict[str, Any]) -> bool:
     says_something = message["content"].strip() or any(key in message for key in (*REASONING, *CALLS))
-    return message["role"] == "assistant" and bool(says_something) and not message.get(UNTRAINED)
+    return message["role"] == "assistant" and bool(says_something) and message.get("weight") != 0
 
 
 class _Conversation:
@@ -78,7 +78,7 @@ class _Conversation:
         self, tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str
     ) -> None:
         self.tokenizer, self.tools, self.where = tokenizer, tools, where
-        self.messages = [{key: value for key, value in one.items() if key != UNTRAINED} for one in messages]
+        self.messages = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
         self._written: dict[tuple[int, bool], str] = {}
 
     def write(self, n: int, *, generate: bool = False) -> str:

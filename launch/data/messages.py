@@ -14,14 +14,13 @@ from hift_ds.launch.errors import UserError, shown
 # Names of the same thing; transformers gives a template whichever one it reads.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
-UNTRAINED = "untrained"  # the key of an assistant's turn that stays out of the loss
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
 
 def read_messages(value: Any, where: str) -> list[dict[str, Any]]:
     """Return the messages of a row, each with `role` and `content` (texts) and the other keys that have a value.
 
-    `weight: 0` and `train: false` become `untrained: true`.
+    An assistant's turn that stays out of the loss has `weight: 0`; other messages have neither `weight` nor `train`.
 
     Raises:
         UserError: a message is not understood; `where` names the row.
@@ -74,7 +73,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f"{where} has the role {role!r} and is marked to be trained, but only an assistant's turns are; remove "
             "its 'weight' or 'train'"
         )
-    return made | rest | ({UNTRAINED: True} if trained is False and role == "assistant" else {})
+    return made | rest | ({"weight": 0} if trained is False and role == "assistant" else {})
 
 
 def _text(content: Any, message: dict[str, Any], where: str) -> str:

@@ -25,7 +25,8 @@ from tests.support.data_fixtures import CHATML_WITHOUT_MARKERS, bpe, load
 JSON_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 0.5, 1e300, float("nan"), float("inf"), 10**30, -(10**30),
     "", " ", "\n", "text", "0", "1", "-1", "\u00b2", "9" * 5000, "\0", "\ud83d", "\ufeff", "<|im_end|>", "<eos>",
-    "{{ x }}", "{% raw %}", "<think>", "</think>", "x" * 3000, "user", "assistant", "tool", "[1", "[]", '[{"a": 1}]',
+    "{{ x }}", "{% raw %}", "<think>", "</think>", "x" * 3000, "user", "assistant", "tool", "[1", "[]",
+    "[" * 500 + "]" * 500, '[{"a": 1}]',
     [], [None], [1], ["a"], [[]], [{}], {}, {"a": 1}, {"": None}, {"type": "text", "text": "a"}, [{"type": "image"}],
     {"a": {"b": [{"c": None}]}}, [[[[[[]]]]]],
 )  # fmt: skip
@@ -35,7 +36,7 @@ OBJECTS = (
 )  # fmt: skip
 KEYS = (
     "role", "content", "weight", "train", "name", "from", "value", "tools", "tool_calls", "function_call", "function",
-    "arguments", "reasoning_content", "thinking", "tool_call_id", "untrained", "type", "text", "prompt", "completion",
+    "arguments", "reasoning_content", "thinking", "tool_call_id", "type", "text", "prompt", "completion",
     "input", "instruction", "output", "messages", "conversations", "label", "text_pair", "", "items", "keys",
 )  # fmt: skip
 
