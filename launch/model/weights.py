@@ -21,6 +21,7 @@ from hift_ds.launch.errors import UserError
 _WRAPPER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER_WRAPPER = re.compile(r"^(?:module\.)+")
 
+_MASKS = ("bias", "masked_bias", "causal_mask")
 _LFS_POINTER = b"version https://git-lfs"
 _REMEDY = (
     "Give files and a config.json that belong together, as save_pretrained writes them; if config.json was edited, "
@@ -74,7 +75,7 @@ def check_weights(model: Any, found: dict[str, Any], task: str) -> list[str]:
     empty = {name for name, theirs, _ in found["mismatched_keys"] if math.prod(theirs) == 0}
     new, missing = _split(found["missing_keys"], may_be_new)
     resized, unfit = _split(shapes.keys() - empty, may_be_new)
-    unused, unknown = _split(found["unexpected_keys"], lambda name: _is_other_head(model, name, classifies))
+    unused, unknown = _split(found["unexpected_keys"], lambda name: _may_be_unused(model, name, classifies))
     if missing:  # perhaps under other names
         unused, unknown = [], sorted(found["unexpected_keys"])
 
@@ -164,10 +165,18 @@ def _is_in_body(model: Any, name: str) -> bool:
     return parts[0] in first_names and "pooler" not in parts
 
 
-def _is_other_head(model: Any, name: str, classifies: bool) -> bool:
-    """Return whether a tensor of the files, unknown to the model, belongs to a head of another task."""
-    parent = name.rpartition(".")[0]
-    return not _is_in_body(model, name) and (classifies or parent not in dict(model.named_modules()))
+def _may_be_unused(model: Any, name: str, classifies: bool) -> bool:
+    """Return whether a tensor of the files that the model does not load belongs to another head, or is a buffer.
+
+    Earlier versions of transformers saved more buffers: the causal mask of GPT-Neo, GPT-J and others is the `bias` of
+    the whole attention.
+    """
+    path, _, last = name.rpartition(".")
+    prefix = f"{model.base_model_prefix}."  # files may leave it out
+    parent = next((one for own, one in model.named_modules() if own in (path, prefix + path)), None)
+    if parent is not None and (last in parent._buffers or last in _MASKS and any(parent.children())):
+        return True
+    return not _is_in_body(model, name) and (classifies or parent is None)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -218,6 +218,19 @@ def test_heads_that_a_language_model_does_not_use(copy: Any) -> None:
     assert said == ["note: not used for causal-lm: 1 tensor of the files, v_head.summary.weight"]
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_causal_masks_of_early_versions(prefix: str, tmp_path: Path) -> None:
+    keys = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 262, "attention_types": [[["global"], 1]]}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neo", **keys)).save_pretrained(tmp_path)
+    path, mask = tmp_path / "model.safetensors", torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    names = [f"{prefix}h.0.attn.attention.{last}" for last in ("bias", "masked_bias")]
+    weights = {prefix + name.removeprefix("transformer."): one for name, one in load_file(path).items()}
+    save_file(weights | {names[0]: mask, names[1]: torch.tensor(-1e9)}, path, metadata={"format": "pt"})
+    assert load(tmp_path)[1] == [f"note: not used for causal-lm: 2 tensors of the files, e.g. {', '.join(names)}"]
+    save_file(weights | {f"{prefix}h.0.attn.attention.q_proj.bias": torch.ones(16)}, path, metadata={"format": "pt"})
+    assert "Not in the model: 1 tensor" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(value: float, copy: Any) -> None:
     def spoil(weights: Weights) -> Weights:
