@@ -94,7 +94,7 @@ class _Conversation:
         if after.startswith(before):
             answer = after[len(before) :]
             # The generation prompt may hold the opening of the content.
-            if all(_letters(content) not in _letters(text) for text in (answer, after.removeprefix(self.write(i)))):
+            if not (_holds(answer, content) or _holds(after.removeprefix(self.write(i)), content)):
                 raise UserError(
                     f"{self.where}: the chat template does not write the whole content of message {i + 1}: "
                     f"{shown(content)} becomes {shown(answer)}, and the rest would not be trained; shorten the content "
@@ -208,6 +208,6 @@ def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def _letters(text: str) -> str:
-    """Return a text without whitespace, which templates change around an answer and its reasoning."""
-    return "".join(text.split())
+def _holds(text: str, content: str) -> bool:
+    """Return whether a text holds a content, apart from whitespace, which templates change around reasoning."""
+    return "".join(content.split()) in "".join(text.split())
