@@ -27,3 +27,14 @@ def quantization_method(config: Any) -> str | None:
         if (part := getattr(config, tower, None)) is not None and (method := quantization_method(part)):
             return str(method)
     return None
+
+
+def quantization_problem(name: str, config: Any) -> str | None:
+    """Return why a model cannot be trained because its weights are quantized; None for plain weights."""
+    method = quantization_method(config)
+    if method is None:
+        return None
+    return (
+        f"the weights of {name!r} are quantized ({method}), and quantized weights cannot be trained. Name the "
+        "checkpoint that it was made from, with weights in bf16, fp16 or fp32, or a .gguf file, which is dequantized."
+    )

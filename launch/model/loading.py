@@ -35,7 +35,7 @@ from hift_ds.launch.model import weights
 from hift_ds.launch.model.classes import number_of_classes
 from hift_ds.launch.model.settings import ModelSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
-from hift_ds.model.quantization import quantization_method
+from hift_ds.model.quantization import quantization_problem
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -130,13 +130,8 @@ def load_config(
             name,
             lambda: AutoConfig.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
         )
-        method = None if "gguf_file" in source else quantization_method(config)  # GGUF is dequantized
-        if method is not None:
-            raise UserError(
-                f"model.name_or_path: the weights of {name!r} are quantized ({method}), and quantized weights "
-                "cannot be trained. Name the checkpoint that it was made from, with weights in bf16, fp16 or fp32, or "
-                "a .gguf file, which is dequantized."
-            )
+        if "gguf_file" not in source and (problem := quantization_problem(name, config)):  # GGUF is dequantized
+            raise UserError(f"model.name_or_path: {problem}")
     _agree_on_padding(config, tokenizer, settings.task == "sequence-classification", say)
     if settings.task == "sequence-classification":
         if settings.num_labels or num_labels:
