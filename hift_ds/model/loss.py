@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,31 @@ def default_chunk(model: Any) -> int:
     return tokens // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE or max(1, tokens)
 
 
+ChunkLoss = Callable[[Tensor, Tensor], Tensor]  # hidden states and targets of some tokens -> their summed loss
+
+
+def sum_chunks(loss: ChunkLoss, rows: Tensor, values: Tensor, chunks: int) -> Tensor:
+    """Return the sum of the losses of all chunks. The backward pass recomputes each chunk.
+
+    Args:
+        loss: computes the summed loss of a chunk.
+        rows: hidden states of the targets, shape (tokens, width).
+        values: the targets, shape (tokens,).
+        chunks: number of chunks.
+    """
+    lengths = [chunk_length(len(rows), chunks, index) for index in range(chunks)]
+    total = rows.new_zeros((), dtype=torch.float32)
+    for chunk, targets in zip(rows.split(lengths), values.split(lengths), strict=True):
+        total = total + checkpoint(loss, chunk, targets, use_reentrant=False)
+    return total
+
+
+def chunk_length(tokens: int, chunks: int, index: int) -> int:
+    """Return the length of a chunk. All lengths are almost equal; the first chunks are the longest."""
+    length, longer = divmod(tokens, chunks)
+    return length + (index < longer)
+
+
 def summed_loss(
     call: Callable[..., Any],
     model: Any,
@@ -68,6 +94,7 @@ def summed_loss(
     targets: Targets,
     chunk: int | None = None,
     router_weight: float = 0.0,
+    sum_chunks: Callable[..., Tensor] = sum_chunks,
 ) -> Tensor:
     """Return the sum of the cross-entropies of the targets, and the weighted router loss, a scalar in fp32.
 
@@ -79,6 +106,7 @@ def summed_loss(
         chunk: tokens in a chunk of logits. None: :func:`default_chunk` if the model supports chunks. 0: all tokens.
             Nothing is recomputed if one chunk holds all tokens.
         router_weight: factor of :func:`router_loss`. A mean over all targets needs the number of targets for each call.
+        sum_chunks: :func:`sum_chunks`; the memory planner replaces it.
 
     Raises:
         ValueError: ``chunk`` is not None, and the model does not support chunks.
@@ -88,7 +116,8 @@ def summed_loss(
         problem = chunking_problem(model)
         if problem is None:
             split = _SplitForward(model)
-            with _replaced(split.model, "forward", lambda **given: split.summed(given, targets, chunks, router_weight)):
+            total = partial(sum_chunks, chunks=chunks)
+            with _replaced(split.model, "forward", lambda **given: split.summed(given, targets, total, router_weight)):
                 return call(**inputs)
         if chunk is not None:
             raise ValueError(problem)
@@ -206,8 +235,13 @@ class _SplitForward:
         self._name: str = name
         self._parent = self.model.get_submodule(above)
 
-    def summed(self, given: Mapping[str, Any], targets: Targets, chunks: int, router_weight: float) -> Tensor:
-        """Return the summed loss of the targets, computed in ``chunks`` chunks, and the weighted router loss."""
+    def summed(
+        self, given: Mapping[str, Any], targets: Targets, sum_chunks: Callable[..., Tensor], router_weight: float
+    ) -> Tensor:
+        """Return the summed loss of the targets and the weighted router loss.
+
+        ``sum_chunks(loss, rows, values)`` cuts the targets into chunks.
+        """
         hidden, others = self._decode(given)
         of_router: Tensor | float = 0.0
         if router_weight and "router_logits" in others:
@@ -223,12 +257,7 @@ class _SplitForward:
             logits = self._head(chunk[None], others)[0]
             return F.cross_entropy(logits.float(), values, reduction="sum")
 
-        length, longer = divmod(len(targets.rows), chunks)
-        lengths = [length + 1] * longer + [length] * (chunks - longer)
-        total = rows.new_zeros((), dtype=torch.float32)
-        for chunk, values in zip(rows.split(lengths), targets.values.split(lengths), strict=True):
-            total = total + checkpoint(loss, chunk, values, use_reentrant=False)
-        return total + of_router
+        return sum_chunks(loss, rows, targets.values) + of_router
 
     def logits(self, given: Mapping[str, Any]) -> Tensor:
         """Return the logits of all tokens through both steps, shape (batch, length, vocabulary)."""

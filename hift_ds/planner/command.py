@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -114,18 +115,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
+        planner.tell = _Progress()
         plan = planner.plan(planner.request)
         if fit:
+            print("searching for what fits", file=sys.stderr, flush=True)
             plan = fit.answer(plan)
         chosen = plan.fitting if fit else plan.request
         full = None
         if plan.request.method != "full" and (picture or not as_json):
             full_request = plan.request.full_fine_tuning()
-            full = Planner(full_request).plan(full_request)
+            full_planner = Planner(full_request)
+            full_planner.tell = planner.tell
+            full = full_planner.plan(full_request)
         if picture:
             plot(plan, full or plan, picture)
         if config and chosen:
-            Path(config).write_text(json.dumps(chosen.deepspeed_config(), indent=2) + "\n", encoding="utf-8")
+            Path(config).write_text(json.dumps(chosen.deepspeed_config(plan.freeze), indent=2) + "\n", encoding="utf-8")
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
@@ -139,6 +144,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config and chosen:
         print(_written(config, plan, chosen), file=sys.stderr)
     return 0
+
+
+class _Progress:
+    """Prints what the planner does to standard error, at most once in five seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() - self._last > 5:
+            print(text, file=sys.stderr, flush=True)
+            self._last = time.monotonic()
 
 
 def _print(text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import textwrap
 import warnings
@@ -150,8 +151,11 @@ def load_config(model: Any) -> Any:
     path, name = Path(os.path.expanduser(model)), str(model)
     if "/" not in name and (reason := paths.fault(name)):
         raise ConfigError([f"--model: {reason}"])
-    if path.is_file() and path.suffix != ".gguf":
+    is_file = os.path.isfile(path)
+    if is_file and path.suffix != ".gguf":
         return _from_mapping(_read_json(path), f"--model={name}")
+    if os.path.isdir(path):
+        _check_folder(path)
     known = f"a preset ({', '.join(PRESETS)}), a folder with a config.json, a config.json, a GGUF file, or a Hub id"
     near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.75)
     if near and "/" not in name and not os.path.exists(path):
@@ -159,19 +163,32 @@ def load_config(model: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        if path.is_file():
+        if is_file:
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoConfig.from_pretrained(str(path) if os.path.exists(path) else name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        reason = textwrap.shorten(str(error), 300)
+    except Exception as error:  # transformers checks types and values with exceptions of several libraries
+        reason = textwrap.shorten(str(error), 300).rstrip(".")
         raise ConfigError([f"--model={name!r} cannot be read: {reason}. Expected {known}"]) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder without a valid ``config.json``.
+
+    Raises:
+        ConfigError: why.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError([f"--model={str(folder)!r}: the folder has no config.json; give the folder of a model"])
+    if not isinstance(_read_json(file).get("model_type"), str):
+        raise ConfigError([f'--model={str(file)!r} has no model_type; add the architecture, such as "llama"'])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError([f"--model={str(path)!r} is not valid JSON: {error}"]) from error
+        raise ConfigError([f"--model={str(path)!r} is not valid JSON: {error}; expected a config.json"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"--model={str(path)!r} holds a {type(values).__name__}; expected a JSON object"])
     return values
@@ -182,30 +199,45 @@ def _from_mapping(values: dict[str, Any], where: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     kind = values.pop("model_type", None)
-    if kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError([f"{where}: model_type={kind!r} is not an architecture of transformers{hint}"])
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:  # transformers checks types and values with exceptions of several libraries
-        raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"{where}: {textwrap.shorten(str(error), 300)}"]) from error
 
 
 def task_of(config: Any) -> str:
-    """Return the task of a model: the one of its ``architectures``, else classification for encoders.
+    """Return the task of a model: the one of its ``architectures``, else classification for encoders without decoder.
 
     Returns:
         ``causal-lm`` or ``sequence-classification``.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    for name in config.architectures or ():
+    for name in architectures(config):
         if name.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal-lm"
         if name.endswith(("ForSequenceClassification", "ForMaskedLM", "ForPreTraining")):
             return "sequence-classification"
+    if config.is_encoder_decoder:
+        return "causal-lm"
     return "sequence-classification" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal-lm"
+
+
+def architectures(config: Any) -> list[str]:
+    """Return the names of model classes in a configuration."""
+    names = config.architectures
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def attention_window(config: Any) -> float:
+    """Return the tokens that local attention sees. Longer sequences have a mask. Infinity without local attention."""
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_window_size")]
+    return min([window for window in windows if isinstance(window, int)], default=math.inf)
 
 
 def skeleton(config: Any, task: str, dtype: torch.dtype, attention: str | None = None, gpu: bool = True) -> nn.Module:
@@ -224,17 +256,17 @@ def skeleton(config: Any, task: str, dtype: torch.dtype, attention: str | None =
     """
     import transformers
 
-    autos: dict[str, Any] = {
-        "causal-lm": transformers.AutoModelForCausalLM,
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-    }
+    if problem := _unplannable(config, task):
+        raise ConfigError([f"--model: {problem}"])
     options = {} if attention is None else {"attn_implementation": attention}
     try:
         with torch.device("meta"):
-            model = autos[task].from_config(config, dtype=dtype, **options)
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise ConfigError([f"--model: {config.model_type} as {task} cannot be built: {reason}"]) from error
+            model = _auto_class(task).from_config(config, dtype=dtype, **options)
+    except Exception as error:  # the model's own checks, with exceptions of any kind
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300).rstrip(".")
+        raise ConfigError(
+            [f"--model: {config.model_type} as {task} cannot be built: {reason}; correct the configuration"]
+        ) from error
     if model.config._attn_implementation == "sdpa":
         # transformers reads values to find out whether a mask is needed. Fake tensors have no values.
         name = "maskless_gpu" if gpu else "maskless_cpu"
@@ -243,6 +275,35 @@ def skeleton(config: Any, task: str, dtype: torch.dtype, attention: str | None =
         model.set_attn_implementation(name)
     model.config.use_cache = False  # no key-value cache in training
     return model.train()
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    causal = task == "causal-lm"
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+
+
+def _unplannable(config: Any, task: str) -> str | None:
+    """Return why a model cannot be planned for a task, or None."""
+    kind = config.model_type
+    if task == "causal-lm" and config.is_encoder_decoder:
+        return (
+            f"{kind} is an encoder-decoder, and {_auto_class(task).__name__} would make its decoder alone; "
+            "launch/train.py trains decoders and classifiers of text. Use such a model"
+        )
+    if type(config) in _auto_class(task)._model_mapping:
+        return None
+    text = config.get_text_config()
+    if text is not config and type(text) in _auto_class("causal-lm")._model_mapping:
+        remedy = "to plan its language model alone, save its text_config as a file and give that file to --model"
+    elif type(config) in _auto_class("sequence-classification")._model_mapping:
+        remedy = "use --task sequence-classification"
+    elif type(config) in _auto_class("causal-lm")._model_mapping:
+        remedy = "use --task causal-lm"
+    else:
+        remedy = "use a model that reads and predicts text"
+    return f"transformers has no {kind} as {task} ({_auto_class(task).__name__}); {remedy}"
 
 
 def _attend(gpu: bool, *args: Any, **kwargs: Any) -> Any:

@@ -62,17 +62,25 @@ def _verdict(plan: Plan) -> str:
     assert plan.fit is not None
     fit = plan.fit
     device = f"{fit['gpu_memory'] / GIB:g} GiB with {fit['reserve'] / GIB:g} GiB kept free"
+    missing = ", ".join(name.replace("_", " ") for name in fit["not_searched"])
+    skipped = [f"Not searched: {missing}. It would take minutes of simulation."] if missing else []
     if "device_total" not in fit:
-        return f"The run does not fit on {device}. No change that the planner knows makes it fit."
+        known = [] if missing else ["No change that the planner knows makes it fit."]
+        return " ".join([f"The run does not fit on {device}.", *known, *skipped])
     total = f"{fit['device_total'] / GIB:.2f} GiB"
     if fit["fits"]:
-        verdict = f"The run fits on {device}: it needs {total}."
+        sentences = [f"The run fits on {device}: it needs {total}."]
     else:
-        verdict = f"The run does not fit on {device}. It fits with {fit['change']}: it then needs {total}."
-    return (
-        f"{verdict} The longest sequence that fits: {fit['longest_sequence']:,} tokens. The largest micro-batch that "
-        f"fits: {fit['largest_batch']:,} sequence{'s' * (fit['largest_batch'] != 1)}."
-    )
+        sentences = [f"The run does not fit on {device}. It fits with {fit['change']}: it then needs {total}."]
+    longest, positions, batch = fit["longest_sequence"], fit["positions"], fit["largest_batch"]
+    if longest and positions and longest > positions:
+        limit = f"at most {positions:,} tokens, the positions of the model; memory would allow {longest:,}"
+        sentences.append(f"The longest sequence that fits: {limit}.")
+    elif longest:
+        sentences.append(f"The longest sequence that fits: {longest:,} tokens.")
+    if batch:
+        sentences.append(f"The largest micro-batch that fits: {batch:,} sequence{'s' * (batch != 1)}.")
+    return " ".join([*sentences, *skipped])
 
 
 def _width(name: str) -> int:

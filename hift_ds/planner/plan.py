@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import math
+import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from tqdm import tqdm
 
 from hift_ds.blocks.block import Block
 from hift_ds.blocks.partition import partition_model
 from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError
 from hift_ds.model.activations import checkpoint_activations
-from hift_ds.model.positions import position_limit
+from hift_ds.model.loss import unwrapped
+from hift_ds.model.positions import PositionLimit, position_limit
+from hift_ds.model.quantization import quantization_problem
+from hift_ds.model.reach import freeze_patterns, unreached_by_text
 from hift_ds.planner import models
 from hift_ds.planner.accounting import (
     FP32,
@@ -28,10 +36,22 @@ from hift_ds.planner.accounting import (
     slot_bytes,
     state_numel,
 )
-from hift_ds.planner.request import Request
-from hift_ds.planner.simulation import CATEGORIES, ForwardStep, LiveMemory, Simulator, StepBase
+from hift_ds.planner.extrapolation import Extrapolated, Extrapolation, NotLinearError, Point
+from hift_ds.planner.request import PRECISIONS, Request
+from hift_ds.planner.simulation import (
+    CATEGORIES,
+    FEW_CHUNKS,
+    ForwardStep,
+    LiveMemory,
+    Simulator,
+    StepBase,
+    TokenLoop,
+)
 
+Memory: TypeAlias = LiveMemory | Extrapolated  # of a step
 _STOCK_BUCKET = 500_000_000  # elements: the default of DeepSpeed's reduce_bucket_size
+_FEW_TOKENS = 32  # a sequence that is always simulated as it is
+_MANY_OPERATIONS = 40_000  # of a simulation that takes several seconds; a step of a loop over tokens takes fewer
 _SCALARS = 64  # bytes of step counts, norms and other scalars for each parameter
 
 
@@ -69,6 +89,9 @@ class Plan:
         host: bytes in host memory by category.
         nvme: bytes in files by category.
         notes: what a reader must know about the figures.
+        freeze: patterns of parameters that no text reaches. The run needs them in ``hift.freeze``.
+        positions: the most tokens in a sequence that the model's configuration names.
+        extrapolated_from: lengths of the sequences that were simulated instead of the requested ones, or None.
         fit: the answer of :class:`hift_ds.planner.search.Fit`, if a device size was given.
         fitting: the request with the change that makes it fit, or None.
     """
@@ -82,6 +105,9 @@ class Plan:
     host: dict[str, int]
     nvme: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
     notes: list[str] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)
+    positions: int | None = None
+    extrapolated_from: list[int] | None = None
     fit: dict[str, Any] | None = None
     fitting: Request | None = None
 
@@ -96,6 +122,7 @@ class Plan:
         places = {name: with_total(getattr(self, name)) for name in ("device", "host", "nvme")}
         counts = {name: getattr(self, name) for name in ("total_parameters", "peak_trainable_parameters")}
         result = {**counts, **places, "peak": self.peak, "blocks": blocks, "notes": self.notes, "inputs": inputs}
+        result |= {"freeze": self.freeze, "positions": self.positions, "extrapolated_from": self.extrapolated_from}
         return result | ({"fit": self.fit} if self.fit else {})
 
 
@@ -112,13 +139,15 @@ class BuiltModel:
         simulator: runs steps of the model.
         shapes: shape of each parameter by name.
         blocks: what each step trains.
-        longest_input: the most tokens in a sequence, or None for no limit.
+        positions: the most tokens in a sequence.
+        freeze: patterns for ``hift.freeze``, of whole blocks that no text reaches.
     """
 
     simulator: Simulator
     shapes: dict[str, tuple[int, ...]]
     blocks: list[Block]
-    longest_input: int | None
+    positions: PositionLimit
+    freeze: list[str]
 
     def gradient_shapes(self, block: int) -> list[tuple[int, ...]]:
         """Return the shapes of a block's gradients, which are those of whole tensors."""
@@ -175,8 +204,26 @@ class BuiltModel:
         return runs
 
 
+def _cut(model: Any, partition: tuple[Any, ...], unreached: Collection[str]) -> tuple[list[Block], list[str]]:
+    """Return the blocks of a model, and patterns of parameters that must be frozen because they would fill a block."""
+    layers, most, balance = partition
+    try:
+        blocks = partition_model(model, layers, (), most, balance)
+        if all(set(block.parameter_names) - set(unreached) for block in blocks):
+            return blocks, []
+        trained = [name for block in blocks for name in block.parameter_names]
+        freeze = freeze_patterns([name for name in trained if name in unreached], trained)
+        return partition_model(model, layers, freeze, most, balance), freeze
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
 def _numels(shapes: Iterable[Sequence[int]]) -> list[int]:
     return [math.prod(shape) for shape in shapes]
+
+
+class TooManyOperationsError(Exception):
+    """The planner's ``limit`` of operations is reached."""
 
 
 class Planner:
@@ -189,6 +236,9 @@ class Planner:
         request: the same request.
         config: the model's transformers configuration.
         task: ``causal-lm`` or ``sequence-classification``.
+        operations: number of operations that were simulated so far.
+        limit: number of operations after which nothing more is extrapolated, or None.
+        tell: is called with what the planner is about to do.
 
     Raises:
         ConfigError: every problem of the request.
@@ -198,6 +248,8 @@ class Planner:
         found = request.problems()
         try:
             self.config = models.load_config(request.model)
+            if problem := quantization_problem(request.name, self.config):
+                found.insert(0, f"--model: {problem}")
         except ConfigError as error:
             found = error.problems + found
         if found:
@@ -205,7 +257,13 @@ class Planner:
         self.request = request
         self.task = request.task or models.task_of(self.config)
         self._built: dict[tuple[Any, ...], BuiltModel] = {}
-        self._simulated: dict[tuple[Request, int], LiveMemory] = {}
+        self._simulated: dict[tuple[Request, int], Memory] = {}
+        self._extrapolations: dict[tuple[Request, int, int], Extrapolation] = {}
+        self._loop: TokenLoop | None = None
+        self._missed: list[str] | None = None
+        self.operations = 0
+        self.limit: int | None = None
+        self.tell: Callable[[str], None] = lambda _: None
 
     def plan(self, request: Request) -> Plan:
         """Return the plan of a request for the same model.
@@ -228,6 +286,8 @@ class Planner:
                 name = built.blocks[index].name
                 planned[index] = _interpolate(name, numels[index], *ends, position - start, end - start)
         blocks = [planned[index] for index in indices]
+        first = self.simulate(request, built.similar_runs()[0][0])
+        lengths = list(first.lengths) if isinstance(first, Extrapolated) else None
         if request.layout == "paper":
             top = max(indices, key=lambda index: numels[index])
         else:
@@ -241,11 +301,14 @@ class Planner:
             device=blocks[top].device,
             host=self._off_device(request, built, top, "host") | {"activations": self._checkpoints(request, built)},
             nvme=self._off_device(request, built, top, "nvme"),
-            notes=_notes(request, self.task),
+            notes=_notes(request, built, self.config, self.task, lengths),
+            freeze=built.freeze,
+            positions=built.positions.tokens,
+            extrapolated_from=lengths,
         )
 
-    def simulate(self, request: Request, block: int) -> LiveMemory:
-        """Return the memory of one step on a block. Each step is simulated once.
+    def simulate(self, request: Request, block: int) -> Memory:
+        """Return the memory of one step on a block. Each step is simulated once, or extrapolated from short ones.
 
         Raises:
             ConfigError: the step cannot be simulated.
@@ -255,26 +318,101 @@ class Planner:
             self._simulated[key] = self._simulate(request, block)
         return self._simulated[key]
 
-    def _simulate(self, request: Request, block: int) -> LiveMemory:
+    def _simulate(self, request: Request, block: int) -> Memory:
         built = self.build(request)
-        limit = built.longest_input
-        if limit is not None and request.seq_len > limit:
+        limit = built.positions.tokens
+        if built.positions.table and limit is not None and request.seq_len > limit:
             raise ConfigError([f"--seq-len={request.seq_len}: the model has {limit} positions; use at most {limit}"])
+        chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
+        if chunk and (problem := built.simulator.chunking_problem()):
+            raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use --loss-chunk 0"])
+        try:
+            extrapolated = self._extrapolation(request, block, chunk)
+            return extrapolated or self._run(request, block, request.batch_size, request.seq_len, chunk)
+        except (ConfigError, TooManyOperationsError):
+            raise
+        except Exception as error:  # of the model's code
+            raise ConfigError([self._explain(request, block, error)]) from error
+
+    def _explain(self, request: Request, block: int, error: Exception) -> str:
+        """Return why a step cannot be simulated, with a remedy."""
+        what = f"--batch-size={request.batch_size}, --seq-len={request.seq_len}"
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        if "overflow" in reason:
+            return f"{what}: a tensor of the step has more elements than PyTorch can count; use fewer tokens"
+        problem = f"--model={request.name}: its step cannot be simulated with --precision={request.precision}"
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+            remedy = "the sizes depend on the values of the tokens; measure a run with engine.memory_ledger(peak=True)"
+            return f"{problem} ({reason}): {remedy}"
+        for precision in reversed(PRECISIONS):  # some operations support one type only
+            other = replace(request, precision=precision)
+            if other.weight != request.weight and not other.problems():
+                with contextlib.suppress(Exception):
+                    self._run(other, block, 1, min(request.seq_len, _FEW_TOKENS), 0)
+                    return f"{problem} ({reason}); use --precision {precision}"
+        return f"{problem} ({reason}); no other precision works; use another model, or another --attention"
+
+    def _run(
+        self,
+        request: Request,
+        block: int,
+        batch_size: int,
+        seq_len: int,
+        chunk: int | None,
+        **options: Any,
+    ) -> LiveMemory:
+        """Simulate a step with this batch; ``options`` are those of :meth:`Simulator.run`."""
+        built = self.build(request)
         trained, step = built.blocks[block].parameter_names, StepBase()
         if request.method == "mezo":
             trained, step = (), ForwardStep(request.weight, max(_numels(built.shapes.values())), request.accelerator)
         elif request.layout == "engine":
             step = make_step(self._setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
-        chunk = 0 if request.layout == "paper" and request.loss_chunk is None else request.loss_chunk
-        if chunk and (problem := built.simulator.chunking_problem()):
-            raise ConfigError([f"--loss-chunk={chunk}: {problem}; leave it out, or use --loss-chunk 0"])
         held = self.held(request, block)
+        self.tell(
+            f"simulating a step on {built.blocks[block].name} with a batch of {batch_size:,} x {seq_len:,} tokens"
+        )
+        memory = built.simulator.run(trained, batch_size, seq_len, held, step, chunk, **options)
+        self.operations += memory.operations
+        return memory
+
+    def _extrapolation(self, request: Request, block: int, loss_chunk: int | None) -> Memory | None:
+        """Return the memory of a step that is too long to simulate, because the model loops over tokens, or None."""
+        simulator, length = self.build(request).simulator, request.seq_len
+        if length <= _FEW_TOKENS:
+            return None
+        if self._loop is None:
+            self._loop = simulator.token_loop(length)
+        if 4 * self._loop.operations(length) < _MANY_OPERATIONS:
+            return None
+        targets = request.batch_size * (length - (self.task == "causal-lm"))
+        chunks, longest = simulator.longest_chunk(targets, loss_chunk)
+        few = min(chunks, FEW_CHUNKS) if chunks > 1 else 0
+
+        def simulate(point: Point) -> LiveMemory:
+            if self.limit is not None and self.operations > self.limit:
+                raise TooManyOperationsError
+            batch_size, seq_len, longest = point
+            first = (few, longest) if longest else None
+            return self._run(request, block, batch_size, seq_len, longest, first_chunks=first, by_kind=True)
+
+        key = (replace(request, model=None, batch_size=1, seq_len=1), block, few)
+        if key not in self._extrapolations:
+            self._extrapolations[key] = Extrapolation(simulate, self._loop.length, few)
         try:
-            return built.simulator.run(trained, request.batch_size, request.seq_len, held, step, chunk)
-        except RuntimeError as error:  # an operation that fake tensors do not support
-            reason = " ".join(str(error).split())[:300]
-            problem = f"--model={request.name}: its step cannot be simulated with --precision={request.precision}"
-            raise ConfigError([f"{problem} ({reason}); try another precision"]) from error
+            if length > (window := models.attention_window(self.config)):
+                raise NotLinearError  # short sequences have no mask
+            return self._extrapolations[key].at(Point(request.batch_size, length, longest if few else 0))
+        except NotLinearError as error:
+            if self.limit is not None:
+                raise TooManyOperationsError from error
+            raise ConfigError(
+                [
+                    f"--seq-len={length}: {request.name} computes its tokens one after the other, which takes too long "
+                    "to simulate, and the memory of such a sequence does not follow from shorter ones; use at most "
+                    f"{window if length > window else _FEW_TOKENS}"
+                ]
+            ) from error
 
     def held(self, request: Request, block: int) -> dict[str, int]:
         """Return the bytes on the device by category that exist throughout a step on a block."""
@@ -321,7 +459,7 @@ class Planner:
         if found:
             raise ConfigError(found)
         rank = request.lora_rank if request.method == "lora" else None
-        cut = (request.layers_per_block, (), request.max_block_numel, request.balance)
+        cut = (request.layers_per_block, request.max_block_numel, request.balance)
         partition = cut if request.method == "hift" else None
         key = (
             request.weight,
@@ -338,24 +476,33 @@ class Planner:
             model: Any = models.skeleton(self.config, self.task, dtype, request.attention, gpu)
             if request.recomputes:
                 checkpoint_activations(model)
+            unreached = set(self._unreached(request))
             if rank is not None:
                 model = models.with_lora(model, rank, self.task)
+            freeze: list[str] = []
             if partition is None:
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(parameter.requires_grad and name not in unreached)
                 trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
                 numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 blocks = [Block("all" if rank is None else "adapters", trained, numel)]
             else:
-                try:
-                    blocks = partition_model(model, *partition)
-                except ValueError as error:
-                    raise ConfigError([str(error)]) from error
+                blocks, freeze = _cut(model, partition, unreached)
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
             limit = position_limit(model)
             simulator = Simulator(model, self.task, request.checkpoint_offload)
-            self._built[key] = BuiltModel(simulator, shapes, blocks, limit.tokens if limit.table else None)
+            self._built[key] = BuiltModel(simulator, shapes, blocks, limit, freeze)
         if sliced := next((block.name for block in self._built[key].blocks if block.slices), None):
             self._check_slices(request, sliced)
         return self._built[key]
+
+    def _unreached(self, request: Request) -> list[str]:
+        """Return the names of the parameters that no text reaches."""
+        if self._missed is None:
+            config = copy.deepcopy(self.config)  # the search changes it
+            model = models.skeleton(config, self.task, torch.bfloat16, request.attention)
+            self._missed = unreached_by_text(model, request.seq_len) or []
+        return self._missed
 
     def _check_slices(self, request: Request, name: str) -> None:
         """Refuse what the engine refuses for a tensor that is cut by rows; ``name`` is a block with such rows."""
@@ -427,7 +574,7 @@ class Planner:
         return max(self.simulate(request, block).host for block in built.bounding_blocks())
 
 
-def _interpolate(name: str, numel: int, low: LiveMemory, high: LiveMemory, position: int, length: int) -> BlockPlan:
+def _interpolate(name: str, numel: int, low: Memory, high: Memory, position: int, length: int) -> BlockPlan:
     """Return the figures of a block at ``position`` of ``length`` between two simulated blocks, rounded up."""
     phases = {}
     for phase, start in low.peaks.items():
@@ -439,11 +586,14 @@ def _interpolate(name: str, numel: int, low: LiveMemory, high: LiveMemory, posit
     return BlockPlan(name, numel, phases[top], top, simulated=position in (0, length))
 
 
-def _notes(request: Request, task: str) -> list[str]:
+def _notes(request: Request, built: BuiltModel, config: Any, task: str, lengths: Sequence[int] | None) -> list[str]:
     """Return what a reader of the plan must know."""
+    notes = _notes_on_model(request, built, config, task, lengths)
     if request.layout == "paper":
-        return ["the paper's accounting, for the block with the most parameters; activations come from the simulation"]
-    notes = []
+        return [
+            *notes,
+            "the paper's accounting, for the block with the most parameters; activations come from the simulation",
+        ]
     if request.method == "hift" and request.precision == "mixed":
         notes.append(
             "mixed keeps the fp32 master weights of all blocks on the device; the engine trains with mixed-hi instead"
@@ -462,4 +612,33 @@ def _notes(request: Request, task: str) -> list[str]:
         notes.append(f"enable activation checkpointing in the run's YAML: model.gradient_checkpointing: {value}")
     if task == "causal-lm" and request.seq_len >= 4096 and request.batch_size > 1:
         notes.append("all sequences have the same length; padding adds attention masks of batch x length x length")
+    return notes
+
+
+def _notes_on_model(
+    request: Request, built: BuiltModel, config: Any, task: str, lengths: Sequence[int] | None
+) -> list[str]:
+    notes = []
+    planned, limit = type(unwrapped(built.simulator.model)).__name__, built.positions.tokens
+    named = [name for name in models.architectures(config) if name != planned]
+    if named:
+        notes.append(f"the configuration names {named[0]}; the plan is for {planned} (--task {task})")
+    if built.freeze:
+        trained = {name for block in built.blocks for name in block.parameter_names}
+        left_out = sum(math.prod(shape) for name, shape in built.shapes.items() if name not in trained)
+        notes.append(
+            f"no text reaches {left_out:,} parameters. They stay on the device and are not trained: set hift.freeze to "
+            f"{json.dumps(built.freeze)}"
+        )
+    if limit is not None and request.seq_len > limit:
+        notes.append(
+            f"the model has {limit:,} positions, fewer than the {request.seq_len:,} tokens of a sequence; "
+            "launch/train.py takes no longer sequences than positions"
+        )
+    if lengths:
+        notes.append(
+            f"extrapolated from simulations of {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} tokens in larger "
+            "batches: transformers computes the tokens of this model one after the other. Kernels of other libraries "
+            "that compute all tokens at once need less memory"
+        )
     return notes

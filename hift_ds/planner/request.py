@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ _DEEPSPEED_OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adagrad": ("Adagrad", {}),
     "lion": ("Lion", {}),
 }
+_MOST = 2**31 - 1  # tokens, sequences, ...
+_MOST_RANKS = 2**16
+_MOST_BYTES = 2**60
 OPTIMIZERS = tuple(_DEEPSPEED_OPTIMIZERS)
 
 
@@ -117,8 +121,11 @@ class Request:
                 found.append(f"{_option(name)}={value!r}: expected one of {', '.join(shown)}{hint}")
         for name in ("batch_size", "seq_len", "layers_per_block", "ranks", "gradient_accumulation_steps", "lora_rank"):
             value = getattr(self, name)
+            most = _MOST_RANKS if name == "ranks" else _MOST
             if not _is_count(value):
                 found.append(f"{_option(name)}={value!r}: expected an integer of at least 1")
+            elif value > most:
+                found.append(f"{_option(name)}={value}: expected at most {most:,}")
         if self.max_block_numel is not None and (not _is_count(self.max_block_numel)):
             found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
@@ -191,8 +198,11 @@ class Request:
             found.append(f"--nvme-path={self.nvme_path}: only --offload-device nvme uses files; leave it out")
         return found
 
-    def deepspeed_config(self) -> dict[str, Any]:
+    def deepspeed_config(self, freeze: Sequence[str] = ()) -> dict[str, Any]:
         """Return the DeepSpeed config of the planned run, with its ``hift`` section.
+
+        Args:
+            freeze: ``hift.freeze``.
 
         The learning rate is ``auto``. ``launch/train.py`` replaces it by ``training.learning_rate``; a program that
         calls ``hift_ds.initialize`` must replace it by a number.
@@ -241,7 +251,7 @@ class Request:
             }  # fmt: skip
             changed = {key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)}
             config["hift"] |= {"offload": changed} if changed else {}
-            finer = {"max_block_numel": self.max_block_numel, "balance": self.balance}
+            finer = {"max_block_numel": self.max_block_numel, "balance": self.balance, "freeze": list(freeze)}
             config["hift"] |= {key: value for key, value in finer.items() if value}
         elif self.stage > 0:
             config["zero_allow_untested_optimizer"] = True
@@ -272,6 +282,7 @@ def parse_size(option: str, value: int | str) -> int:
     """
     units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-    if match is None or match[2] not in units or isinstance(value, bool) or float(match[1]) <= 0 and "mem" in option:
+    nbytes = float(match[1]) * units.get(match[2], math.inf) if match and not isinstance(value, bool) else math.inf
+    if nbytes > _MOST_BYTES or nbytes <= 0 and "mem" in option:
         raise ConfigError([f"{option}={value!r}: expected a size like 24GiB (a card sold as 24 GB has 24 GiB)"])
-    return int(float(match[1]) * units[match[2]])
+    return int(nbytes)

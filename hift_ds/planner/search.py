@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from hift_ds.config import ConfigError
-from hift_ds.planner.plan import Plan, Planner
+from hift_ds.planner.plan import Plan, Planner, TooManyOperationsError
 from hift_ds.planner.request import Request
 
 _MAX_SEQ_LEN, _MAX_BATCH_SIZE = 2**20, 2**14  # a search ends here
+_MOST_OPERATIONS = 300_000  # of a search that extrapolates: about half a minute
 _TOKENS = 64  # the search tries multiples of this sequence length
+
+T = TypeVar("T")
 
 
 class Fit:
@@ -29,29 +34,55 @@ class Fit:
     def answer(self, plan: Plan) -> Plan:
         """Set the plan's ``fit`` and ``fitting``, and return the plan.
 
-        ``fit`` holds ``gpu_memory``, ``reserve``, ``fits``, and ``change`` (the smallest change that makes the request
-        fit, or None). If anything fits it also holds ``device_total``, ``longest_sequence`` (tokens) and
-        ``largest_batch`` (sequences in a micro-batch) of the request with the change.
+        ``fit`` holds ``gpu_memory``, ``reserve``, ``fits``, ``change`` (the smallest change that makes the request
+        fit, or None), ``positions`` of the model, and ``not_searched`` (names of what would take too long). If anything
+        fits it also holds ``device_total``, ``longest_sequence`` (tokens) and ``largest_batch`` (sequences in a
+        micro-batch) of the request with the change.
         """
-        chosen: tuple[list[str], Request] | None = ([], plan.request)
-        if sum(plan.device.values()) > self.room:
-            chosen = next((change for change in self._changes(plan.request) if self.fits(change[1])), None)
-        plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": chosen is not None and not chosen[0]}
+        self.planner.limit = self.planner.operations + _MOST_OPERATIONS
+        plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": self._total_of(plan) <= self.room}
         plan.fit |= {"change": None, "longest_sequence": None, "largest_batch": None}
-        if chosen is not None:
-            change, request = chosen
-            changed = self.planner.plan(request) if change else plan
-            limit = self.planner.build(request).longest_input or _MAX_SEQ_LEN
-            longest = self.largest(request, "seq_len", _TOKENS, limit)
-            as_long = longest * request.batch_size // request.seq_len  # sequences with as many tokens
-            plan.fit |= {
-                "change": " and ".join(change) or None,
-                "device_total": sum(changed.device.values()),
-                "longest_sequence": longest,
-                "largest_batch": self.largest(request, "batch_size", 1, _MAX_BATCH_SIZE, guess=as_long),
-            }
+        plan.fit |= {"positions": plan.positions, "not_searched": []}
+        changes: list[str] = []
+        request: Request | None = plan.request
+        if not plan.fit["fits"]:
+            found = self._unless_long(plan, "change", lambda: self._smallest_change(plan.request))
+            changes, request = found or ([], None)
+        if request is not None:
+            changed = self.planner.plan(request) if changes else plan
+            positions = self.planner.build(request).positions
+            limit = positions.tokens if positions.table and positions.tokens else _MAX_SEQ_LEN
+            plan.fit |= {"change": " and ".join(changes) or None, "device_total": self._total_of(changed)}
+            longest = self._unless_long(
+                plan, "longest_sequence", partial(self.largest, request, "seq_len", _TOKENS, limit)
+            )
+            # A batch with as many tokens.
+            guess = longest * request.batch_size // request.seq_len if longest else None
+            self._unless_long(
+                plan, "largest_batch", partial(self.largest, request, "batch_size", 1, _MAX_BATCH_SIZE, guess)
+            )
             plan.fitting = request
         return plan
+
+    def _unless_long(self, plan: Plan, name: str, search: Callable[[], T]) -> T | None:
+        """Return what a search finds, and write a size into ``plan.fit``. Name it there if it takes too long."""
+        assert plan.fit is not None
+        try:
+            found = search()
+        except TooManyOperationsError:
+            plan.fit["not_searched"].append(name)
+            return None
+        if isinstance(found, int):
+            plan.fit[name] = found
+        return found
+
+    def _smallest_change(self, request: Request) -> tuple[list[str], Request] | None:
+        """Return the names of the smallest changes that make a request fit, and the changed request."""
+        return next((change for change in self._changes(request) if self.fits(change[1])), None)
+
+    @staticmethod
+    def _total_of(plan: Plan) -> int:
+        return sum(plan.device.values())
 
     def fits(self, request: Request) -> bool:
         """Return whether a request fits. A request with problems does not."""
@@ -143,10 +174,25 @@ class Fit:
             yield changes + [f"batch 1 and sequences of {length} tokens"], replace(short, seq_len=length)
 
     def _smaller_batches(self, changes: list[str], request: Request) -> Iterator[tuple[list[str], Request]]:
-        """Yield the same batch in more, smaller micro-batches."""
-        for divisor in range(2, request.batch_size + 1):
-            batch, rest = divmod(request.batch_size, divisor)
-            steps = request.gradient_accumulation_steps * divisor
-            if rest == 0 and (batch == 1 or self.fits(replace(request, batch_size=1))):
-                changed = replace(request, batch_size=batch, gradient_accumulation_steps=steps)
-                yield changes + [f"batch {batch} with {steps} gradient accumulation steps"], changed
+        """Yield the same batch in the largest micro-batches that fit."""
+        batches = [batch for batch in _divisors(request.batch_size) if batch < request.batch_size]
+
+        def changed(batch: int) -> Request:
+            steps = request.gradient_accumulation_steps * (request.batch_size // batch)
+            return replace(request, batch_size=batch, gradient_accumulation_steps=steps)
+
+        # Batches from `low` on do not fit. Memory grows with the batch.
+        low, high = -1, len(batches)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(changed(batches[middle])) else (low, middle)
+        if low >= 0:
+            best = changed(batches[low])
+            steps = best.gradient_accumulation_steps
+            yield [*changes, f"batch {best.batch_size} with {steps} gradient accumulation steps"], best
+
+
+def _divisors(number: int) -> list[int]:
+    """Return all divisors, from the smallest."""
+    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*low, *(number // divisor for divisor in low)})

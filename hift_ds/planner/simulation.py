@@ -10,23 +10,41 @@ statistics of attention. The plan leaves it out; it is tens of MiB.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from hift_ds.config import noise_chunk
 from hift_ds.model.activations import HostCheckpoints
-from hift_ds.model.loss import Targets, chunking_problem, classification_loss, default_chunk, summed_loss
+from hift_ds.model.loss import (
+    ChunkLoss,
+    Targets,
+    chunk_length,
+    chunking_problem,
+    classification_loss,
+    default_chunk,
+    sum_chunks,
+    summed_loss,
+)
 from hift_ds.model.reach import give_fake_tensors
 
+# It prints a traceback for each operation that fails. The error says the same.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
 CATEGORIES = ("parameters", "master_weights", "gradients", "optimizer_state", "activations", "buffers")
+
+
+Kind = tuple[Any, ...]  # phase, operation, and of its result: type, number of dimensions, width
 
 
 class LiveMemory(TorchDispatchMode):
@@ -40,27 +58,47 @@ class LiveMemory(TorchDispatchMode):
         peaks: for each phase, ``now`` at the instant of the highest total.
         phase: ``forward``, ``backward`` or ``step``; the caller sets it.
         host: bytes allocated inside :meth:`on_host`. No category includes them.
+        operations: number of operations so far.
+        by_kind: for each phase and kind of operation, ``now`` at the instant of the highest total that such an
+            operation leaves.
+
+    Args:
+        by_kind: batch size and length, to set ``by_kind``; otherwise it is None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_kind: Sequence[int] | None = None) -> None:
         super().__init__()
         self.now = dict.fromkeys(CATEGORIES, 0)
         self.phase = "forward"
         self.peaks: dict[str, dict[str, int]] = {}
         self.host = 0
+        self.operations = 0
         self._on_host = False
         self._total = 0
         self._highest: dict[str, int] = {}  # phase -> total
+        self.by_kind: dict[Kind, dict[str, int]] | None = None if by_kind is None else {}
+        self._batch = by_kind or ()
+        self._highest_by_kind: dict[Kind, int] = {}
+        self._kind: tuple[Any, ...] = ()
         self._live: dict[int, tuple[int, str, Any]] = {}  # storage -> bytes, category, weak reference
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # returns a device
             return result
         for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(value, Tensor):
+                if self.by_kind is not None:
+                    self._kind = (func.__name__, value.dtype, value.dim(), self._width(value))
                 self.count(value.untyped_storage(), "activations")
+        self._kind = ()
         return result
+
+    def _width(self, value: Tensor) -> int:
+        """Return the size of the last dimension, or 0 if it depends on the batch."""
+        width = value.shape[-1] if value.dim() else 0
+        return 0 if width in self._batch else width
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leave out the storages of these tensors, also when an operation returns a view of one."""
@@ -89,6 +127,11 @@ class LiveMemory(TorchDispatchMode):
         if self._total > self._highest.get(self.phase, -1):
             self._highest[self.phase] = self._total
             self.peaks[self.phase] = dict(self.now)
+        if self.by_kind is not None:
+            kind = (self.phase, *self._kind)
+            if self._total > self._highest_by_kind.get(kind, -1):
+                self._highest_by_kind[kind] = self._total
+                self.by_kind[kind] = dict(self.now)
 
     def free(self, category: str, nbytes: int) -> None:
         """Undo :meth:`allocate`."""
@@ -117,6 +160,24 @@ class LiveMemory(TorchDispatchMode):
         self.free(category, nbytes)
 
 
+class TokenLoop(NamedTuple):
+    """How the operations of a forward pass grow with the length, because transformers loops over tokens in Python.
+
+    Attributes:
+        length: tokens in a short sequence.
+        few: operations in a forward pass of such a sequence.
+        per_token: operations for each further token; 0 without a loop.
+    """
+
+    length: int
+    few: int
+    per_token: float
+
+    def operations(self, seq_len: int) -> float:
+        """Return the operations that a forward pass has because of the loop; 0 without a loop."""
+        return self.few + self.per_token * (seq_len - self.length) if self.per_token else 0
+
+
 class Simulator:
     """Runs steps of one model on fake tensors.
 
@@ -131,6 +192,37 @@ class Simulator:
         self.model, self.task, self.offload = model, task, offload
         self.mode = give_fake_tensors(model)
 
+    def operations(self, seq_len: int) -> int:
+        """Return the number of operations in a forward pass of one sequence of ``seq_len`` tokens."""
+        with self.mode, LiveMemory() as memory, torch.no_grad():
+            self._loss(1, seq_len, 0)
+        return memory.operations
+
+    def token_loop(self, seq_len: int) -> TokenLoop:
+        """Find out whether the model computes its tokens, or groups of them, one after the other.
+
+        Args:
+            seq_len: the longest sequence of interest.
+        """
+        for length, longest in ((5, 10), (320, 1280)):  # unlike the dimensions of most models
+            if seq_len >= longest:
+                few, many = self.operations(length), self.operations(longest)
+                if many > few:
+                    return TokenLoop(length, few, (many - few) / (longest - length))
+        return TokenLoop(5, 0, 0)
+
+    def longest_chunk(self, tokens: int, loss_chunk: int | None) -> tuple[int, int]:
+        """Return the number of chunks of logits for ``tokens`` targets, and the length of the longest.
+
+        Args:
+            tokens: number of targets.
+            loss_chunk: as in :meth:`run`.
+        """
+        if self.task != "causal-lm" or loss_chunk == 0:
+            return 1, tokens
+        chunks = -(-tokens // (loss_chunk or default_chunk(self.model)))
+        return (1, tokens) if chunks > 1 and self.chunking_problem() else (chunks, -(-tokens // max(1, chunks)))
+
     def chunking_problem(self) -> str | None:
         """Return why the model cannot compute its logits in chunks: see :func:`hift_ds.model.loss.chunking_problem`."""
         with self.mode:
@@ -144,6 +236,9 @@ class Simulator:
         held: Mapping[str, int],
         step: StepBase,
         loss_chunk: int | None = None,
+        *,
+        first_chunks: tuple[int, int] | None = None,
+        by_kind: bool = False,
     ) -> LiveMemory:
         """Run one forward pass, backward pass and update.
 
@@ -154,6 +249,8 @@ class Simulator:
             held: bytes of each category that exist throughout the step, including the weights.
             step: what the method does with gradients and optimizer state.
             loss_chunk: tokens in a chunk of logits: see :func:`hift_ds.model.loss.summed_loss`.
+            first_chunks: number and length of the first chunks, if the chunks are not to be of equal length.
+            by_kind: see :class:`LiveMemory`.
 
         Returns:
             The memory of the step, with its peaks.
@@ -161,7 +258,7 @@ class Simulator:
         if self.task == "causal-lm" and batch_size * (seq_len - 1) > (loss_chunk or default_chunk(self.model)):
             self.chunking_problem()  # the first call runs the model, which must not count
         parameters = dict(self.model.named_parameters())
-        memory = LiveMemory()
+        memory = LiveMemory((batch_size, seq_len) if by_kind else None)
         memory.ignore([*parameters.values(), *self.model.buffers()])
         for category, nbytes in held.items():
             memory.allocate(category, nbytes)
@@ -174,7 +271,7 @@ class Simulator:
             HostCheckpoints(_Host(memory), _Transfers).install(self.model)
         linear: Any = _input_saving_linear if step.linear_saves_input else F.linear
         with self.mode, memory, torch.set_grad_enabled(bool(trained)), _replaced_linear(linear):
-            loss = self._loss(batch_size, seq_len, loss_chunk)
+            loss = self._loss(batch_size, seq_len, loss_chunk, first_chunks)
             if trained:
                 memory.phase = "backward"
                 loss.backward()
@@ -187,7 +284,7 @@ class Simulator:
         self.model.zero_grad()
         return memory
 
-    def _loss(self, batch_size: int, seq_len: int, chunk: int | None) -> Tensor:
+    def _loss(self, batch_size: int, seq_len: int, chunk: int | None, first: tuple[int, int] | None = None) -> Tensor:
         """Compute the loss of ``launch/train.py`` on a batch in which every position but the last has a target.
 
         The batch has no padding and therefore no mask. A padded batch needs a mask of batch x length x length.
@@ -197,7 +294,52 @@ class Simulator:
             return classification_loss(self.model, inputs, torch.zeros(batch_size, dtype=torch.long))
         rows = torch.arange(batch_size * (seq_len - 1))
         targets = Targets(torch.arange(seq_len - 1), rows, torch.zeros_like(rows))
-        return summed_loss(self.model, self.model, inputs, targets, chunk)
+        return summed_loss(
+            self.model, self.model, inputs, targets, chunk, sum_chunks=partial(_sum_few_chunks, first=first)
+        )
+
+
+FEW_CHUNKS = 4
+
+
+def _sum_few_chunks(
+    loss: ChunkLoss, rows: Tensor, values: Tensor, chunks: int, first: tuple[int, int] | None = None
+) -> Tensor:
+    """Replace :func:`hift_ds.model.loss.sum_chunks`: run the first chunks, and let one step stand for all others.
+
+    All chunks do the same, and the first ones are the longest. The others keep nothing in the forward pass. In the
+    backward pass they come first, and leave the gradients of their hidden states. The peaks are therefore the same.
+
+    Args:
+        loss, rows, values, chunks: as for :func:`hift_ds.model.loss.sum_chunks`.
+        first: number and length of the first chunks.
+    """
+    if first is not None:
+        lengths = [first[1]] * first[0]
+    elif chunks <= FEW_CHUNKS + 1:
+        return sum_chunks(loss, rows, values, chunks)
+    else:
+        lengths = [chunk_length(len(rows), chunks, index) for index in range(FEW_CHUNKS)]
+    lengths.append(len(rows) - sum(lengths))
+    *whole, others = rows.split(lengths)
+    total = rows.new_zeros((), dtype=torch.float32)
+    for chunk, targets in zip(whole, values.split(lengths), strict=False):
+        total = total + checkpoint(loss, chunk, targets, use_reentrant=False)
+    return total + _OtherChunks.apply(others)
+
+
+class _OtherChunks(torch.autograd.Function):
+    """A loss that keeps nothing, and whose backward pass makes the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.like = rows.shape, rows.dtype
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
 
 
 class _Host:
