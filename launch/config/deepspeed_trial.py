@@ -146,19 +146,19 @@ def _hint(annotation: Any) -> Any:
 
 
 def _zero_problems(section: Mapping[str, Any]) -> list[str]:
-    """Return what ZeRO stages 1 and 2 assert about settings together, only when their optimizer is made."""
+    """Return what ZeRO asserts about settings together, only when its optimizer is made."""
     zero = section.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (1, 2):
+    if not zero.get("stage", 0):
         return []
     found = []
     if zero.get("reduce_scatter", True):
         for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
             if section.get(key, default) != default:
                 found.append(
-                    f"deepspeed.{key}: got {section[key]!r}, which ZeRO stages 1 and 2 do not support with "
+                    f"deepspeed.{key}: got {section[key]!r}, which ZeRO does not support with "
                     "reduce_scatter. Remove it, or set deepspeed.zero_optimization.reduce_scatter=false."
                 )
-    if zero.get("allgather_bucket_size", 2) % 2:
+    if zero["stage"] < 3 and zero.get("allgather_bucket_size", 2) % 2:
         found.append(
             f"deepspeed.zero_optimization.allgather_bucket_size: got {zero['allgather_bucket_size']}. Expected an even "
             "number."

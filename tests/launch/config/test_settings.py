@@ -382,6 +382,25 @@ def test_more_layers_in_a_block_than_the_model_has(command: Any) -> None:
     assert not command.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("output.dir={tmp}/" + "n" * 300, "output.dir: the name 'nnn"),
+        ("data={{name: jsonl, path: ~nobody-of-this-name/x}}", "data.path: '~nobody-of-this-name/x': there is no user"),
+        ("deepspeed.optimizer.params.eps='1e-08'", "deepspeed.optimizer.params.eps: got '1e-08', expected a number."),
+        ("deepspeed.zero_optimization.sub_group_size='1e9'", "deepspeed.zero_optimization.sub_group_size: got '1e9'"),
+    ],
+)
+def test_wrong_paths_and_numbers_in_text(command: Any, override: str, expected: str, tmp_path: Path) -> None:
+    assert expected in command(override.format(tmp=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_make_no_model(command: Any) -> None:
+    assert "model.config: no llama can be made of these sizes" in command("model.config.intermediate_size=-1")
+    assert not command.out.exists()
+
+
 def test_model_without_layers(command: Any) -> None:
     assert "no hidden layers" in command("model.config.num_hidden_layers=0")
     assert not command.out.exists()
