@@ -69,6 +69,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative clipping": ({"gradient_clipping": -1}, "deepspeed.gradient_clipping: got -1.0. Expected at least 0."),
     "aio": ({"aio": {"block_size": "1048576"}}, "deepspeed.aio.block_size: got '1048576', expected a whole number."),
     "key of aio": ({"aio": {"block_sizee": 1}}, "did you mean 'block_size'?"),
+    "bool for a count": ({"steps_per_print": True}, "deepspeed.steps_per_print: got True, expected a whole number"),
     "section": ({"aio": 5}, "deepspeed.aio: got 5, expected a mapping."),
     "zero": (
         {"zero_optimization": {"stage": "2"}},
