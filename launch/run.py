@@ -71,7 +71,12 @@ def run(config: str, overrides: list[str], resume: str | None, stop: Preemption,
     settings = load_settings(config, overrides, int(os.environ["WORLD_SIZE"]))
     check_with_libraries(settings, source(config, overrides))
     with deterministic(settings.training.deterministic):
-        Run(settings, resume, stop, watch).run()
+        one = Run(settings, resume, stop, watch)
+        try:
+            one.run()
+        finally:
+            if one.lock is not None:
+                one.lock.release()
 
 
 class Run:
@@ -139,8 +144,6 @@ class Run:
             after = self.evaluate_last()
         self.export()
         self.summarize(after)
-        if self.lock is not None:
-            self.lock.release()
 
     def prepare_process(self) -> None:
         """Set up messages and compiled extensions."""

@@ -142,6 +142,17 @@ def test_named_files_exist():
     report(problems)
 
 
+def test_named_tests_exist():
+    problems, count = [], 0
+    for page, code in each_code():
+        for path, name in re.findall(r"^(tests/[\w/]+\.py)::(\w+)", code):
+            count += 1
+            if not re.search(rf"^ *def {name}\(", text_of(ROOT / path), re.MULTILINE):
+                problems.append(f"{page}: {code}")
+    assert count > 100
+    report(problems)
+
+
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
