@@ -139,7 +139,7 @@ ROW = b'{"prompt": "a", "completion": "b"}\n'
         ("csv", b"prompt,completion\ncaf\xe9,b\n", "file:2: the byte 0xe9 is not UTF-8"),
         ("jsonl", ROW.decode().encode("utf-16"), "file: the text is UTF-16.*iconv"),
         ("jsonl", ROW.decode().encode("utf-16-le"), "file:1: broken JSON"),
-        ("jsonl", gzip.compress(ROW * 99)[:-9], "file: cannot be read as text: Compressed file ended"),
+        ("jsonl", gzip.compress(ROW * 99, mtime=0)[:-9], "file: cannot be read as text: Compressed file ended"),
         ("jsonl", b"PK\x03\x04", "file: cannot be read as text"),
         ("csv", b"prompt,completion\na,b\n\xef\xbb\xbfprompt,completion\n", "file:3: a byte-order mark in the middle"),
         ("jsonl", ROW + rb'{"prompt": "Say \ud83d", "completion": "b"}', r"file:2: .*half of a surrogate.*\\ud83d, "),
@@ -172,7 +172,7 @@ def test_what_no_tokenizer_can_read_is_named_with_its_line(
     [
         ROW.replace(b"\n", b"\r\n"),
         b"\xef\xbb\xbf" + ROW + b"\xef\xbb\xbf" + ROW,  # joined files
-        gzip.compress(ROW),
+        gzip.compress(ROW, mtime=0),
         ROW.replace(b'"}', b'", "other": NaN, "more": 1e999}'),
         rb'{"prompt": "a", "completion": "b", "other": "\ud83d\ude00 \u0000"}',
     ],
