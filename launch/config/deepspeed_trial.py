@@ -219,6 +219,8 @@ def _signature_keys(kind: type) -> dict[str, Any]:
             keys[name] = int
         elif isinstance(default, (int, float)):
             keys[name] = Annotated[float, limits]
+        elif "Iterable[int]" in str(parameter.annotation):
+            keys[name] = list[int]
         elif isinstance(default, tuple):
             keys[name] = list[float | None] if None in default else list[float]
         elif isinstance(default, str):

@@ -157,6 +157,21 @@ def test_optimizers_that_are_taken(kind: str) -> None:
     assert load(optimizer(kind)).deepspeed["optimizer"]["type"] == kind
 
 
+SCHEDULES = {
+    "MultiStepLR": {"milestones": [10, 20]},
+    "StepLR": {"step_size": 10},
+    "CosineAnnealingLR": {"T_max": 100},
+    "OneCycleLR": {"max_lr": 1e-3, "total_steps": 100},
+    "LinearLR": {"total_iters": 10},
+    "LRRangeTest": {"lr_range_test_min_lr": 1e-4},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_that_are_taken(kind: str) -> None:
+    assert load(schedule(kind, **SCHEDULES[kind])).deepspeed["scheduler"]["params"] == SCHEDULES[kind]
+
+
 # ---- auto --------------------------------------------------------------------------------------------------------
 
 
