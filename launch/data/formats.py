@@ -397,6 +397,8 @@ def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tupl
     column = columns.get("label", "label")
 
     def as_number(value: Any) -> int | None:
+        if isinstance(value, float) and value.is_integer():  # as pandas writes them beside empty cells
+            value = int(value)
         is_number = isinstance(value, int) or isinstance(value, str) and value.isascii() and value.isdigit()
         return int(value) if is_number and len(str(value)) < 20 and 0 <= int(value) < MAX_LABELS else None
 
@@ -406,13 +408,14 @@ def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tupl
     expected = f"a whole number from 0, below {MAX_LABELS}"
     if not numbers:
         expected = f"one of the names in training ({listed(names)})"
+    ids = {name: label for label, name in enumerate(names)}
     highest = 0
     numbered: dict[str, list[Row]] = {}
     for part, rows in parts.items():
         numbered[part] = []
         for where, row in rows:
             value = row.get(column)
-            label = as_number(value) if numbers else names.index(value) if value in names else None
+            label = as_number(value) if numbers else ids.get(value) if isinstance(value, str) else None
             if label is None:
                 raise UserError(f"{where}: label {shown(value)} in column {column!r}; expected {expected}")
             highest = max(highest, label)

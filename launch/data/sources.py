@@ -133,13 +133,28 @@ def read_file(path: Path, name: str) -> list[Row]:
     if path.stat().st_size == 0:
         return []
     if name == "parquet":
-        return [(f"{path} row {i}", row) for i, row in enumerate(_load_file("parquet", path), 1)]
+        return [(f"{path} row {i}", _without_fillers(row)) for i, row in enumerate(_load_file("parquet", path), 1)]
     # Read lines, because the json and csv readers of `datasets` guess types: text that looks like a date or a number
     # becomes one, "null" becomes None, and "false" in a mixed column becomes a bool.
     lines = read_lines(path)
     if name in ("csv", "tsv", "sst2"):
         return _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2")
     return _parse_json(path, lines)
+
+
+def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of Parquet or Arrow without the nulls inside its columns.
+
+    There, all objects of a column have the same keys: the arguments of a tool call, for example, also have those of all
+    other tools, with nulls.
+    """
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(one) for key, one in value.items() if one is not None}
+        return [cleaned(one) for one in value] if isinstance(value, list) else value
+
+    return {column: cleaned(value) for column, value in row.items()}
 
 
 def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
@@ -237,8 +252,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_row(where: str, row: dict[str, Any]) -> None:
     """Refuse what JSON can write and other code cannot take."""
     level: list[Any] = [row]
-    for _ in range(MAX_LEVELS):
+    levels = 0
+    while level and levels < MAX_LEVELS:
         level = [one for value in level for one in _children(value)]
+        levels += 1
     if level:
         raise UserError(f"{where}: the value is nested more than {MAX_LEVELS} levels deep; flatten it, or remove it")
     try:
@@ -335,7 +352,7 @@ def read_hub(
                 raise UserError(
                     f"data.name: {name!r}: the rows of {label} cannot be read: {error}; {remedy}"
                 ) from error
-            splits[part] = [(f"{label} {present[0]} row {i}", row) for i, row in enumerate(rows, 1)]
+            splits[part] = [(f"{label} {present[0]} row {i}", _without_fillers(row)) for i, row in enumerate(rows, 1)]
         elif asked is not None:
             raise UserError(f"data.{key}: {label} has no split {asked!r}; it has {', '.join(loaded)}")
     return splits

@@ -11,9 +11,11 @@ import pytest
 
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.tokenizer import byte_tokenizer
+from tests.launch.data.test_chat import WITH_TOOLS
 from tests.support.data_fixtures import (
     SHARED,
     TWO_TURNS,
+    bpe,
     classify,
     load,
     load_rows,
@@ -136,6 +138,31 @@ def test_parquet_gives_each_message_the_keys_of_all(chat_tokenizer: Any, tmp_pat
     assert any("keys of messages that are not used" in note and "at (1)" in note for note in data.report["notes"])
 
 
+def test_parquet_gives_each_call_the_arguments_of_all(tmp_path: Path) -> None:
+    """The nulls between them are not what the model should write or read."""
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        for function in (
+            {"name": "add", "arguments": {"x": 1}},
+            {"name": "look", "arguments": {"city": "Bonn", "days": [{"n": 1}, {"name": "May"}]}},
+        )
+    ]
+    tools = [
+        {"name": "add", "parameters": {"x": {"type": "int"}}},
+        {"name": "look", "parameters": {"city": {"enum": []}}},
+    ]
+    ask = {"role": "user", "content": "a"}
+    table = datasets.Dataset.from_list([{"messages": [ask, calls[0], ask, calls[1]], "tools": tools}])
+    table.to_parquet(tmp_path / "rows.parquet")
+    tokenizer = bpe(WITH_TOOLS)
+    data = load(tokenizer, name="parquet", path=str(tmp_path / "rows.parquet"))
+    assert trained_texts(tokenizer, data.train[0]) == [
+        '<call>add{"x": 1}<|im_end|>',
+        '<call>look{"city": "Bonn", "days": [{"n": 1}, {"name": "May"}]}<|im_end|>',
+    ]
+    assert "null" not in tokenizer.decode(data.train[0].input_ids)
+
+
 # Columns that are not used, and those of Alpaca ------------------------------------------------------
 
 
@@ -202,6 +229,8 @@ def test_labels_of_users_files(plain_tokenizer: Any, tmp_path: Path) -> None:
     assert names.report["labels"] == ["neg", "pos"] and [one.labels for one in names.train] == [1, 0, 1]
     numbers = classify(plain_tokenizer, tmp_path, [{"text": "a", "label": one} for one in (2, 0, True)])
     assert numbers.report["labels"] == ["0", "1", "2"] and [one.labels for one in numbers.train] == [2, 0, 1]
+    floats = classify(plain_tokenizer, tmp_path, [{"text": "a", "label": one} for one in (1.0, 0.0)])
+    assert [one.labels for one in floats.train] == [1, 0]
     (tmp_path / "t.csv").write_text("sentence,label\nyes,1\nno,0\n")
     table = load(
         plain_tokenizer,
