@@ -11,6 +11,7 @@ from hift_ds.launch.data.remarks import Remarks
 from hift_ds.launch.errors import UserError, listed, shown
 
 Segment = tuple[str, bool]  # a text, and whether it is trained
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PLACEHOLDER = "\u2042answer\u2042"  # stands for an answer, to find what the template writes after it
 
 
@@ -45,6 +46,9 @@ def write_conversation(
         # No generation prompt can be written before the first message: nothing asks for it.
         del turns[0]
         remarks.add("assistant first", where)
+    for role in dict.fromkeys(message["role"] for message in messages):
+        if role not in ROLES:
+            remarks.add("other roles", where, role)
     whole = conversation.write(len(messages))
     conversation.check_keys(turns, whole, remarks)
     conversation.check_contents(whole, remarks)

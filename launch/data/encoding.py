@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,7 +99,8 @@ def encode(
     counts = dict.fromkeys(("read", "used", "truncated", "skipped_no_target", "tokens", "trained_tokens"), 0)
     digest = hashlib.sha256()
     remarks = Remarks()
-    control_tokens = _control_tokens(tokenizer)
+    added = tokenizer.added_tokens_decoder  # made anew at each access
+    control_tokens = _control_tokens(tokenizer, added)
     ends: set[int] = set()
     examples = []
     for where, row in rows:
@@ -113,16 +115,14 @@ def encode(
                 tokens = _tokens(tokenizer, written, marked=template)
                 found.append(_token_example(written, tokens, row, max_length))
                 for segment, is_trained in tokens:
-                    if is_trained and _is_end(tokenizer, segment[-1], written):
+                    if is_trained and _is_end(tokenizer, added, segment[-1], written):
                         ends.add(segment[-1])
                     elif is_trained:
                         remarks.add("no end mark", where, shown(tokenizer.decode(segment[-8:])))
         counts["read"] += 1
-        counts["skipped_no_target"] += not any(_count_trained(example) for example, _ in found)
-        for example, length in found:
-            trained = _count_trained(example)
-            if not trained:
-                continue
+        used = [(example, length, n) for example, length in found if (n := _count_trained(example))]
+        counts["skipped_no_target"] += not used
+        for example, length, trained in used:
             counts["used"] += 1
             counts["truncated"] += length > max_length
             counts["tokens"] += len(example.input_ids)
@@ -132,26 +132,32 @@ def encode(
     return examples, {**counts, "sha256": digest.hexdigest(), "ends": sorted(ends), "remarks": remarked}
 
 
-def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+def _control_tokens(tokenizer: Any, added: dict[int, Any]) -> re.Pattern[str]:
     """Return the pattern of the special tokens that a text can contain."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    known = {token for token in [*added, *tokenizer.all_special_tokens] if token.strip()}
+    special = [str(token) for token in added.values() if token.special]
+    known = {token for token in [*special, *tokenizer.all_special_tokens] if token.strip()}
     return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
 
 
-def _is_end(tokenizer: Any, token: int, written: Written) -> bool:
+def _is_end(tokenizer: Any, added: dict[int, Any], token: int, written: Written) -> bool:
     """Return whether the last token of an answer can end generation: a control token, not a piece of the answer."""
-    added = tokenizer.added_tokens_decoder.get(token)
-    if added is None:
+    if token not in added:
         return token in tokenizer.all_special_ids
-    return added.special or not written.answer.rstrip().endswith(added.content)
+    return added[token].special or not written.answer.rstrip().endswith(added[token].content)
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
-    """Return the texts of a row that are tokenized."""
-    if "messages" in row:
-        return [message["content"] for message in row["messages"]]
-    return [text for key, text in row.items() if key in ("prompt", "completion", "text", "text_pair") and text]
+def _texts(row: dict[str, Any]) -> Iterator[str]:
+    """Return the texts of a row that are tokenized. Of conversations, the chat template may write any."""
+    for column in ("prompt", "completion", "text", "text_pair", "messages", "tools"):
+        yield from _texts_in(row.get(column))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(one)
 
 
 def _written(

@@ -12,6 +12,10 @@ SENTENCES = {
         "the chat template writes earlier turns differently when later ones follow, so there is one example for each "
         "turn of the assistant"
     ),
+    "other roles": (
+        "messages with other roles than system, developer, user, assistant, tool and function, "
+        "which are never trained: {names}"
+    ),
     "keys not used": "keys of messages that are not used, because the chat template does not write them: {names}",
     "messages not written": "messages that the chat template leaves out, by role: {names}",
     "control tokens": (
@@ -23,6 +27,8 @@ SENTENCES = {
         "tokenizer whose chat template ends turns with one (model.tokenizer), or stop at a text. They end with {names}"
     ),
 }
+
+MAX_NAMES = 1000  # of a matter; each row may bring a new one
 
 
 @dataclass
@@ -46,7 +52,7 @@ class Remarks:
         remark = self.found.setdefault(matter, Remark(first=where))
         if self._is_new(matter, "", where):
             remark.rows += 1
-        if name and self._is_new(matter, name, where):
+        if name and (name in remark.names or len(remark.names) < MAX_NAMES) and self._is_new(matter, name, where):
             remark.names[name] = remark.names.get(name, 0) + 1
 
     def _is_new(self, matter: str, name: str, where: str) -> bool:

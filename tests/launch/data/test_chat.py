@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from hift_ds.launch.errors import UserError
 from tests.support.data_fixtures import CHATML_WITHOUT_MARKERS, bpe, load_rows, trained_texts, write_jsonl
@@ -282,6 +283,29 @@ def test_a_template_without_an_end_is_said(tmp_path: Path) -> None:
     assert data.report["train"]["ends"] == [2]
 
 
+def test_the_template_writes_each_prefix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing is a third of the time of loading."""
+    lengths = []
+    original = PreTrainedTokenizerFast.apply_chat_template
+
+    def counting(self: Any, messages: list[Any], **options: Any) -> Any:
+        lengths.append((len(messages), options["add_generation_prompt"]))
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", counting)
+    trained(CHATML_WITHOUT_MARKERS, tmp_path, [user("a"), assistant("b"), user("c"), assistant("d")])
+    assert sorted(lengths) == [(1, True), (2, False), (3, True), (4, False)]
+
+
+def test_turns_of_other_roles_are_said(tmp_path: Path) -> None:
+    """ShareGPT's `function_call` is a turn of the model that no template writes as one."""
+    row = [user("a"), {"role": "function_call", "content": "{}"}, {"role": "tool", "content": "1"}, assistant("b")]
+    texts, notes, _ = trained(CHATML_WITHOUT_MARKERS, tmp_path, [user("a"), assistant("b")], row)
+    assert texts == [["b<|im_end|>"], ["b<|im_end|>"]]
+    (note,) = [note for note in notes if "never trained" in note]
+    assert "function_call (1)" in note and "1 of 2 rows" in note and "rows.jsonl:2" in note
+
+
 # Control tokens in texts -----------------------------------------------------------------------------
 
 
@@ -292,6 +316,7 @@ def test_a_template_without_an_end_is_said(tmp_path: Path) -> None:
         ([user("<|im_start|> <|im_start|>"), assistant("b")], {}, "<|im_start|> (1)"),
         ({"prompt": "<|im_start|>user\na<|im_end|>", "completion": "b"}, {"template": False}, "<|im_start|> (1)"),
         ({"prompt": "a", "completion": "<pad>"}, {}, "<pad> (1)"),
+        ([user("a"), assistant("b", reasoning_content="<pad>", weight=0), user("c"), assistant("d")], {}, "<pad> (1)"),
     ],
 )
 def test_control_tokens_in_texts_are_counted_and_named(
