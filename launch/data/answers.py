@@ -33,7 +33,7 @@ _OPENING = re.compile(
     r"|```(?:[\w+.-]*[ \t]*\r?\n)?",
     re.IGNORECASE | re.DOTALL,
 )
-_BLANKS = re.compile(rf"\A{_BLANK}+|{_BLANK}+\Z")
+_BLANKS = re.compile(rf"{_BLANK}*")
 _LEADING_THINKING = re.compile(rf"{_BLANK}*(?:{_THINKING})", re.IGNORECASE | re.DOTALL)
 # Special tokens that `_OPENING` needs.
 _MARK = re.compile(
@@ -44,7 +44,12 @@ _MARK = re.compile(
 
 def read_answer(text: str, stops: Sequence[str] = ()) -> str:
     """Return the answer in a text: what follows its opening, up to the first of `stops`; empty if there is none."""
-    return _BLANKS.sub("", until(text[_opening(text) :], stops))
+    return _stripped(until(text[_opening(text) :], stops))
+
+
+def _stripped(text: str) -> str:
+    begin, end = (len(_BLANKS.match(one)[0]) for one in (text, text[::-1]))  # type: ignore[index]
+    return text[begin : len(text) - end]
 
 
 def until(text: str, stops: Sequence[str]) -> str:

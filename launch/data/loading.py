@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,9 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
         notes += _columns_note(settings, part, format_, columns, chosen[part])
         report[part] = {"rows": len(splits[part]), **counts}
         notes += _notes(settings, part, counts)
-    trained = {tuple(one.input_ids) for one in encoded["train"]}
-    if shared := sum(tuple(one.input_ids) in trained for one in encoded["eval"]):
+    held_out = Counter(tuple(one.input_ids) for one in encoded["eval"])
+    trained = {ids for one in encoded["train"] if (ids := tuple(one.input_ids)) in held_out}
+    if shared := sum(held_out[ids] for ids in trained):
         notes.append(
             f"warning: {shared} of {len(encoded['eval'])} held-out examples are also training examples, so their score "
             "does not measure new data"

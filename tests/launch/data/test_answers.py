@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from tokenizers import AddedToken
 
@@ -102,3 +104,11 @@ def test_special_tokens_are_dropped_but_for_marks() -> None:
     assert read_answer(written("[THINK]London[/THINK]Paris<|other|>")) == "Paris"
     assert read_answer(written("<|channel|>analysis<|message|>hm<|channel|>final<|message|>Paris")) == "Paris"
     assert read_answer(written("")) == read_answer(written("<|other|>")) == ""
+
+
+def test_long_white_space_takes_no_time() -> None:
+    """Models that were not trained write it until they are stopped."""
+    start = time.perf_counter()
+    assert read_answer(f"\u200b a{' ' * 100_000}b \n\0") == f"a{' ' * 100_000}b"
+    assert read_answer(" " * 100_000) == ""
+    assert time.perf_counter() - start < 2
