@@ -80,7 +80,8 @@ def _remedy(settings: Settings, highest: float, cycle: int) -> str:
         "eplace it by training.lr_schedule and training.warmup_ratio, which do not reach 0 "
         "(--set deepspeed.scheduler=null --set training.lr_schedule=linear)."
     )
-    if key := LOWEST.get(kind):
+    decays = bool(scheduler.get("params", {}).get("decay_lr_rate"))  # OneCycle then goes below its lowest rate
+    if (key := LOWEST.get(kind)) and not decays:
         value = f"{highest / 10:.2g}"
         way = f"Raise its lowest rate (--set deepspeed.scheduler.params.{key}={value}), or r{way}"
     else:

@@ -47,6 +47,11 @@ LOW = {
         ["training.max_steps=12", scheduler("OneCycle", cycle_min_lr=0, cycle_max_lr=3e-3, cycle_first_step_size=4000)],
         "in all 12 steps",
     ),
+    "OneCycle, decaying": (
+        ["training.max_steps=1000", "method.name=full", scheduler("OneCycle", cycle_min_lr=1e-5, cycle_max_lr=3e-3,
+         cycle_first_step_size=50, decay_step_size=10, decay_lr_rate=10)],
+        "of 1000 steps",
+    ),
     "LRRangeTest": (["training.max_steps=12", scheduler("LRRangeTest", lr_range_test_min_lr=1e-9)], "in all 12 steps"),
     "torch": (
         ["training.max_steps=60", scheduler("StepLR", step_size=1, gamma=0.01)],
