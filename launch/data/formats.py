@@ -365,7 +365,13 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _completion_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
-    made = {ours: text_of(row, columns.get(ours, ours), where) for ours in FORMATS["prompt-completion"]}
+    names = [columns.get(ours, ours) for ours in FORMATS["prompt-completion"]]
+    if all(isinstance(row.get(name), list) for name in names):
+        raise UserError(
+            f"{where}: columns {names[0]!r} and {names[1]!r} are lists; expected texts. Put messages into one column "
+            "'messages', with weight: 0 in the assistant's messages that are part of the prompt"
+        )
+    made = {ours: text_of(row, name, where) for ours, name in zip(FORMATS["prompt-completion"], names, strict=True)}
     column = columns.get("input")
     if column is not None and row.get(column) is not None and text_of(row, column, where).strip():
         made["prompt"] += "\n" + row[column]

@@ -401,3 +401,14 @@ def test_rows_not_as_published(name: str, row: Any, message: str, plain_tokenize
     write_jsonl(tmp_path / "train.jsonl", [row])
     with pytest.raises(UserError, match=message):
         load(plain_tokenizer, name=name, path=str(tmp_path))
+
+
+def test_prompts_of_messages_are_explained() -> None:
+    """As TRL has them. The remedy leaves the prompt's own answers out of the loss."""
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]}
+    with pytest.raises(UserError, match="row 1: .*one column 'messages', with weight: 0"):
+        convert("jsonl", "prompt-completion", {}, {"train": [("row 1", row)]})
+    messages = [prompt[0], prompt[1] | {"weight": 0}, prompt[2], *row["completion"]]
+    rows, _ = convert("jsonl", "chat", {}, {"train": [("row 1", {"messages": messages})]})
+    assert [one.get("weight") for one in rows["train"][0][1]["messages"]] == [None, 0, None, None]
