@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
+from hift_ds.launch.data.formats import convert
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests.launch.data.test_chat import WITH_TOOLS
