@@ -241,6 +241,12 @@ def test_values_that_are_not_finite(value: float, copy: Any) -> None:
     assert said == ["warning: NaN or infinite values in 1 tensor of the model, model.norm.weight"]
 
 
+def test_large_values_are_finite(copy: Any) -> None:
+    """Their sum is not."""
+    _, said = load(copy("llama", lambda weights: weights | {"model.norm.weight": torch.full((16,), 3e38)}))
+    assert not said
+
+
 def test_an_adapter_beside_the_model(copy: Any) -> None:
     peft = pytest.importorskip("peft")
     folder = copy("llama")
