@@ -19,8 +19,11 @@ _THINKING = (
     r"|◁think▷.*?(?:◁/think▷|\Z)"
     r"|<\|channel\|>(?:analysis|commentary)\b.*?(?=<\|channel\|>final\b|\Z)"
 )
-# The end of a block that the prompt has opened.
-_END_OF_THINKING = re.compile(rf"</{_THINKING_TAG}>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+# The end of a block that the prompt has opened: no block begins before it.
+_END_OF_THINKING = re.compile(
+    rf"\A(?:(?!<{_THINKING_TAG}>|\[THINK\]|◁think▷).)*?(?:</{_THINKING_TAG}>|\[/THINK\]|◁/think▷)",
+    re.IGNORECASE | re.DOTALL,
+)
 _OPENING = re.compile(
     rf"{_BLANK}+|{_THINKING}"
     r"|<\|channel\|>final\b"

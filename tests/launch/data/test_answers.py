@@ -86,7 +86,8 @@ def test_words() -> None:
 
 
 def test_without_thinking_leaves_other_texts_alone() -> None:
-    for text in ("", " x", "\nAnswer: x", "<|assistant|>x", "```\nx\n```", "x <think>y"):
+    for text in ("", " x", "\nAnswer: x", "<|assistant|>x", "```\nx\n```", "x <think>y", "Use <thoughts>a</thoughts>.",
+                 "The tag <think> ends at </think>."):  # fmt: skip
         assert without_thinking(text) == text
     assert without_thinking("<think>a</think>\nb</think>") == "\nb</think>"
 
