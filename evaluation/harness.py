@@ -9,11 +9,12 @@ that only sets the location of the data. Rows are converted to the columns of th
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from hift_ds.evaluation.tasks.loading import read_task
 from hift_ds.launch.data.formats import LABEL_TASKS, convert, flatten
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError, looked_in, nearest
+from hift_ds.launch.model.loading import load_config, load_model, load_tokenizer
+from hift_ds.launch.model.settings import ModelSettings
+from hift_ds.model.quantization import quantization_method
 
 # Our name -> the harness's YAML and the columns it reads. ReCoRD needs a module that transformers 5 lacks.
 HARNESS = {
@@ -91,8 +95,7 @@ def run(
         folder = Path(model).expanduser()
         if not (folder / "config.json").is_file():
             raise UserError(f"--model: {str(model)!r} is not a folder with a config.json{looked_in(model)}")
-        device = get_accelerator().current_device_name()
-        model = HFLM(pretrained=str(folder), device=device, dtype="auto", batch_size=batch_size)
+        model = _load(HFLM, folder, batch_size)
     with tempfile.TemporaryDirectory() as place:
         root = Path(definitions.__file__).parent
         defined = {name: _define(name, data, root, Path(place)) for name in names}
@@ -127,6 +130,20 @@ def run(
             written = {one["doc_id"]: one["resps"][0][0] for one in found["samples"][task]}  # once for each filter
             report["tasks"][name]["unanswered"] = find_task(name).unanswered(list(written.values()))
     return report
+
+
+def _load(kind: Callable[..., Any], folder: Path, batch_size: int) -> Any:
+    """Load a model as training does, which refuses weights that are not the model's; quantized weights as HFLM does."""
+    device = get_accelerator().current_device_name()
+    settings, say = ModelSettings(name_or_path=str(folder)), functools.partial(print, file=sys.stderr)
+    if problems := settings.problems():
+        raise UserError("\n".join(problems))
+    tokenizer = load_tokenizer(settings)
+    config = load_config(settings, tokenizer, say=say, allow_quantized=True)
+    if quantization_method(config):
+        return kind(pretrained=str(folder), tokenizer=tokenizer, device=device, dtype="auto", batch_size=batch_size)
+    model = load_model(settings, config, "auto", say)
+    return kind(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _define(name: str, data: Path, root: Path, place: Path) -> tuple[str, dict[str, str]]:

@@ -100,12 +100,14 @@ def load_config(
     tokenizer: PreTrainedTokenizerBase,
     num_labels: int | None = None,
     say: Callable[[str], object] = print,
+    allow_quantized: bool = False,
 ) -> PretrainedConfig:
     """Load the model's configuration, and no weights. Makes the padding token of the tokenizer fit the model.
 
     Args:
         num_labels: classes of the data, for sequence classification.
         say: called with notes for the user.
+        allow_quantized: do not refuse quantized weights, which cannot be trained.
 
     Raises:
         UserError: the configuration cannot be loaded, its vocabulary is smaller than the tokenizer's, its weights are
@@ -130,7 +132,8 @@ def load_config(
             name,
             lambda: AutoConfig.from_pretrained(**source, trust_remote_code=settings.trust_remote_code),
         )
-        if "gguf_file" not in source and (problem := quantization_problem(name, config)):  # GGUF is dequantized
+        checked = "gguf_file" not in source and not allow_quantized  # GGUF is dequantized
+        if checked and (problem := quantization_problem(name, config)):
             raise UserError(f"model.name_or_path: {problem}")
     _agree_on_padding(config, tokenizer, settings.task == "sequence-classification", say)
     if settings.task == "sequence-classification":
@@ -215,7 +218,7 @@ def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedMod
 def load_model(
     settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object] = print
 ) -> PreTrainedModel:
-    """Load the model into host memory, with weights in `dtype` ("float32", "bfloat16" or "float16").
+    """Load the model into host memory, with weights in `dtype`: "float32", "bfloat16", "float16", or "auto" as saved.
 
     A model from scratch is always drawn in fp32, so that a seed gives the same weights for each dtype; DeepSpeed casts
     it.
@@ -306,7 +309,7 @@ def _from_files(
     key, name = "model.name_or_path", str(settings.name_or_path)
     options: dict[str, Any] = {
         "config": config,
-        "dtype": getattr(torch, dtype),
+        "dtype": dtype,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # `check_weights` names them
         **_options(settings),

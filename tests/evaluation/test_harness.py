@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hift_ds.evaluation import harness
 from hift_ds.evaluation.tasks.scoring import average_log_likelihoods
@@ -95,6 +96,37 @@ def test_figures_are_those_of_our_likelihoods(name: str, model: Any, tmp_path: P
         sums = [mean * length for mean, length in zip(means, lengths, strict=True)]  # the harness's accuracy is of sums
         right += sums.index(max(sums)) == LABELS[name].index(row["label"])
     assert report["tasks"][name]["metrics"]["acc"] == right / 20
+
+
+@needs_shared
+def test_wrapped_and_missing_weights(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both were scored as random weights."""
+    (tmp_path / "data").mkdir()
+    data = shortened(tmp_path / "data")
+    folder = tmp_path / "model"
+    llama(1).save_pretrained(folder)
+    bpe().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    save_file(wrapped, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = harness.run(model, ["rte", "gsm8k"], data, limit=2, num_fewshot=0)
+    assert harness.run(folder, ["rte", "gsm8k"], data, limit=2, num_fewshot=0) == expected
+    assert "a wrapper has changed the names" in capsys.readouterr().err
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"would be random: 1 of \d+ weights, model.norm.weight"):
+        harness.run(folder, ["rte"], data, limit=2)
+
+
+def test_quantized_weights_are_loaded_by_the_harness(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama(1).save_pretrained(folder)
+    bpe().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    given = harness._load(lambda **options: options, folder, 4)
+    assert given["pretrained"] == str(folder) and given["batch_size"] == 4
 
 
 @needs_shared
