@@ -12,7 +12,7 @@ import functools
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from hift_ds.launch.make_engine import cycle_steps, find_blocks, make_engine, sc
 from hift_ds.launch.methods.adapters import trained_parameters
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
+from hift_ds.launch.model.limits import token_problems
 from hift_ds.launch.runtime import logs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.model.positions import position_limit
@@ -82,6 +83,25 @@ class Cells:
         self._say = functools.cache(functools.partial(logs.say, dist.get_rank()))  # each note once, not for each cell
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
+
+    def check_tokens(self, data: Mapping[str, Iterable[TaskData]]) -> None:
+        """Refuse tasks (by name) whose texts have tokens that the model does not have, before anything is trained.
+
+        Raises:
+            UserError: naming every such task.
+        """
+        config = loading.load_config(self.comparison.model, self.tokenizer, say=self._say)
+        notes: list[str] = []
+        parts = {f"texts of {name}": self._tokens(sets) for name, sets in data.items()}
+        if problems := token_problems(loading.skeleton(self.comparison.model, config), self.tokenizer, parts, notes):
+            raise UserError("\n".join(problems))
+        for note in notes:
+            self._say(note)
+
+    def _tokens(self, data: Iterable[TaskData]) -> Iterator[list[int]]:
+        examples = (one for sets in data for part in (sets.train, sets.dev, sets.test) for one in part)
+        for texts in dict.fromkeys((*one.content, one.completion, one.text, one.text_pair or "") for one in examples):
+            yield self.tokenizer(" ".join(texts), add_special_tokens=False).input_ids
 
     def run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
         """Train on the training set and evaluate on the test set; with `tune`, evaluate on the validation set too.
@@ -206,7 +226,7 @@ class Cells:
         key = (row.label, task.name, length)
         if key not in self._plans and dist.get_rank() == 0:
             labels = len(task.labels) if self.classifies else None
-            config = loading.load_config(self.comparison.model, self.tokenizer, labels)
+            config = loading.load_config(self.comparison.model, self.tokenizer, labels, self._say)
             try:
                 self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
             except Exception as error:  # the finished training must not be lost
@@ -233,7 +253,7 @@ class Cells:
 
     def _load(self, task: Task | None, dtype: str) -> Any:
         labels = len(task.labels) if task is not None and self.classifies else None
-        config = loading.load_config(self.comparison.model, self.tokenizer, labels)
+        config = loading.load_config(self.comparison.model, self.tokenizer, labels, self._say)
         return loading.load_model(self.comparison.model, config, dtype, self._say)
 
     def _predict(

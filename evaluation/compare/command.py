@@ -130,6 +130,8 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWa
         for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
             logs.say(rank, f"{entry.task.name}: {note}")
     cells = Cells(comparison, machine(), watch.progress)
+    by_task = {entry.task.name: parts.values() for entry, parts in zip(comparison.tasks, loaded, strict=True)}
+    together(lambda: cells.check_tokens(by_task))
     records: list[dict[str, Any]] = []
     total = len(comparison.budgets) * len(comparison.tasks) * len(comparison.rows) * len(comparison.seeds)
     with tqdm(total=total, unit="cell", disable=None if rank == 0 else True, dynamic_ncols=True) as bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hift_ds.launch.errors import UserError
@@ -29,7 +29,8 @@ def check_limits(
     notes: list[str] = []
     parts = {"training": train, "held-out": held_out}
     problems = _position_problems(model, longest, answered)
-    problems += _token_problems(model, tokenizer, parts, notes) + _type_problems(model, parts)
+    tokens = {f"{part} examples": (one.input_ids for one in examples) for part, examples in parts.items()}
+    problems += token_problems(model, tokenizer, tokens, notes) + _type_problems(model, parts)
     if problems:
         raise UserError("\n".join(problems))
     return notes
@@ -57,31 +58,41 @@ def _position_problems(model: Any, longest: int, answered: int) -> list[str]:
     return problems
 
 
-def _token_problems(model: Any, tokenizer: Any, parts: Mapping[str, Sequence[Any]], notes: list[str]) -> list[str]:
+def token_problems(
+    model: Any, tokenizer: Any, parts: Mapping[str, Iterable[Sequence[int]]], notes: list[str]
+) -> list[str]:
+    """Return the problems of texts with tokens that the model does not have.
+
+    Args:
+        model: the model, which may be on the meta device.
+        parts: the token ids of each text, by the name of the texts. They are read only if the tokenizer has tokens that
+            the model does not have.
+        notes: gets a note if no text has such a token.
+    """
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     vocabulary = tokenizer.get_vocab()
     if size is None or max(vocabulary.values(), default=0) < size:
         return []
     outside = f"{sum(one >= size for one in vocabulary.values())} tokens of the tokenizer have ids from {size}"
     problems = []
-    for part, examples in parts.items():
-        using = [example for example in examples if max(example.input_ids, default=0) >= size]
+    for part, texts in parts.items():
+        highest = [max(ids, default=0) for ids in texts]
+        using = [token for token in highest if token >= size]
         if using:
-            token = max(using[0].input_ids)
             problems.append(
-                f"model.tokenizer: {len(using)} of {len(examples)} {part} examples have a token that the model does "
-                f"not have, e.g. {tokenizer.convert_ids_to_tokens(token)!r} (id {token}); its "
+                f"model.tokenizer: {len(using)} of {len(highest)} {part} have a token that the model does "
+                f"not have, e.g. {tokenizer.convert_ids_to_tokens(using[0])!r} (id {using[0]}); its "
                 f"vocabulary has {size} tokens."
             )
     if problems:
         problems.append(
             f"{outside}. Give the model more tokens in Python: model = "
             f"transformers.{type(model).__name__}.from_pretrained(OLD); model.resize_token_embeddings"
-            f"({max(vocabulary.values()) + 1}); model.save_pretrained(NEW). Then set model.name_or_path=NEW and "
-            "model.tokenizer=OLD. Or use a tokenizer without them."
+            f"({max(vocabulary.values()) + 1}); model.save_pretrained(NEW). Then set model.name_or_path=NEW and, "
+            "unless it is set, model.tokenizer=OLD. Or use a tokenizer without them."
         )
     else:
-        notes.append(f"note: {outside}, which the model does not have; no example uses one")
+        notes.append(f"note: {outside}, which the model does not have; no text has one")
     return problems
 
 

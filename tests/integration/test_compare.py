@@ -17,6 +17,7 @@ from hift_ds.evaluation.report.results import read_results
 from hift_ds.evaluation.tasks.catalog import TASKS, find_task
 from hift_ds.evaluation.tasks.loading import load_task
 from hift_ds.launch.methods.table import METHODS, TRAINED
+from hift_ds.launch.model.tokenizer import byte_tokenizer
 from hift_ds.launch.runtime.outputs import claim
 from tests.evaluation.tasks.test_publishers import CASES, HELD_OUT, put
 from tests.support.comparisons import (
@@ -46,6 +47,7 @@ BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 # ---- all methods -----------------------------------------------------------------------------------------------------
 
@@ -441,6 +443,20 @@ def test_data_of_another_kind_is_refused(file: str, content: str | None, expecte
     result = once(arguments(tmp_path / "data", tmp_path / "out", FEW, "tasks=[sst2, rte]"))
     assert result["code"] == 2 and expected in result["printed"] and "Traceback" not in result["printed"]
     assert "perhaps" in result["printed"] and result["ran"] == []  # what is wrong with the other task, too
+
+
+def test_tokens_that_the_model_does_not_have_are_found_before_a_training(data: Path, tmp_path: Path) -> None:
+    """All tasks are named, so that the first cells are not trained for nothing."""
+    tokenizer, model = byte_tokenizer(), tmp_path / "model"
+    tokenizer.add_tokens([" film", "cats"])
+    LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=262)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    given = ["model.config=null", "model.tokenizer=null", f"model.name_or_path={model}"]
+    result = once(arguments(data, tmp_path / "out", "methods=[zero-shot]", *given))
+    assert result["code"] == 2 and result["ran"] == []
+    assert "texts of sst2 have a token that the model does not have, e.g. ' film' (id 262)" in result["printed"]
+    assert "texts of rte have a token that the model does not have, e.g. 'cats' (id 263)" in result["printed"]
+    assert "resize_token_embeddings(264)" in result["printed"]
 
 
 # ---- ranks, models, budgets ------------------------------------------------------------------------------------------
