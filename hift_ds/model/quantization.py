@@ -1,11 +1,19 @@
-"""Whether a checkpoint holds quantized weights, from its configuration."""
+"""Whether a checkpoint holds quantized weights, from its configuration and the names of its tensors."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 # transformers, earlier versions of compressed-tensors, and MLX.
 _KEYS = ("quantization_config", "compression_config", "quantization")
+# Names of the packed weights and their scales. Scales of a key-value cache (k_scale) are not among them.
+_SCALES = re.compile(r"[._](?:weight_scale(?:_inv)?|weight_packed|SCB|absmax|quant_map|qweight|qzeros|scales|blocks)\Z")
+_REMEDY = (
+    ", and quantized weights cannot be trained. Name the checkpoint that it was made from, with weights in bf16, fp16 "
+    "or fp32, or a .gguf file, which is dequantized."
+)
 
 
 def quantization_method(config: Any) -> str | None:
@@ -32,9 +40,13 @@ def quantization_method(config: Any) -> str | None:
 def quantization_problem(name: str, config: Any) -> str | None:
     """Return why a model cannot be trained because its weights are quantized; None for plain weights."""
     method = quantization_method(config)
-    if method is None:
-        return None
-    return (
-        f"the weights of {name!r} are quantized ({method}), and quantized weights cannot be trained. Name the "
-        "checkpoint that it was made from, with weights in bf16, fp16 or fp32, or a .gguf file, which is dequantized."
-    )
+    return None if method is None else f"the weights of {name!r} are quantized ({method}){_REMEDY}"
+
+
+def leftover_problem(tensors: Iterable[str]) -> str | None:
+    """Return why the tensors of a file, by name, cannot be a model's weights although no configuration says so.
+
+    A configuration that has lost its section about quantization would have rounded numbers read as weights.
+    """
+    found = next((name for name in sorted(tensors) if _SCALES.search(name)), None)
+    return None if found is None else f"The weights are quantized, as {found} shows{_REMEDY}"

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hift_ds.launch.errors import UserError
+from hift_ds.model.quantization import leftover_problem
 
 # Names that wrappers leave in a state dict: torch.compile, FSDP and activation checkpointing wrap any module,
 # DataParallel and DeepSpeed the whole model.
@@ -87,11 +88,14 @@ def check_weights(model: Any, found: dict[str, Any], task: str) -> list[str]:
         problems.append(f"Not in the model: {_tensors(unknown)} of the files, {_examples(unknown)}.")
     if unfit:
         problems.append(f"Of another shape: {_tensors(unfit)}, {_examples(map(shapes.__getitem__, unfit))}.")
-    if problems:
+    quantized = leftover_problem(found["unexpected_keys"])
+    if quantized:
+        problems.append(quantized)
+    elif problems:
         saved = ", ".join(model.config.architectures or ())
         source = f"The files were saved from {saved}. " if saved not in ("", type(model).__name__) else ""
         problems.append(source + _REMEDY)
-    if unknown and not (missing or unfit):
+    if unknown and not (missing or unfit or quantized):
         problems.append(
             "If the model is right without these tensors, save it without them: "
             f"transformers.{type(model).__name__}.from_pretrained(OLD).save_pretrained(NEW)."

@@ -181,6 +181,18 @@ def test_other_weights_are_refused(name: str, change: Any, config: Any, expected
     assert not [part for part in expected if part not in text], text
 
 
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "SCB", "scales"])
+def test_quantized_weights_without_a_word_in_the_configuration(scale: str, copy: Any) -> None:
+    """Saved without their scales, they would be read as weights."""
+    text = refusal(copy("llama", with_tensor(f"{LAYER}q_proj.{scale}", 16)))
+    assert f"The weights are quantized, as {LAYER}q_proj.{scale} shows" in text and "save_pretrained" not in text
+
+
+def test_scales_of_a_cache_are_no_quantized_weights(copy: Any) -> None:
+    text = refusal(copy("llama", with_tensor(f"{LAYER}k_scale", 1)))
+    assert "quantized" not in text and "If the model is right without these tensors" in text
+
+
 def test_a_new_head_is_made_and_said(copy: Any, originals: dict[str, Path]) -> None:
     torch.manual_seed(0)
     loaded, said = load(originals["three"], CLASSIFY, 2)
