@@ -39,7 +39,7 @@ from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.learning_rates import low_rate_warning
 from hift_ds.launch.loop import train
-from hift_ds.launch.make_engine import cycle_steps, find_blocks, make_engine, schedule_ticks
+from hift_ds.launch.make_engine import check_reach, cycle_steps, find_blocks, make_engine, schedule_ticks
 from hift_ds.launch.methods.adapters import trained_parameters
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
@@ -47,6 +47,7 @@ from hift_ds.launch.model.limits import token_problems
 from hift_ds.launch.runtime import logs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.model.positions import position_limit
+from hift_ds.model.reach import unreached_by_text
 
 POINTS = 200  # at most about so many points of a loss curve are stored
 
@@ -84,16 +85,27 @@ class Cells:
         self._plans: dict[Any, dict[str, int] | None] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
+    @functools.cached_property
+    def _skeleton(self) -> Any:
+        """The model on the meta device."""
+        config = loading.load_config(self.comparison.model, self.tokenizer, say=self._say)
+        return loading.skeleton(self.comparison.model, config)
+
+    @functools.cached_property
+    def _unreached(self) -> list[str]:
+        """The parameters that the loss does not depend on; [] if the model cannot tell without data."""
+        limits = (self.comparison.data.max_length, position_limit(self._skeleton).tokens)
+        return unreached_by_text(copy.deepcopy(self._skeleton), min(filter(None, limits))) or []
+
     def check_tokens(self, data: Mapping[str, Iterable[TaskData]]) -> None:
         """Refuse tasks (by name) whose texts have tokens that the model does not have, before anything is trained.
 
         Raises:
             UserError: naming every such task.
         """
-        config = loading.load_config(self.comparison.model, self.tokenizer, say=self._say)
         notes: list[str] = []
         parts = {f"texts of {name}": self._tokens(sets) for name, sets in data.items()}
-        if problems := token_problems(loading.skeleton(self.comparison.model, config), self.tokenizer, parts, notes):
+        if problems := token_problems(self._skeleton, self.tokenizer, parts, notes):
             raise UserError("\n".join(problems))
         for note in notes:
             self._say(note)
@@ -130,8 +142,7 @@ class Cells:
                     notes.append(
                         f"{left_out} training examples were left out: no trained token within data.max_length {length}"
                     )
-                if encoded["warning"]:
-                    notes.append(f"{row.label}: {encoded['warning']}")
+                notes += [f"{row.label}: {remark}" for remark in encoded["remarks"] if remark]
                 if measured["steps"] < (cycle := cycle_steps(engine, settings)):
                     notes.append(f"{row.label}: some blocks were not trained, because a cycle takes {cycle} steps")
                 model = engine.module
@@ -195,7 +206,7 @@ class Cells:
     def _train(
         self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` and `warning`."""
+        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` and `remarks`."""
         rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
         labels = list(task.labels) if self.classifies else None
         length = self.comparison.data.max_length
@@ -205,9 +216,11 @@ class Cells:
         if not examples:
             raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
         model = self._model(task, settings.dtype)
-        ticks = schedule_ticks(settings, find_blocks(settings, model))
+        blocks = find_blocks(settings, model)
+        ticks = schedule_ticks(settings, blocks)
         settings = settings.for_model(model.config, ticks)
-        engine = make_engine(model, settings, ticks)
+        reach = check_reach(settings, blocks, model, self._unreached)
+        engine = make_engine(model, settings, ticks, self._unreached)
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
         callbacks = [
@@ -219,7 +232,7 @@ class Cells:
             train(engine, only_train, self.tokenizer.pad_token_id, settings, callbacks)
         warning = low_rate_warning(settings, ticks, cycle_steps(engine, settings) or 1)
         longest = max(len(one.input_ids) for one in examples)
-        return engine, recorder.measured(), report | {"longest": longest, "warning": warning}
+        return engine, recorder.measured(), report | {"longest": longest, "remarks": [warning, reach]}
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
         """Plan the memory for sequences of `length` tokens, once for each row, task and length, on rank 0."""

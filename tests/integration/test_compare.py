@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -38,6 +39,7 @@ from tests.support.comparisons import (
     write_data,
 )
 from tests.support.data_fixtures import SHARED, needs_shared, write_jsonl
+from tests.support.towers import GEMMA3, save_model
 
 BERT = {
     "model_type": "bert",
@@ -457,6 +459,19 @@ def test_tokens_that_the_model_does_not_have_are_found_before_a_training(data: P
     assert "texts of sst2 have a token that the model does not have, e.g. ' film' (id 262)" in result["printed"]
     assert "texts of rte have a token that the model does not have, e.g. 'cats' (id 263)" in result["printed"]
     assert "resize_token_embeddings(264)" in result["printed"]
+
+
+def test_a_vision_tower_is_left_alone_and_its_blocks_are_named_at_once(data: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "gemma3", "gemma3", GEMMA3)
+    given = ["model.config=null", f"model.name_or_path={tmp_path / 'gemma3'}", "tasks=[sst2]", "methods=[hift, full]"]
+    argv = arguments(data, tmp_path / "out", *given, "budgets=[{samples: 8}]")
+    result = once(argv)
+    assert result["code"] == 1 and "Traceback" not in result["printed"], result["printed"]
+    found = cells_of(tmp_path / "out")
+    reason = found["hift", "sst2"]["reason"]
+    assert "the loss does not depend on" in found["full", "sst2"]["notes"][-1]
+    (remedy,) = re.findall(r'--set "(.*?)"', reason)
+    assert once([*argv, "--set", remedy])["code"] == 0
 
 
 # ---- ranks, models, budgets ------------------------------------------------------------------------------------------

@@ -96,10 +96,10 @@ def compare(argv: Sequence[str], broken: str | None = None) -> dict[str, Any]:
         leaked.update(tested & {one.fingerprint for one in (*data.train, *data.dev)})
         return run(cells, row, task, data, budget, *rest)
 
-    def engine_of(model: Any, settings: Any, ticks: int) -> Any:
+    def engine_of(model: Any, settings: Any, *rest: Any) -> Any:
         if settings.method.name == broken:
             raise RuntimeError("out of\nmemory")
-        return make_engine(model, settings, ticks)
+        return make_engine(model, settings, *rest)
 
     return _recorded(command, argv, ran, spy, engine_of) | {"leaked": leaked}
 
