@@ -69,12 +69,13 @@ class Extrapolation:
 
     Args:
         simulate: returns the memory at a point.
-        length: length of the shortest sequence to simulate, at least 2. It is doubled until the sizes extrapolate.
+        length: length of the shortest sequence to simulate, at least 2.
+        step: tokens by which longer sequences are longer. Both are doubled until the sizes extrapolate.
         chunks: number of chunks of logits that a simulation runs.
     """
 
-    def __init__(self, simulate: Callable[[Point], LiveMemory], length: int, chunks: int):
-        self._simulate, self._length, self._chunks = simulate, length, chunks
+    def __init__(self, simulate: Callable[[Point], LiveMemory], length: int, step: int, chunks: int):
+        self._simulate, self._length, self._step, self._chunks = simulate, length, step, chunks
         self._fits: list[_Fit] = []
 
     def at(self, point: Point) -> Extrapolated:
@@ -89,11 +90,11 @@ class Extrapolation:
             self._fits.append(self._fit(point))
         sizes = self._largest(point)
         host = sum(sizes.pop(_HOST).values())
-        return Extrapolated(sizes, host, tuple(self._length * factor for factor in (1, 2, 3)))
+        return Extrapolated(sizes, host, tuple(self._length + self._step * steps for steps in (0, 1, 2)))
 
-    def _near(self, point: Point, factor: int = 1, more: int = 0, longer: int = 0) -> Point:
+    def _near(self, point: Point, steps: int = 0, more: int = 0, longer: int = 0) -> Point:
         """Return a point with short sequences and as many tokens, and enough for the chunks."""
-        length, chunk = self._length * factor, point.chunk and point.chunk + longer
+        length, chunk = self._length + self._step * steps, point.chunk and point.chunk + longer
         batch = max(-(-point.batch_size * point.seq_len // length), -(-self._chunks * (chunk + 2) // (length - 1)))
         return Point(batch + more, length, chunk)
 
@@ -104,12 +105,12 @@ class Extrapolation:
     def _fit(self, point: Point) -> _Fit:
         for _ in range(4):
             near = partial(self._near, point)
-            points = [near(), near(more=1), near(2), near(2, more=1)] + ([near(longer=1)] if point.chunk else [])
+            points = [near(), near(more=1), near(1), near(1, more=1)] + ([near(longer=1)] if point.chunk else [])
             fit = _Fit(points, [_sizes(self._simulate(one)) for one in points])
-            verified = near(3, more=2, longer=2)
+            verified = near(2, more=2, longer=2)
             if fit.verify(verified, _sizes(self._simulate(verified))):
                 return fit
-            self._length *= 2
+            self._length, self._step = 2 * self._length, 2 * self._step
         raise NotLinearError
 
 

@@ -236,6 +236,9 @@ def architectures(config: Any) -> list[str]:
 def attention_window(config: Any) -> float:
     """Return the tokens that local attention sees. Longer sequences have a mask. Infinity without local attention."""
     text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds and not any("sliding" in kind or kind == "attention" for kind in kinds):
+        return math.inf
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_window_size")]
     return min([window for window in windows if isinstance(window, int)], default=math.inf)
 

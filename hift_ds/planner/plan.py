@@ -52,6 +52,12 @@ Memory: TypeAlias = LiveMemory | Extrapolated  # of a step
 _STOCK_BUCKET = 500_000_000  # elements: the default of DeepSpeed's reduce_bucket_size
 _FEW_TOKENS = 32  # a sequence that is always simulated as it is
 _MANY_OPERATIONS = 40_000  # of a simulation that takes several seconds; a step of a loop over tokens takes fewer
+_AROUND_THE_FORWARD_PASS = (  # fields of a request that do not change its activations
+    "ranks", "optimizer", "gradient_accumulation_steps", "buffer_size", "nvme_path",
+    "offload_device", "offload_step", "offload_optimizer",
+)  # fmt: skip
+_MANY_OPERATIONS_OF_A_PLAN = 500_000  # then only the blocks are simulated that bound the memory
+_MOST_OPERATIONS_OF_A_PLAN = 2_000_000  # of a loop over tokens: more than a minute
 _SCALARS = 64  # bytes of step counts, norms and other scalars for each parameter
 
 
@@ -64,8 +70,9 @@ class BlockPlan:
         numel: trained elements.
         device: bytes on the device by category, at the instant of the highest total.
         phase: phase of that instant: ``forward``, ``backward`` or ``step``.
-        simulated: False if the figures are interpolated between the second and the last block like this one. Their
-            total is then an upper bound, because the true total is a maximum of linear functions of the position.
+        simulated: False if the figures are interpolated between the second and the last block like this one, or those
+            of a block below. Their total is then an upper bound: the true total is a maximum of linear functions of the
+            position, and falls with it.
     """
 
     name: str
@@ -185,11 +192,32 @@ class BuiltModel:
         return _numels(shape for name, shape in self.shapes.items() if name not in below)
 
     def bounding_blocks(self) -> list[int]:
-        """Return the indices of the blocks whose steps bound the memory of all steps."""
-        return sorted({index for run in self.similar_runs() for index in (run[0], run[1 % len(run)], run[-1])})
+        """Return the indices of the blocks whose steps bound the memory of all steps.
+
+        Nothing below the lowest block needs a gradient. Otherwise, a block needs at most the memory of an equal block
+        below it.
+        """
+        bounding: set[int] = set()
+        for indices in self._kinds():
+            bounding |= {indices[0], indices[1 % len(indices)]}
+            bounding |= {indices[-1]} if _is_even(indices) else set()
+        return sorted(bounding)
+
+    def equal_below(self) -> dict[int, int]:
+        """Return the next lower block with equal shapes of each block that does not bound the memory."""
+        pairs = {after: before for indices in self._kinds() for before, after in pairwise(indices)}
+        return {after: before for after, before in pairs.items() if after not in self.bounding_blocks()}
 
     def similar_runs(self) -> list[list[int]]:
         """Return runs of blocks with equal shapes at even distances, each run as a list of block indices."""
+        return [
+            run
+            for indices in self._kinds()
+            for run in ([indices] if _is_even(indices) else [[index] for index in indices])
+        ]
+
+    def _kinds(self) -> list[list[int]]:
+        """Return the indices of blocks with equal shapes."""
         kinds: dict[Any, list[int]] = defaultdict(list)
         seen: Counter[str] = Counter()
         for index, block in enumerate(self.blocks):
@@ -197,11 +225,11 @@ class BuiltModel:
             number = seen[names[0]] if block.slices else 0  # of the slice in its tensor
             seen.update(names)
             kinds[tuple(self.gradient_shapes(index)), tuple(self.updated_shapes(index)), number].append(index)
-        runs: list[list[int]] = []
-        for indices in kinds.values():
-            is_even = len({after - before for before, after in pairwise(indices)}) <= 1
-            runs += [indices] if is_even else [[index] for index in indices]
-        return runs
+        return list(kinds.values())
+
+
+def _is_even(indices: Sequence[int]) -> bool:
+    return len({after - before for before, after in pairwise(indices)}) <= 1
 
 
 def _cut(model: Any, partition: tuple[Any, ...], unreached: Collection[str]) -> tuple[list[Block], list[str]]:
@@ -237,7 +265,7 @@ class Planner:
         config: the model's transformers configuration.
         task: ``causal-lm`` or ``sequence-classification``.
         operations: number of operations that were simulated so far.
-        limit: number of operations after which nothing more is extrapolated, or None.
+        limit: number of operations after which nothing more is simulated, or None.
         tell: is called with what the planner is about to do.
 
     Raises:
@@ -258,6 +286,7 @@ class Planner:
         self.task = request.task or models.task_of(self.config)
         self._built: dict[tuple[Any, ...], BuiltModel] = {}
         self._simulated: dict[tuple[Request, int], Memory] = {}
+        self._forward: dict[tuple[Request, int], int] = {}
         self._extrapolations: dict[tuple[Request, int, int], Extrapolation] = {}
         self._loop: TokenLoop | None = None
         self._missed: list[str] | None = None
@@ -268,7 +297,8 @@ class Planner:
     def plan(self, request: Request) -> Plan:
         """Return the plan of a request for the same model.
 
-        Of a run of similar blocks, this simulates the lowest two and the highest, and interpolates the others.
+        Of a run of similar blocks, this simulates the lowest two and the highest, and interpolates the others. After
+        ``_MANY_OPERATIONS_OF_A_PLAN``, blocks at uneven distances get the figures of the equal block below.
 
         Raises:
             ConfigError: the request cannot be planned.
@@ -277,8 +307,13 @@ class Planner:
         indices = range(len(built.blocks))
         numels = [built.blocks[index].numel for index in indices]
         planned: dict[int, BlockPlan] = {}
+        below = built.equal_below()
         progress = tqdm(built.similar_runs(), desc="simulating steps", leave=False, disable=None)  # on a terminal only
         for run in progress:
+            if run[0] in below and len(run) == 1 and self.operations > _MANY_OPERATIONS_OF_A_PLAN:
+                index = run[0]
+                planned[index] = replace(planned[below[index]], name=built.blocks[index].name, simulated=False)
+                continue
             # Nothing below the lowest block needs a gradient, so the lowest is not on the line of the others.
             for position, index in enumerate(run):
                 start, end = (0, 0) if position == 0 else (1, len(run) - 1)
@@ -315,8 +350,17 @@ class Planner:
         """
         key = (replace(request, model=None), block)
         if key not in self._simulated:
-            self._simulated[key] = self._simulate(request, block)
+            self._simulated[key] = memory = self._simulate(request, block)
+            self._forward[_same_forward(request), block] = memory.peaks["forward"]["activations"]
         return self._simulated[key]
+
+    def least(self, request: Request, block: int) -> int:
+        """Return a lower bound of the device total of a step on a block, without a simulation.
+
+        It consists of what exists throughout the step, and of the activations if a step with the same forward pass was
+        simulated.
+        """
+        return sum(self.held(request, block).values()) + self._forward.get((_same_forward(request), block), 0)
 
     def _simulate(self, request: Request, block: int) -> Memory:
         built = self.build(request)
@@ -362,6 +406,8 @@ class Planner:
         **options: Any,
     ) -> LiveMemory:
         """Simulate a step with this batch; ``options`` are those of :meth:`Simulator.run`."""
+        if self.limit is not None and self.operations > self.limit:
+            raise TooManyOperationsError
         built = self.build(request)
         trained, step = built.blocks[block].parameter_names, StepBase()
         if request.method == "mezo":
@@ -390,15 +436,21 @@ class Planner:
         few = min(chunks, FEW_CHUNKS) if chunks > 1 else 0
 
         def simulate(point: Point) -> LiveMemory:
-            if self.limit is not None and self.operations > self.limit:
-                raise TooManyOperationsError
+            if self.limit is None and self.operations > _MOST_OPERATIONS_OF_A_PLAN:
+                raise ConfigError(
+                    [
+                        f"--seq-len={length}: {request.name} computes its tokens one after the other, and planning "
+                        f"takes more than {_MOST_OPERATIONS_OF_A_PLAN:,} simulated operations; use at most "
+                        f"{_FEW_TOKENS} tokens, or fewer and larger blocks (--layers-per-block)"
+                    ]
+                )
             batch_size, seq_len, longest = point
             first = (few, longest) if longest else None
             return self._run(request, block, batch_size, seq_len, longest, first_chunks=first, by_kind=True)
 
         key = (replace(request, model=None, batch_size=1, seq_len=1), block, few)
         if key not in self._extrapolations:
-            self._extrapolations[key] = Extrapolation(simulate, self._loop.length, few)
+            self._extrapolations[key] = Extrapolation(simulate, self._loop.length, self._loop.step, few)
         try:
             if length > (window := models.attention_window(self.config)):
                 raise NotLinearError  # short sequences have no mask
@@ -572,6 +624,13 @@ class Planner:
         if not request.checkpoint_offload:
             return 0
         return max(self.simulate(request, block).host for block in built.bounding_blocks())
+
+
+def _same_forward(request: Request) -> Request:
+    """Return what all requests for this model with the same activations in the forward pass have in common."""
+    given: dict[str, Any] = {name: getattr(Request, name) for name in _AROUND_THE_FORWARD_PASS}
+    stage = 3 if request.stage == 3 else 2  # ZeRO-3 replaces linear layers
+    return replace(request, model=None, zero_stage=stage, **given)
 
 
 def _interpolate(name: str, numel: int, low: Memory, high: Memory, position: int, length: int) -> BlockPlan:

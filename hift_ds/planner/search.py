@@ -13,7 +13,7 @@ from hift_ds.planner.plan import Plan, Planner, TooManyOperationsError
 from hift_ds.planner.request import Request
 
 _MAX_SEQ_LEN, _MAX_BATCH_SIZE = 2**20, 2**14  # a search ends here
-_MOST_OPERATIONS = 300_000  # of a search that extrapolates: about half a minute
+_MOST_OPERATIONS = 1_500_000  # of a plan and its search: about a minute
 _TOKENS = 64  # the search tries multiples of this sequence length
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Fit:
         fits it also holds ``device_total``, ``longest_sequence`` (tokens) and ``largest_batch`` (sequences in a
         micro-batch) of the request with the change.
         """
-        self.planner.limit = self.planner.operations + _MOST_OPERATIONS
+        self.planner.limit = _MOST_OPERATIONS
         plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": self._total_of(plan) <= self.room}
         plan.fit |= {"change": None, "longest_sequence": None, "largest_batch": None}
         plan.fit |= {"positions": plan.positions, "not_searched": []}
@@ -90,7 +90,7 @@ class Fit:
             blocks = self.planner.build(request).bounding_blocks()
         except ConfigError:  # the change conflicts with the rest of the request
             return False
-        if sum(self.planner.held(request, blocks[0]).values()) > self.room:
+        if any(self.planner.least(request, block) > self.room for block in blocks):
             return False
         return all(self._total(request, block) <= self.room for block in blocks)
 
@@ -120,20 +120,31 @@ class Fit:
             changed: Any = {name: max(1, count * granule)}
             return replace(request, **changed)
 
-        low, high = max(1, getattr(request, name) // granule), limit // granule + 1  # fits, does not
-        below, guess = self._total(at(low), block), 2 * low if guess is None else guess // granule
-        while high - low > 1:
-            guess = min(max(guess, low + 1), high - 1)
-            total = self._total(at(guess), block)
-            slope = max(1, total - below) / (guess - low)
-            if total <= self.room:
-                low, below = guess, total
-            else:
-                high = guess
-            guess = low + int((self.room - below) / slope)
-        while low > 1 and not self.fits(at(low)):  # another block needs more than ``block``
-            low -= max(1, low // 100)
-        return max(1, low * granule)
+        first = max(1, getattr(request, name) // granule)
+
+        def search(block: int, high: int, guess: int) -> int:
+            """Return the largest count below ``high`` that fits in a step on a block; ``guess`` is tried first."""
+            low, below = first, self._total(at(first), block)
+            while high - low > 1:
+                guess = min(max(guess, low + 1), high - 1)
+                total = self._total(at(guess), block)
+                slope = max(1, total - below) / (guess - low)
+                if total <= self.room:
+                    low, below = guess, total
+                else:
+                    high = guess
+                guess = low + int((self.room - below) / slope)
+            return low
+
+        count = search(block, limit // granule + 1, 2 * first if guess is None else guess // granule)
+        while count > 1:
+            over = next((block for block in blocks if self._total(at(count), block) > self.room), None)
+            if over is None:
+                break
+            most = search(over, count, count - count // 100)  # this block needs more memory than ``block``
+            while count > max(most, 1):
+                count -= max(1, count // 100)
+        return max(1, count * granule)
 
     def _total(self, request: Request, block: int) -> int:
         """Return the highest device total of a step on a block."""

@@ -165,11 +165,13 @@ class TokenLoop(NamedTuple):
 
     Attributes:
         length: tokens in a short sequence.
+        step: tokens by which the next longer one is longer: a group of tokens.
         few: operations in a forward pass of such a sequence.
         per_token: operations for each further token; 0 without a loop.
     """
 
     length: int
+    step: int
     few: int
     per_token: float
 
@@ -204,12 +206,12 @@ class Simulator:
         Args:
             seq_len: the longest sequence of interest.
         """
-        for length, longest in ((5, 10), (320, 1280)):  # unlike the dimensions of most models
+        for length, longest, step in ((3, 10, 1), (320, 1280, 320)):  # unlike the dimensions of most models
             if seq_len >= longest:
                 few, many = self.operations(length), self.operations(longest)
                 if many > few:
-                    return TokenLoop(length, few, (many - few) / (longest - length))
-        return TokenLoop(5, 0, 0)
+                    return TokenLoop(length, step, few, (many - few) / (longest - length))
+        return TokenLoop(3, 1, 0, 0)
 
     def longest_chunk(self, tokens: int, loss_chunk: int | None) -> tuple[int, int]:
         """Return the number of chunks of logits for ``tokens`` targets, and the length of the longest.
