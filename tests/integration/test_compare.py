@@ -461,6 +461,7 @@ def test_tokens_that_the_model_does_not_have_are_found_before_a_training(data: P
     assert "resize_token_embeddings(264)" in result["printed"]
 
 
+@pytest.mark.slow
 def test_a_vision_tower_is_left_alone_and_its_blocks_are_named_at_once(data: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "gemma3", "gemma3", GEMMA3)
     given = ["model.config=null", f"model.name_or_path={tmp_path / 'gemma3'}", "tasks=[sst2]", "methods=[hift, full]"]
@@ -543,7 +544,8 @@ def test_memory_of_what_trains_nothing_is_that_of_answering(data: Path, tmp_path
     result = once(arguments(data, tmp_path, FEW, "tasks=[sst2]"), function=heavy, numel=numel)
     assert result["code"] == 0, result["printed"]
     peaks = {label: one["peak_memory"] for (label, _), one in cells_of(tmp_path).items()}
-    assert peaks["zero-shot"] >= 4 * numel > max(peaks[label] for label in ("full", "hift", "mezo"))
+    # Resident memory: the system may take other pages back while these are allocated.
+    assert peaks["zero-shot"] >= 0.9 * 4 * numel > max(peaks[label] for label in ("full", "hift", "mezo"))
 
 
 def test_a_plan_that_fails_costs_no_training(data: Path, tmp_path: Path) -> None:
