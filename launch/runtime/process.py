@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -50,12 +51,12 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Call `main`, take down the group of ranks, and exit with the code that `main` returns."""
     sys.excepthook = credentials.print_redacted
     code = main()
-    if dist.is_initialized():
-        if code in (MISTAKE, RANK_LOST):
-            # Other ranks may be gone or in a collective, so the group cannot be taken down in order, and its threads
-            # would abort a process that exits with them.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    # After these codes, other ranks may be gone or in a collective, so the group cannot be taken down in order.
+    if dist.is_initialized() and code not in (MISTAKE, RANK_LOST):
         dist.destroy_process_group()
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader is gone
+            stream.flush()
+    # The threads of gloo now and then abort a process that Python takes down ("terminate called without an active
+    # exception"), and its exit code is lost.
+    os._exit(code)
