@@ -18,6 +18,7 @@ from hift_ds.launch.data.encoding import EvalExample
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.data.scores import Score
 from hift_ds.launch.model.batch_loss import summed_loss
+from hift_ds.launch.model.loading import evaluating
 
 
 class EvaluationInterrupted(Exception):
@@ -90,11 +91,14 @@ def evaluate(
     engine.eval()
     results: list[Any] = []
     try:
-        for index in range(n_batches):
-            batch = mine[index * size : (index + 1) * size]
-            found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
-            results += found if batch else []
-            after_batch()
+        with evaluating(engine.module):
+            for index in range(n_batches):
+                batch = mine[index * size : (index + 1) * size]
+                found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
+                results += found if batch else []
+                after_batch()
+        if settings.zero_stage == 3 and hasattr(engine, "empty_partition_cache"):
+            engine.empty_partition_cache()  # weights that were prefetched for a forward pass that does not come
     finally:
         engine.train()
     if data.score is None:

@@ -293,13 +293,22 @@ def _named_code(content: bytes) -> list[str]:
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Disable gradients and dropout within the context, then restore the model's mode."""
+    """Disable gradients, dropout and router losses within the context, then restore the model's mode.
+
+    The router loss of a mixture of experts belongs to training. transformers cannot compute it while it generates text.
+    """
     training = model.training
+    config: Any = model.config.get_text_config()
+    routes = getattr(config, "output_router_logits", None)
     model.eval()
     try:
+        if routes:
+            config.output_router_logits = False
         with torch.no_grad():
             yield
     finally:
+        if routes:
+            config.output_router_logits = routes
         model.train(training)
 
 

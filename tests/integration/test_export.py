@@ -221,3 +221,12 @@ def test_the_exported_model_stops_where_the_chat_template_ends_turns(tmp_path: P
     exported = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
     assert exported.eos_token_id == [tokenizer.eos_token_id, end]
     assert "answers in the training data end with '<|im_end|>'; generation stops there too" in result["printed"]
+
+
+def test_weights_that_were_prefetched_for_no_forward_pass_are_exported(tmp_path: Path) -> None:
+    """At ZeRO 3, generation ends while weights of the next forward pass are under way."""
+    small = ("stage3_prefetch_bucket_size=auto", "stage3_param_persistence_threshold=auto")
+    overrides = ["deepspeed=configs/deepspeed/zero3.json", *(f"deepspeed.zero_optimization.{one}" for one in small)]
+    result = run_tiny(1, tmp_path / "run", *overrides)
+    assert result["code"] == 0, result["printed"]
+    assert result["same_names"] and result["different"] == []

@@ -97,3 +97,13 @@ def test_other_methods_and_held_out_losses(method: str, options: list[str], tmp_
     assert result["code"] == 0
     (record,) = records(tmp_path / "out")
     assert record["loss"] > 20 and record["held_out"]["loss"] < 10  # ln 262 = 5.6, and 10 x the router loss, about 2
+
+
+def test_held_out_answers_are_generated_without_the_router_loss(tmp_path: Path) -> None:
+    """transformers cannot compute a router loss for the padded prompts of a batch while it generates."""
+    sizes = "hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2"
+    mixtral = f"{{model_type: mixtral, {sizes}, num_key_value_heads: 2, num_local_experts: 2}}"
+    overrides = [f"model.config={mixtral}", "model.config.output_router_logits=true", "training.max_steps=1"]
+    result = run_tiny(1, tmp_path / "run", *overrides)
+    assert result["code"] == 0, result["printed"]
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["output_router_logits"] is True
