@@ -322,5 +322,8 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
     for path, (is_refused, remedy) in _REFUSED.items():
         value = _get(config, path)
         if is_refused(value):
-            found.append(f"{path}={value!r} cannot be combined with HiFT; {remedy}, or set hift.enabled=false")
+            found.append(
+                f"{path}={value!r} cannot be combined with HiFT; {remedy}, or set "
+                "hift.enabled=false (with launch/train.py: method.name=full)"
+            )
     return found

@@ -184,7 +184,9 @@ def _notes(settings: DataSettings, part: str, counts: dict[str, Any]) -> list[st
     if counts["truncated"]:
         notes.append(f"{part}: {counts['truncated']} of {read} examples were cut on the right to {limit}")
     if skipped := counts["skipped_no_target"]:
-        notes.append(f"{part}: {skipped} of {read} examples skipped: no trained token within {limit}")
+        notes.append(
+            f"{part}: {skipped} of {read} examples skipped: nothing to train within {limit}, e.g. no assistant's turn"
+        )
     notes += [
         f"{part}: {sentence(matter, remark['names'])}: {remark['rows']} of {read} rows, the first is {remark['first']}"
         for matter, remark in counts["remarks"].items()
