@@ -298,7 +298,7 @@ def evaluating(model: Any) -> Iterator[None]:
     The router loss of a mixture of experts belongs to training. transformers cannot compute it while it generates text.
     """
     training = model.training
-    config: Any = model.config.get_text_config()
+    config: Any = model.config.get_text_config() if hasattr(model, "config") else None  # a wrapper may have none
     routes = getattr(config, "output_router_logits", None)
     model.eval()
     try:
