@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hift_ds.config import ConfigError, HiFTConfig
     from hift_ds.engine import HiFTEngine
     from hift_ds.initialization import initialize
+    from hift_ds.integrations.callback import HiFTCallback
+    from hift_ds.integrations.interception import enabled
     from hift_ds.model.activations import checkpoint_activations
     from hift_ds.model.reach import freeze_patterns, unreached_parameters
     from hift_ds.optim.mezo import MeZO
@@ -24,10 +26,12 @@ __all__ = [
     "Block",
     "BlockSchedule",
     "ConfigError",
+    "HiFTCallback",
     "HiFTConfig",
     "HiFTEngine",
     "MeZO",
     "checkpoint_activations",
+    "enabled",
     "freeze_patterns",
     "initialize",
     "partition_model",
@@ -38,10 +42,12 @@ _MODULES = {
     "Block": "hift_ds.blocks.block",
     "BlockSchedule": "hift_ds.blocks.schedule",
     "ConfigError": "hift_ds.config",
+    "HiFTCallback": "hift_ds.integrations.callback",
     "HiFTConfig": "hift_ds.config",
     "HiFTEngine": "hift_ds.engine",
     "MeZO": "hift_ds.optim.mezo",
     "checkpoint_activations": "hift_ds.model.activations",
+    "enabled": "hift_ds.integrations.interception",
     "freeze_patterns": "hift_ds.model.reach",
     "initialize": "hift_ds.initialization",
     "partition_model": "hift_ds.blocks.partition",

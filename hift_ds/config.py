@@ -12,6 +12,7 @@ from hift_ds import paths
 from hift_ds.blocks.schedule import STRATEGIES
 
 SECTION = "hift"
+LR_TICKS = ("cycle", "step")
 # Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
 # Elements of a gradient in one chunk of its norm, which DeepSpeed copies to fp64.
@@ -96,6 +97,8 @@ class HiFTConfig:
         freeze: glob patterns of names of parameters that are never trained.
         max_block_numel: cut blocks with more elements between modules or tensors, or cut a tensor by rows.
         balance: cut blocks that are much larger than the typical block, and join blocks that are much smaller.
+        lr_ticks: what the learning-rate schedule counts: ``cycle``: it advances once per cycle; ``step``: whoever owns
+            the schedule advances it every step, and the engine holds one rate through a cycle.
         offload: see :class:`OffloadConfig`.
     """
 
@@ -107,6 +110,7 @@ class HiFTConfig:
     freeze: tuple[str, ...] = ()
     max_block_numel: int | None = None
     balance: bool = False
+    lr_ticks: str = "cycle"
     offload: OffloadConfig = field(default_factory=OffloadConfig)
 
     @classmethod
@@ -180,6 +184,7 @@ _SECTION_CHECKS: dict[str, _Check] = {
         "null, or the largest number of elements in a block",
     ),
     "balance": (lambda v: isinstance(v, bool), "true or false"),
+    "lr_ticks": (lambda v: v in LR_TICKS, "one of " + ", ".join(LR_TICKS)),
     "offload": (lambda v: isinstance(v, Mapping), "a mapping"),
 }
 _OFFLOAD_CHECKS: dict[str, _Check] = {

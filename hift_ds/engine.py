@@ -30,6 +30,7 @@ from hift_ds.model.activations import host_buffers
 from hift_ds.model.reach import freeze_patterns
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.properties import has_fused, is_elementwise
+from hift_ds.optim.rates import needs_metrics, rates_of_cycle
 from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
 from hift_ds.zero.block_optimizers import BlockOptimizers
@@ -87,8 +88,9 @@ class HiFTEngine(CheckpointingEngine):
 
     Use it like DeepSpeed's engine: ``engine(...)``, ``engine.backward(loss)``, ``engine.step()``. The active block does
     not change inside a gradient-accumulation window, nor after a skipped step. A step is skipped on all ranks if, on
-    any rank, a loss in the window or a gradient is non-finite. The learning-rate scheduler advances once per cycle (the
-    paper's delayed update), so it counts cycles.
+    any rank, a loss in the window or a gradient is non-finite. All blocks of a cycle are trained with the same learning
+    rate (the paper's delayed update): the schedule advances once per cycle, or, with ``lr_ticks: step``, the engine
+    uses the rate of the cycle's first step until the cycle ends.
 
     Make an engine with :func:`hift_ds.initialize`.
 
@@ -124,6 +126,9 @@ class HiFTEngine(CheckpointingEngine):
         self.blocks = partition_model(model, hift.layers_per_block, hift.freeze, hift.max_block_numel, hift.balance)
         named = dict(model.named_parameters())
         self._block_parameters = [[named[name] for name in block.parameter_names] for block in self.blocks]
+        self._trainable = [parameter for parameter in named.values() if parameter.requires_grad]
+        self._is_unfrozen = False
+        self._last_step: tuple[Any, int, int] | None = None  # learning rate, block, cycle
         trained = {id(parameter) for parameters in self._block_parameters for parameter in parameters}
         for parameter in named.values():
             if id(parameter) not in trained:
@@ -142,6 +147,7 @@ class HiFTEngine(CheckpointingEngine):
             if optimizer.block_state is not None:
                 optimizer.block_state.on_first_chunk = self._watch_memory
         self._peak_ledger = self._count_memory()
+        self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
         self._warn_of_long_schedule()
         self._configure_python_gc()
 
@@ -171,6 +177,33 @@ class HiFTEngine(CheckpointingEngine):
             self._watch_memory()
             self.block_optimizers.prefetch()
         return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's ``forward``."""
+        if self._is_unfrozen and self.training:
+            self._activate()
+        return super().forward(*args, **kwargs)
+
+    def unfreeze(self) -> None:
+        """Let all parameters require gradients again that did before the engine was made.
+
+        Call it when training is done. A further forward pass in training mode freezes the inactive blocks again.
+        """
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._is_unfrozen = True
+
+    def log_values(self) -> dict[str, float]:
+        """Return the learning rate, block and cycle of the last applied step, for a log; empty before the first.
+
+        Returns:
+            ``hift/lr``: the learning rate of the block's first parameter group; ``hift/block``: index into ``blocks``;
+            ``hift/cycle``: number of cycles completed before the step.
+        """
+        if self._last_step is None:
+            return {}
+        rate, block, cycle = self._last_step
+        return {"hift/lr": float(rate), "hift/block": block, "hift/cycle": cycle}
 
     def _why_unreached(self) -> str:
         block = self.blocks[self.active_block]
@@ -206,19 +239,23 @@ class HiFTEngine(CheckpointingEngine):
         with self._all_blocks():
             return super().load_checkpoint(*args, **kwargs)
 
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._all_blocks():  # with `exclude_frozen_parameters`, inactive blocks would be left out
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+
     def place(self) -> dict[str, Any]:
         """Return the position in the cycle and the blocks, for the manifest."""
         return {**self._schedule.state_dict(), "blocks": [[block.name, block.numel] for block in self.blocks]}
 
     def position(self) -> dict[str, Any]:
         """Return HiFT's entry for the client state of a checkpoint."""
-        return {_STATE_KEY: self.place()}
+        return {_STATE_KEY: {**self.place(), "lr_ticks": self.hift.lr_ticks, "rates": self.block_optimizers.rates}}
 
     def restore_position(self, where: str, client_state: dict[str, Any]) -> None:
         """Continue at the position in the cycle that a checkpoint's client state holds.
 
         Raises:
-            ValueError: the checkpoint was saved without HiFT, or with other blocks.
+            ValueError: the checkpoint was saved without HiFT, with other blocks, or with another ``lr_ticks``.
         """
         position = client_state.pop(_STATE_KEY, None)
         if position is None:
@@ -226,6 +263,14 @@ class HiFTEngine(CheckpointingEngine):
                 f"the checkpoint in {where!r} was saved without HiFT; load only its weights with load_module_only=True"
             )
         self.check_blocks(where, position.pop("blocks", None))  # an adopted checkpoint's manifest does not list them
+        ticks = position.pop("lr_ticks", "cycle")  # checkpoints of earlier versions do not name it
+        if ticks != self.hift.lr_ticks:
+            raise ValueError(
+                f"the checkpoint in {where!r} was saved with hift.lr_ticks={ticks!r}, this run has "
+                f"{self.hift.lr_ticks!r}, so its learning-rate schedule counts something else; resume with "
+                f"hift.lr_ticks={ticks!r}"
+            )
+        self.block_optimizers.rates = position.pop("rates", None)
         self._schedule.load_state_dict(position)
 
     def memory_ledger(self, peak: bool = False) -> Ledger:
@@ -290,6 +335,7 @@ class HiFTEngine(CheckpointingEngine):
         for parameters in (*self._block_parameters, self._block_parameters[active]):  # blocks may share a parameter
             for parameter in parameters:
                 parameter.requires_grad_(parameters is self._block_parameters[active])
+        self._is_unfrozen = False
         self.optimizer = self.block_optimizers.activate(active)
 
     def _clear_other_rows(self, name: str, parameter: torch.nn.Parameter) -> None:
@@ -307,23 +353,36 @@ class HiFTEngine(CheckpointingEngine):
                 parameter.requires_grad_(True)
         self.block_optimizers.settle()
         self.optimizer = self.block_optimizers
+        was_unfrozen = self._is_unfrozen
         try:
             yield
         finally:
             self._activate()
+            if was_unfrozen:
+                self.unfreeze()
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
-        self.block_optimizers.copy_settings()
-        self.block_optimizers.agree_on_loss()
-        scheduler, self.lr_scheduler = self.lr_scheduler, None  # it advances at the end of a cycle
+        optimizers, place = self.block_optimizers, (self.active_block, self.cycle)
+        if self.hift.lr_ticks == "step" and optimizers.rates is None:
+            optimizers.rates = rates_of_cycle(
+                optimizers.param_groups, self._given_schedule, self._schedule.steps_per_cycle
+            )
+        optimizers.copy_settings()
+        optimizers.agree_on_loss()
+        scheduler, self.lr_scheduler = self.lr_scheduler, None  # it advances below
         try:
             super()._take_model_step(lr_kwargs)
         finally:
             self.lr_scheduler = scheduler
         if not self.was_step_applied():
-            self.block_optimizers.report_skipped_step(f"{self.active_block} ({self.blocks[self.active_block].name})")
+            optimizers.report_skipped_step(f"{self.active_block} ({self.blocks[self.active_block].name})")
             return
-        if self._schedule.advance() and scheduler is not None:
+        self._last_step = (self.get_lr()[0], *place)
+        is_cycle_over = self._schedule.advance()
+        if is_cycle_over:
+            optimizers.rates = None
+        is_due = scheduler is not None and (lr_kwargs or not needs_metrics(scheduler))
+        if is_due and (is_cycle_over or self.hift.lr_ticks == "step"):
             scheduler.step(**(lr_kwargs or {}))
         self._activate()
 
@@ -510,12 +569,14 @@ class HiFTEngine(CheckpointingEngine):
         return self.timers if self.wall_clock_breakdown() else NoopTimer()
 
     def _warn_of_long_schedule(self) -> None:
-        """Warn if the learning-rate schedule has an end, since it counts cycles and not steps."""
+        """Warn if the learning-rate schedule has an end and counts cycles, not steps."""
+        if self.hift.lr_ticks == "step":
+            return
         attributes = ("total_num_steps", "total_steps", "total_iters", "T_max")
         ticks = next((v for name in attributes if isinstance(v := getattr(self.lr_scheduler, name, None), int)), None)
         if ticks and dist.get_rank() == 0 and self._schedule.steps_per_cycle > 1:
             logger.warning(
                 f"the learning-rate schedule of {ticks} ticks advances once per cycle: it ends after "
                 f"{ticks * self._schedule.steps_per_cycle} steps, not after {ticks}. For a run of N steps, give it "
-                f"ceil(N / {self._schedule.steps_per_cycle}) ticks"
+                f"ceil(N / {self._schedule.steps_per_cycle}) ticks, or set hift.lr_ticks='step'"
             )

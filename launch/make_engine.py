@@ -39,9 +39,10 @@ def find_blocks(settings: Settings, model: Any) -> list[hift_ds.Block]:
 
 def schedule_ticks(settings: Settings, blocks: Sequence[hift_ds.Block]) -> int:
     """Return how often the learning-rate schedule advances in the run."""
-    steps_per_block = settings.deepspeed["hift"].get("steps_per_block", 1)
-    method = METHODS[settings.method.name]
-    return method.schedule_ticks(settings.training.max_steps, len(blocks), steps_per_block)
+    hift, max_steps = settings.deepspeed["hift"], settings.training.max_steps
+    if hift.get("lr_ticks") == "step":
+        return max_steps
+    return METHODS[settings.method.name].schedule_ticks(max_steps, len(blocks), hift.get("steps_per_block", 1))
 
 
 def check_reach(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any, unreached: Sequence[str]) -> str:

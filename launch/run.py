@@ -229,8 +229,9 @@ class Run:
         self.say(summary.data_report(self.data))
         for note in self.settings.notes:
             self.say(f"note: {note}")
-        steps_per_block = self.settings.deepspeed["hift"].get("steps_per_block", 1)
-        if warning := low_rate_warning(self.settings, self.ticks, len(self.blocks) * steps_per_block or 1):
+        hift = self.settings.deepspeed["hift"]
+        cycle = len(self.blocks) * hift.get("steps_per_block", 1) if hift.get("lr_ticks") != "step" else 1
+        if warning := low_rate_warning(self.settings, self.ticks, cycle or 1):
             self.say(warning)
         seed_generators(self.settings.training.seed)
         model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say))

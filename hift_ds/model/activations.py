@@ -7,6 +7,7 @@ layers below the active block, which no backward pass reads.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -51,6 +52,25 @@ def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints
     checkpoints = HostCheckpoints(HostMemory(), transfers)
     checkpoints.install(model)
     return checkpoints
+
+
+def limit_recomputation(model: torch.nn.Module) -> None:
+    """Let backward recompute only layers from the active block up, if a model's activation checkpointing is on.
+
+    It does this to a model whose checkpointing was turned on elsewhere: it stops the outputs of the embeddings from
+    requiring gradients, and makes reentrant checkpointing non-reentrant, which does not need that. Results are equal.
+
+    Args:
+        model: a module; only the transformers models in it change.
+    """
+    for module in model.modules():
+        without_input_gradients: Any = getattr(module, "disable_input_require_grads", None)
+        if without_input_gradients is not None:
+            without_input_gradients()
+        call = getattr(module, _CALL, None)
+        if isinstance(call, functools.partial) and call.keywords.get("use_reentrant"):
+            keywords = {**call.keywords, "use_reentrant": False}
+            setattr(module, _CALL, functools.partial(call.func, *call.args, **keywords))
 
 
 class HostCheckpoints:

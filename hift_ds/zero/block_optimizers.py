@@ -44,6 +44,8 @@ class BlockOptimizers:
         optimizer: the configured optimizer.
         optimizers: the optimizers of the blocks, without repetition.
         active: index of the active block.
+        rates: for each parameter group of ``optimizer``, the learning rate that blocks use instead of its own; None:
+            its own.
         staging: the staging memory on the device; None: DeepSpeed keeps the state.
     """
 
@@ -98,6 +100,7 @@ class BlockOptimizers:
         self.optimizers[0].share_host_buffers(self.optimizers)
         self.staging = staging
         self.active = 0
+        self.rates: list[Any] | None = None
 
     def _share_between_blocks(self) -> None:
         """Let all blocks use one loss scale, and the largest block's gradient buffers."""
@@ -160,6 +163,8 @@ class BlockOptimizers:
         for group, source in zip(groups, self._sources[self._places[self.active][0]], strict=True):
             settings = self.optimizer.param_groups[source]
             group.update({key: value for key, value in settings.items() if key != "params"})
+            if self.rates is not None:
+                group["lr"] = self.rates[source]
 
     def prefetch(self) -> None:
         """Start to copy the active block's state to the device, as far as the slots have room.

@@ -1,0 +1,55 @@
+"""What HiFT reports through the Trainer of transformers while it trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.trainer_callback import TrainerCallback
+
+from hift_ds.engine import HiFTEngine
+from hift_ds.integrations.messages import NO_ENGINE
+from hift_ds.optim.rates import needs_metrics
+
+
+class TrainerReports(TrainerCallback):
+    """Follows the engine of a Trainer while it trains; an open interception adds it to the Trainer.
+
+    Args:
+        engine_of: returns the engine that was made of a model, or None.
+    """
+
+    _engine: Any = None
+
+    def __init__(self, engine_of: Callable[[Any], Any]):
+        self._engine_of = engine_of
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Find the engine; it is an error if there is none."""
+        self._engine = self._engine_of(model)
+        if self._engine is None:
+            raise RuntimeError(f"the Trainer trains without a HiFT engine: {NO_ENGINE}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Add the learning rate, block and cycle of the last step to the log."""
+        if isinstance(self._engine, HiFTEngine) and logs is not None:
+            values = self._engine.log_values()
+            logs.update(values)
+            state.log_history[-1].update(values)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Advance a schedule that follows a metric, where DeepSpeed owns it: the Trainer advances only its own."""
+        schedule = getattr(self._engine, "lr_scheduler", None)
+        if schedule is None or not needs_metrics(schedule) or not metrics or state.global_step == 0:
+            return
+        name = args.metric_for_best_model or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            raise KeyError(
+                f"metric_for_best_model={args.metric_for_best_model!r}: the schedule {type(schedule).__name__} follows "
+                f"{name!r}, which is not among the metrics {', '.join(metrics)}"
+            )
+        schedule.step(metrics[name])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let all parameters require gradients as before."""
+        if isinstance(self._engine, HiFTEngine):
+            self._engine.unfreeze()
