@@ -18,7 +18,7 @@ class PlainHiFT:
     """Train one block per step. Each block has its own optimizer and step count.
 
     Args:
-        model: a module whose output has a scalar ``loss``, the mean over its micro-batch.
+        model: a module whose output has a scalar ``loss``, the mean over its micro-batch, unless ``share`` is given.
         blocks: the parameter names of each block, as ``model.named_parameters()`` gives them.
         rows: for each block the slice (start, stop) of rows that it trains, by parameter name, for sliced parameters.
         make_optimizer: builds a block's optimizer from its (name, tensor) pairs.
@@ -28,6 +28,8 @@ class PlainHiFT:
         clip: maximum L2 norm of the active block's gradient; 0 = no clipping.
         loss_scale: factor of the loss in the backward pass, divided out of the fp32 gradients; a power of two.
         norm: computes the gradient norm; None = `global_norm`, in fp32. (DeepSpeed's ZeRO sums in fp64, slow on a CPU.)
+        share: computes what a micro-batch adds to the step's loss, from the model, the micro-batch and their number;
+            None = the model's loss divided by the number.
 
     16-bit weights get fp32 master weights, block by block (the paper's Mixed^Hi). Gradients are accumulated over the
     micro-batches in the weights' precision, as in DeepSpeed at every stage unless `grad_accum_dtype` is set.
@@ -46,8 +48,10 @@ class PlainHiFT:
         clip: float = 0.0,
         loss_scale: float = 1.0,
         norm: Callable[[list[Tensor]], Tensor] | None = None,
+        share: Callable[[nn.Module, Mapping[str, Any], int], Tensor] | None = None,
     ) -> None:
         self.model = model
+        self.share = share or _mean_share
         self.order = list(order) if order is not None else list(range(len(blocks)))
         self.steps_per_block = steps_per_block
         self.clip = clip
@@ -84,8 +88,13 @@ class PlainHiFT:
         """Learning rate of the next step (of the first parameter group)."""
         return self.optimizers[self.active_block].param_groups[0]["lr"]
 
-    def step(self, micro_batches: Sequence[Mapping[str, Any]]) -> float:
-        """Train the active block one step on the mean gradient of the micro-batches; return the mean loss."""
+    def step(self, micro_batches: Sequence[Mapping[str, Any]], ranks: int = 1) -> float:
+        """Train the active block one step on the mean gradient of the micro-batches; return the mean loss.
+
+        Args:
+            micro_batches: those of all ranks, rank by rank, as many for each.
+            ranks: the gradients of each rank are accumulated first and then added, as ranks do.
+        """
         active = self.active_block
         params, masters, optimizer = self.blocks[active], self.masters[active], self.optimizers[active]
         rows = self.rows[active]
@@ -93,10 +102,16 @@ class PlainHiFT:
             p.requires_grad_(True)
 
         mean_loss = 0.0
-        for batch in micro_batches:
-            loss = self.model(**batch).loss / len(micro_batches)
+        of_ranks: list[list[Tensor | None]] = []
+        for index, batch in enumerate(micro_batches, 1):
+            loss = self.share(self.model, batch, len(micro_batches))
             (loss * self.loss_scale).backward()
             mean_loss += loss.item()
+            if index % (len(micro_batches) // ranks) == 0 and ranks > 1:
+                of_ranks.append([p.grad for p in params])
+                self.model.zero_grad()
+        for p, *grads in zip(params, *of_ranks, strict=True) if of_ranks else ():
+            p.grad = sum(g for g in grads if g is not None) if any(g is not None for g in grads) else None
 
         for p, cut, master in zip(params, rows, masters, strict=True):
             p.requires_grad_(False)
@@ -124,6 +139,10 @@ class PlainHiFT:
             norm = self.norm(grads)
             torch._foreach_mul_(grads, 1 / ((norm + 1e-6) / self.clip).clamp(min=1))
             self.grad_norm = norm.item()
+
+
+def _mean_share(model: nn.Module, batch: Mapping[str, Any], count: int) -> Tensor:
+    return model(**batch).loss / count
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
