@@ -472,7 +472,7 @@ def test_top_level_is_the_designs():
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     folders = {name.split("/")[0] for name in listed if "/" in name}
     files = {name for name in listed if "/" not in name}
-    assert folders - {"docs"} == {*MAY_IMPORT, "configs", "tests", ".ci"}
+    assert folders - {"docs"} == {*MAY_IMPORT, "configs", "examples", "tests", ".ci"}
     needed = {
         *("README.md", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt"),
         *(".gitignore", ".pre-commit-config.yaml"),
