@@ -121,10 +121,16 @@ class Interception:
         results = initialize(**{**rest, "config": {**config, hift_config.SECTION: given}})
         engine = results[0]
         if isinstance(engine, HiFTEngine):
-            limit_recomputation(engine.module)
+            engine.register_forward_pre_hook(_limit_recomputation)
         self._engines.add(engine)
         self.made += 1
         return results
+
+
+def _limit_recomputation(engine: torch.nn.Module, _: Any) -> None:
+    """Before a forward pass of an engine: let its backward pass recompute layers from the active block up only."""
+    if engine.training:
+        limit_recomputation(engine.module)
 
 
 _open: list[Interception] = []  # the last one is the innermost

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 _CALL = "_gradient_checkpointing_func"  # attribute of transformers' layers: the function that calls the layer
+# Names of the hooks by which transformers, and PEFT and TRL, let the outputs of embeddings require gradients.
+_INPUT_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints | None:
@@ -60,15 +62,19 @@ def limit_recomputation(model: torch.nn.Module) -> None:
     It does this to a model whose checkpointing was turned on elsewhere: it stops the outputs of the embeddings from
     requiring gradients, and makes reentrant checkpointing non-reentrant, which does not need that. Results are equal.
 
+    Call it before each forward pass that is trained on: TRL, for one, turns checkpointing off and on again for each
+    forward pass of a reference model, and asks for gradients of the embeddings' outputs each time.
+
     Args:
         model: a module; only the transformers models in it change.
     """
     for module in model.modules():
-        without_input_gradients: Any = getattr(module, "disable_input_require_grads", None)
-        if without_input_gradients is not None:
-            without_input_gradients()
+        # transformers' disable_input_require_grads knows only the hook that was added last.
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", None) in _INPUT_GRADIENTS:
+                del module._forward_hooks[key]
         call = getattr(module, _CALL, None)
-        if isinstance(call, functools.partial) and call.keywords.get("use_reentrant"):
+        if isinstance(call, functools.partial) and call.keywords.get("use_reentrant", True):
             keywords = {**call.keywords, "use_reentrant": False}
             setattr(module, _CALL, functools.partial(call.func, *call.args, **keywords))
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hift_ds
 import hift_ds.model.activations
-from hift_ds.model.activations import HostCheckpoints, checkpoint_activations
+from hift_ds.model.activations import HostCheckpoints, checkpoint_activations, limit_recomputation
 from hift_ds.state import transfer as offload
 from hift_ds.state.allocator import HostMemory
 from tests.support import tiny
@@ -55,6 +55,23 @@ def hosted(**changes: Any) -> Callable[[], HostCheckpoints]:
 
 def same(ours: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ours, truth, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("arguments", [{"use_reentrant": True}, {"use_reentrant": False}, {"preserve_rng_state": True}])
+def test_no_layer_below_the_active_block_is_recomputed(arguments: dict[str, bool]) -> None:
+    model = tiny.model()
+    for _ in range(3):  # each time, transformers adds a hook and forgets the one before
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    limit_recomputation(model)
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    model(**tiny.micro_batch(0, 0)).loss.backward()
+    assert calls[: tiny.LAYERS] == [0, 1, 2, 3]
+    assert calls[tiny.LAYERS :] == [3, 2]
 
 
 def test_host_memory_changes_no_bit() -> None:
