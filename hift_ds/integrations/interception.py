@@ -127,7 +127,7 @@ class Interception:
         return results
 
 
-def _limit_recomputation(engine: torch.nn.Module, _: Any) -> None:
+def _limit_recomputation(engine: Any, _: Any) -> None:
     """Before a forward pass of an engine: let its backward pass recompute layers from the active block up only."""
     if engine.training:
         limit_recomputation(engine.module)
