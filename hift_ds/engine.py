@@ -180,7 +180,7 @@ class HiFTEngine(CheckpointingEngine):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's ``forward``."""
-        if self._is_unfrozen and self.training:
+        if self._is_unfrozen and self.module.training:
             self._activate()
         return super().forward(*args, **kwargs)
 
@@ -332,9 +332,10 @@ class HiFTEngine(CheckpointingEngine):
     def _activate(self) -> None:
         """Freeze all parameters outside the scheduled block, and use the block's optimizer."""
         active = self._schedule.active_block
-        for parameters in (*self._block_parameters, self._block_parameters[active]):  # blocks may share a parameter
-            for parameter in parameters:
-                parameter.requires_grad_(parameters is self._block_parameters[active])
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+        for parameter in self._block_parameters[active]:
+            parameter.requires_grad_(True)
         self._is_unfrozen = False
         self.optimizer = self.block_optimizers.activate(active)
 
