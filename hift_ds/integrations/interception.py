@@ -129,7 +129,7 @@ class Interception:
 
 def _limit_recomputation(engine: Any, _: Any) -> None:
     """Before a forward pass of an engine: let its backward pass recompute layers from the active block up only."""
-    if engine.training:
+    if engine.module.training:
         limit_recomputation(engine.module)
 
 
