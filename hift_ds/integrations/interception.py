@@ -82,7 +82,7 @@ class Interception:
         self.refuses_other_steps = refuses_other_steps
         self._section = {"lr_ticks": "step", **section}
         self._model = None if model is None else weakref.ref(model)
-        self._engines: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._engines: list[weakref.ref[torch.nn.Module]] = []
         if not _open:
             _originals.replace()
         _open.append(self)
@@ -98,13 +98,14 @@ class Interception:
         _open.remove(self)
         if not _open:
             _originals.restore()
-        for engine in self._engines:
-            if isinstance(engine, HiFTEngine):
+        for reference in self._engines:
+            if isinstance(engine := reference(), HiFTEngine):
                 engine.unfreeze()
 
     def engine_of(self, model: Any) -> Any:
-        """Return the engine with an optimizer that was made of a model, or None."""
-        return next((engine for engine in self._engines if engine.module is model), None)
+        """Return the last engine with an optimizer that was made of a model, or None."""
+        alive = (engine for reference in reversed(self._engines) if (engine := reference()) is not None)
+        return next((engine for engine in alive if engine.module is model), None)
 
     def make(self, arguments: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
         """Call ``hift_ds.initialize``; its arguments and results."""
@@ -122,7 +123,7 @@ class Interception:
         engine = results[0]
         if isinstance(engine, HiFTEngine):
             engine.register_forward_pre_hook(_limit_recomputation)
-        self._engines.add(engine)
+        self._engines.append(weakref.ref(engine))
         self.made += 1
         return results
 
