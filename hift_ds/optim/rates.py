@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.utils import logger
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -31,7 +32,7 @@ def rates_of_cycle(groups: Sequence[dict[str, Any]], schedule: Any, steps: int) 
     Args:
         groups: the parameter groups that the schedule changes.
         schedule: the schedule; None: search for one that a script made for these groups.
-        steps: number of steps in the cycle. The schedule advances once per step.
+        steps: number of steps in the cycle.
     """
     rates = [_copied(group["lr"]) for group in groups]
     if all(float(rate) for rate in rates):
@@ -39,7 +40,7 @@ def rates_of_cycle(groups: Sequence[dict[str, Any]], schedule: Any, steps: int) 
     schedule = schedule if schedule is not None else schedule_of(groups)
     if schedule is None or needs_metrics(schedule):
         return rates
-    later = _rates_after(schedule, groups, steps - 1)
+    later = _rates_after(schedule, groups, _ticks(schedule, steps - 1))
     return [rate if float(rate) else at_end for rate, at_end in zip(rates, later, strict=True)]
 
 
@@ -57,6 +58,22 @@ def schedule_of(groups: Sequence[dict[str, Any]]) -> LRScheduler | None:
     ]
     parts = {id(part) for schedule in found for part in getattr(schedule, "_schedulers", ())}
     return next((schedule for schedule in found if id(schedule) not in parts), None)
+
+
+def _ticks(schedule: Any, steps: int) -> int:
+    """Return how often a schedule advances in a number of steps: once per step, unless a framework does it otherwise.
+
+    accelerate advances a script's schedule once for each process. Lightning advances it every few steps, or after
+    epochs, which count as none here.
+    """
+    for thing in gc.get_objects():
+        kind = type(thing).__name__
+        if kind == "AcceleratedScheduler" and thing.scheduler is schedule:
+            is_each_process = thing.step_with_optimizer and not thing.split_batches
+            return steps * (dist.get_world_size() if is_each_process else 1)
+        if kind == "LRSchedulerConfig" and thing.scheduler is schedule:
+            return steps // thing.frequency if thing.interval == "step" else 0
+    return steps
 
 
 def _rates_after(schedule: Any, groups: Sequence[dict[str, Any]], ticks: int) -> list[Any]:

@@ -69,6 +69,28 @@ def _forget() -> None:
     unset_hf_deepspeed_config()
 
 
+def accelerate_on_cpu() -> Any:
+    """Let accelerate see all ranks: with DeepSpeed on CPUs, it takes each rank for the only one."""
+    from accelerate import DistributedType, PartialState
+
+    return mock.patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_CPU))
+
+
+@contextlib.contextmanager
+def lightning_on_cpu() -> Iterator[None]:
+    """Let Lightning's DeepSpeed strategy run on CPUs: without its check of the device, and with numbered devices."""
+    from lightning.pytorch.accelerators import CPUAccelerator
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+    devices = staticmethod(lambda count: [torch.device("cpu", rank) for rank in range(int(count))])
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(DeepSpeedStrategy, "setup_environment", DDPStrategy.setup_environment),
+        mock.patch.object(CPUAccelerator, "get_parallel_devices", devices),
+    ):
+        yield
+
+
 class Recording(contextlib.AbstractContextManager):
     """What each training forward pass of a model gets, and the learning rates inside the steps of its optimizers.
 
