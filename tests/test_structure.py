@@ -291,24 +291,6 @@ def test_scripts_shadow_no_library():
     )
 
 
-AS_SCRIPT = """
-import importlib.util, runpy, sys
-sys.path[0], sys.argv = "launch", ["launch/train.py", "--help"]
-try:
-    runpy.run_path("launch/train.py", run_name="__main__")
-except SystemExit as ended:
-    assert not ended.code
-print([name for name in ("runtime", "callbacks", "errors") if importlib.util.find_spec(name)], file=sys.stderr)
-"""
-
-
-def test_the_training_script_hides_no_library_of_a_users_model():
-    """The rooms of launch/ are not importable at the top level, where `runtime` or `data` could be somebody else's."""
-    done = subprocess.run([sys.executable, "-c", AS_SCRIPT], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", done.stderr
-    assert "--config FILE" in done.stdout
-
-
 # --- what no source may hold ------------------------------------------------------------------------
 
 

@@ -82,7 +82,10 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A process that has imported everything forks the ranks, so that only the first of a session waits for imports.
+        # A GPU's driver does not survive a fork.
+        context: Any = multiprocessing.get_context("forkserver" if _accelerator() == "cpu" else "spawn")
+        context.set_forkserver_preload(["tests.support.imported"])
         meeting_point = os.path.join(tempfile.mkdtemp(prefix="hift-ranks-"), "store")
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -105,7 +108,7 @@ def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, **kwargs: 
     """
     if refused_to is not None:
         raise RankError(f"{refused_to} starts ranks: move it to tests/integration, or mark it as slow")
-    if os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+    if _accelerator() != "cpu":
         from deepspeed.accelerator import get_accelerator
 
         if get_accelerator().device_count() < size:
@@ -114,6 +117,10 @@ def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, **kwargs: 
         _pools[size] = RankPool(size)
         atexit.register(_pools[size].close)
     return _pools[size].run(function, *args, **kwargs)
+
+
+def _accelerator() -> str:
+    return os.environ.get("DS_ACCELERATOR", "cpu")
 
 
 def free_port() -> str:
@@ -135,7 +142,7 @@ def _serve(pipe: Connection, rank: int, size: int, meeting_point: str) -> None:
         # tests may run at once.
         "MASTER_PORT": str(10_000 + os.getppid() % 50_000),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
+        "DS_ACCELERATOR": _accelerator(),
     }
     import torch
     from deepspeed.accelerator import get_accelerator

@@ -136,10 +136,14 @@ def test_what_the_planner_does_not_know_has_no_plan(method: str, sections: dict[
 
 
 def test_shipped_comparisons_have_plans_for_the_planner_s_methods() -> None:
+    """Of SmolLM2 with fewer layers: what can be planned does not depend on their number."""
+    smollm2 = load_config("smollm2-135m")
+    smollm2.num_hidden_layers = 8
+    smollm2.layer_types = smollm2.layer_types[:8] if getattr(smollm2, "layer_types", None) else None
     for path in sorted((REPOSITORY / "configs").glob("compare_smollm2*.yaml")):
         overrides = ["data.path=null", "tasks=[rte]"]
         comparison = load_comparison(str(path), overrides)
         for row in comparison.rows:
             if row.method in ("full", "hift", "lora", "mezo"):
                 settings = comparison.run_settings(row, comparison.budgets[0], 0, 1e-3, 1)
-                assert planned_memory(settings, load_config("smollm2-135m"), 64, ranks=1), (path, row.label)
+                assert planned_memory(settings, smollm2, 64, ranks=1), (path, row.label)

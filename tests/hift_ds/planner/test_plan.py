@@ -204,17 +204,17 @@ def test_written_configs_are_deepspeeds(options: dict[str, Any], tmp_path: Path)
 def test_checkpoints_in_host_memory_are_a_change_that_fits() -> None:
     """Between the need with checkpoints on the device and the one without only their offload helps."""
     options = {"seq_len": 512, "batch_size": 1, "loss_chunk": 64}
-    deep = {**SMALL, "num_hidden_layers": 12}
+    deep = {**SMALL, "num_hidden_layers": 6}
     on_device = plan_memory(deep, activation_checkpointing=True, **options)
     in_host = plan_memory(deep, checkpoint_offload=True, **options)
     hidden = 2 * 512 * 128
-    assert in_host.host["activations"] == 12 * hidden and on_device.host["activations"] == 0
-    # Of 12 checkpoints those of the layer at work and of the next one are on the device.
-    assert sum(on_device.device.values()) - sum(in_host.device.values()) >= 9 * hidden
+    assert in_host.host["activations"] == 6 * hidden and on_device.host["activations"] == 0
+    # Of 6 checkpoints those of the layer at work and of the next one are on the device.
+    assert sum(on_device.device.values()) - sum(in_host.device.values()) >= 3 * hidden
     room = sum(on_device.device.values()) - hidden
     fit = plan_memory(deep, gpu_memory=room, reserve="0", **options).fit
     assert fit is not None and fit["change"] == "activation checkpointing and checkpoints in host memory"
-    assert fit["device_total"] <= room and fit["longest_sequence"] > 512
+    assert fit["device_total"] <= room and fit["longest_sequence"] >= 512
     again = plan_memory(deep, gpu_memory=room, reserve="0", activation_checkpointing=True, **options).fit
     assert again is not None and again["change"] == "checkpoints in host memory"
 

@@ -21,9 +21,15 @@ from hift_ds.state.transfer import Lane, Staging, wait
 from tests.hift_ds.state.test_transfer import CPU, SLOTS, Owner, random_steps, same
 from tests.support.lazy_streams import LazyStreams, MissingWait
 
-needs_aio = pytest.mark.skipif(
-    hift_ds.state.direct_io.library()[0] is None, reason=hift_ds.state.direct_io.library()[1]
-)
+needs_aio = pytest.mark.usefixtures("aio")
+
+
+@pytest.fixture(scope="module")
+def aio() -> None:
+    """Loading it asks the processor what it is, which takes seconds: not at import."""
+    module, reason = hift_ds.state.direct_io.library()
+    if module is None:
+        pytest.skip(reason)
 
 
 def direct_memory(folder: Path) -> tuple[HostMemory, DirectIO]:

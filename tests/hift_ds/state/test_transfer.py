@@ -236,9 +236,11 @@ def test_new_state_does_not_pile_up_on_the_device(lazy: bool) -> None:
         state.settle()
 
 
-@pytest.mark.parametrize("place", ("memory", "files"))
+@pytest.mark.parametrize(
+    ("place", "trips"), [("memory", 1000), ("files", 100), pytest.param("files", 1000, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("step", SLOTS)
-def test_1000_round_trips_keep_every_bit(step: str, place: str, tmp_path: Path) -> None:
+def test_round_trips_keep_every_bit(step: str, place: str, trips: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     host = HostMemory(folder=str(tmp_path) if place == "files" else None)
     owner, staging = Owner([3000, 70, 1], True, generator), Staging(CPU, SLOTS[step], host.direct)
@@ -259,7 +261,7 @@ def test_1000_round_trips_keep_every_bit(step: str, place: str, tmp_path: Path) 
                 values.view(torch.int32).bitwise_not_()
 
     optimizer.step = negate
-    for trip in range(1000):
+    for trip in range(trips):
         if trip % 2:
             state.prefetch()
         if trip % 3 == 0:

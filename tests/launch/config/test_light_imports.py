@@ -42,12 +42,26 @@ def test_a_refused_setting_imports_no_heavy_library() -> None:
     assert "yaml" in imported and not imported.intersection(HEAVY)
 
 
-def test_a_start_imports_no_bitsandbytes() -> None:
-    """Its import logs "Failed to load CPU gemm_4bit_forward ..." on some CPUs."""
-    done = run_python("-X", "importtime", "launch/train.py", "--help")
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert done.returncode == 0 and "usage: launch/train.py" in done.stdout
-    assert "torch" in imported and not imported.intersection({"peft", "bitsandbytes"})
+AS_SCRIPT = """
+import importlib.util, runpy, sys
+sys.path[0], sys.argv = "launch", ["launch/train.py", "--help"]
+try:
+    runpy.run_path("launch/train.py", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+print(*[name for name in ("runtime", "callbacks", "errors") if importlib.util.find_spec(name)])
+print(*sorted({"torch", "peft", "bitsandbytes"}.intersection(sys.modules)))
+"""
+
+
+def test_the_training_script_hides_and_loads_no_library_of_others() -> None:
+    """The rooms of launch/ are not importable at the top level, where `runtime` or `data` could be somebody else's.
+
+    The import of bitsandbytes logs "Failed to load CPU gemm_4bit_forward ..." on some CPUs.
+    """
+    done = run_python("-c", AS_SCRIPT)
+    assert done.returncode == 0 and "usage: launch/train.py" in done.stdout and "--config FILE" in done.stdout
+    assert done.stdout.splitlines()[-2:] == ["", "torch"], done.stdout
 
 
 NOISY_PEFT = """
