@@ -89,6 +89,8 @@ def engine_record(engine: Any) -> dict[str, Any]:
     """Return what the engine knows about the step it has just taken."""
     norm = engine.get_global_grad_norm()
     record: dict[str, Any] = {"grad_norm": None if norm is None else finite(float(norm))}
+    if hasattr(engine, "log_values") and engine.was_step_applied():
+        record["learning_rate"] = engine.log_values()["hift/lr"]  # with lr_ticks: step it is not the schedule's
     if engine.fp16_enabled():
         record["loss_scale"] = float(engine.optimizer.loss_scale)
     if hasattr(engine, "memory_ledger"):

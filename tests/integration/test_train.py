@@ -202,6 +202,9 @@ def test_learning_rate_is_constant_in_a_cycle_and_falls_at_its_end(tmp_path: Pat
     run_tiny(1, tmp_path / "two", *overrides, "deepspeed.hift.steps_per_block=2")
     rates = [record["learning_rate"] for record in records(tmp_path / "two")]
     assert rates == pytest.approx([3e-3] * 12 + [1.5e-3] * 3)  # 15 steps of 6 blocks, two steps each: 2 ticks
+    run_tiny(1, tmp_path / "step", *overrides, "deepspeed.hift.lr_ticks=step")
+    rates = [record["learning_rate"] for record in records(tmp_path / "step")]
+    assert rates == pytest.approx([3e-3] * 6 + [3e-3 * 9 / 15] * 6 + [3e-3 * 3 / 15] * 3)  # of the cycle's first step
 
 
 def test_a_run_shorter_than_a_cycle_warns(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import transformers
 
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.errors import NotApplicable, UserError
-from hift_ds.launch.make_engine import check_reach, find_blocks, make_engine
+from hift_ds.launch.make_engine import check_reach, find_blocks, make_engine, schedule_ticks
 from tests.support.towers import BART, GEMMA3, TEXT, TOWER
 from tests.support.training import TINY
 
@@ -52,6 +52,15 @@ def test_unreached_parameters_among_others_are_a_note() -> None:
     note = checked("bart")
     assert note.startswith("note: ") and "weight decay" in note
     assert checked("bart", remedy(note)) == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ticks"),
+    [((), 5), (("deepspeed.hift.steps_per_block=2",), 3), (("deepspeed.hift.lr_ticks=step",), 20)],
+)
+def test_a_schedule_counts_cycles_or_steps(overrides: tuple[str, ...], ticks: int) -> None:
+    settings = load_settings(TINY, ("training.max_steps=20", *overrides))
+    assert schedule_ticks(settings, find_blocks(settings, skeleton("llama"))) == ticks
 
 
 def test_blocks_of_reached_and_unreached_layers_are_a_note() -> None:
