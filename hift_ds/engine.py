@@ -5,6 +5,7 @@ Source: the HiFT paper, Algorithm 1 and section 3.1. Only this file and ``hift_d
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -117,11 +118,15 @@ class HiFTEngine(CheckpointingEngine):
     lr_scheduler: Any
     block_optimizers: BlockOptimizers
     skips_by_itself = True  # steps with a non-finite loss or gradient; DeepSpeed's engine does not skip all of them
+    # The engine that freezes a model's parameters: the last one that was made of it.
+    _owners: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __init__(
         self, model: torch.nn.Module, hift: HiFTConfig, config: Mapping[str, Any], mpu: Any = None, **kwargs: Any
     ):
         config_class = DeepSpeedConfig(config, mpu)
+        if (predecessor := self._owner_of(model)) is not None:
+            predecessor._let_go()
         self.hift = hift
         self.blocks = partition_model(model, hift.layers_per_block, hift.freeze, hift.max_block_numel, hift.balance)
         named = dict(model.named_parameters())
@@ -133,8 +138,10 @@ class HiFTEngine(CheckpointingEngine):
         for parameter in named.values():
             if id(parameter) not in trained:
                 parameter.requires_grad_(False)
-        for name in {name: None for block in self.blocks for name in block.slices}:  # must run before DeepSpeed's hooks
+        self._row_hooks = [  # must run before DeepSpeed's hooks
             named[name].register_post_accumulate_grad_hook(functools.partial(self._clear_other_rows, name))
+            for name in {name: None for block in self.blocks for name in block.slices}
+        ]
         self._schedule = BlockSchedule(len(self.blocks), hift.strategy, hift.steps_per_block, hift.seed)
         super().__init__(model=model, config=config, config_class=config_class, mpu=mpu, **kwargs)
         if self.basic_optimizer is None:
@@ -150,6 +157,7 @@ class HiFTEngine(CheckpointingEngine):
         self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
         self._warn_of_long_schedule()
         self._configure_python_gc()
+        self._owners[model] = weakref.ref(self)
 
     # ---- the public interface ----------------------------------------------------------------------------------
 
@@ -189,9 +197,23 @@ class HiFTEngine(CheckpointingEngine):
 
         Call it when training is done. A further forward pass in training mode freezes the inactive blocks again.
         """
+        if self._owner_of(self.module) is not self:
+            return
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         self._is_unfrozen = True
+
+    @classmethod
+    def _owner_of(cls, model: torch.nn.Module) -> Any:
+        return cls._owners.get(model, lambda: None)()
+
+    def _let_go(self) -> None:
+        """Leave the model as it was before the engine, for another engine."""
+        if self._owner_of(self.module) is self:  # not if Python deletes the engine after another one was made
+            self.unfreeze()
+            del self._owners[self.module]
+        for hook in self._row_hooks:
+            hook.remove()
 
     def log_values(self) -> dict[str, float]:
         """Return the learning rate, block and cycle of the last applied step, for a log; empty before the first.
@@ -322,9 +344,10 @@ class HiFTEngine(CheckpointingEngine):
             self.block_optimizers.return_to_host()
 
     def destroy(self) -> None:
-        """Release what DeepSpeed holds for all blocks."""
+        """Release what DeepSpeed holds for all blocks. All parameters require gradients again that did before."""
         if hasattr(self, "block_optimizers"):
             self.optimizer = self.block_optimizers
+            self._let_go()
         super().destroy()
 
     # ---- the active block --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import ast
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from hift_ds.checkpoint import manifest
 from tests.support import tiny
+from tests.support.parity import FINER
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 
@@ -249,3 +251,37 @@ def other_blocks(folder: str) -> list[str]:
 def test_a_checkpoint_of_another_cut_is_refused(tmp_path: Path) -> None:
     (messages,) = run_on_ranks(1, other_blocks, str(tmp_path))
     assert "layers_per_block" in messages[0] and "block order" in messages[1] and "no blocks" in messages[2]
+
+
+def train_after(predecessor: str, by_rows: bool) -> tuple[list[list[str]], dict[str, torch.Tensor], list[str]]:
+    """In a rank: the blocks and weights of a training after another engine of the same model made a step of the last
+    block, and the parameters that are frozen after `destroy`."""
+    import gc
+
+    case = Case(stage=2, max_block_numel=FINER if by_rows else None, strategy="bottom2up")
+    llama = tiny.model()
+    if predecessor != "none":
+        first = tiny.initialize(replace(case, strategy="top2down"), llama=llama)
+        tiny.optimizer_step(first, 99)
+        if predecessor == "destroyed":
+            first.destroy()
+        for parameter, start in zip(llama.parameters(), tiny.model().parameters(), strict=True):
+            parameter.data.copy_(start.data)
+    engine = tiny.initialize(case, llama=llama)
+    if predecessor == "destroyed":
+        del first
+        gc.collect()  # a deleted engine must not change parameters that another one trains
+    for step in range(3):
+        tiny.optimizer_step(engine, step)
+    blocks, weights = [list(block.parameter_names) for block in engine.blocks], tiny.weights(engine)
+    engine.destroy()
+    return blocks, weights, [name for name, parameter in llama.named_parameters() if not parameter.requires_grad]
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_an_engine_after_another_one_of_the_same_model(by_rows: bool) -> None:
+    alone, *others = (run_on_ranks(1, train_after, before, by_rows)[0] for before in ("none", "destroyed", "alive"))
+    assert alone[2] == []
+    for other in others:
+        assert other[0] == alone[0] and other[2] == []
+        assert tiny.identical(other[1], alone[1])

@@ -16,7 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hift_ds.evaluation.cost.plain_loop import NamedTensors, PlainHiFT
 from tests.support import tiny
+from tests.support.paths import REPOSITORY
 
+EXAMPLES = REPOSITORY / "examples"
 LAYERS = 3  # hidden layers; with the embeddings and the head n = 5
 VOCABULARY = 262  # of the byte tokenizer
 WORDS = "the a red blue old new small large house river stone bird runs sleeps falls shines slowly often".split()
