@@ -171,6 +171,11 @@ class HiFTEngine(CheckpointingEngine):
         """Completed cycles: in a cycle, each block is trained for ``steps_per_block`` steps."""
         return self._schedule.cycle
 
+    @property
+    def steps_per_cycle(self) -> int:
+        """Number of steps in a cycle."""
+        return self._schedule.steps_per_cycle
+
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """DeepSpeed's ``backward``: compute the active block's gradients.
 

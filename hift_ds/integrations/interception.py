@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hift_ds import config as hift_config
 from hift_ds.engine import HiFTEngine
 from hift_ds.initialization import initialize
-from hift_ds.integrations.messages import NO_ENGINE
+from hift_ds.integrations.messages import NO_ENGINE, too_short
 from hift_ds.model.activations import limit_recomputation
 
 
@@ -54,6 +54,7 @@ def enabled(**section: Any) -> Iterator[None]:
         yield
         if not interception.made:
             raise RuntimeError(f"hift_ds.enabled: {NO_ENGINE}")
+        interception.warn_of_untrained_blocks()
     finally:
         interception.close()
 
@@ -80,7 +81,7 @@ class Interception:
             raise hift_config.ConfigError(problems)
         self.made = 0
         self.refuses_other_steps = refuses_other_steps
-        self._section = {"lr_ticks": "step", **section}
+        self._section = dict(section)
         self._model = None if model is None else weakref.ref(model)
         self._engines: list[weakref.ref[torch.nn.Module]] = []
         if not _open:
@@ -102,6 +103,13 @@ class Interception:
             if isinstance(engine := reference(), HiFTEngine):
                 engine.unfreeze()
 
+    def warn_of_untrained_blocks(self) -> None:
+        """Warn if training ended before each block was trained."""
+        for reference in self._engines:
+            engine = reference()
+            if isinstance(engine, HiFTEngine) and 0 < engine.global_steps and not engine.cycle:
+                logger.warning(too_short(engine, f"training ended after {engine.global_steps} steps"))
+
     def engine_of(self, model: Any) -> Any:
         """Return the last engine with an optimizer that was made of a model, or None."""
         alive = (engine for reference in reversed(self._engines) if (engine := reference()) is not None)
@@ -117,7 +125,7 @@ class Interception:
                         f"hift.{key}={given[key]!r} of the DeepSpeed config replaces {self._section[key]!r}, which "
                         "hift_ds.enabled or HiFTCallback received"
                     )
-            given = {**self._section, **given}
+            given = {"lr_ticks": "step", **self._section, **given}
         rest = {key: value for key, value in arguments.items() if key != "config_params"}
         results = initialize(**{**rest, "config": {**config, hift_config.SECTION: given}})
         engine = results[0]

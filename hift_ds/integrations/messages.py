@@ -1,7 +1,22 @@
-"""What the errors of integrations say."""
+"""What errors and warnings of the integrations say."""
+
+from typing import Any
 
 NO_ENGINE = (
     "nothing called deepspeed.initialize with an optimizer, so HiFT trains nothing. Let the script use DeepSpeed: "
     "TrainingArguments(deepspeed='config.json') for transformers and TRL; Accelerator(deepspeed_plugin=...) or "
     "`accelerate launch --use_deepspeed`, without cpu=True, for accelerate; strategy='deepspeed_stage_2' for Lightning"
 )
+
+
+def too_short(engine: Any, run: str) -> str:
+    """Return the warning about a run that is shorter than a cycle.
+
+    Args:
+        engine: a HiFT engine.
+        run: the run and its number of steps.
+    """
+    return (
+        f"{run}, and a cycle over all {len(engine.blocks)} blocks takes {engine.steps_per_cycle}: the other blocks are "
+        "not trained. Train longer, or put more layers into a block (layers_per_block)"
+    )

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from deepspeed.utils import logger
 from transformers.trainer_callback import TrainerCallback
 
 from hift_ds.engine import HiFTEngine
-from hift_ds.integrations.messages import NO_ENGINE
+from hift_ds.integrations.messages import NO_ENGINE, too_short
 from hift_ds.optim.rates import needs_metrics
 
 
@@ -23,10 +24,12 @@ class TrainerReports(TrainerCallback):
         self._engine_of = engine_of
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Find the engine; it is an error if there is none."""
+        """Find the engine; it is an error if there is none. Warn if the run is shorter than a cycle."""
         self._engine = self._engine_of(model)
         if self._engine is None:
             raise RuntimeError(f"the Trainer trains without a HiFT engine: {NO_ENGINE}")
+        if isinstance(self._engine, HiFTEngine) and state.max_steps < self._engine.steps_per_cycle:
+            logger.warning(too_short(self._engine, f"the run takes {state.max_steps} steps"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the learning rate, block and cycle of the last step to the log."""

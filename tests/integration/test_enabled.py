@@ -142,6 +142,39 @@ def test_after_training_parameters_require_gradients_as_before(stage: int) -> No
     assert found["block"] == 1 and all(".layers.2." in name for name in found["training on"])
 
 
+def warnings_of(steps: int, section: dict[str, Any]) -> list[str]:
+    """In a rank: what is logged about a run of some steps, whose config holds a section."""
+    import logging
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    import hift_ds
+
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with hift_ds.enabled(layers_per_block=1, strategy="random"):
+            engine = deepspeed.initialize(model=tiny.model(), config=config(**OPTIMIZER, hift=section))[0]
+            for number in range(steps):
+                step(engine, number)
+        engine.destroy()
+    finally:
+        logger.removeHandler(handler)
+    return [message for message in records if "hift." in message or "cycle" in message]
+
+
+def test_what_is_not_trained_or_not_used_is_named() -> None:
+    (found,) = run_on_ranks(1, warnings_of, BLOCKS, {"lr_ticks": "step"})
+    assert found == []
+    (found,) = run_on_ranks(1, warnings_of, BLOCKS - 1, {})
+    assert len(found) == 1 and f"ended after {BLOCKS - 1} steps" in found[0] and "layers_per_block" in found[0]
+    (found,) = run_on_ranks(1, warnings_of, 0, {"layers_per_block": 2, "lr_ticks": "cycle"})
+    assert len(found) == 1 and "hift.layers_per_block=2 of the DeepSpeed config replaces 1" in found[0]
+
+
 def warm_up(optimizer: Any) -> Any:
     """Rises from 0 over half a cycle, then falls to 0 at the last step."""
     rise = BLOCKS // 2
