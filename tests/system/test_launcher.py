@@ -42,6 +42,7 @@ def test_through_the_launcher(ranks: int, stage: int, tmp_path: Path) -> None:
     assert done.stdout.count("step 12/12") == 1  # rank 0 alone speaks
 
 
+@pytest.mark.slow
 def test_a_port_that_is_in_use_is_said(tmp_path: Path) -> None:
     """As with two launchers on one machine; the default port is the same for both."""
     with socket.socket() as other:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import hift_ds
 from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import load_comparison
 from hift_ds.planner.models import load_config
+from hift_ds.planner.plan import Plan, Planner
+from hift_ds.planner.request import Request
 from tests.support.paths import REPOSITORY
 
 CONFIG = LlamaConfig(
@@ -21,6 +23,21 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
 SAME = {"batch_size": 2, "seq_len": 512, "ranks": 2, "accelerator": "cpu", "task": "causal-lm"}
+
+PLANS: dict[str, Plan] = {}
+
+
+@pytest.fixture(autouse=True)
+def equal_requests_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_it = Planner.plan
+
+    def known(planner: Planner, request: Request) -> Plan:
+        key = repr(replace(request, zero_stage=request.stage))
+        if key not in PLANS:
+            PLANS[key] = plan_it(planner, request)
+        return PLANS[key]
+
+    monkeypatch.setattr(Planner, "plan", known)
 
 
 def planned(tmp_path: Path, name: str, **sections: dict[str, Any]) -> dict[str, int] | None:
@@ -43,7 +60,6 @@ def planned(tmp_path: Path, name: str, **sections: dict[str, Any]) -> dict[str, 
     return planned_memory(settings, CONFIG, 512, ranks=2)
 
 
-@functools.cache
 def plan(method: str, **options: Any) -> dict[str, int]:
     return hift_ds.plan_memory(CONFIG, method=method, **(SAME | options)).as_dict()["device"]
 

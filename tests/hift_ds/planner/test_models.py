@@ -12,6 +12,7 @@ from hift_ds.planner.api import plan_memory
 from hift_ds.planner.command import main
 from hift_ds.planner.plan import Planner
 from hift_ds.planner.request import Request
+from tests.support.pairwise import others_slow
 
 TEXT = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -143,10 +144,19 @@ def test_more_elements_than_can_be_counted_are_refused() -> None:
         plan_memory(LLAMA, batch_size=2**31 - 1, seq_len=2**31 - 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "full"}, {"activation_checkpointing": True, "zero_stage": 3}])
-@pytest.mark.parametrize(("batch_size", "seq_len", "chunk"), [(1, 300, 64), (3, 171, 32), (2, 12, 1)])
+SHORT_AND_LONG = [(1, 300, 64), (3, 171, 32), (2, 12, 1)]  # sequences, tokens of each, tokens of a chunk
+WAYS: list[dict[str, Any]] = [{}, {"method": "full"}, {"activation_checkpointing": True, "zero_stage": 3}]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "chunk", "options"),
+    others_slow(
+        [(*tokens, options) for tokens in SHORT_AND_LONG for options in WAYS],
+        [(*tokens, options) for tokens, options in zip(SHORT_AND_LONG, WAYS, strict=True)],
+    ),
+)
 def test_a_few_chunks_of_the_loss_have_the_peaks_of_all(
-    options: dict[str, Any], batch_size: int, seq_len: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    batch_size: int, seq_len: int, chunk: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = Request(LLAMA | {"vocab_size": 4096}, "hift", batch_size=batch_size, seq_len=seq_len, loss_chunk=chunk)
     request = Request(**{**vars(request), **options})
