@@ -5,17 +5,30 @@ Source: the HiFT paper, Algorithm 1 and section 3.1. Only this file and ``hift_d
 
 import copy
 import functools
+import importlib.util
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LION_OPTIMIZER, DeepSpeedConfig
+from deepspeed.runtime.config import (
+    ADAM_OPTIMIZER,
+    ADAMW_OPTIMIZER,
+    LAMB_OPTIMIZER,
+    LION_OPTIMIZER,
+    MUADAM_OPTIMIZER,
+    MUADAMW_OPTIMIZER,
+    MUON_OPTIMIZER,
+    MUSGD_OPTIMIZER,
+    DeepSpeedConfig,
+)
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
@@ -30,10 +43,11 @@ from hift_ds.config import HiFTConfig
 from hift_ds.model.activations import host_buffers
 from hift_ds.model.reach import freeze_patterns
 from hift_ds.optim.lion import Lion
-from hift_ds.optim.properties import has_fused, is_elementwise
+from hift_ds.optim.properties import has_fused, optimizer_class
 from hift_ds.optim.rates import needs_metrics, rates_of_cycle
 from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
+from hift_ds.state.trial import examine
 from hift_ds.zero.block_optimizers import BlockOptimizers
 from hift_ds.zero.stage0_bf16 import UnfusedBlockOptimizer
 from hift_ds.zero.stage0_fp32 import PlainBlockOptimizer
@@ -56,6 +70,23 @@ def scheduler_class(kind: str) -> type | None:
     found = getattr(torch.optim.lr_scheduler, kind, None)
     is_schedule = isinstance(found, type) and issubclass(found, torch.optim.lr_scheduler.LRScheduler)
     return found if is_schedule else None
+
+
+def _check_optimizer_name(name: str) -> None:
+    """Raise a ValueError if this machine does not have the optimizer that a DeepSpeed config names."""
+    if name in (MUADAM_OPTIMIZER, MUADAMW_OPTIMIZER, MUSGD_OPTIMIZER):
+        if importlib.util.find_spec("mup") is None:
+            raise ValueError(f"optimizer.type={name!r} needs the package mup: pip install mup")
+    elif name == LAMB_OPTIMIZER and not has_fused("FusedLambBuilder"):
+        raise ValueError(
+            f"optimizer.type={name!r} needs DeepSpeed's fused kernel, which does not work on this machine "
+            f"(accelerator: {get_accelerator().device_name()}); use another optimizer, such as AdamW"
+        )
+    elif name != MUON_OPTIMIZER and optimizer_class(name) is None:
+        raise ValueError(
+            f"optimizer.type={name!r} is neither an optimizer of DeepSpeed {deepspeed.__version__} (Adam, AdamW, Lamb, "
+            "Lion, Adagrad, Muon) nor of torch.optim; use one of these, or pass an optimizer to initialize"
+        )
 
 
 class _Files(FileEngine, CheckpointEngine):
@@ -125,6 +156,9 @@ class HiFTEngine(CheckpointingEngine):
         self, model: torch.nn.Module, hift: HiFTConfig, config: Mapping[str, Any], mpu: Any = None, **kwargs: Any
     ):
         config_class = DeepSpeedConfig(config, mpu)
+        if kwargs.get("optimizer") is None and config_class.optimizer_name is not None:
+            _check_optimizer_name(config_class.optimizer_name)
+        deepspeed.set_optimizer_flags(config_class, model)  # as `deepspeed.initialize` does, for Muon
         if (predecessor := self._owner_of(model)) is not None:
             predecessor._let_go()
         self.hift = hift
@@ -432,9 +466,12 @@ class HiFTEngine(CheckpointingEngine):
     def optimizer_params(self) -> dict[str, Any] | None:
         """Return the parameters of the config's optimizer, for torch's Adam where there is no fused kernel."""
         params = super().optimizer_params()
-        if self.optimizer_name() in (ADAM_OPTIMIZER, ADAMW_OPTIMIZER) and not self._has_fused("FusedAdamBuilder"):
-            # torch's AdamW has weight decay by default; DeepSpeed's has none.
-            return {"weight_decay": 0.0, **(params or {}), "torch_adam": True}
+        if not self._has_fused("FusedAdamBuilder"):
+            if self.optimizer_name() in (ADAM_OPTIMIZER, ADAMW_OPTIMIZER):
+                # torch's AdamW has weight decay by default; DeepSpeed's has none.
+                return {"weight_decay": 0.0, **(params or {}), "torch_adam": True}
+            if self.optimizer_name() == MUON_OPTIMIZER:  # it leaves embeddings, head and vectors to Adam
+                return {**(params or {}), "torch_adam": True}
         return params
 
     def _has_fused(self, builder: str) -> bool:
@@ -562,9 +599,10 @@ class HiFTEngine(CheckpointingEngine):
             flattens: the ZeRO stage flattens parameters.
 
         Raises:
-            ValueError: the optimizer lacks parameters of a block, or it needs the shape of parameters that the ZeRO
-                stage flattens.
+            ValueError: HiFT is not exact with this optimizer, or it lacks parameters of a block, or it is not
+                element-wise and the ZeRO stage flattens parameters.
         """
+        traits = examine(optimizer, on_host=self.zero_use_cpu_optimizer())
         given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [
             name
@@ -577,22 +615,25 @@ class HiFTEngine(CheckpointingEngine):
                 f"{len(missing)} parameters are neither frozen nor in the optimizer: {', '.join(missing[:8])}"
                 f"{' ...' if len(missing) > 8 else ''}; pass them to the optimizer, or add them to hift.freeze"
             )
-        if flattens and not is_elementwise(optimizer):
+        name = type(optimizer).__name__
+        if flattens and traits.shaped:
             raise ValueError(
-                f"{type(optimizer).__name__} uses the shape of a parameter, and zero_optimization.stage="
-                f"{self.zero_optimization_stage()} flattens it; use stage 0, or an element-wise optimizer such as AdamW"
+                f"{name} is not element-wise ({traits.shaped}), and zero_optimization.stage="
+                f"{self.zero_optimization_stage()} flattens and shards tensors; use stage 0, or an element-wise "
+                "optimizer such as AdamW"
             )
         placed = place_state(
             self.hift.offload,
             self.blocks,
             self._block_parameters,
-            optimizer,
+            name,
+            traits,
             on_host=self.zero_use_cpu_optimizer(),
             ranks=self.dp_world_size if self.zero_optimization() else 1,
             has_masters=self.zero_optimization() or self.bfloat16_enabled(),
             aio=self.aio_config(),
         )
-        return BlockOptimizers(optimizer, self._block_parameters, make_optimizer, **placed)
+        return BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()

@@ -1,7 +1,8 @@
-"""Properties of torch optimizers that HiFT relies on: restriction to some parameters, element-wise updates, state."""
+"""Properties of torch optimizers that HiFT relies on: restriction to some parameters, and the parts of their state."""
 
+import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.utils import logger
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hift_ds.optim.lion import Lion
 
-_ELEMENTWISE = (
+# Optimizers whose update of an element depends on that element's own history only.
+ELEMENTWISE = (
     *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
     *(
         torch.optim.ASGD,
@@ -96,6 +99,8 @@ def restrict(
         if members:
             clone.param_groups.append({**group, "params": members})
             sources.append(source)
+    if hasattr(optimizer, "mng"):
+        _keep_overrides(clone, optimizer)
     if isinstance(optimizer, DeepSpeedCPUAdam):
         # The C++ object keeps the powers of beta between steps, so each block needs its own object.
         clone.opt_id = DeepSpeedCPUAdam.optimizer_id
@@ -115,42 +120,60 @@ def with_initial_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimize
     return optimizer
 
 
-def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the update of an element depends on that element's own history only.
+def overrides(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Return the settings of single parameters that bitsandbytes keeps beside the parameter groups, by ``id``.
 
-    Flattening or cutting a parameter then changes nothing. Known classes are in a list. For any other class, the
-    function compares two steps on a small matrix with two steps on its two flattened halves.
+    transformers' Trainer uses them to keep the state of embeddings in 32 bits.
     """
-    if isinstance(optimizer, _ELEMENTWISE):
-        return True
-    device = get_accelerator().current_device_name()
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(4, 6, generator=generator).to(device) for _ in range(3))
-
-    def updated(split: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> torch.Tensor:
-        parameters = [torch.nn.Parameter(part.clone()) for part in split(start)]
-        trial, _ = restrict(optimizer, [])
-        trial.param_groups = [{**optimizer.param_groups[0], "params": parameters, "lr": 1e-2}]
-        for gradient in gradients:
-            for parameter, part in zip(parameters, split(gradient), strict=True):
-                parameter.grad = part.clone()
-            trial.step()
-        return torch.cat([parameter.detach().flatten() for parameter in parameters])
-
-    return torch.allclose(updated(lambda t: [t]), updated(lambda t: t.flatten().chunk(2)), rtol=1e-5, atol=1e-7)
+    manager = getattr(optimizer, "mng", None)
+    if manager is None:
+        return {}
+    of_modules = {id(getattr(module, name)): config for module, name, config in manager.module_weight_config_triple}
+    return {**manager.pid2config, **of_modules}
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of state per element of an element-wise optimizer, from a trial step."""
-    parameter = torch.nn.Parameter(torch.ones(8, device=get_accelerator().current_device_name()))
-    parameter.grad = torch.ones_like(parameter)
-    trial, _ = restrict(optimizer, [])
-    trial.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
-    trial = with_initial_state(trial)
-    trial.step()
-    return sum(value.element_size() for value in trial.state[parameter].values() if has_elements(value))
+def _keep_overrides(clone: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Give a restricted optimizer of bitsandbytes its own manager of :func:`overrides`.
+
+    The global one finds a parameter by its place in the parameter groups, which differs between blocks.
+    """
+    settings = overrides(optimizer)
+    clone.mng = copy.copy(clone.mng)
+    clone.mng.pid2config, clone.mng.module_weight_config_triple = {}, []
+    clone.mng.index2config = {
+        (number, place): settings[id(parameter)]
+        for number, group in enumerate(clone.param_groups)
+        for place, parameter in enumerate(group["params"])
+        if id(parameter) in settings
+    }
 
 
 def has_elements(value: Any) -> bool:
     """Return whether a value of optimizer state is a tensor with dimensions, and not a count."""
     return torch.is_tensor(value) and value.dim() > 0
+
+
+def parts(value: Any) -> list[torch.Tensor]:
+    """Return the plain tensors that hold the elements of a value of optimizer state; none for a count.
+
+    A tensor of a wrapper subclass, such as torchao's quantized state, has several.
+    """
+    if not has_elements(value):
+        return []
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in parts(getattr(value, name))]
+
+
+def assembled(like: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return a value like another one, made of these :func:`parts`."""
+    return _assembled(like, iter(tensors))
+
+
+def _assembled(like: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    if not is_traceable_wrapper_subclass(like):
+        return next(tensors) if has_elements(like) else like
+    names, context = like.__tensor_flatten__()
+    inner = {name: _assembled(getattr(like, name), tensors) for name in names}
+    return type(like).__tensor_unflatten__(inner, context, like.shape, like.stride())

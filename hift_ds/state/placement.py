@@ -7,15 +7,16 @@ import torch
 
 from hift_ds.blocks.block import Block
 from hift_ds.config import OffloadConfig, slot_bytes
-from hift_ds.optim.properties import is_elementwise, state_bytes
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.trial import Traits
 
 
 def place_state(
     offload: OffloadConfig,
     blocks: Sequence[Block],
     parameters: Sequence[Sequence[torch.nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: str,
+    traits: Traits,
     on_host: bool,
     ranks: int,
     has_masters: bool,
@@ -27,7 +28,8 @@ def place_state(
         offload: the section ``hift.offload``.
         blocks: all blocks of the model.
         parameters: each block's parameters.
-        optimizer: the configured optimizer.
+        optimizer: the name of the configured optimizer, for messages.
+        traits: what :func:`~hift_ds.state.trial.examine` found out about it.
         on_host: DeepSpeed keeps the state in host memory and steps there (``offload_optimizer: cpu``).
         ranks: number of ranks that share the state.
         has_masters: the run has fp32 masters in addition to the weights.
@@ -50,31 +52,29 @@ def place_state(
                 f"tensors; remove {where}, raise max_block_numel, or set balance=false"
             )
         return {"slices": slices, "host": None}
-    elementwise = is_elementwise(optimizer)
-    if cut and not elementwise:
+    if cut and traits.shaped:
         raise ValueError(
-            f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {type(optimizer).__name__} uses its "
-            "shape; raise max_block_numel, set balance=false, or use an element-wise optimizer such as AdamW"
+            f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {optimizer} is not element-wise "
+            f"({traits.shaped}); raise max_block_numel, set balance=false, or use an element-wise optimizer such as "
+            "AdamW"
         )
-    if offload.step == "streamed" and not elementwise:
+    if offload.step == "streamed" and traits.shaped:
         raise ValueError(
-            f"hift.offload.step='streamed' cuts tensors, and {type(optimizer).__name__} uses their shape; use "
+            f"hift.offload.step='streamed' cuts tensors, and {optimizer} is not element-wise ({traits.shaped}); use "
             "'block' or 'auto', or an element-wise optimizer such as AdamW"
         )
-    chunk_bytes, element = None, 4
-    if elementwise:
-        element += state_bytes(optimizer)
-    per_element = element
-    if elementwise and offload.step != "block":
+    chunk_bytes, per_element = None, 4 + int(traits.state_bytes)
+    if not traits.shaped and offload.step != "block":
         numels = [
             [block.numel] if block.slices else [parameter.numel() for parameter in own]
             for block, own in zip(blocks, parameters, strict=True)
         ]
         chunk_bytes = slot_bytes(numels, ranks, per_element, offload.buffer_size)
+    element = 4 + traits.state_bytes
     if not has_masters:
         element -= 4  # at stage 0, fp32 weights are their own masters
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
-    host.check_room(sum(block.numel for block in blocks) * element // ranks)
+    host.check_room(int(sum(block.numel for block in blocks) * element) // ranks)
     return {
         "slices": slices,
         "host": host,

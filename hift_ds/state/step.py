@@ -6,13 +6,13 @@ small chunks the device never holds even one block's state. For an element-wise 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hift_ds.optim.properties import has_elements
+from hift_ds.optim.properties import assembled, has_elements, parts
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.transfer import Slot, Staging, wait
 
@@ -129,7 +129,7 @@ class BlockState:
             limit = staging.slot_bytes // bytes_per_element
         self._plans = [self._plan(owned, limit) for owned in self._slices_of_blocks(slices)]
         self._active = self._plans[0]
-        self._buffers: dict[tuple[int, str | None], torch.Tensor] = {}
+        self._buffers: dict[tuple[int, str | None, int], torch.Tensor] = {}
         self._fetched: dict[int, _StagedChunk] = {}
         self.staged: list[tuple[str, torch.Tensor]] = []
         self.on_first_chunk: Callable[[], None] | None = None
@@ -178,17 +178,23 @@ class BlockState:
         """Move masters and state off the device, into their earlier buffers if they have any."""
         for index, master in enumerate(self._masters):
             if self._off_device[index]:
-                master.data = self._in_buffer(index, None, master.data)
+                master.data = self._in_buffer((index, None, 0), master.data)
             state = self._owner.optimizer.state.get(master, {})
             for name, value in state.items():
                 if has_elements(value):
-                    state[name] = self._in_buffer(index, name, value)
+                    buffers = [self._in_buffer((index, name, i), part) for i, part in enumerate(parts(value))]
+                    state[name] = assembled(value, buffers)
 
-    def _in_buffer(self, index: int, name: str | None, value: torch.Tensor) -> torch.Tensor:
-        """Return the host buffer of a master (name None) or of a state tensor, with this value."""
-        buffer = self._buffers.get((index, name))
+    def _in_buffer(self, key: tuple[int, str | None, int], value: torch.Tensor) -> torch.Tensor:
+        """Return the host buffer of a master or of a part of its state, with this value.
+
+        Args:
+            key: number of the master, name of the state (None: the master itself), and number of the part.
+            value: a plain tensor.
+        """
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self._buffers[index, name] = self._host.empty(value, direct=not self._is_shared)
+            buffer = self._buffers[key] = self._host.empty(value, direct=not self._is_shared)
         if buffer.data_ptr() != value.data_ptr():
             buffer.copy_(value)
         return buffer
@@ -238,18 +244,22 @@ class BlockState:
                 sources.append(_view(self._masters[cut.number].data, cut))
                 places.append((position, None))
             for name, value in known[cut.number].items():
-                if has_elements(value):
-                    sources.append(_view(value, cut))
+                for part in parts(value):
+                    sources.append(_view(part, cut))
                     places.append((position, name))
         slot = self._staging.slots[number % len(self._staging.slots)]
         copies, ready = self._staging.fill(slot, sources, plan.written[number])
         masters: list[torch.Tensor | None] = [None] * len(plan.chunks[number])
-        states: list[dict[str, torch.Tensor]] = [{} for _ in plan.chunks[number]]
+        copied: list[dict[str, list[torch.Tensor]]] = [defaultdict(list) for _ in plan.chunks[number]]
         for (position, key), copy in zip(places, copies, strict=True):
             if key is None:
                 masters[position] = copy
             else:
-                states[position][key] = copy
+                copied[position][key].append(copy)
+        states = [
+            {name: assembled(known[cut.number][name], own[name]) for name in own}
+            for cut, own in zip(plan.chunks[number], copied, strict=True)
+        ]
         self._fetched[number] = _StagedChunk(slot, masters, states, ready)
 
     @torch.no_grad()
@@ -387,20 +397,26 @@ class BlockState:
                 is_device_new |= name not in known[cut.number]
                 if name not in state[master]:
                     is_host_new = True
-                    shape = value.shape if cut.whole else master.shape
-                    like = torch.empty(shape, dtype=value.dtype, device="meta")
-                    buffer = self._host.empty(like, direct=not self._is_shared)
-                    state[master][name] = self._buffers[cut.number, name] = buffer
-                    if self._is_shared:  # the rows of other blocks are not written yet
-                        state[master][name].zero_()
-                pairs.append((_view(state[master][name], cut), value))
+                    state[master][name] = assembled(value, self._new_buffers(cut, name, parts(value)))
+                for held, part in zip(parts(state[master][name]), parts(value), strict=True):
+                    pairs.append((_view(held, cut), part))
         return pairs, is_host_new, is_device_new
+
+    def _new_buffers(self, cut: Slice, name: str, values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield host buffers for new state, which has a slice's shape or, if it is cut, its master's."""
+        for number, value in enumerate(values):
+            shape = value.shape if cut.whole else self._masters[cut.number].shape
+            like = torch.empty(shape, dtype=value.dtype, device="meta")
+            buffer = self._buffers[cut.number, name, number] = self._host.empty(like, direct=not self._is_shared)
+            if self._is_shared:  # the rows of other blocks are not written yet
+                buffer.zero_()
+            yield buffer
 
 
 def _by_category(chunk: _StagedChunk, parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
     """Return category and tensor of everything that a chunk has on the device, for the ledger."""
     found = [("master_weights", master) for master in chunk.masters if master is not None]
-    found += [("optimizer_state", value) for state in chunk.states for value in state.values()]
+    found += [("optimizer_state", part) for state in chunk.states for value in state.values() for part in parts(value)]
     return found + [("gradients", parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 

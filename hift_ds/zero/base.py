@@ -9,7 +9,7 @@ blocks exist. ``block_optimizers.py`` manages all of them.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hift_ds.optim.properties import has_elements
+from hift_ds.optim.properties import parts
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState, SteppedOptimizer
 
@@ -59,5 +59,4 @@ class BlockOptimizer:
                 yield Held("master_weights", master, self.steps_on_host)
                 yield Held("gradients", master.grad, self.steps_on_host)
             for value in self.optimizer.state.get(master, {}).values():
-                if has_elements(value):
-                    yield Held("optimizer_state", value, self.steps_on_host)
+                yield from (Held("optimizer_state", part, self.steps_on_host) for part in parts(value))

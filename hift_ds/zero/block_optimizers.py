@@ -1,7 +1,7 @@
 """All blocks' optimizers behind the interface of one: which is active, what reaches all of them, and what is saved."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class BlockOptimizers:
         bytes_per_element: bytes of the master and state of one element; with ``chunk_bytes`` it gives the number of
             elements in a chunk.
         prefetch: start to copy state to the device before the step.
+        counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
 
     Attributes:
         optimizer: the configured optimizer.
@@ -59,6 +60,7 @@ class BlockOptimizers:
         chunk_bytes: int | None = None,
         bytes_per_element: int = 0,
         prefetch: bool = True,
+        counted: Collection[str] = (),
     ):
         self.optimizer = configured
         configured.state.clear()  # Adagrad makes its state at construction, here for the whole model
@@ -66,6 +68,7 @@ class BlockOptimizers:
         self.optimizers: list[Any] = []
         self._places: list[tuple[int, int]] = []  # for each block: index of its optimizer, index of its slice there
         self._prefetch = prefetch and host is not None
+        self._own_settings = {"params", *counted}
         self._streamed = chunk_bytes is not None
         self._invalid_loss: torch.Tensor | None = None  # one flag, on the device
         self._sources: list[list[int]] = []  # for each optimizer: where in `configured` its parameter groups come from
@@ -161,10 +164,14 @@ class BlockOptimizers:
         """Copy learning rate, weight decay ... from the configured optimizer to the active block's."""
         groups = self._active_optimizer.optimizer.param_groups
         for group, source in zip(groups, self._sources[self._places[self.active][0]], strict=True):
-            settings = self.optimizer.param_groups[source]
-            group.update({key: value for key, value in settings.items() if key != "params"})
+            settings = {k: v for k, v in self.optimizer.param_groups[source].items() if k not in self._own_settings}
             if self.rates is not None:
-                group["lr"] = self.rates[source]
+                settings["lr"] = self.rates[source]
+            rate = group.get("lr")
+            if torch.is_tensor(rate) and not torch.is_tensor(settings["lr"]):
+                # A schedule may replace a rate that is a tensor by a number, and torchao's optimizers need the tensor.
+                settings["lr"] = torch.full_like(rate, settings["lr"])
+            group.update(settings)
 
     def prefetch(self) -> None:
         """Start to copy the active block's state to the device, as far as the slots have room.
