@@ -40,12 +40,20 @@ def block_names(tied: bool = False) -> list[list[str]]:
     return tiny.block_names(tied=tied, layers=LAYERS)
 
 
-def rows_file(path: Path, *columns: str, count: int = 32) -> Path:
-    """Write JSON Lines with a few words in each column; rows have different lengths."""
+def rows_file(path: Path, *columns: str, count: int = 32, chat: bool = False) -> Path:
+    """Write JSON Lines with a few words in each column; rows have different lengths.
+
+    Args:
+        chat: the column prompt is a list of one user's message, and the others of one assistant's.
+    """
     chosen = random.Random(0)
     with path.open("w") as file:
         for _ in range(count):
-            row = {one: " ".join(chosen.choices(WORDS, k=chosen.randint(1, 5))) for one in columns or ("text",)}
+            row: dict[str, Any] = {}
+            for one in columns or ("text",):
+                row[one] = " ".join(chosen.choices(WORDS, k=chosen.randint(1, 5)))
+                if chat:
+                    row[one] = [{"role": "user" if one == "prompt" else "assistant", "content": row[one]}]
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -216,7 +224,7 @@ class _Replay(PlainHiFT):
             return
         if self.stage == 0 and self.model.dtype == torch.float32:
             norm = torch.stack([grad.norm(2.0) for grad in grads]).pow(2.0).sum().pow(0.5)
-            factor = (self.clip / (norm + 1e-6)).clamp(max=1)
+            factor = (torch.tensor(self.clip) / (norm + 1e-6)).clamp(max=1)  # not a reciprocal times a number
         else:
             norm = torch.linalg.vector_norm(torch.stack([tiny.NORMS[self.stage](one) for one in self._by_group()]))
             factor = 1 / ((norm + 1e-6) / self.clip).clamp(min=1)

@@ -1,5 +1,6 @@
 """The examples outside the repository, with what the wheel installs."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -51,13 +52,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(launcher: str, script: str, site: Path, folder: Path, *columns: str) -> list[list[str]]:
+def run(launcher: str, script: str, site: Path, folder: Path, *columns: str, chat: bool = False) -> list[list[str]]:
     """Run an example of the examples' folder in `folder`; for each process that ended, where its modules were."""
     shutil.copytree(REPOSITORY / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "notes").mkdir()
     (folder / "notes" / "sitecustomize.py").write_text(NOTE)
     model_folder(folder / "start")
-    rows_file(folder / "rows.jsonl", *columns)
+    rows_file(folder / "rows.jsonl", *columns, chat=chat)
     program = str(Path(sys.executable).with_name(launcher.partition(",")[0]))
     options = [free_port() if one == "PORT" else one for one in LAUNCHERS[launcher]]
     command = [sys.executable, program, *options, f"examples/{script}"]
@@ -81,3 +82,27 @@ def test_the_trainer_s_example_runs_with_the_wheel(launcher: str, site: Path, tm
     assert [file for files in notes for file in files if not file.startswith(f"{site}/hift_ds/")] == []
     start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
     assert start.keys() == end.keys() and not any(torch.equal(start[name], end[name]) for name in start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "deepspeed, two ranks"])
+@pytest.mark.parametrize(
+    ("script", "columns"),
+    [
+        ("sft.py", ("prompt", "completion")),
+        ("dpo.py", ("prompt", "chosen", "rejected")),
+        ("grpo.py", ("prompt",)),
+        ("reward.py", ("prompt", "chosen", "rejected")),
+    ],
+)
+def test_the_examples_of_trl_run_with_the_wheel(
+    script: str, columns: tuple[str, ...], launcher: str, site: Path, tmp_path: Path
+) -> None:
+    notes = run(launcher, script, site, tmp_path, *columns, chat=True)
+    ranks = [files for files in notes if str(site / "hift_ds" / "engine.py") in files]
+    assert len(ranks) == (2 if "two" in launcher else 1)
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
+    assert start.keys() - {"lm_head.weight"} == end.keys() - {"lm_head.weight", "score.weight"}
+    (log,) = (tmp_path / "end").glob("checkpoint-*/trainer_state.json")
+    blocks = [step["hift/block"] for step in json.loads(log.read_text())["log_history"] if "hift/block" in step]
+    assert blocks and all(block == step % 5 for step, block in enumerate(blocks))

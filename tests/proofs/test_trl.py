@@ -1,0 +1,19 @@
+"""TRL's trainers with HiFT at every ZeRO stage, on one rank and two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration import test_trl
+from tests.integration.test_trl import COLUMNS, Case, check
+from tests.support.parity import STAGES
+
+CASES = [Case(kind, stage, ranks) for kind in COLUMNS for stage in STAGES for ranks in (1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in test_trl.CASES], ids=str)
+def test_trains_as_the_plain_loop(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
