@@ -31,6 +31,11 @@ class PlainBlockOptimizer(BlockOptimizer):
         """The parameter groups of the torch optimizer."""
         return self.optimizer.param_groups
 
+    @property
+    def state(self) -> Any:
+        """The state of the torch optimizer, which Lightning moves when it ends."""
+        return self.optimizer.state
+
     def step(self) -> None:
         """Step the block, unless the loss or a gradient is non-finite."""
         norm, self.norm = self.norm, None
