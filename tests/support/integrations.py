@@ -158,6 +158,15 @@ class Recording(contextlib.AbstractContextManager):
         return [{name for name in before if not torch.equal(before[name], after[name])} for before, after in pairs]
 
 
+def check_changed(changed: Sequence[set[str]], dtype: str = "fp32") -> None:
+    """Each step changed the weights of one block, in the order of the blocks, and no others. In bf16, a step may be too
+    small for a weight."""
+    blocks = block_names()
+    for step, names in enumerate(changed):
+        block = set(blocks[step % len(blocks)])
+        assert names and names <= block and (dtype == "bf16" or names == block), f"step {step} changed {names}"
+
+
 def all_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's whole weights on every rank, copied to the host; under ZeRO 3, too."""
     import deepspeed
