@@ -524,15 +524,14 @@ def test_killed_at_77_of_160_and_started_again(tmp_path: Path) -> None:
         assert process.returncode == -signal.SIGKILL
         before = {(one["question_id"], one["turn"]) for one in stored(verdicts)}
         assert len(before) == 77
-        asked = len(stub.requests)
-        assert 77 < asked <= 77 + 4
+        assert len(stub.requests) <= 77 + 4
         with verdicts.open("ab") as file:  # as if it had been killed while it wrote
             file.write(b'{"question_id": 160, "turn": 2, "mode": "sin')
-        stub.released.set()
-        process = start(tmp_path, stub.url)
+    with serving(lambda _: says("Rating: [[6]]")) as other:  # what the killed process sent may come later than this
+        process = start(tmp_path, other.url)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-        again = stub.units()[asked:]
+        again = other.units()
     assert "83 new verdicts (0 failed), 77 stored before, 0 of 160 missing" in out
     after = [(one["question_id"], one["turn"]) for one in stored(verdicts)]
     assert len(after) == len(set(after)) == 160
