@@ -22,11 +22,13 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FRAMEWORKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *FRAMEWORKS]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
 WIDTH = 120  # columns of everything but tables; of the README, of tables too
 FOREIGN = {"script.py", "launch.py", "zero_to_fp32.py"}  # a reader's own script, and files of DeepSpeed
-FOLDERS = ("configs", "docs", "evaluation", "hift_ds", "launch", "tests", ".ci")
+FOLDERS = ("configs", "docs", "evaluation", "examples", "hift_ds", "launch", "tests", ".ci")
 
 # The dataclass behind each table of docs/configuration.md, by the table's heading.
 TABLES: dict[str, Any] = {
@@ -91,9 +93,13 @@ def test_pages_are_not_too_wide():
     report([f"{name}: {line}" for name, line in lines if len(line) > WIDTH and not line.startswith("|")])
 
 
+def linked_from(page: Path) -> set[Path]:
+    return {(page.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+)", text_of(page))}
+
+
 def test_readme_links_to_every_page():
-    linked = set(re.findall(r"\]\(([^)#]+)", text_of(ROOT / "README.md")))
-    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} <= linked
+    assert {*PAGES} - {ROOT / "README.md", *FRAMEWORKS} <= linked_from(ROOT / "README.md")
+    assert {*FRAMEWORKS} <= linked_from(INTEGRATIONS)
 
 
 def test_python_code_compiles_and_its_names_exist():
@@ -151,6 +157,16 @@ def test_named_tests_exist():
                 problems.append(f"{page}: {code}")
     assert count > 100
     report(problems)
+
+
+def test_each_integration_names_its_tests_and_each_example_is_shown():
+    tested = text_of(INTEGRATIONS).split("# What was tested\n", 1)[1].split("\n#", 1)[0]
+    rows = re.findall(r"^\| (?!framework|---).*", tested, re.MULTILINE)
+    assert rows
+    report([f"{row}: names no test" for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+`", row)])
+    shown = {code for page in (INTEGRATIONS, *FRAMEWORKS) for code in code_of(page)}
+    examples = [f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))]
+    report([f"{example}: on no page" for example in examples if not any(example in code for code in shown)])
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
