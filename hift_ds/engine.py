@@ -219,6 +219,7 @@ class HiFTEngine(CheckpointingEngine):
         if not loss.requires_grad:
             raise UnreachedBlockError(self._why_unreached())
         self.block_optimizers.watch_loss(loss)
+        self._freeze_others()  # activation checkpointing runs layers again, and needs the same as in the forward pass
         result = super().backward(loss, *args, **kwargs)
         if self.is_gradient_accumulation_boundary():
             self._watch_memory()
@@ -227,8 +228,8 @@ class HiFTEngine(CheckpointingEngine):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's ``forward``."""
-        if self._is_unfrozen and self.module.training:
-            self._activate()
+        if self.module.training:
+            self._freeze_others()
         return super().forward(*args, **kwargs)
 
     def unfreeze(self) -> None:
@@ -393,13 +394,20 @@ class HiFTEngine(CheckpointingEngine):
 
     def _activate(self) -> None:
         """Freeze all parameters outside the scheduled block, and use the block's optimizer."""
-        active = self._schedule.active_block
+        self._freeze_others()
+        self.optimizer = self.block_optimizers.activate(self.active_block)
+
+    def _freeze_others(self) -> None:
+        """Freeze all parameters outside the scheduled block.
+
+        Scripts undo it: PEFT lets all adapters require gradients when it turns them on again, after a forward pass of
+        the model without them, which TRL takes for the reference model.
+        """
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        for parameter in self._block_parameters[active]:
+        for parameter in self._block_parameters[self.active_block]:
             parameter.requires_grad_(True)
         self._is_unfrozen = False
-        self.optimizer = self.block_optimizers.activate(active)
 
     def _clear_other_rows(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Zero the gradient's rows that the active block does not train, so that they do not count in its norm."""

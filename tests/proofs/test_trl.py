@@ -17,3 +17,20 @@ CASES = [Case(kind, stage, ranks) for kind in COLUMNS for stage in STAGES for ra
 @pytest.mark.parametrize("case", [case for case in CASES if case not in test_trl.CASES], ids=str)
 def test_trains_as_the_plain_loop(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
+
+
+LORA = [
+    *(Case("sft", stage, lora=True) for stage in STAGES),
+    *(Case("dpo", stage, lora=True) for stage in STAGES),
+    Case("grpo", 0, lora=True),
+    Case("grpo", 2, lora=True),
+    Case("sft", 2, 2, lora=True),
+    Case("dpo", 2, 2, lora=True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in LORA if case not in test_trl.CASES], ids=str)
+def test_trains_adapters_as_the_plain_loop(case: Case, tmp_path: Path) -> None:
+    """The reference model is the model without adapters, which peft turns off and on again, with their gradients."""
+    check(case, tmp_path)
