@@ -309,16 +309,19 @@ def _holds_elements(value: Any) -> bool:
 
 def _why_whole(optimizer: torch.optim.Optimizer, stepped: _Whole) -> str | None:
     """Return why tensors must stay whole, as far as the settings and the state show it."""
+    for members in stepped.parameters:
+        for parameter in members:
+            state = stepped.optimizer.state[parameter]
+            for name, value in state.items():
+                if any(part is not value or part.shape != parameter.shape for part in parts(value)):
+                    quantized = [key for key in state for part in parts(state[key]) if part.dtype == torch.uint8]
+                    if quantized:
+                        return f"the state {quantized[0]!r} is quantized in blocks of a tensor"
+                    shapes = f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}"
+                    return f"the state {name!r} has the shape {shapes}"
     settings = overrides(optimizer)
     if any(id(parameter) in settings for group in optimizer.param_groups for parameter in group["params"]):
         return "bitsandbytes has settings for single tensors"
-    for members in stepped.parameters:
-        for parameter in members:
-            for name, value in stepped.optimizer.state[parameter].items():
-                for part in parts(value):
-                    if part is not value or part.shape != parameter.shape:
-                        what = "quantized" if part is not value else f"of shape {tuple(part.shape)}"
-                        return f"the state {name!r} of a parameter of shape {tuple(parameter.shape)} is {what}"
     return None
 
 

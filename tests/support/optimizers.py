@@ -36,7 +36,8 @@ REFUSED = {
     "galore_adamw_8bit": "GaLoreProjector" if tiny.DEVICE != "cpu" else "CUDA",
     "apollo_adamw": "constructor made state",
     "grokadamw": "in its parameter groups",
-    **dict.fromkeys(("lomo", "adalomo"), "inside the backward pass"),
+    "lomo": "inside the backward pass",
+    "adalomo": "inside the backward pass" if tiny.DEVICE != "cpu" else "CUDA",  # its constructor needs a GPU
 }
 BY_TRANSFORMERS = {  # raised before HiFT sees an optimizer
     **dict.fromkeys([f"galore_{kind}_layerwise" for kind in ("adamw", "adamw_8bit", "adafactor")], "DDP"),
@@ -161,8 +162,8 @@ def config_difference(kind: str, params: dict[str, Any], stage: int, dtype: str)
     options = {"lr": RATES.get(kind.lower(), RATE), "weight_decay": tiny.DECAY, **params}
 
     def plain(named: NamedTensors, copy: LlamaForCausalLM) -> Any:
-        if kind != "Muon":
-            return getattr(torch.optim, kind)([tensor for _, tensor in named], **options)
+        if kind != "Muon":  # DeepSpeed's Adam has decoupled weight decay, unless `adam_w_mode` is false
+            return getattr(torch.optim, "AdamW" if kind == "Adam" else kind)([tensor for _, tensor in named], **options)
         from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
         matrices = [t for n, t in named if t.dim() == 2 and "embed" not in n and "lm_head" not in n]
@@ -182,8 +183,12 @@ def _difference(stage: int, dtype: str, ours: Callable[..., Any], plain: Callabl
     blocks = block_names(copy)
     start = tiny.copies(dict(copy.named_parameters()))
     try:
-        engine = engine_of(llama, ours(llama), stage, dtype)
-    except (ValueError, ImportError, NotImplementedError) as error:
+        optimizer = ours(llama)
+    except Exception as error:  # transformers or the optimizer's package refuses
+        return str(error)
+    try:
+        engine = engine_of(llama, optimizer, stage, dtype)
+    except ValueError as error:
         assert stage == 3 or tiny.identical(start, tiny.copies(dict(llama.named_parameters()))), "weights changed"
         return str(error)
     try:

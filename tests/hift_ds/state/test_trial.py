@@ -86,8 +86,8 @@ def test_an_own_count_in_the_group_is_noticed() -> None:
     ("twist", "reason"),
     [
         ("norm of large tensors", "depends on others of its tensor"),
-        ("rows of large tensors", "'rows' of a parameter"),
-        ("blocks of large tensors", "'scale' of a parameter"),
+        ("rows of large tensors", "'rows' has the shape (67,)"),
+        ("blocks of large tensors", "'scale' has the shape"),
     ],
 )
 def test_large_tensors_that_must_stay_whole_are_noticed(twist: str, reason: str) -> None:
