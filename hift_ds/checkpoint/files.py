@@ -76,6 +76,10 @@ class FileEngine:
             CheckpointError: it cannot be read, or reading it would run code.
         """
         mmap = self._mmap and map_location in ("cpu", torch.device("cpu"))
+        if callable(map_location):
+            # DeepSpeed's functions keep tensors in host memory. torch takes no functions for wrapper subclasses, such
+            # as torchao's state.
+            map_location = "cpu"
         try:
             with torch.serialization.safe_globals([_class(name) for name in _CLASSES]):
                 return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.integration.test_optimizers import resumed
 from tests.support import optimizers
 from tests.support.ranks import run_on_ranks
 
@@ -47,3 +48,9 @@ def test_torchao_is_refused_at_other_stages(name: str, stage: int) -> None:
     pytest.importorskip("torchao")
     (found,) = run_on_ranks(1, optimizers.difference, name, stage, "bf16")
     assert "quantized" in found and "use stage 0" in found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_torchao_continues_with_the_same_bits(dtype: str) -> None:
+    pytest.importorskip("torchao")
+    assert run_on_ranks(1, resumed, "adamw_torch_8bit", 0, dtype) == [(0.0, True)]
