@@ -223,7 +223,8 @@ def _with_reports(train: Any) -> Any:
         interception = find(trainer.model)
         if interception is None:
             return train(trainer, *args, **kwargs)
-        reports, callbacks = TrainerReports(interception.engine_of), trainer.callback_handler.callbacks
+        reports = TrainerReports(interception.engine_of, kept=getattr(trainer, "deepspeed", None))
+        callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, reports)  # before the callbacks that send the logs elsewhere
         try:
             return train(trainer, *args, **kwargs)

@@ -8,6 +8,12 @@ NO_ENGINE = (
     "`accelerate launch --use_deepspeed`, without cpu=True, for accelerate; strategy='deepspeed_stage_2' for Lightning"
 )
 
+KEPT_ENGINE = (
+    "the Trainer keeps the DeepSpeed engine of its first train() or evaluate(), and cannot train with it again, with "
+    "HiFT or without. Make a new Trainer for each train(); to evaluate before training, set "
+    "TrainingArguments(eval_on_start=True), or use another Trainer"
+)
+
 
 def too_short(engine: Any, run: str) -> str:
     """Return the warning about a run that is shorter than a cycle.

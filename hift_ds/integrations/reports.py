@@ -7,7 +7,7 @@ from deepspeed.utils import logger
 from transformers.trainer_callback import TrainerCallback
 
 from hift_ds.engine import HiFTEngine
-from hift_ds.integrations.messages import NO_ENGINE, too_short
+from hift_ds.integrations.messages import KEPT_ENGINE, NO_ENGINE, too_short
 from hift_ds.optim.rates import needs_metrics
 
 
@@ -16,16 +16,20 @@ class TrainerReports(TrainerCallback):
 
     Args:
         engine_of: returns the engine that was made of a model, or None.
+        kept: the engine that the Trainer has before it trains, or None.
     """
 
     _engine: Any = None
 
-    def __init__(self, engine_of: Callable[[Any], Any]):
+    def __init__(self, engine_of: Callable[[Any], Any], kept: Any = None):
         self._engine_of = engine_of
+        self._kept = kept
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find the engine; it is an error if there is none. Warn if the run is shorter than a cycle."""
         self._engine = self._engine_of(model)
+        if self._kept is not None and self._engine in (None, self._kept):
+            raise RuntimeError(f"the Trainer trains without a new engine: {KEPT_ENGINE}")
         if self._engine is None:
             raise RuntimeError(f"the Trainer trains without a HiFT engine: {NO_ENGINE}")
         if isinstance(self._engine, HiFTEngine) and state.max_steps < self._engine.steps_per_cycle:

@@ -257,6 +257,7 @@ def replay(
     stage: int = 0,
     ranks: int = 1,
     share: Callable[[nn.Module, Any, int], Tensor] = token_share,
+    norms: list[float] | None = None,
 ) -> dict[str, Tensor]:
     """Train a model by the plain loop of Algorithm 1; return its weights.
 
@@ -269,6 +270,7 @@ def replay(
         stage: the ZeRO stage, which decides how the gradients' norm is rounded.
         ranks: the number of ranks, in whose order the micro-batches of a step are.
         share: what a micro-batch adds to the step's loss, from the model, the micro-batch and their number.
+        norms: receives the norm of each step's gradient before clipping, which Adam's weights hardly depend on.
     """
     if blocks is None:
         blocks = block_names(tied=model.config.tie_word_embeddings)
@@ -278,4 +280,6 @@ def replay(
         for group in loop.optimizers[loop.active_block].param_groups:
             group["lr"] = rate
         loop.step(micro_batches, ranks)
+        if norms is not None:
+            norms.append(loop.grad_norm)
     return tiny.copies(dict(model.named_parameters()))
