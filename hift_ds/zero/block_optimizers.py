@@ -139,6 +139,17 @@ class BlockOptimizers:
     def _active_optimizer(self) -> Any:
         return self.optimizers[self._places[self.active][0]]
 
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to step: the engine has the gradients' norm, the rate and the turn of the next block.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "optimizer.step() was called without the engine, and the next block would never get its turn: call "
+            "engine.step() instead (in Lightning's Fabric: fabric.strategy.model.step())"
+        )
+
     def activate(self, index: int) -> Any:
         """Activate a block.
 

@@ -182,6 +182,8 @@ def train(case: Case, folder: Path, out: Path, resumes: bool = False) -> Outcome
         with hift_ds.enabled(layers_per_block=1):
             runs.fit(module, training, held_out, ckpt_path=f"{out}/step={STOP}.ckpt" if resumes else None)
             states = tiny.tensors(tiny.block_states(runs.strategy.deepspeed_engine))
+            with pytest.raises(RuntimeError, match=r"call engine.step\(\)"):
+                runs.strategy.deepspeed_engine.block_optimizers.step()
         assert all(parameter.requires_grad for parameter in model.parameters())
         weights = integrations.all_weights(model)
         tested = float(runs.test(module, held_out, verbose=False)[0]["held_out"])
