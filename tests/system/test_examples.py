@@ -1,4 +1,4 @@
-"""The examples of loops, started by their launchers, against the plain loop."""
+"""Scripts with loops of their own, started by their launchers, against the plain loop."""
 
 import os
 import subprocess
@@ -18,7 +18,30 @@ CYCLE = 5
 LAUNCHERS = {
     "accelerate": ["launch", "--config_file", str(REPOSITORY / "examples" / "accelerate_zero2.yaml")],
     "torchrun": [],
+    "deepspeed": ["--no_local_rank"],
 }
+SCRIPT = """
+import argparse, deepspeed, hift_ds, torch
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+parser = argparse.ArgumentParser()
+for name in ("--model", "--data", "--output"):
+    parser.add_argument(name)
+arguments = parser.parse_args()
+model = AutoModelForCausalLM.from_pretrained(arguments.model).train()
+config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+          "zero_optimization": {"stage": 2},
+          "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1}}}
+schedule = lambda optimizer: get_cosine_schedule_with_warmup(optimizer, 0, 12)
+with hift_ds.enabled():
+    engine, *_ = deepspeed.initialize(model=model, config=config, lr_scheduler=schedule)
+    torch.manual_seed(torch.distributed.get_rank())
+    for _ in range(24):
+        ids = torch.randint(3, 262, (2, 8))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+if torch.distributed.get_rank() == 0:
+    model.save_pretrained(arguments.output)
+"""
 ADAMW = {"lr": 1e-4, "weight_decay": 0.1}
 CLIP = 1.0
 
@@ -26,8 +49,9 @@ CLIP = 1.0
 def run(folder: Path, launcher: str, ranks: int, script: str, *options: str) -> tuple[str, list[Any]]:
     """Run an example in `folder`, outside the repository; return what it printed, and what each rank recorded."""
     port = ["--num_processes", str(ranks), "--main_process_port", free_port(), "--mixed_precision", "no"]
-    if launcher == "torchrun":
-        port = ["--nproc_per_node", str(ranks), "--master_port", free_port()]
+    if launcher != "accelerate":
+        count = {"torchrun": "--nproc_per_node", "deepspeed": "--num_gpus"}[launcher]
+        port = [count, str(ranks), "--master_port", free_port()]
     command = [sys.executable, str(Path(sys.executable).with_name(launcher)), *LAUNCHERS[launcher], *port]
     command += [str(REPOSITORY / "tests" / "support" / "recorded.py"), str(folder)]
     command += [str(REPOSITORY / "examples" / script), "--model", "tiny", "--data", "rows.jsonl", "--output", "out"]
@@ -124,3 +148,14 @@ def test_the_lightning_module(ranks: int, tmp_path: Path) -> None:
 
     check(tmp_path, ranks, recorded, rates, "bf16", share)
     assert "held_out_loss" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("launcher", ("torchrun", "deepspeed"))
+def test_a_script_that_calls_deepspeed(launcher: str, ranks: int, tmp_path: Path) -> None:
+    integrations.model_folder(tmp_path / "tiny")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    _, recorded = run(tmp_path, launcher, ranks, str(tmp_path / "script.py"))
+    rates = integrations.step_rates(cosine(12), ADAMW["lr"], 12)
+    check(tmp_path, ranks, recorded, rates, "fp32", integrations.token_share)
