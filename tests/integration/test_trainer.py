@@ -6,6 +6,8 @@ Runs are on ranks that live through the session. tests/proofs/test_trainer.py ha
 import contextlib
 import functools
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -475,6 +477,31 @@ def test_auto_find_batch_size(folder: Path, tmp_path: Path) -> None:
 
 
 # ---- reports and errors --------------------------------------------------------------------------------------------
+
+
+def log_to_wandb(folder: Path, out: Path) -> dict[str, list[float]]:
+    """In a rank: what the file of an offline run of W&B holds of HiFT."""
+    import wandb
+
+    run = Run(stage=0, callback=True, arguments=(("report_to", "wandb"), ("max_steps", CYCLE + 1)))
+    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(out), "WANDB_SILENT": "true"}
+    with mock.patch.dict(os.environ, settings):
+        train(run, folder, out)
+        wandb.finish()
+    (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    # W&B's field 16 follows a value's name: a length, and the value as JSON.
+    found = re.findall(rb"train/hift/(\w+)\x82\x01.([\d.e-]+)", path.read_bytes(), re.DOTALL)
+    names = sorted({name.decode() for name, _ in found})
+    # Each value is in a record of the history and in one of the summary.
+    return {name: [float(value) for one, value in found if one.decode() == name][::2] for name in names}
+
+
+def test_the_run_of_wandb_has_rate_block_and_cycle(folder: Path, tmp_path: Path) -> None:
+    (logged,) = run_on_ranks(1, log_to_wandb, folder, tmp_path)
+    blocks, cycles, rates = logged["block"], logged["cycle"], logged["lr"]
+    assert blocks[: CYCLE + 1] == [0, 1, 2, 3, 4, 0] and cycles[: CYCLE + 1] == [0] * CYCLE + [1]
+    schedule = scheduled(Run(arguments=(("max_steps", CYCLE + 1),)), CYCLE + 1)
+    assert rates[: CYCLE + 1] == pytest.approx([schedule[CYCLE - 1]] * CYCLE + [schedule[CYCLE]])
 
 
 def without_deepspeed(callback: bool, folder: Path, out: Path) -> str:

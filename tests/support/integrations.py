@@ -279,7 +279,11 @@ def replay(
     for micro_batches, rate in zip(steps, rates, strict=True):
         for group in loop.optimizers[loop.active_block].param_groups:
             group["lr"] = rate
-        loop.step(micro_batches, ranks)
+        if stage < 2:  # each rank accumulates, then ranks add
+            loop.step(micro_batches, ranks)
+        else:  # ranks add after each micro-batch
+            count = len(micro_batches) // ranks
+            loop.step([one for i in range(count) for one in micro_batches[i::count]], count)
         if norms is not None:
             norms.append(loop.grad_norm)
     return tiny.copies(dict(model.named_parameters()))
