@@ -224,12 +224,17 @@ def plain_model(case: Case, trainer: Any, folder: Path, weights: dict[str, Tenso
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     if weights is not None:
         model.load_state_dict(weights)
-    return model.to(torch.bfloat16) if case.bf16 else model
+    if case.bf16:
+        for parameter in model.parameters():  # the buffers stay in fp32
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
-def log_probabilities(model: nn.Module, ids: Tensor, attention: Tensor, wanted: Tensor) -> Tensor:
+def log_probabilities(
+    model: nn.Module, ids: Tensor, attention: Tensor | None, wanted: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """Of each token after the first, given those before it; 0 where it is not wanted. From the model's logits."""
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, :-1].float()
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * wanted[:, 1:]
 
 
@@ -242,7 +247,8 @@ def formula(case: Case, model: Any, reference: Any, call: dict[str, Any]) -> Ten
         return -functional.logsigmoid(chosen - rejected).mean()
     if case.kind == "sft":
         wanted = inputs["labels"] != -100
-        ours = log_probabilities(model, inputs["input_ids"], inputs["attention_mask"], wanted)
+        packed = inputs.get("attention_mask"), wanted, inputs.get("position_ids")
+        ours = log_probabilities(model, inputs["input_ids"], *packed)
         return -ours.sum() / call["items"] * case.ranks
     if case.kind == "dpo":
         tokens = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
@@ -257,7 +263,9 @@ def formula(case: Case, model: Any, reference: Any, call: dict[str, Any]) -> Ten
         theirs = log_probabilities(reference, *tokens)[:, -count:]
     ours = log_probabilities(model, *tokens)[:, -count:]
     divergence = torch.exp(theirs - ours) - (theirs - ours) - 1
-    each = BETA * divergence - torch.exp(ours - ours.detach()) * inputs["advantages"][:, None]
+    ratio = torch.exp(ours - inputs.get("old_per_token_logps", ours.detach()))
+    advantages = inputs["advantages"][:, None]
+    each = BETA * divergence * ratio - torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     return (each * inputs["completion_mask"]).sum() / inputs["num_items_in_batch"] * case.ranks
 
 
@@ -386,11 +394,13 @@ def check(case: Case, place: Path) -> Result:
     ours = results[0]
     for other in results[1:]:
         assert tiny.identical(other.end, ours.end), "the ranks hold different weights"
-    assert all((ours.end[name] != ours.start[name]).any() for name in ours.end if not case.lora or "lora" in name)
+    trained = [name for name in ours.end if "lora" in name or not case.lora]
+    if not case.bf16:  # where the steps are too small for some weights
+        assert not any(torch.equal(ours.end[name], ours.start[name]) for name in trained)
     error = tiny.largest_difference(ours.end, ours.truth)
     assert error <= support.bound(case.stage, case.ranks), f"{case}: weights differ by {error}"
     assert max(result.loss_error for result in results) <= (1e-5 if support.bound(case.stage, case.ranks) else 0)
-    assert max(result.formula_error for result in results) <= 5e-6
+    assert max(result.formula_error for result in results) <= (5e-2 if case.bf16 else 5e-6)
     assert sum(result.other_tokens for result in results) == 0
     assert tiny.identical(ours.resumed, ours.end), "the resumed run has other weights"
     assert largest_in_file(ours.best, ours.best_file) == largest_in_file(ours.best, ours.saved) == 0

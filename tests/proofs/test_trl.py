@@ -34,3 +34,23 @@ LORA = [
 def test_trains_adapters_as_the_plain_loop(case: Case, tmp_path: Path) -> None:
     """The reference model is the model without adapters, which peft turns off and on again, with their gradients."""
     check(case, tmp_path)
+
+
+OTHERS = [
+    Case("sft", 2, settings=(("packing", True),)),
+    Case("sft", 2, settings=(("completion_only_loss", False),)),
+    Case("sft", 3, 2, settings=(("packing", True),)),
+    Case("sft", 2, settings=(("gradient_checkpointing_kwargs", {"use_reentrant": True}),)),
+    Case("dpo", 2, settings=(("gradient_checkpointing_kwargs", {"use_reentrant": True}),)),
+    Case("dpo", 2, settings=(("precompute_ref_log_probs", True),)),
+    Case("dpo", 3, settings=(("precompute_ref_log_probs", True),)),
+    Case("sft", 2, bf16=True),
+    Case("dpo", 2, bf16=True),
+    Case("grpo", 3, bf16=True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_trains_with_other_settings_as_the_plain_loop(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
