@@ -85,7 +85,7 @@ def test_the_trainer_s_example_runs_with_the_wheel(launcher: str, site: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "deepspeed, two ranks"])
+@pytest.mark.parametrize("launcher", ["deepspeed"])  # with two ranks on CPUs, accelerate gathers as NCCL would
 @pytest.mark.parametrize(
     ("script", "columns"),
     [
@@ -100,7 +100,7 @@ def test_the_examples_of_trl_run_with_the_wheel(
 ) -> None:
     notes = run(launcher, script, site, tmp_path, *columns, chat=True)
     ranks = [files for files in notes if str(site / "hift_ds" / "engine.py") in files]
-    assert len(ranks) == (2 if "two" in launcher else 1)
+    assert len(ranks) == 1
     start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
     assert start.keys() - {"lm_head.weight"} == end.keys() - {"lm_head.weight", "score.weight"}
     (log,) = (tmp_path / "end").glob("checkpoint-*/trainer_state.json")
