@@ -120,6 +120,11 @@ class BlockOptimizers:
         """The parameter groups of the configured optimizer."""
         return self.optimizer.param_groups
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default settings of the configured optimizer, which some schedules read."""
+        return self.optimizer.defaults
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "optimizers" not in self.__dict__:
             raise AttributeError(name)
