@@ -132,7 +132,8 @@ class Interception:
         if isinstance(engine, HiFTEngine):
             engine.register_forward_pre_hook(_limit_recomputation)
         self._engines.append(weakref.ref(engine))
-        self.made += 1
+        for interception in _open:  # an outer one has no engine to miss
+            interception.made += 1
         return results
 
 

@@ -70,6 +70,10 @@ def kinds() -> dict[str, Any]:
         raise ZeroDivisionError
     assert deepspeed.initialize is original
 
+    with hift_ds.enabled(layers_per_block=2), hift_ds.enabled(layers_per_block=1):
+        found["inner only"] = kind(config=config(**OPTIMIZER))
+    assert deepspeed.initialize is original
+
     with pytest.raises(ValueError, match=r"layers_per_blok=2 .*did you mean 'layers_per_block'"):
         with hift_ds.enabled(layers_per_blok=2):
             pass
@@ -95,6 +99,7 @@ def test_engines_with_an_optimizer_are_hift_engines_inside_only() -> None:
         "positional": halves,
         "inner": all_layers,
         "after inner": halves,
+        "inner only": all_layers,
         "after an error": halves,
         "after": "DeepSpeedEngine",
     }
