@@ -26,22 +26,37 @@ def needs_metrics(schedule: Any) -> bool:
 def rates_of_cycle(groups: Sequence[dict[str, Any]], schedule: Any, steps: int) -> list[Any]:
     """Return the learning rate of each parameter group for a cycle that begins now.
 
-    It is the current rate. Where that is 0, as at the start of a warm-up, it is the rate of the cycle's last step, so
-    that the cycle is not lost.
+    It is the current rate. Where that is 0, as at the start of a warm-up, it is the last rate of the cycle that is not
+    0, so that the cycle is not lost. A warning is logged if there is none for any group.
 
     Args:
         groups: the parameter groups that the schedule changes.
         schedule: the schedule; None: search for one that a script made for these groups.
         steps: number of steps in the cycle.
+
+    Returns:
+        The rates. None for a group without a rate, as in an Adafactor that computes its own.
     """
-    rates = [_copied(group["lr"]) for group in groups]
-    if all(float(rate) for rate in rates):
+    rates = current = [_copied(group.get("lr")) for group in groups]
+    if all(map(_trains, current)):
         return rates
     schedule = schedule if schedule is not None else schedule_of(groups)
-    if schedule is None or needs_metrics(schedule):
-        return rates
-    later = _rates_after(schedule, groups, _ticks(schedule, steps - 1))
-    return [rate if float(rate) else at_end for rate, at_end in zip(rates, later, strict=True)]
+    if schedule is not None and not needs_metrics(schedule):
+        for later in _rates_ahead(schedule, groups, _ticks(schedule, steps - 1)):
+            rates = [
+                one if not _trains(now) and _trains(one) else rate
+                for now, rate, one in zip(current, rates, later, strict=True)
+            ]
+    if not any(map(_trains, rates)):
+        logger.warning(
+            "the learning rate is 0 in all steps of a cycle, which change nothing: check the schedule's length and the "
+            "optimizer's lr"
+        )
+    return rates
+
+
+def _trains(rate: Any) -> bool:
+    return rate is None or float(rate) != 0
 
 
 def schedule_of(groups: Sequence[dict[str, Any]]) -> LRScheduler | None:
@@ -76,8 +91,12 @@ def _ticks(schedule: Any, steps: int) -> int:
     return steps
 
 
-def _rates_after(schedule: Any, groups: Sequence[dict[str, Any]], ticks: int) -> list[Any]:
-    """Return the rates after a schedule advanced, from a copy of it; the schedule and its optimizer do not change."""
+def _rates_ahead(schedule: Any, groups: Sequence[dict[str, Any]], ticks: int) -> list[list[Any]]:
+    """Return the rates after each tick of a schedule, from a copy of it; the schedule and its optimizer do not change.
+
+    The list is shorter than ``ticks`` if the schedule ends before, as a ``OneCycleLR`` does: it refuses the second tick
+    after the last step, and no step uses the rate after the first.
+    """
     stand_in = SimpleNamespace(
         param_groups=[{**{k: _copied(v) for k, v in group.items() if k != "params"}, "params": []} for group in groups],
         state={},
@@ -85,18 +104,28 @@ def _rates_after(schedule: Any, groups: Sequence[dict[str, Any]], ticks: int) ->
         step=lambda: None,
         _opt_called=True,
     )
+    before = [_copied(group.get("lr")) for group in groups]
+    ahead: list[list[Any]] = []
     try:
         trial = copy.deepcopy(schedule, {id(schedule.optimizer): stand_in})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # schedules warn if their optimizer does not step between two ticks
             for _ in range(ticks):
                 trial.step()
-    except Exception as error:  # a script's own class, of which nothing is known
+                ahead.append([_copied(group.get("lr")) for group in stand_in.param_groups])
+    except Exception as error:  # the schedule's end, or a script's own class, of which nothing is known
+        del ahead[-1:]
         logger.warning(
-            f"the learning rate is 0 at the start of a cycle, and {type(schedule).__name__} cannot be advanced ahead "
-            f"({type(error).__name__}: {error}): the steps of this cycle change nothing"
+            f"the learning rate is 0 at the start of a cycle, and {type(schedule).__name__} gives the rates of only "
+            f"{len(ahead)} of the next {ticks} steps ({type(error).__name__}: {error})"
         )
-    return [group["lr"] for group in stand_in.param_groups]
+    finally:  # a script's own class may change more than its copy
+        for group, rate in zip(groups, before, strict=True):
+            if torch.is_tensor(rate):
+                group["lr"].copy_(rate)
+            elif "lr" in group:
+                group["lr"] = rate
+    return ahead
 
 
 def _copied(value: Any) -> Any:

@@ -1,10 +1,12 @@
 """The rate of a cycle that a schedule of steps gives: the truth is the schedule itself, advanced by hand."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime import lr_schedules
+from deepspeed.utils import logger
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from hift_ds.optim.rates import needs_metrics, rates_of_cycle, schedule_of
@@ -96,6 +98,72 @@ def test_a_schedule_that_cannot_be_copied_leaves_the_rate_at_0(caplog: pytest.Lo
     ours = optimizer()
     schedule = Odd(ours, lambda tick: float(tick))
     assert rates_of_cycle(ours.param_groups, schedule, STEPS) == [0.0]
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> str:
+    return " ".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What DeepSpeed's logger gets, which does not propagate."""
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def short_warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Up to the given rate at tick 1, and down to 0 at tick 3."""
+    return LambdaLR(optimizer, lambda tick: tick if tick < 1 else max(0.0, (3 - tick) / 2))
+
+
+def test_a_schedule_that_ends_at_0_inside_the_cycle(logged: pytest.LogCaptureFixture) -> None:
+    ours = optimizer()
+    schedule = short_warm_up(ours)
+    assert rates_of_cycle(ours.param_groups, schedule, STEPS) == [0.05]
+    assert rates(ours) == [0.0] and not messages(logged)
+
+
+def test_a_schedule_that_refuses_to_go_past_its_end(logged: pytest.LogCaptureFixture) -> None:
+    ours = optimizer()
+    schedule = OneCycleLR(ours, 0.1, total_steps=3, pct_start=0.6, div_factor=1e30, final_div_factor=1e-29)
+    ours.param_groups[0]["lr"] = 0.0
+    (rate,) = rates_of_cycle(ours.param_groups, schedule, STEPS)
+    assert rate == pytest.approx(0.01) and rates(ours) == [0.0], "the rate of the third and last step"
+    assert "OneCycleLR gives the rates of only 2 of the next 4 steps" in messages(logged)
+
+
+def test_a_cycle_of_0_only_is_named(logged: pytest.LogCaptureFixture) -> None:
+    ours = optimizer(0.0, 0.0)
+    assert rates_of_cycle(ours.param_groups, LambdaLR(ours, lambda tick: float(tick)), STEPS) == [0.0, 0.0]
+    assert "0 in all steps of a cycle" in messages(logged)
+
+
+def test_a_class_that_changes_the_real_optimizer_is_undone() -> None:
+    class Reaching(LambdaLR):
+        def step(self, epoch: Any = None) -> None:
+            for group in ours.param_groups:
+                group["lr"] += 1.0
+            super().step()
+            if self.last_epoch == 3:
+                raise ValueError("no more")
+
+    ours = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.zeros(2))]}, {"params": []}], lr=torch.tensor(0.1))
+    ours.param_groups[1]["lr"] = 0.2
+    schedule = Reaching(ours, lambda tick: float(tick))
+    for group, zero in zip(ours.param_groups, (torch.tensor(0.0), 0.0), strict=True):
+        group["lr"] = zero
+    rate = ours.param_groups[0]["lr"]
+    rates_of_cycle(ours.param_groups, schedule, STEPS)
+    assert rates(ours) == [0.0, 0.0] and ours.param_groups[0]["lr"] is rate
+
+
+def test_groups_without_a_rate_have_none() -> None:
+    ours = optimizer(0.1, 0.1, 0.0)
+    ours.param_groups[0]["lr"] = None
+    del ours.param_groups[1]["lr"]
+    assert rates_of_cycle(ours.param_groups, None, STEPS) == [None, None, 0.0]
+    assert ours.param_groups[0]["lr"] is None and "lr" not in ours.param_groups[1]
 
 
 def test_the_schedule_of_other_groups_is_not_found() -> None:
