@@ -259,13 +259,13 @@ class HiFTEngine(CheckpointingEngine):
         """Return the learning rate, block and cycle of the last applied step, for a log; empty before the first.
 
         Returns:
-            ``hift/lr``: the learning rate of the block's first parameter group; ``hift/block``: index into ``blocks``;
-            ``hift/cycle``: number of cycles completed before the step.
+            ``hift/lr``: the learning rate of the block's first parameter group, unless the group has none;
+            ``hift/block``: index into ``blocks``; ``hift/cycle``: number of cycles completed before the step.
         """
         if self._last_step is None:
             return {}
         rate, block, cycle = self._last_step
-        return {"hift/lr": float(rate), "hift/block": block, "hift/cycle": cycle}
+        return {**({} if rate is None else {"hift/lr": float(rate)}), "hift/block": block, "hift/cycle": cycle}
 
     def _why_unreached(self) -> str:
         block = self.blocks[self.active_block]
@@ -448,7 +448,7 @@ class HiFTEngine(CheckpointingEngine):
         if not self.was_step_applied():
             optimizers.report_skipped_step(f"{self.active_block} ({self.blocks[self.active_block].name})")
             return
-        self._last_step = (self.get_lr()[0], *place)
+        self._last_step = (self.optimizer.param_groups[0].get("lr"), *place)
         is_cycle_over = self._schedule.advance()
         if is_cycle_over:
             optimizers.rates = None

@@ -181,7 +181,7 @@ class BlockOptimizers:
         groups = self._active_optimizer.optimizer.param_groups
         for group, source in zip(groups, self._sources[self._places[self.active][0]], strict=True):
             settings = {k: v for k, v in self.optimizer.param_groups[source].items() if k not in self._own_settings}
-            if self.rates is not None:
+            if self.rates is not None and self.rates[source] is not None:
                 settings["lr"] = self.rates[source]
             rate = group.get("lr")
             if torch.is_tensor(rate) and not torch.is_tensor(settings["lr"]):

@@ -264,6 +264,48 @@ def test_one_rate_in_a_cycle_whoever_owns_the_schedule(stage: int, owner: str, t
     assert all(map(torch.equal, weights, resumed))
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Its parameter groups have no learning rate."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, {"size": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["size"])
+
+
+def trained_without_rates(kind: str) -> tuple[list[dict[str, float]], bool]:
+    """In a rank: what is logged of each step, and whether all weights changed."""
+    import deepspeed
+    from transformers import Adafactor
+
+    import hift_ds
+
+    llama = tiny.model()
+    before = tiny.copies(dict(llama.named_parameters()))
+    parameters = llama.parameters()
+    own = WithoutRate(parameters) if kind == "missing" else Adafactor(parameters, relative_step=True, lr=None)
+    with hift_ds.enabled():
+        engine = deepspeed.initialize(model=llama, optimizer=own, config=config(0))[0]
+        logged = []
+        for number in range(BLOCKS):
+            step(engine, number)
+            logged.append(engine.log_values())
+    changed = [not torch.equal(tensor, before[name]) for name, tensor in llama.named_parameters()]
+    engine.destroy()
+    return logged, all(changed)
+
+
+@pytest.mark.parametrize("kind", ["None", "missing"])
+def test_optimizers_that_compute_their_own_rate(kind: str) -> None:
+    ((logged, changed),) = run_on_ranks(1, trained_without_rates, kind)
+    assert changed
+    assert logged == [{"hift/block": block, "hift/cycle": 0} for block in range(BLOCKS)]
+
+
 def other_ticks(folder: str) -> str:
     import hift_ds
 
