@@ -81,6 +81,7 @@ def place_state(
         "chunk_bytes": chunk_bytes,
         "bytes_per_element": per_element,
         "prefetch": offload.prefetch,
+        "state": traits.state,
     }
 
 

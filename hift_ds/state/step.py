@@ -103,6 +103,8 @@ class BlockState:
             elements in a chunk.
         slices: for each block that shares the only parameter, the first and last (exclusive) element that it trains;
             empty: one block trains everything.
+        state: name and dtype of the tensors of state that the first step will make, all of the master's shape. Their
+            buffers are allocated now, so that training needs no more host memory; others when they are made.
 
     Attributes:
         staged: while ``on_first_chunk`` runs: category and tensor of the masters, state and fp32 gradients of the
@@ -117,6 +119,7 @@ class BlockState:
         staging: Staging,
         bytes_per_element: int,
         slices: Sequence[tuple[int, int]] = (),
+        state: Sequence[tuple[str, torch.dtype]] = (),
     ):
         self._owner = owner
         self._host = host
@@ -134,6 +137,9 @@ class BlockState:
         self.staged: list[tuple[str, torch.Tensor]] = []
         self.on_first_chunk: Callable[[], None] | None = None
         self.to_host()
+        for index, master in enumerate(self._masters):
+            for name, dtype in state:
+                self._buffer((index, name, 0), torch.empty(master.shape, dtype=dtype, device="meta"))
 
     def _slices_of_blocks(self, slices: Sequence[tuple[int, int]]) -> list[list[Slice]]:
         """Return for each block the slices of the masters that it trains on this rank."""
@@ -192,12 +198,21 @@ class BlockState:
             key: number of the master, name of the state (None: the master itself), and number of the part.
             value: a plain tensor.
         """
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self._buffers[key] = self._host.empty(value, direct=not self._is_shared)
+        buffer = self._buffer(key, value)
         if buffer.data_ptr() != value.data_ptr():
             buffer.copy_(value)
         return buffer
+
+    def _buffer(self, key: tuple[int, str | None, int], like: torch.Tensor) -> torch.Tensor:
+        """Return the host buffer of this key, a new one unless it has the shape and dtype of ``like``."""
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = self._buffers[key] = self._host.empty(like, direct=not self._is_shared)
+        return buffer
+
+    def state_buffers(self) -> list[torch.Tensor]:
+        """Return the host buffers of all state except the masters, those of state not made yet included."""
+        return [buffer for (_, name, _), buffer in self._buffers.items() if name is not None]
 
     def prefetch(self) -> None:
         """Start to copy the first chunks to the device, one into each slot."""
@@ -403,11 +418,11 @@ class BlockState:
         return pairs, is_host_new, is_device_new
 
     def _new_buffers(self, cut: Slice, name: str, values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yield host buffers for new state, which has a slice's shape or, if it is cut, its master's."""
+        """Yield the host buffers of new state, which has a slice's shape or, if it is cut, its master's."""
         for number, value in enumerate(values):
             shape = value.shape if cut.whole else self._masters[cut.number].shape
             like = torch.empty(shape, dtype=value.dtype, device="meta")
-            buffer = self._buffers[cut.number, name, number] = self._host.empty(like, direct=not self._is_shared)
+            buffer = self._buffer((cut.number, name, number), like)
             if self._is_shared:  # the rows of other blocks are not written yet
                 buffer.zero_()
             yield buffer

@@ -4,7 +4,7 @@ The trial compares the optimizer's own steps with those of :class:`~hift_ds.stat
 optimizer does with its state, in ``optimizer.state`` or elsewhere, the answer is about the code that will train.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,14 @@ class Traits:
             sharded and cut.
         state_bytes: bytes of state that travel, for each element of a large tensor.
         counted: settings in its parameter groups that its own steps change, such as a number of steps.
+        state: name and dtype of each tensor of state, all of the parameter's shape, so that they can be allocated
+            before the first step makes them; empty for an optimizer that is not element-wise.
     """
 
     shaped: str | None
     state_bytes: float
     counted: frozenset[str] = frozenset()
+    state: tuple[tuple[str, torch.dtype], ...] = ()
 
 
 def examine(optimizer: torch.optim.Optimizer, on_host: bool = False) -> Traits:
@@ -58,7 +61,8 @@ def examine(optimizer: torch.optim.Optimizer, on_host: bool = False) -> Traits:
     """
     reason = _refusal(optimizer)
     if reason is None and type(optimizer) in ELEMENTWISE:
-        return Traits(None, 0 if on_host else _known_state_bytes(optimizer))
+        state = () if on_host else _known_state(optimizer)
+        return Traits(None, sum(dtype.itemsize for _, dtype in state), state=state)
     if reason is None:
         with torch.random.fork_rng(devices=[]):
             found = _tried(optimizer)
@@ -97,14 +101,24 @@ def _refusal(optimizer: Any) -> str | None:
     return None
 
 
-def _known_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    parameter = torch.nn.Parameter(torch.ones(8, device=get_accelerator().current_device_name()))
-    parameter.grad = torch.ones_like(parameter)
+def _known_state(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, torch.dtype], ...]:
+    """Return what a step makes of a known optimizer's state, in any of its parameter groups."""
+    ones = torch.ones(8, device=get_accelerator().current_device_name())
     trial, _ = restrict(optimizer, [])
-    trial.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+    trial.param_groups = []
+    for group in optimizer.param_groups:
+        parameter = torch.nn.Parameter(ones.clone())
+        parameter.grad = ones.clone()
+        trial.param_groups.append({**group, "params": [parameter]})
     trial = with_initial_state(trial)
     trial.step()
-    return sum(part.element_size() for value in trial.state[parameter].values() for part in parts(value))
+    return _state_of_shape(trial.state.values())
+
+
+def _state_of_shape(states: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, torch.dtype], ...]:
+    """Return name and dtype of all state with elements, for an element-wise optimizer."""
+    found = {name: value.dtype for state in states for name, value in state.items() if parts(value)}
+    return tuple(found.items())
 
 
 def _tried(optimizer: torch.optim.Optimizer) -> Traits | str:
@@ -133,7 +147,8 @@ def _tried(optimizer: torch.optim.Optimizer) -> Traits | str:
             shaped = f"steps on parts of tensors raise {type(error).__name__}: {error}"
         else:
             shaped = None if _same(truth, flat, groups) else "the update of an element depends on others of its tensor"
-    return Traits(shaped, state_bytes, stepped.counted())
+    state = _state_of_shape(stepped.optimizer.state.values()) if shaped is None else ()
+    return Traits(shaped, state_bytes, stepped.counted(), state)
 
 
 class _Group:

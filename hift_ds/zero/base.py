@@ -60,3 +60,5 @@ class BlockOptimizer:
                 yield Held("gradients", master.grad, self.steps_on_host)
             for value in self.optimizer.state.get(master, {}).values():
                 yield from (Held("optimizer_state", part, self.steps_on_host) for part in parts(value))
+        if self.block_state is not None:  # from the start, before the first step makes the state
+            yield from (Held("optimizer_state", buffer) for buffer in self.block_state.state_buffers())

@@ -39,6 +39,7 @@ class BlockOptimizers:
         bytes_per_element: bytes of the master and state of one element; with ``chunk_bytes`` it gives the number of
             elements in a chunk.
         prefetch: start to copy state to the device before the step.
+        state: name and dtype of the tensors of state that the torch optimizer makes, for their buffers.
         counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
 
     Attributes:
@@ -60,6 +61,7 @@ class BlockOptimizers:
         chunk_bytes: int | None = None,
         bytes_per_element: int = 0,
         prefetch: bool = True,
+        state: Sequence[tuple[str, torch.dtype]] = (),
         counted: Collection[str] = (),
     ):
         self.optimizer = configured
@@ -95,7 +97,8 @@ class BlockOptimizers:
                 if staging is None:
                     device = torch.device(get_accelerator().current_device_name())
                     staging = Staging(device, chunk_bytes, host.direct)
-                block.block_state = BlockState(block, host, staging, bytes_per_element, cuts)  # type: ignore[arg-type]
+                owner: Any = block
+                block.block_state = BlockState(owner, host, staging, bytes_per_element, cuts, state)
                 block.relink()
             self.optimizers.append(block)
             self._sources.append(sources)

@@ -75,6 +75,20 @@ def example(twist: str = "", **settings: Any) -> Example:
 def test_an_elementwise_optimizer_may_be_cut() -> None:
     traits = examine(example())
     assert (traits.shaped, traits.state_bytes, traits.counted) == (None, 4.0, frozenset())
+    assert traits.state == (("momentum", torch.float32),)
+
+
+def test_state_is_known_of_all_parameter_groups_before_a_step() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "amsgrad": amsgrad} for amsgrad in (False, True)]
+    traits = examine(torch.optim.AdamW(groups))
+    assert traits.state == tuple((name, torch.float32) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+    assert traits.state_bytes == 12
+    assert examine(torch.optim.SGD(groups[0]["params"])).state == ()
+    assert examine(torch.optim.Adagrad(groups[0]["params"])).state == (("sum", torch.float32),)
+
+
+def test_state_of_a_shaped_optimizer_is_not_known_before_a_step() -> None:
+    assert examine(example("rows of large tensors")).state == ()
 
 
 def test_an_own_count_in_the_group_is_noticed() -> None:
