@@ -100,7 +100,7 @@ class HostCheckpoints:
         self.stored = self.fetched = 0
         self._mark, self._wait = transfers.mark, transfers.wait
         self._storing, self._fetching = transfers.Lane(), transfers.Lane()
-        self._free: list[Tensor] = []  # flat uint8 buffers
+        self._free: list[tuple[Tensor, Any]] = []  # flat uint8 buffers, and the event after which each may be written
         self._last: Callable[[], _Checkpoint | None] = lambda: None
 
     def install(self, model: Any) -> None:
@@ -140,9 +140,10 @@ class HostCheckpoints:
     def _store(self, entry: _Checkpoint) -> None:
         source = entry.device
         assert source is not None
-        entry.buffer, entry.free = self._buffer(source.nbytes), self._free
+        entry.buffer, read = self._buffer(source.nbytes)
+        entry.free = self._free
         entry.host = entry.buffer[: source.nbytes].view(source.dtype).view(source.shape)
-        with self._storing.after(self._mark()):
+        with self._storing.after(self._mark(), read):
             entry.host.copy_(source, non_blocking=True)
             self._storing.outlives(source)
         entry.written = self._storing.mark()
@@ -175,15 +176,18 @@ class HostCheckpoints:
             packed.device = None  # autograd holds the tensor as long as it needs it
         return tensor
 
-    def _buffer(self, nbytes: int) -> Tensor:
-        """Return a free buffer of at least ``nbytes``. A new buffer replaces a smaller free one."""
-        fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= nbytes]
+    def _buffer(self, nbytes: int) -> tuple[Tensor, Any]:
+        """Return a free buffer of at least ``nbytes``, and the event after which it may be written.
+
+        A new buffer replaces a smaller free one.
+        """
+        fitting = [index for index, (buffer, _) in enumerate(self._free) if buffer.nbytes >= nbytes]
         if fitting:
-            return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
+            return self._free.pop(min(fitting, key=lambda index: self._free[index][0].nbytes))
         if self._free:
-            smaller = self._free.pop()
+            smaller, _ = self._free.pop()
             self.host.buffers = [buffer for buffer in self.host.buffers if buffer is not smaller]
-        return self.host.empty(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        return self.host.empty(torch.empty(nbytes, dtype=torch.uint8, device="meta")), None
 
 
 def host_buffers(model: torch.nn.Module) -> list[Tensor]:
@@ -200,11 +204,11 @@ class _Checkpoint:
         self.where = tensor.device
         self.host: Tensor | None = None
         self.buffer: Tensor | None = None
-        self.free: list[Tensor] = []
+        self.free: list[tuple[Tensor, Any]] = []
         self.written: Any = None
         self.ready: Any = None
         self.before: Callable[[], _Checkpoint | None] = lambda: None  # checkpoint of the layer below
 
     def __del__(self) -> None:
         if self.buffer is not None:
-            self.free.append(self.buffer)
+            self.free.append((self.buffer, self.ready))

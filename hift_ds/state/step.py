@@ -222,7 +222,11 @@ class BlockState:
 
     def settle(self) -> None:
         """Wait until all state is in host memory, and discard prefetched chunks. It can then be read and changed."""
+        fetched = [chunk.ready for chunk in self._fetched.values()]
         self.discard_prefetched()
+        for event in fetched:
+            if event is not None:
+                event.synchronize()
         for plan in self._plans:
             for event in plan.written:
                 if event is not None:

@@ -1,16 +1,21 @@
 """An accelerator whose streams do what a program has made certain, and no more.
 
-A copy on a stream runs at the last moment: when something waits for it. Until then what it will write is NaN for
-whoever touches it, and what it reads may be overwritten. On the other hand it may run at once, before the computation
-that was not waited for: if it has not waited for the last computation on its tensors, it copies NaN. So a missing wait,
-of either side, is a wrong number.
+Each stream, and the host, has a clock, and knows how far the others were when it last waited for them. As in a race
+detector, an operation that reads what another stream wrote, or writes what another stream read or wrote, must know of
+that access: through an event, another stream that knows of it, or the host. Otherwise :class:`MissingWait` is raised.
+So it is if memory goes back to the allocator while a stream may still use it.
+
+Computations run at once. A copy between host and device on a stream other than the main one runs at the last moment:
+when something waits for it. Until then its target is NaN and its source may change, so that code whose operations are
+not PyTorch's (I/O, views of NumPy, kernels of extensions) works with wrong numbers if it does not wait.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -21,15 +26,76 @@ import hift_ds.state.direct_io
 import hift_ds.state.transfer
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.transfer import Lane
-from tests.support.device_memory import key, skip_on_a_device, tensors
+from tests.support.device_memory import COPIES, key, skip_on_a_device, tensors
+
+# The host waits for the values or the shapes of these.
+_RESULTS_ON_HOST = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class MissingWait(AssertionError):
-    """The program let go of memory that a copy of its own still needed."""
+    """An operation did not wait for another one that uses the same memory."""
+
+
+class Clock:
+    """What one stream, or the host, knows of itself and the others: for each the number of its last known operation."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.knows: dict[Clock, int] = {self: 0}
+
+    def learn(self, other: "dict[Clock, int]") -> None:
+        for clock, time in other.items():
+            self.knows[clock] = max(self.knows.get(clock, 0), time)
+
+    def tick(self) -> int:
+        self.knows[self] += 1
+        return self.knows[self]
+
+    def has_seen(self, access: "_Access") -> bool:
+        return self.knows.get(access.clock, 0) >= access.time
+
+
+class _Access(NamedTuple):
+    """The last operation of a stream or the host, of its kind, on some bytes of a storage."""
+
+    begin: int
+    end: int
+    writes: bool
+    clock: Clock
+    time: int
+    name: str
+
+    def overlaps(self, begin: int, end: int) -> bool:
+        return begin < self.end and self.begin < end
+
+
+@dataclass
+class _Memory:
+    """What is known of a storage.
+
+    Attributes:
+        place: "device", "host", or "scalar": a number made from nothing, which the host knows.
+        owner: the stream that it was made on, which may reuse the memory as soon as Python lets go of it.
+        outlived_by: streams that the allocator waits for before it reuses the memory.
+    """
+
+    place: str
+    owner: Clock
+    accesses: list[_Access] = field(default_factory=list)
+    outlived_by: set[Clock] = field(default_factory=set)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte in its storage and the one after the last."""
+    begin = tensor.storage_offset() * tensor.element_size()
+    if not tensor.numel():
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 class _Place:
-    """Elements of a storage, which they do not keep alive unless asked to."""
+    """Elements of a storage, which they do not keep alive unless asked to: on a device, the owners alone do."""
 
     def __init__(self, tensor: torch.Tensor, keep: bool):
         self.storage = weakref.ref(tensor.untyped_storage())
@@ -47,105 +113,85 @@ class _Place:
 
     def overlaps(self, tensor: torch.Tensor) -> bool:
         begin, end = _span(tensor)
-        return key(tensor) == self.key and begin < self._end and self._begin < end and self.storage() is not None
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first byte in its storage and the one after the last."""
-    begin = tensor.storage_offset() * tensor.element_size()
-    return begin, begin + tensor.nbytes  # what is copied is contiguous
-
-
-def spoil(tensor: torch.Tensor) -> None:
-    tensor.fill_(torch.nan if tensor.is_floating_point() else 255)  # bytes of NaNs
+        return key(tensor) == self.key and begin < self._end and self._begin < end
 
 
 class _Copy:
-    """Of tensors on the device the storages are kept alive by their owners only, as on a GPU.
+    """A copy between host and device that has not run yet."""
+
+    def __init__(self, target: _Place, source: _Place):
+        self.places = target, source
+
+    def __call__(self) -> None:
+        target, source = (place.tensor() for place in self.places)
+        target.copy_(source)
+
+
+class Stream(Clock):
+    """A queue of copies between host and device, and of other streams' positions to wait for.
 
     Attributes:
-        settled: it ran, and whoever may use its target knows.
+        computes: the first computation was issued here; to wait is then to let others run at once.
     """
 
-    def __init__(self, target: _Place, source: _Place, racing: bool, to_host: bool):
-        self.target, self.source, self.racing = target, source, racing
-        self._to_host = to_host
-        self.settled = False
-
-    def run(self) -> None:
-        target, source = self.target.tensor(), self.source.tensor()
-        target.copy_(source)
-        if self.racing:
-            spoil(target)
-        self.settled = not self._to_host
-        self.target.kept = self.source.kept = None
-
-
-class Stream:
-    """A queue of copies and of events to wait for."""
-
     def __init__(self, machine: "LazyStreams"):
+        super().__init__(f"stream {len(machine.streams)}" if machine.streams else "the main stream")
         self._machine = machine
-        self.items: list[Any] = []
-        self.done = 0  # items that ran
-        self.synchronized = 0  # items of which the host knows that they ran
-        self.knows = 0  # the time of the computation that what comes next is certain to follow
+        self.computes = not machine.streams
+        self.items: list[Callable[[], None] | None] = []  # None: it ran
+        self._done = 0
         machine.streams.append(self)
 
     def wait_event(self, event: "Event") -> None:
-        self.items.append(event)
-        self.knows = max(self.knows, event.knows)
+        self.learn(event.knows)
+        self.items.append(event.runner())
+        if self.computes:
+            self.run()
 
-    def run(self, end: int) -> None:
-        while self.done < end:
-            item, self.done = self.items[self.done], self.done + 1
-            item.run()
-
-    def wait_stream(self, other: Any) -> None:
+    def wait_stream(self, other: "Stream") -> None:
         event = Event(self._machine)
         event.record(other)
         self.wait_event(event)
 
+    def synchronize(self) -> None:
+        event = Event(self._machine)
+        event.record(self)
+        event.synchronize()
 
-class Computation(Stream):
-    """The stream of all computation, which runs at once: to wait is to let others run."""
+    def run(self, end: int | None = None) -> None:
+        """Let the first items run; None: all."""
+        end = len(self.items) if end is None else end
+        while self._done < end:
+            number, self._done = self._done, self._done + 1
+            item, self.items[number] = self.items[number], None
+            if item is not None:
+                with self._machine.unwatched():
+                    item()
 
-    def wait_event(self, event: "Event") -> None:
-        event.run()
+    def queued(self) -> list[_Copy]:
+        return [item for item in self.items[self._done :] if isinstance(item, _Copy)]
 
 
 class Event:
     def __init__(self, machine: "LazyStreams"):
         self._machine = machine
         self._stream: Stream | None = None
-        self._position = self.knows = 0
+        self._position = 0
+        self.knows: dict[Clock, int] = {}
 
     def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self._machine.computation
-        self._stream, self._position = stream, len(stream.items)
-        self.knows = self._machine.time if stream is self._machine.computation else stream.knows
+        self._stream = stream or self._machine.current
+        self._position = len(self._stream.items)
+        self.knows = dict(self._stream.knows)
 
-    def run(self) -> None:
-        if self._stream is not None:
-            with self._machine.running():
-                self._stream.run(self._position)
+    def runner(self) -> Callable[[], None]:
+        """Lets everything run that came before the event was recorded."""
+        stream, position = self._stream, self._position
+        return lambda: stream.run(position) if stream is not None else None
 
     def synchronize(self) -> None:
-        self.run()
-        self._settle()
-
-    def _settle(self) -> None:
-        """The host knows now of all that came before, on other streams too."""
-        stream = self._stream
-        if stream is None:
-            return
-        items = stream.items[stream.synchronized : self._position]
-        stream.synchronized = max(stream.synchronized, self._position)
-        for item in items:
-            if isinstance(item, Event):
-                item._settle()
-            else:
-                item.settled = True
+        self.runner()()
+        self._machine.host.learn(self.knows)
 
 
 class Accelerator(CPU_Accelerator):
@@ -162,38 +208,42 @@ class Accelerator(CPU_Accelerator):
         return lambda: Event(self._machine)
 
     def current_stream(self, device_index: Any = None) -> Stream:
-        return self._machine.lane or self._machine.computation
+        return self._machine.current
+
+    def synchronize(self, device_index: Any = None) -> None:
+        for stream in self._machine.streams:
+            stream.synchronize()
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
-        before, self._machine.lane = self._machine.lane, stream
+        before, self._machine.current = self._machine.current, stream
         try:
             yield
         finally:
-            self._machine.lane = before
+            self._machine.current = before
 
 
 class LazyStreams(TorchDispatchMode):
     """While inside, ``hift_ds.state.transfer`` has an accelerator with lazy streams; DeepSpeed keeps its own.
 
     Attributes:
-        time: counts the computations.
-        copies: how many were queued.
+        host: the clock of the host, which uses host memory and knows whatever it waited for.
+        streams: all streams; the first is the main one.
+        current: the stream that operations on the device are issued on.
+        copies: how many copies were queued.
     """
 
     def __init__(self) -> None:
         super().__init__()
         skip_on_a_device()
+        self.host = Clock("the host")
         self.streams: list[Stream] = []
-        self.computation = Computation(self)
-        self.lane: Stream | None = None
-        self.time = self.copies = 0
-        self._running = False
-        self._host: set[int] = set()
-        self._read: dict[int, int] = {}  # storages, and when they were last read and written by a computation
-        self._written: dict[int, int] = {}
-        self._watched: set[int] = set()
-        self._copies: list[_Copy] = []
+        self.current = self._main = Stream(self)
+        self.copies = 0
+        self._is_unwatched = False
+        self._memory: dict[int, _Memory] = {}
+        self._freed_in_use: list[str] = []
+        self._has_raised = False
         self._patches = ExitStack()
 
     def __enter__(self) -> "LazyStreams":
@@ -201,13 +251,15 @@ class LazyStreams(TorchDispatchMode):
 
         def empty(host: HostMemory, like: torch.Tensor, **options: Any) -> torch.Tensor:
             buffer = allocate(host, like, **options)
-            self._watch(buffer)
-            self._host.add(key(buffer))
+            self._declare_host(buffer)
             return buffer
 
         def outlives(lane: Lane, tensor: torch.Tensor) -> None:
-            for copy in self._copies:
-                for place in (copy.target, copy.source):
+            stream = lane._stream
+            assert isinstance(stream, Stream)
+            self._memory_of(tensor).outlived_by.add(stream)
+            for copy in stream.queued():
+                for place in copy.places:
                     if place.key == key(tensor):
                         place.kept = tensor.untyped_storage()
 
@@ -215,8 +267,7 @@ class LazyStreams(TorchDispatchMode):
 
         def channel(one: hift_ds.state.direct_io._Channel, *args: Any) -> None:
             make(one, *args)
-            self._watch(one.buffer)
-            self._host.add(key(one.buffer))
+            self._declare_host(one.buffer)
 
         def at_once(work: Callable[..., Any], *args: Any) -> Future[Any]:
             done: Future[Any] = Future()
@@ -233,72 +284,126 @@ class LazyStreams(TorchDispatchMode):
             self._patches.enter_context(patch)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any = None, *error: Any) -> None:
         self._patches.close()
-        super().__exit__(*error)
+        super().__exit__(kind, *error)
+        self._is_unwatched = True
+        if kind is None and not self._has_raised:
+            self._raise_freed()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Let queued copies run, unwatched."""
-        before, self._running = self._running, True
+    def unwatched(self) -> Iterator[None]:
+        before, self._is_unwatched = self._is_unwatched, True
         try:
             yield
         finally:
-            self._running = before
-
-    def _watch(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._watched:
-            self._watched.add(storage._cdata)
-            weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _gone(self, address: int) -> None:
-        self._watched.discard(address)
-        self._host.discard(address)
-        self._read.pop(address, None)
-        self._written.pop(address, None)
+            self._is_unwatched = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         returns = func._schema.returns
         is_view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
-        if self._running or is_view:
+        if self._is_unwatched or is_view:
             return func(*args, **kwargs)
-        if self.lane is not None:
-            assert func is torch.ops.aten.copy_.default, f"{func} on a stream that is for copies"
-            return self._queue(self.lane, *args[:2])
-        self.time += 1
+        self._raise_freed()
+        name, given = str(func), tensors(args, kwargs)
+        places = {self._memory_of(tensor).place for tensor in given}
+        between = func in COPIES and places >= {"host", "device"}
+        asynchronous = between and bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        if between and self.current is not self._main:
+            pairs = [args[:2]] if func is torch.ops.aten.copy_.default else list(zip(*args[:2], strict=True))
+            for target, source in pairs:
+                self._queue(self.current, target, source, name)
+            if not asynchronous:
+                self.current.synchronize()
+            return args[0] if returns else None
+        clock = self.host if "host" in places and "device" not in places else self.current
+        if clock is self.current:
+            self.current.computes = True
+            self.current.run()  # what it waited for before
+            clock.learn(self.host.knows)
+        time = clock.tick()
         for position, argument in enumerate(func._schema.arguments):
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             writes = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in tensors(value):
-                self._touch(tensor, writes)
+                if writes and "device" in places and self._memory_of(tensor).place == "scalar":
+                    self._memory_of(tensor).place = "device"
+                self._use(tensor, writes, clock, time, name)
         result = func(*args, **kwargs)
+        known = {key(tensor) for tensor in given}
         for tensor in tensors(result):
-            self._watch(tensor)
-            self._written[key(tensor)] = self.time
+            if key(tensor) not in known:  # else it is an alias, or what was written in place
+                made = places - {"scalar"} or ({"device"} if tensor.dim() else {"scalar"})
+                self._memory_of(tensor, min(made))  # "device" comes before "host"
+                self._use(tensor, True, clock, time, name)
+        if "device" in places and (between and not asynchronous or set(func.tags) & set(_RESULTS_ON_HOST)):
+            self.host.learn(clock.knows)
         return result
 
-    def _queue(self, lane: Stream, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    def _queue(self, lane: Stream, target: torch.Tensor, source: torch.Tensor, name: str) -> None:
         assert target.is_contiguous() and source.is_contiguous()
-        racing = False
-        if key(target) not in self._host:
-            last = max(self._read.get(key(target), 0), self._written.get(key(target), 0))
-            racing |= last > lane.knows
-        if key(source) not in self._host:
-            racing |= self._written.get(key(source), 0) > lane.knows
-        places = [_Place(tensor, keep=key(tensor) in self._host) for tensor in (target, source)]
-        copy = _Copy(*places, racing, to_host=key(target) in self._host)
-        lane.items.append(copy)
-        self._copies = [known for known in self._copies if not known.settled] + [copy]
+        lane.learn(self.host.knows)
+        time = lane.tick()
+        self._use(source, False, lane, time, name)
+        self._use(target, True, lane, time, name)
+        queued = [place for stream in self.streams for copy in stream.queued() for place in copy.places]
+        if not any(place.overlaps(target) for place in queued):
+            with self.unwatched():
+                target.fill_(torch.nan if target.is_floating_point() else 255)  # bytes of NaNs
+        places = [_Place(tensor, keep=self._memory_of(tensor).place == "host") for tensor in (target, source)]
+        lane.items.append(_Copy(*places))
         self.copies += 1
-        return target
 
-    def _touch(self, tensor: torch.Tensor, writes: bool) -> None:
-        """A computation, or the host itself, is about to use a tensor."""
-        for copy in self._copies:
-            if not copy.settled and copy.target.overlaps(tensor):
-                with self.running():
-                    spoil(copy.target.tensor())
-        self._watch(tensor)
-        (self._written if writes else self._read)[key(tensor)] = self.time
+    def _memory_of(self, tensor: torch.Tensor, place: str | None = None) -> _Memory:
+        """The entry of a tensor's storage. A new one gets the place; None: it was made before, or by the host."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._memory:
+            place = place or ("device" if tensor.dim() else "scalar")
+            self._memory[storage._cdata] = _Memory(place, self.host if place == "host" else self.current)
+            weakref.finalize(storage, self._gone, storage._cdata).atexit = False
+        return self._memory[storage._cdata]
+
+    def _declare_host(self, buffer: torch.Tensor) -> None:
+        memory = self._memory_of(buffer)
+        memory.place, memory.owner = "host", self.host
+        memory.accesses.clear()  # the allocation, which looked like one on the device
+
+    def _use(self, tensor: torch.Tensor, writes: bool, clock: Clock, time: int, name: str) -> None:
+        """An operation is about to read or write a tensor; check that it has waited for others that did."""
+        memory = self._memory_of(tensor)
+        begin, end = _span(tensor)
+        if memory.place == "scalar" or begin == end:
+            return
+        kept = []
+        for other in memory.accesses:
+            if other.overlaps(begin, end) and (writes or other.writes) and not clock.has_seen(other):
+                self._has_raised = True
+                raise MissingWait(
+                    f"{name} on {clock.name} {'writes' if writes else 'reads'} memory that {other.name} on "
+                    f"{other.clock.name} {'writes' if other.writes else 'reads'}, and has not waited for it"
+                )
+            # A later access stands for an earlier one if who waits for it has waited for both.
+            is_inside = begin <= other.begin and other.end <= end
+            if not (is_inside and (writes or other.clock is clock and not other.writes)):
+                kept.append(other)
+        memory.accesses = [*kept, _Access(begin, end, writes, clock, time, name)]
+
+    def _gone(self, address: int) -> None:
+        """Python let go of a storage. The allocator may reuse its memory for what is issued next on the owner."""
+        memory = self._memory.pop(address)
+        if self._is_unwatched or memory.place != "device":
+            return
+        for access in memory.accesses:
+            known = access.clock is memory.owner or access.clock in memory.outlived_by
+            if not (known or memory.owner.has_seen(access) or self.host.has_seen(access)):
+                self._freed_in_use.append(
+                    f"memory of {memory.owner.name} was freed while {access.name} on {access.clock.name} may still use "
+                    "it: record_stream (Lane.outlives) is missing"
+                )
+
+    def _raise_freed(self) -> None:
+        found, self._freed_in_use = self._freed_in_use, []
+        if found:
+            self._has_raised = True
+            raise MissingWait("; ".join(found))
