@@ -177,9 +177,17 @@ class HiFTEngine(CheckpointingEngine):
             for name in {name: None for block in self.blocks for name in block.slices}
         ]
         self._schedule = BlockSchedule(len(self.blocks), hift.strategy, hift.steps_per_block, hift.seed)
-        super().__init__(model=model, config=config, config_class=config_class, mpu=mpu, **kwargs)
-        if self.basic_optimizer is None:
-            raise ValueError(_NO_OPTIMIZER)
+        try:
+            super().__init__(model=model, config=config, config_class=config_class, mpu=mpu, **kwargs)
+            if self.basic_optimizer is None:
+                raise ValueError(_NO_OPTIMIZER)
+        except BaseException:  # another attempt must find the model as it was
+            for parameter in self._trainable:
+                parameter.requires_grad_(True)
+            own = (vars(self).get(name) for name in ("module_forward_pre_hook", "module_forward_post_hook"))
+            for hook in (*self._row_hooks, *filter(None, own)):
+                hook.remove()
+            raise
         if self._support_torch_style_backward:
             for optimizer in self.block_optimizers.optimizers:
                 if optimizer is not self.optimizer:

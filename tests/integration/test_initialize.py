@@ -255,12 +255,25 @@ def test_a_checkpoint_of_another_cut_is_refused(tmp_path: Path) -> None:
 
 def train_after(predecessor: str, by_rows: bool) -> tuple[list[list[str]], dict[str, torch.Tensor], list[str]]:
     """In a rank: the blocks and weights of a training after another engine of the same model made a step of the last
-    block, and the parameters that are frozen after `destroy`."""
+    block, or was refused, and the parameters that are frozen after `destroy`."""
     import gc
+
+    import hift_ds
 
     case = Case(stage=2, max_block_numel=FINER if by_rows else None, strategy="bottom2up")
     llama = tiny.model()
-    if predecessor != "none":
+    if predecessor == "refused":
+        config = {
+            **tiny.ds_config(case),
+            "hift": {"freeze": ["model.layers.*"], "max_block_numel": case.max_block_numel},
+        }
+        del config["optimizer"]
+        optimizer = torch.optim.Adafactor(llama.parameters(), lr=1e-3)
+        with pytest.raises(ValueError, match="not element-wise"):
+            hift_ds.initialize(model=llama, optimizer=optimizer, config=config)
+        assert all(parameter.requires_grad for parameter in llama.parameters())
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in llama.parameters())
+    elif predecessor != "none":
         first = tiny.initialize(replace(case, strategy="top2down"), llama=llama)
         tiny.optimizer_step(first, 99)
         if predecessor == "destroyed":
@@ -280,7 +293,8 @@ def train_after(predecessor: str, by_rows: bool) -> tuple[list[list[str]], dict[
 
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_an_engine_after_another_one_of_the_same_model(by_rows: bool) -> None:
-    alone, *others = (run_on_ranks(1, train_after, before, by_rows)[0] for before in ("none", "destroyed", "alive"))
+    before = ("none", "destroyed", "alive", "refused")
+    alone, *others = (run_on_ranks(1, train_after, predecessor, by_rows)[0] for predecessor in before)
     assert alone[2] == []
     for other in others:
         assert other[0] == alone[0] and other[2] == []
