@@ -460,9 +460,11 @@ class HiFTEngine(CheckpointingEngine):
         is_cycle_over = self._schedule.advance()
         if is_cycle_over:
             optimizers.rates = None
-        is_due = scheduler is not None and (lr_kwargs or not needs_metrics(scheduler))
-        if is_due and (is_cycle_over or self.hift.lr_ticks == "step"):
-            scheduler.step(**(lr_kwargs or {}))
+        if scheduler is not None and (is_cycle_over or self.hift.lr_ticks == "step"):
+            if lr_kwargs or not needs_metrics(scheduler):
+                scheduler.step(**(lr_kwargs or {}))
+            elif self.hift.lr_ticks == "cycle":
+                self._warn_of_missing_metric()
         self._activate()
 
     def clip_fp32_gradients(self) -> None:
@@ -653,6 +655,16 @@ class HiFTEngine(CheckpointingEngine):
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()
+
+    def _warn_of_missing_metric(self) -> None:
+        """Warn once that the schedule follows a metric, and that the engine got none at the end of a cycle."""
+        if self.cycle == 1 and dist.get_rank() == 0:
+            name = type(self._given_schedule).__name__
+            logger.warning(
+                f"the engine does not advance {name}, which follows a metric: engine.step() received none at the end "
+                "of the cycle. Call engine.step(lr_kwargs={'metrics': value}), or set hift.lr_ticks='step' and call "
+                "scheduler.step(value) after each evaluation"
+            )
 
     def _warn_of_long_schedule(self) -> None:
         """Warn if the learning-rate schedule has an end and counts cycles, not steps."""

@@ -220,6 +220,43 @@ def test_a_schedule_with_an_end_is_explained() -> None:
     assert any("once per cycle" in line and "24 steps" in line for line in said), said
 
 
+def warned_of_metric(ticks: str, metrics: dict[str, float]) -> tuple[list[str], float]:
+    """In a rank: what is logged about a schedule that follows a metric, in two cycles; the rate at the end.
+
+    Args:
+        metrics: what each step receives.
+    """
+    import deepspeed
+
+    import hift_ds
+
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    config = {"train_micro_batch_size_per_gpu": 1, "hift": {"lr_ticks": ticks}}
+    llama = tiny.model()
+    optimizer = torch.optim.SGD(llama.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    engine = hift_ds.initialize(model=llama, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    deepspeed.utils.logger.addHandler(handler)
+    try:
+        for step in range(2 * len(engine.blocks)):
+            engine.backward(engine(**tiny.micro_batch(step, 0)).loss)
+            engine.step(lr_kwargs=metrics or None)
+    finally:
+        deepspeed.utils.logger.removeHandler(handler)
+    engine.destroy()
+    return [line for line in said if "metric" in line], optimizer.param_groups[0]["lr"]
+
+
+def test_a_schedule_that_follows_a_metric_and_gets_none_is_named() -> None:
+    ((said, rate),) = run_on_ranks(1, warned_of_metric, "cycle", {})
+    assert len(said) == 1 and "ReduceLROnPlateau" in said[0] and "lr_kwargs={'metrics': value}" in said[0]
+    assert rate == 1.0
+    assert run_on_ranks(1, warned_of_metric, "cycle", {"metrics": 1.0}) == [([], 0.5)], "the second cycle is no better"
+    assert run_on_ranks(1, warned_of_metric, "step", {}) == [([], 1.0)], "the script advances it"
+
+
 def other_blocks(folder: str) -> list[str]:
     """In a rank: what a checkpoint says to a run with other blocks, another order, or that was made without HiFT."""
     messages = []
