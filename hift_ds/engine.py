@@ -166,7 +166,6 @@ class HiFTEngine(CheckpointingEngine):
         named = dict(model.named_parameters())
         self._block_parameters = [[named[name] for name in block.parameter_names] for block in self.blocks]
         self._trainable = [parameter for parameter in named.values() if parameter.requires_grad]
-        self._is_unfrozen = False
         self._last_step: tuple[Any, int, int] | None = None  # learning rate, block, cycle
         trained = {id(parameter) for parameters in self._block_parameters for parameter in parameters}
         for parameter in named.values():
@@ -249,7 +248,6 @@ class HiFTEngine(CheckpointingEngine):
             return
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        self._is_unfrozen = True
 
     @classmethod
     def _owner_of(cls, model: torch.nn.Module) -> Any:
@@ -415,7 +413,6 @@ class HiFTEngine(CheckpointingEngine):
             parameter.requires_grad_(False)
         for parameter in self._block_parameters[self.active_block]:
             parameter.requires_grad_(True)
-        self._is_unfrozen = False
 
     def _clear_other_rows(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Zero the gradient's rows that the active block does not train, so that they do not count in its norm."""
@@ -427,12 +424,12 @@ class HiFTEngine(CheckpointingEngine):
     @contextmanager
     def _all_blocks(self) -> Iterator[None]:
         """Show all blocks to DeepSpeed as one trainable model, for operations on the whole model."""
+        was_unfrozen = all(parameter.requires_grad for parameter in self._trainable)
         for parameters in self._block_parameters:
             for parameter in parameters:
                 parameter.requires_grad_(True)
         self.block_optimizers.settle()
         self.optimizer = self.block_optimizers
-        was_unfrozen = self._is_unfrozen
         try:
             yield
         finally:

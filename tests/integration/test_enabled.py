@@ -105,7 +105,7 @@ def test_engines_with_an_optimizer_are_hift_engines_inside_only() -> None:
     }
 
 
-def frozen_and_thawed(stage: int) -> dict[str, Any]:
+def frozen_and_thawed(stage: int, folder: str) -> dict[str, Any]:
     """In a rank: names of the parameters that require gradients, at stages of a script's life."""
     import deepspeed
 
@@ -131,19 +131,24 @@ def frozen_and_thawed(stage: int) -> dict[str, Any]:
     step(engine, 1)  # goes on outside
     found["training on"] = trainable()
     found["block"] = engine.log_values()["hift/block"]
+    engine.save_checkpoint(folder)
+    found["saved in training"] = trainable()
     engine.unfreeze()
     found["at the end"] = trainable()
+    engine.save_checkpoint(folder, tag="end")
+    found["saved"] = trainable()
     engine.destroy()
     return found
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_after_training_parameters_require_gradients_as_before(stage: int) -> None:
-    (found,) = run_on_ranks(1, frozen_and_thawed, stage)
+def test_after_training_parameters_require_gradients_as_before(stage: int, tmp_path: Any) -> None:
+    (found,) = run_on_ranks(1, frozen_and_thawed, stage, str(tmp_path))
     everything = found["before"]
     assert "model.norm.weight" not in everything and "model.layers.0.mlp.up_proj.weight" in everything
     assert all(".layers.1." in name for name in found["training"]), "the second block is the second layer"
-    assert found["after"] == found["evaluated"] == found["at the end"] == everything
+    assert found["after"] == found["evaluated"] == found["at the end"] == found["saved"] == everything
+    assert found["saved in training"] == found["training on"]
     assert found["block"] == 1 and all(".layers.2." in name for name in found["training on"])
 
 
