@@ -69,10 +69,14 @@ class OffloadConfig:
         device: ``cpu``: in host memory; ``nvme``: in files in ``nvme_path``; ``none``: on the device.
         step: ``block``: the whole block's state comes to the device for the step; ``streamed``: it comes in chunks;
             ``auto``: streamed if the optimizer is element-wise.
-        buffer_size: bytes of a slot, which holds one chunk. Two slots are on the device.
+        buffer_size: bytes of a slot, which holds one chunk. Two slots are on the device, or what ``prefetch`` says.
         pin_memory: page-lock the host buffers.
-        prefetch: start to copy state to the device before the step. With ``streamed``, the first chunks are copied
-            during forward and backward; with ``block``, the whole state is copied after backward.
+        prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
+            forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
+            A number of bytes is the memory for slots, in place of two: a block's state and one slot hide all copies.
+        defer: let the device update a block during the next forward pass, until that reaches the block. ``auto``:
+            only in ``launch/train.py`` and inside :class:`hift_ds.enabled`, because plain reads of the weights after a
+            step need ``engine.settle()`` first.
         nvme_path: an existing folder, for ``device: nvme``.
     """
 
@@ -80,8 +84,13 @@ class OffloadConfig:
     step: str = "auto"
     buffer_size: int = 67108864
     pin_memory: bool = True
-    prefetch: bool = True
+    prefetch: bool | int = True
+    defer: bool | str = "auto"
     nvme_path: str | None = None
+
+    def slots(self, slot_bytes: int) -> int:
+        """Return the number of slots of this size in the memory for slots."""
+        return 2 if isinstance(self.prefetch, bool) else max(2, self.prefetch // slot_bytes)
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,17 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     return loaded
 
 
+def with_deferred_step(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``hift`` section with ``offload.defer: auto`` as true, for a training loop that is known."""
+    offload = section.get("offload")
+    if offload is not None and not isinstance(offload, Mapping):
+        return dict(section)  # `section_problems` reports it
+    offload = dict(offload or {})
+    if offload.get("defer", OffloadConfig.defer) == "auto":
+        offload["defer"] = True
+    return {**section, "offload": offload}
+
+
 def problems(config: Mapping[str, Any]) -> list[str]:
     """Return the problems of a DeepSpeed config's ``hift`` section and of its combination with other keys."""
     section = config.get(SECTION)
@@ -192,7 +212,8 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
     "step": (lambda v: v in ("auto", "block", "streamed"), "auto, block or streamed"),
     "buffer_size": (lambda v: _is_int(v) and v >= MIN_BUFFER, f"bytes, an integer of at least {MIN_BUFFER}"),
     "pin_memory": (lambda v: isinstance(v, bool), "true or false"),
-    "prefetch": (lambda v: isinstance(v, bool), "true or false"),
+    "prefetch": (lambda v: isinstance(v, bool) or _is_int(v) and v > 0, "true, false, or the bytes of all slots"),
+    "defer": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "nvme_path": (lambda v: v is None or isinstance(v, str) and bool(v.strip()), "the path of a folder, or null"),
 }
 

@@ -30,7 +30,6 @@ from deepspeed.runtime.config import (
     DeepSpeedConfig,
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 
@@ -49,6 +48,7 @@ from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
 from hift_ds.state.trial import examine
 from hift_ds.zero.block_optimizers import BlockOptimizers
+from hift_ds.zero.gates import UpdateGates
 from hift_ds.zero.stage0_bf16 import UnfusedBlockOptimizer
 from hift_ds.zero.stage0_fp32 import PlainBlockOptimizer
 from hift_ds.zero.stage3 import Stage3BlockOptimizer
@@ -57,6 +57,8 @@ from hift_ds.zero.stage12 import Stage12BlockOptimizer
 _NO_OPTIMIZER = "HiFT needs an optimizer: pass one, or add an 'optimizer' section to the DeepSpeed config"
 # The key of HiFT's entry in a checkpoint's client state.
 _STATE_KEY = "hift"
+# Cycles in which the memory is watched. The second is the first in which all blocks have optimizer state.
+_WATCHED_CYCLES = 2
 
 
 class UnreachedBlockError(RuntimeError):
@@ -87,6 +89,16 @@ def _check_optimizer_name(name: str) -> None:
             f"optimizer.type={name!r} is neither an optimizer of DeepSpeed {deepspeed.__version__} (Adam, AdamW, Lamb, "
             "Lion, Adagrad, Muon) nor of torch.optim; use one of these, or pass an optimizer to initialize"
         )
+
+
+def _without_synchronization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in which DeepSpeed's throughput timer does not wait for the device, unless it says otherwise.
+
+    By default, this timer synchronizes twice in each step.
+    """
+    timers = dict(config.get("timers") or {})
+    timers["throughput"] = {"synchronized": False, **(timers.get("throughput") or {})}
+    return {**config, "timers": timers}
 
 
 class _Files(FileEngine, CheckpointEngine):
@@ -155,6 +167,7 @@ class HiFTEngine(CheckpointingEngine):
     def __init__(
         self, model: torch.nn.Module, hift: HiFTConfig, config: Mapping[str, Any], mpu: Any = None, **kwargs: Any
     ):
+        config = _without_synchronization(config)
         config_class = DeepSpeedConfig(config, mpu)
         if kwargs.get("optimizer") is None and config_class.optimizer_name is not None:
             _check_optimizer_name(config_class.optimizer_name)
@@ -195,6 +208,7 @@ class HiFTEngine(CheckpointingEngine):
             if optimizer.block_state is not None:
                 optimizer.block_state.on_first_chunk = self._watch_memory
         self._peak_ledger = self._count_memory()
+        self._gates = UpdateGates(self.module, [block.parameter_names for block in self.blocks], self.block_optimizers)
         self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
         self._warn_of_long_schedule()
         self._configure_python_gc()
@@ -229,7 +243,8 @@ class HiFTEngine(CheckpointingEngine):
         self._freeze_others()  # activation checkpointing runs layers again, and needs the same as in the forward pass
         result = super().backward(loss, *args, **kwargs)
         if self.is_gradient_accumulation_boundary():
-            self._watch_memory()
+            if self.block_optimizers.staging is None:  # else the first chunk of the step is the instant to watch
+                self._watch_memory()
             self.block_optimizers.prefetch()
         return result
 
@@ -249,6 +264,14 @@ class HiFTEngine(CheckpointingEngine):
         for parameter in self._trainable:
             parameter.requires_grad_(True)
 
+    def settle(self) -> None:
+        """Finish the last step, of which ``hift.offload.defer`` leaves the update to the next forward pass.
+
+        Call it before reading weights other than through the model's forward pass, its ``state_dict`` or a method of
+        the engine. The host does not wait; what the device computes next does.
+        """
+        self.block_optimizers.finish_update()
+
     @classmethod
     def _owner_of(cls, model: torch.nn.Module) -> Any:
         return cls._owners.get(model, lambda: None)()
@@ -256,6 +279,8 @@ class HiFTEngine(CheckpointingEngine):
     def _let_go(self) -> None:
         """Leave the model as it was before the engine, for another engine."""
         if self._owner_of(self.module) is self:  # not if Python deletes the engine after another one was made
+            self.settle()
+            self._gates.remove()
             self.unfreeze()
             del self._owners[self.module]
         for hook in self._row_hooks:
@@ -345,8 +370,9 @@ class HiFTEngine(CheckpointingEngine):
         """Return this rank's memory in bytes, counted from the live tensors.
 
         Args:
-            peak: return the ledger at the highest device total so far. It is measured after initialization, after the
-                last backward pass before each step, and when a step's first chunk is on the device.
+            peak: return the ledger at the highest device total so far. It is measured after initialization and, in the
+                first two cycles, when a step's first chunk is on the device (for DeepSpeed's host step: after the last
+                backward pass before the step). Later cycles repeat the second.
 
         Returns:
             ``{"device": {...}, "host": {...}, "nvme": {...}}``, each with bytes of ``parameters``, ``gradients``,
@@ -373,6 +399,8 @@ class HiFTEngine(CheckpointingEngine):
         yield from (Held("buffers", buffer, on_host=True) for buffer in host_buffers(self.module))
 
     def _watch_memory(self) -> None:
+        if self.cycle >= _WATCHED_CYCLES:
+            return
         ledger = self._count_memory()
         # At equal totals keep the later one: once all blocks have state, the host's share of the ledger is complete.
         if device_total(ledger) >= device_total(self._peak_ledger):
@@ -465,12 +493,7 @@ class HiFTEngine(CheckpointingEngine):
         self._activate()
 
     def clip_fp32_gradients(self) -> None:
-        """Clip the active block's gradients by their norm (stage 0 in fp32; elsewhere DeepSpeed's optimizers clip)."""
-        self.optimizer.norm = clip_grad_norm_(
-            parameters=self._block_parameters[self.active_block],
-            max_norm=self.gradient_clipping(),
-            mpu=self.mpu,
-        )
+        """Do nothing: the block's optimizer clips, at every stage."""
 
     # ---- initialization ----------------------------------------------------------------------------------------
 
@@ -501,7 +524,11 @@ class HiFTEngine(CheckpointingEngine):
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         super()._configure_optimizer(client_optimizer, model_parameters)
         if not isinstance(self.optimizer, BlockOptimizers):  # stage 0 in fp32: a torch optimizer
-            self.optimizer = self._per_block(self.optimizer, PlainBlockOptimizer, flattens=False)
+            order = list(self.module.parameters())
+            make_optimizer = functools.partial(
+                PlainBlockOptimizer, clip_grad=self.gradient_clipping(), mpu=self.mpu, order=order
+            )
+            self.optimizer = self._per_block(self.optimizer, make_optimizer, flattens=False)
         self.block_optimizers = self.optimizer
 
     def _configure_lr_scheduler(self) -> None:
@@ -648,6 +675,8 @@ class HiFTEngine(CheckpointingEngine):
             has_masters=self.zero_optimization() or self.bfloat16_enabled(),
             aio=self.aio_config(),
         )
+        if self.zero_optimization_stage() == 3:  # DeepSpeed gathers weights ahead of the layers that use them
+            placed["defer"] = False
         return BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
 
     def _step_timers(self) -> Any:

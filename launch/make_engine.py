@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import hift_ds
 from hift_ds.blocks.block import numel_of
+from hift_ds.config import with_deferred_step
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapters import ADAPTERS
@@ -113,6 +114,7 @@ def make_engine(model: Any, settings: Settings, ticks: int, unreached: Sequence[
     if not method.uses_deepspeed:
         return make_plain_engine(model, settings, factor)
     config = copy.deepcopy(settings.deepspeed)
+    config["hift"] = with_deferred_step(config["hift"])
     has_scheduler = config.get("scheduler")
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
     if config["optimizer"]["type"].lower() in ("adam", "adamw") and not offloaded:

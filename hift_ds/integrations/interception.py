@@ -125,7 +125,7 @@ class Interception:
                         f"hift.{key}={given[key]!r} of the DeepSpeed config replaces {self._section[key]!r}, which "
                         "hift_ds.enabled or HiFTCallback received"
                     )
-            given = {"lr_ticks": "step", **self._section, **given}
+            given = hift_config.with_deferred_step({"lr_ticks": "step", **self._section, **given})
         rest = {key: value for key, value in arguments.items() if key != "config_params"}
         results = initialize(**{**rest, "config": {**config, hift_config.SECTION: given}})
         engine = results[0]

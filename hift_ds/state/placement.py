@@ -51,7 +51,7 @@ def place_state(
                 f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {where} keeps the state of whole "
                 f"tensors; remove {where}, raise max_block_numel, or set balance=false"
             )
-        return {"slices": slices, "host": None}
+        return {"slices": slices, "host": None, "steps_on_host": on_host}
     if cut and traits.shaped:
         raise ValueError(
             f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {optimizer} is not element-wise "
@@ -80,7 +80,9 @@ def place_state(
         "host": host,
         "chunk_bytes": chunk_bytes,
         "bytes_per_element": per_element,
-        "prefetch": offload.prefetch,
+        "prefetch": bool(offload.prefetch),
+        "slots": 2 if chunk_bytes is None else offload.slots(chunk_bytes),
+        "defer": offload.defer is True,
         "state": traits.state,
     }
 

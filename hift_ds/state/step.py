@@ -1,12 +1,13 @@
-"""The optimizer step of one block whose fp32 masters and optimizer state live off the device.
+"""The optimizer step of one block, whose fp32 masters and optimizer state live on the device or off it.
 
-They come to the device in chunks. The configured torch optimizer steps each chunk there, and the chunk goes back. With
-one chunk that holds everything, this is the paper's step: the whole block's state is on the device (section 3.1). With
-small chunks the device never holds even one block's state. For an element-wise optimizer both give the same bits.
+Off the device, they come there in chunks. The configured torch optimizer steps each chunk, and the chunk goes back.
+With one chunk that holds everything, this is the paper's step: the whole block's state is on the device (section 3.1).
+With small chunks the device never holds even one block's state. For an element-wise optimizer both give the same bits.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -57,9 +58,12 @@ class SteppedOptimizer(Protocol):
 
 
 class _StagedChunk(NamedTuple):
-    """A chunk on the device: for each slice its master (None: it never left the device) and its state by name."""
+    """A chunk on the device: for each slice its master (None: it never left the device) and its state by name.
 
-    slot: Slot
+    ``slot`` is None if nothing of it ever leaves the device.
+    """
+
+    slot: Slot | None
     masters: list[torch.Tensor | None]
     states: list[dict[str, torch.Tensor]]
     ready: Any
@@ -88,7 +92,7 @@ class _BlockPlan:
 
 
 class BlockState:
-    """fp32 masters and optimizer state of one block's optimizer, in host memory except during a step.
+    """fp32 masters and optimizer state of one block's optimizer, in their store except during a step.
 
     If a parameter is cut by rows, this is the state of the whole parameter. The blocks that train slices of it share
     this state, but each has its own step count: :meth:`select` chooses the block to step.
@@ -97,7 +101,7 @@ class BlockState:
 
     Args:
         owner: the block's optimizer.
-        host: allocates the buffers.
+        host: the store, which allocates the buffers; None: masters and state stay on the device, and nothing is copied.
         staging: holds the state on the device during a step.
         bytes_per_element: bytes of master and state of one element. With the size of a slot this gives the number of
             elements in a chunk.
@@ -115,7 +119,7 @@ class BlockState:
     def __init__(
         self,
         owner: SteppedOptimizer,
-        host: HostMemory,
+        host: HostMemory | None,
         staging: Staging,
         bytes_per_element: int,
         slices: Sequence[tuple[int, int]] = (),
@@ -126,9 +130,9 @@ class BlockState:
         self._staging = staging
         self._masters = [master for master, _ in owner.masters()]
         self._groups = [group for _, group in owner.masters()]
-        self._off_device = [owner.weights(index) is not None for index in range(len(self._masters))]
+        self._off_device = [host is not None and owner.weights(i) is not None for i in range(len(self._masters))]
         limit = None
-        if staging.slot_bytes is not None and bytes_per_element:
+        if host is not None and staging.slot_bytes is not None and bytes_per_element:
             limit = staging.slot_bytes // bytes_per_element
         self._plans = [self._plan(owned, limit) for owned in self._slices_of_blocks(slices)]
         self._active = self._plans[0]
@@ -181,7 +185,9 @@ class BlockState:
             plan.counts, plan.settings, plan.is_new = entry["counts"], entry["settings"], entry["is_new"]
 
     def to_host(self) -> None:
-        """Move masters and state off the device, into their earlier buffers if they have any."""
+        """Move masters and state to the store, into their earlier buffers if they have any."""
+        if self._host is None:
+            return
         for index, master in enumerate(self._masters):
             if self._off_device[index]:
                 master.data = self._in_buffer((index, None, 0), master.data)
@@ -205,6 +211,7 @@ class BlockState:
 
     def _buffer(self, key: tuple[int, str | None, int], like: torch.Tensor) -> torch.Tensor:
         """Return the host buffer of this key, a new one unless it has the shape and dtype of ``like``."""
+        assert self._host is not None
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
             buffer = self._buffers[key] = self._host.empty(like, direct=not self._is_shared)
@@ -215,13 +222,21 @@ class BlockState:
         return [buffer for (_, name, _), buffer in self._buffers.items() if name is not None]
 
     def prefetch(self) -> None:
-        """Start to copy the first chunks to the device, one into each slot."""
-        known = self._known_state()
-        for number in range(len(self._staging.slots)):
-            self._fetch(number, known)
+        """Start to copy the first chunks to the device, as many as there are free slots."""
+        self._fill_slots(self._known_state())
+
+    def _fill_slots(self, known: list[dict[str, Any]], begin: int = 0) -> None:
+        """Start to copy chunks from number ``begin`` on to the device that are not there yet, into the free slots."""
+        for number in range(begin, len(self._active.chunks)):
+            if number in self._fetched:
+                continue
+            if self._host is not None and not self._staging.free:
+                return
+            self._fetched[number] = self._fetch(number, known)
 
     def settle(self) -> None:
-        """Wait until all state is in host memory, and discard prefetched chunks. It can then be read and changed."""
+        """Wait until all state is in its store, and discard prefetched chunks. It can then be read and changed."""
+        self._staging.finish_update()
         fetched = [chunk.ready for chunk in self._fetched.values()]
         self.discard_prefetched()
         for event in fetched:
@@ -231,14 +246,15 @@ class BlockState:
             for event in plan.written:
                 if event is not None:
                     event.synchronize()
-        if self._host.direct is not None:
+        if self._host is not None and self._host.direct is not None:
             self._host.direct.release(self._buffers.values())
 
     def discard_prefetched(self) -> None:
         """Discard chunks that were fetched and not stepped."""
         for chunk in self._fetched.values():
             wait(chunk.ready)
-            self._staging.drain(chunk.slot, [])
+            if chunk.slot is not None:
+                self._staging.drain(chunk.slot, [])
         self._fetched.clear()
 
     def _known_state(self) -> list[dict[str, Any]]:
@@ -251,11 +267,12 @@ class BlockState:
         of_all = [{name: v for name, v in state.get(m, {}).items() if has_elements(v)} for m in self._masters]
         return [{**elements, **counts} for elements, counts in zip(of_all, plan.counts, strict=True)]
 
-    def _fetch(self, number: int, known: list[dict[str, Any]]) -> None:
-        """Start to copy a chunk to the device, unless it was fetched already or does not exist."""
+    def _fetch(self, number: int, known: list[dict[str, Any]]) -> _StagedChunk:
+        """Start to copy a chunk to the device, into the next free slot."""
         plan = self._active
-        if number in self._fetched or number >= len(plan.chunks):
-            return
+        if self._host is None:
+            own = [{name: v for name, v in known[cut.number].items() if has_elements(v)} for cut in plan.chunks[number]]
+            return _StagedChunk(None, [None] * len(own), own, None)
         sources: list[torch.Tensor] = []
         places: list[tuple[int, str | None]] = []
         for position, cut in enumerate(plan.chunks[number]):
@@ -266,8 +283,7 @@ class BlockState:
                 for part in parts(value):
                     sources.append(_view(part, cut))
                     places.append((position, name))
-        slot = self._staging.slots[number % len(self._staging.slots)]
-        copies, ready = self._staging.fill(slot, sources, plan.written[number])
+        slot, copies, ready = self._staging.fill(sources, plan.written[number])
         masters: list[torch.Tensor | None] = [None] * len(plan.chunks[number])
         copied: list[dict[str, list[torch.Tensor]]] = [defaultdict(list) for _ in plan.chunks[number]]
         for (position, key), copy in zip(places, copies, strict=True):
@@ -279,7 +295,21 @@ class BlockState:
             {name: assembled(known[cut.number][name], own[name]) for name in own}
             for cut, own in zip(plan.chunks[number], copied, strict=True)
         ]
-        self._fetched[number] = _StagedChunk(slot, masters, states, ready)
+        return _StagedChunk(slot, masters, states, ready)
+
+    @contextmanager
+    def stepping(self, reads: Iterable[Any]) -> Iterator[None]:
+        """Issue what runs inside the ``with`` statement, the step, where the device is to do it.
+
+        Args:
+            reads: what the step reads besides masters and state; tensors among it may be freed once it is issued.
+        """
+        self._staging.finish_update()
+        for value in reads:
+            if torch.is_tensor(value):
+                self._staging.uses(value)
+        with self._staging.stepping():
+            yield
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -302,15 +332,15 @@ class BlockState:
         is_new = False
         try:
             for number in range(len(plan.chunks)):
-                for ahead in range(len(self._staging.slots)):
-                    self._fetch(number + ahead, known)
+                self._fill_slots(known, number)
                 chunk = self._fetched.pop(number)
                 wait(chunk.ready)
                 pairs, is_host_new, is_device_new = self._step_chunk(number, chunk, known, before, groups, state)
                 is_new |= is_host_new
-                written = plan.written[number] = self._staging.drain(chunk.slot, pairs)
-                if is_device_new and written is not None:
-                    written.synchronize()  # new state is in no slot, and must not pile up on the device
+                if chunk.slot is not None:
+                    written = plan.written[number] = self._staging.drain(chunk.slot, pairs)
+                    if is_device_new and written is not None:
+                        written.synchronize()  # new state is in no slot, and must not pile up on the device
                 del chunk, pairs
         finally:
             optimizer.param_groups, optimizer.state = groups, state
@@ -405,6 +435,7 @@ class BlockState:
             weights = self._owner.weights(cut.number)
             if weights is not None:
                 _view(weights.data, cut).copy_(parameter.data)
+            if self._off_device[cut.number]:
                 pairs.append((_view(master.data, cut), parameter.data))
             for name, value in stepped[parameter].items():
                 if not has_elements(value):
@@ -412,6 +443,10 @@ class BlockState:
                     earlier = state[master].get(name)
                     is_less = isinstance(value, int) and isinstance(earlier, int) and value < earlier
                     state[master][name] = earlier if is_less else value
+                    continue
+                if self._host is None:
+                    is_host_new |= name not in known[cut.number]
+                    state[master][name] = value
                     continue
                 is_device_new |= name not in known[cut.number]
                 if name not in state[master]:

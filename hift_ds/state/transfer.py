@@ -1,6 +1,7 @@
 """Copies between host memory or files and the device: streams, events and the staging area on the device."""
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,40 +90,79 @@ class Staging:
 
     Args:
         device: where the slots are.
-        slot_bytes: allocate two slots of this size, once. Chunks use them in turn: one is filled while the other is
-            stepped. None: one slot, allocated as large as needed and freed after the step.
+        slot_bytes: allocate slots of this size, once. Chunks use them in turn: while one is stepped, others are filled
+            or written back. None: one slot, allocated as large as needed and freed after the step.
         direct: transfers state that lies in files, in its own threads; None: state lies in host memory or in files
             that are only memory-mapped.
+        count: number of slots.
+        defer: step on a stream of its own, so that the device can go on with the next forward pass.
 
     Attributes:
         slots: the staging buffers.
+        free: those that no chunk uses, in the order in which they are used next.
         fetching, storing: the lanes for copies to the device and from it.
+        can_defer: whether :meth:`stepping` uses a stream of its own.
     """
 
-    def __init__(self, device: torch.device, slot_bytes: int | None, direct: DirectIO | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        slot_bytes: int | None,
+        direct: DirectIO | None = None,
+        count: int = 2,
+        defer: bool = False,
+    ):
         self.device = device
         self._direct = direct
         self.slot_bytes = slot_bytes
-        self.fetching, self.storing = Lane(), Lane()
+        self.fetching, self.storing, self._stepping = Lane(), Lane(), Lane()
+        self.can_defer = defer
+        self._updated: Any = None  # event after which the weights of the last stepped block are updated
         if slot_bytes is None:
             self.slots = [Slot(None)]
         else:
-            self.slots = [Slot(self._area(slot_bytes)) for _ in range(2)]
+            self.slots = [Slot(self._area(slot_bytes)) for _ in range(count)]
+        self.free = deque(self.slots)
 
     def _area(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def fill(self, slot: Slot, sources: list[torch.Tensor], written: Any) -> tuple[list[torch.Tensor], Any]:
-        """Copy host tensors into a slot, each with its shape and dtype.
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Issue what runs inside the ``with`` statement, the update of a block, where the device is to do it."""
+        if not self.can_defer:
+            yield
+            return
+        with self._stepping.after(mark()):
+            yield
+        self._updated = self._stepping.mark()
+
+    def uses(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor's memory until the update that is being issued is done, if its owner frees it earlier."""
+        if self.can_defer:
+            self._stepping.outlives(tensor)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether the weights of the last stepped block may only be read after :meth:`finish_update`."""
+        return self._updated is not None
+
+    def finish_update(self) -> None:
+        """Let the device's current stream wait for the update of the last stepped block. The host does not wait."""
+        wait(self._updated)
+        self._updated = None
+
+    def fill(self, sources: list[torch.Tensor], written: Any) -> tuple[Slot, list[torch.Tensor], Any]:
+        """Copy host tensors into the next free slot, each with its shape and dtype.
 
         Args:
-            slot: its size is at least that of the sources together, alignment included.
-            sources: contiguous tensors in host memory or in files.
+            sources: contiguous tensors in host memory or in files; together, alignment included, at most a slot.
             written: event after which the sources hold their current values.
 
         Returns:
-            The copies on the device, and the event after which they are ready.
+            The slot, the copies on the device, and the event after which they are ready.
         """
+        slot = self.free.popleft()
         sizes = [math.ceil(source.nbytes / _ALIGNMENT) * _ALIGNMENT for source in sources]
         ready = None
         if self.slot_bytes is None:
@@ -135,11 +175,11 @@ class Staging:
             offset += size
         if self._direct is not None:
             pairs = list(zip(copies, sources, strict=True))
-            return copies, self._direct.read(pairs, self.fetching, slot.free, written, ready)
+            return slot, copies, self._direct.read(pairs, self.fetching, slot.free, written, ready)
         with self.fetching.after(slot.free, written, ready):
             for copy, source in zip(copies, sources, strict=True):
                 copy.copy_(source, non_blocking=True)
-        return copies, self.fetching.mark()
+        return slot, copies, self.fetching.mark()
 
     def drain(self, slot: Slot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         """Copy pairs (host, device) to the host after all computation issued so far, then free the slot.
@@ -153,6 +193,7 @@ class Staging:
                 job.synchronize()  # drives are slow: without this the slot would live into the next forward pass
                 slot.area = None
             slot.free = job
+            self.free.append(slot)
             return job
         with self.storing.after(mark()):
             for host, device in pairs:
@@ -161,4 +202,5 @@ class Staging:
         slot.free = self.storing.mark()
         if self.slot_bytes is None:
             slot.area = None
+        self.free.append(slot)
         return slot.free

@@ -9,6 +9,8 @@ blocks exist. ``block_optimizers.py`` manages all of them.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from hift_ds.optim.properties import parts
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState, SteppedOptimizer
@@ -21,18 +23,62 @@ class BlockOptimizer:
 
     Attributes:
         optimizer: the torch optimizer of the block.
-        block_state: moves masters and optimizer state; None: DeepSpeed keeps them.
-        invalid_loss: skip the next step, because a loss is non-finite on some rank.
+        block_state: steps masters and optimizer state, and moves them; None: DeepSpeed steps in host memory.
+        invalid_loss: skip the next step, because a loss is non-finite on some rank: a flag on the device.
+        overflow: the last step was skipped, because the loss or a gradient was non-finite.
+        factor: in a step, what the gradients are multiplied by, on the device; None: by nothing.
+        clip_grad: largest norm of the gradients; 0: any.
     """
 
     optimizer: Any
     block_state: BlockState | None = None
-    invalid_loss = False
+    invalid_loss: torch.Tensor
+    overflow = False
+    factor: torch.Tensor | float | None = None
+    clip_grad: float = 0.0
+    _global_grad_norm: Any = None
 
     @property
     def steps_on_host(self) -> bool:
         """Whether DeepSpeed steps in host memory (``offload_optimizer: cpu``)."""
         return False
+
+    def step(self: Any, closure: Any = None) -> None:
+        """Step the block, unless the loss or a gradient is non-finite."""
+        norm = self.gradient_norm()
+        is_skipped = norm.isfinite().logical_not() | self.invalid_loss.view(())
+        # The one wait of the host for the device in a step.
+        skipped, norm_value = torch.stack([is_skipped.double(), norm.double()]).tolist()
+        self.overflow = bool(skipped)
+        scale = self.scale()
+        self._update_scale(self.overflow)
+        self._global_grad_norm = float("inf") if self.overflow else norm_value / scale
+        if not self.overflow:
+            self.factor = self.factor_for(norm, scale)
+            with self.block_state.stepping([*self.gradients(), self.factor]):
+                if self.block_state.step():
+                    self.relink()
+                self.publish_weights()
+        self.release_gradients()
+
+    def factor_for(self, norm: torch.Tensor, scale: float) -> torch.Tensor | float | None:
+        """Return what to multiply gradients by, to unscale and clip them.
+
+        Args:
+            norm: of the scaled gradients, on the device.
+            scale: the loss scale.
+        """
+        if self.clip_grad > 0:
+            clip = torch.clamp(((norm / scale) + 1e-6) / self.clip_grad, min=1.0)
+            return 1.0 / (clip * scale)
+        return None if scale == 1.0 else 1.0 / scale
+
+    def scale(self: Any) -> float:
+        """Return the loss scale of the gradients."""
+        return float(self.loss_scale)
+
+    def publish_weights(self) -> None:
+        """Give the other ranks the weights that this rank updated."""
 
     def set_active(self, is_active: bool) -> None:
         """Activate or deactivate the block, between two steps."""

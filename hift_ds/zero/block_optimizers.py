@@ -34,21 +34,25 @@ class BlockOptimizers:
         make_optimizer: makes the DeepSpeed optimizer of a block around a torch optimizer.
         slices: for each block None, or the first and last (exclusive) element of its only parameter that it trains.
             Blocks that share a parameter share an optimizer.
-        host: where masters and state live, except during a step. None: DeepSpeed keeps them.
+        host: the store of masters and state, except during a step. None: they stay on the device.
+        steps_on_host: DeepSpeed keeps masters and state in host memory and steps there.
         chunk_bytes: size of a slot for the streamed step; None: a block's whole state comes to the device at once.
         bytes_per_element: bytes of the master and state of one element; with ``chunk_bytes`` it gives the number of
             elements in a chunk.
         prefetch: start to copy state to the device before the step.
         state: name and dtype of the tensors of state that the torch optimizer makes, for their buffers.
+        slots: number of slots for the streamed step.
+        defer: let the device do the streamed step during the next forward pass.
         counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
 
     Attributes:
         optimizer: the configured optimizer.
         optimizers: the optimizers of the blocks, without repetition.
         active: index of the active block.
+        updating: index of the block that the last step updates.
         rates: for each parameter group of ``optimizer``, the learning rate that blocks use instead of its own; None:
             its own.
-        staging: the staging memory on the device; None: DeepSpeed keeps the state.
+        staging: the staging memory on the device; None: DeepSpeed steps in host memory.
     """
 
     def __init__(
@@ -62,6 +66,9 @@ class BlockOptimizers:
         bytes_per_element: int = 0,
         prefetch: bool = True,
         state: Sequence[tuple[str, torch.dtype]] = (),
+        slots: int = 2,
+        defer: bool = False,
+        steps_on_host: bool = False,
         counted: Collection[str] = (),
     ):
         self.optimizer = configured
@@ -74,7 +81,11 @@ class BlockOptimizers:
         self._streamed = chunk_bytes is not None
         self._invalid_loss: torch.Tensor | None = None  # one flag, on the device
         self._sources: list[list[int]] = []  # for each optimizer: where in `configured` its parameter groups come from
-        staging = None
+        self.staging: Staging | None = None
+        if not steps_on_host:
+            device = torch.device(get_accelerator().current_device_name())
+            direct = host.direct if host is not None else None
+            self.staging = Staging(device, chunk_bytes, direct, slots, defer and self._streamed)
         owned: list[Sequence[torch.nn.Parameter]] = []  # for each optimizer: its parameters,
         slices_of: list[list[tuple[int, int]]] = []  # and the slices of the blocks that share it
         for members, cut in zip(parameters, slices, strict=True):
@@ -93,19 +104,15 @@ class BlockOptimizers:
             block: BlockOptimizer = make_optimizer(inner)
             for parameter in members:
                 parameter.requires_grad_(False)
-            if host is not None:
-                if staging is None:
-                    device = torch.device(get_accelerator().current_device_name())
-                    staging = Staging(device, chunk_bytes, host.direct)
-                owner: Any = block
-                block.block_state = BlockState(owner, host, staging, bytes_per_element, cuts, state)
+            if self.staging is not None:
+                stepped: Any = block
+                block.block_state = BlockState(stepped, host, self.staging, bytes_per_element, cuts, state)
                 block.relink()
             self.optimizers.append(block)
             self._sources.append(sources)
             self._share_between_blocks()
         self.optimizers[0].share_host_buffers(self.optimizers)
-        self.staging = staging
-        self.active = 0
+        self.active = self.updating = 0
         self.rates: list[Any] | None = None
 
     def _share_between_blocks(self) -> None:
@@ -211,12 +218,14 @@ class BlockOptimizers:
 
         Gradients need no such agreement: they are reduced before the step, so all ranks see the same norm.
         """
+        self.updating = self.active
         flag, self._invalid_loss = self._invalid_loss, None
         if flag is None:  # the backward passes did not go through the engine
             flag = torch.zeros(1, dtype=torch.bool, device=get_accelerator().current_device_name())
-        flag = flag.float()
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self._active_optimizer.invalid_loss = bool(flag)
+        if dist.get_world_size() > 1:
+            flag = flag.float()
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self._active_optimizer.invalid_loss = flag.bool()
 
     def report_skipped_step(self, block: str) -> None:
         """Log why a step was skipped, unless only fp16's loss scale was too high.
@@ -225,8 +234,9 @@ class BlockOptimizers:
             block: index and name of the block, for the message.
         """
         active = self._active_optimizer
-        if active.invalid_loss or getattr(active, "dtype", None) != torch.float16:
-            what = "loss" if active.invalid_loss else "gradients"
+        is_loss_invalid = bool(active.invalid_loss)
+        if is_loss_invalid or getattr(active, "dtype", None) != torch.float16:
+            what = "loss" if is_loss_invalid else "gradients"
             log_dist(f"non-finite {what}: no rank updates block {block}", ranks=[0], level=logging.WARNING)
         if not self._streamed and active.block_state is not None:
             active.block_state.discard_prefetched()  # a whole block's state must not add to the next activations
@@ -247,6 +257,11 @@ class BlockOptimizers:
         for block in self.optimizers:
             if block.block_state is not None:
                 yield from ((name, t.nbytes) for name, t in block.block_state.staged if name != "gradients")
+
+    def finish_update(self) -> None:
+        """Let what the device computes next wait for the last step's update."""
+        if self.staging is not None:
+            self.staging.finish_update()
 
     def settle(self) -> None:
         """Wait until the state of all blocks is in host memory, and discard prefetched chunks."""

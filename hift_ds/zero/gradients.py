@@ -4,19 +4,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 from hift_ds.config import NORM_CHUNK
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.step import Slice
 
 
-def fp32_slice(gradients: Iterable[torch.Tensor], cut: Slice, shape: torch.Size) -> torch.Tensor:
+def fp32_slice(
+    gradients: Iterable[torch.Tensor], cut: Slice, shape: torch.Size, factor: torch.Tensor | float | None
+) -> torch.Tensor:
     """Return a slice of gradients as a new fp32 tensor.
 
     Args:
         gradients: their concatenation belongs to the sliced tensor.
         cut: which elements of the concatenation.
         shape: of the result.
+        factor: multiply by this; None: by nothing.
     """
     result: torch.Tensor | None = None
     offset = 0
@@ -29,23 +34,25 @@ def fp32_slice(gradients: Iterable[torch.Tensor], cut: Slice, shape: torch.Size)
             result[begin - cut.start : end - cut.start].copy_(values)
         offset += gradient.numel()
     assert result is not None and offset >= cut.stop, "the gradients have fewer elements than their tensor"
-    return result.view(shape)
+    return (result if factor is None else result.mul_(factor)).view(shape)
 
 
-def in_norm_chunks(
-    gradients: Iterable[torch.Tensor], parameters: Iterable[Any]
-) -> tuple[list[torch.Tensor], list[Any]]:
-    """Cut large gradients into chunks, because DeepSpeed copies what it takes the norm of to fp64.
+def squared_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the squared norm of gradients, computed in fp64: a tensor without dimensions on the device.
 
-    Returns:
-        Chunks of at most ``NORM_CHUNK`` elements, and the parameter of each.
+    Some devices copy what they take the norm of to fp64. Large gradients are cut into chunks of ``NORM_CHUNK``
+    elements, which bounds the memory of these copies.
     """
-    pairs = []
-    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
-    for gradient, parameter in zip(real, parameters, strict=False):
-        chunks = gradient.reshape(-1).split(NORM_CHUNK) if gradient.numel() > NORM_CHUNK else [gradient]
-        pairs += [(chunk, parameter) for chunk in chunks]
-    return [chunk for chunk, _ in pairs], [parameter for _, parameter in pairs]
+    chunks = [chunk for gradient in gradients for chunk in gradient.reshape(-1).split(NORM_CHUNK)]
+    if not chunks:
+        return torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
+    return torch.stack(torch._foreach_norm(chunks, 2, torch.float64)).square().sum()
+
+
+def sum_over(tensor: torch.Tensor, group: Any) -> None:
+    """Replace a tensor by its sum over the ranks of a process group."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
 
 
 def shared_tensors(host: HostMemory, sizes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[list[torch.Tensor]]:

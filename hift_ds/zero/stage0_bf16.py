@@ -1,11 +1,10 @@
 """Stage 0 in bf16: fp32 masters that keep their parameters' shapes."""
 
-from typing import Any
-
 import torch
+from deepspeed import comm as dist
 from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.utils import get_global_norm, get_weight_norm, is_invalid_grad_norm
+from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
 
 from hift_ds.optim.properties import with_initial_state
 from hift_ds.state.step import Slice
@@ -25,22 +24,30 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
         self.optimizer = with_initial_state(self.optimizer)
         self._weights = [weights for members in self.fp16_groups for weights in members]
 
-    def step(self, closure: Any = None) -> bool:
-        """Step the block, unless the loss or a gradient is non-finite; return whether the step was skipped."""
-        if self.invalid_loss:
-            return self._skip_invalid_grad_norm()
-        if self.block_state is None:
-            return super().step(closure)
-        self.overflow = False
-        gradients = [split_params_grads_into_shared_and_expert_params(members)[0] for members in self.fp16_groups]
-        norms = [get_weight_norm(members, mpu=self.mpu) if members else 0.0 for members in gradients]
-        self._global_grad_norm = get_global_norm(norm_list=norms)
-        if is_invalid_grad_norm(self._global_grad_norm):
-            return self._skip_invalid_grad_norm()
-        self._update_scale(False)
-        self._combined_scale = self.unscale_and_clip_grads(self._global_grad_norm, apply_scale=False)
-        self.block_state.step()
-        return self.overflow
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the norm of the block's gradients, on the device. Experts do not count, as in DeepSpeed."""
+        shared = [split_params_grads_into_shared_and_expert_params(members)[0] for members in self.fp16_groups]
+        counted = [[g for g in own if self._is_counted(g)] for own in shared]
+        squares = [torch.stack(torch._foreach_norm(own, 2, torch.float32)).square().sum() for own in counted if own]
+        total = torch.stack(squares).double().sum() if squares else torch.zeros((), device=self._weights[0].device)
+        if self.mpu is not None:
+            dist.all_reduce(total, group=self.mpu.get_model_parallel_group())
+        return total.sqrt()
+
+    def _is_counted(self, gradient: torch.Tensor) -> bool:
+        return bwc_tensor_model_parallel_rank(mpu=self.mpu) == 0 or is_model_parallel_parameter(gradient)
+
+    def scale(self) -> float:
+        """Return the loss scale of the gradients."""
+        return float(self.loss_scale_config.cur_scale)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the tensors that :meth:`gradient` reads."""
+        return [weights.grad for weights in self._weights if weights.grad is not None]
+
+    def release_gradients(self) -> None:
+        """Free the gradients."""
+        self.zero_grad(set_to_none=True)
 
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         """Return each fp32 master with the index of its parameter group."""
@@ -51,7 +58,7 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
         weights = self.weights(cut.number)
         if weights.grad is None:
             return torch.zeros(shape, device=weights.device)
-        return fp32_slice([weights.grad], cut, shape).mul_(1.0 / self._combined_scale)
+        return fp32_slice([weights.grad], cut, shape, self.factor)
 
     def weights(self, index: int) -> torch.Tensor:
         """Return the bf16 weights of a master."""

@@ -1,9 +1,11 @@
 """Stage 0 in fp32: DeepSpeed uses the torch optimizer unchanged, and the weights are their own masters."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from deepspeed.runtime.utils import is_invalid_grad_norm
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from hift_ds.optim.properties import with_initial_state
 from hift_ds.state.step import Slice
@@ -13,18 +15,23 @@ from hift_ds.zero.base import BlockOptimizer
 class PlainBlockOptimizer(BlockOptimizer):
     """One block's optimizer at stage 0 in fp32.
 
-    Attributes:
-        overflow: the last step was skipped, because the loss or a gradient was non-finite.
-        norm: norm of the gradients, set by the engine if it clipped them.
+    Args:
+        optimizer: the torch optimizer of the block.
+        clip_grad: largest norm of the gradients; 0: any.
+        mpu: DeepSpeed's model-parallel interface, if any.
+        order: the model's parameters. In their order, the norm is rounded as DeepSpeed rounds it.
     """
 
-    overflow = False
-    norm: Any = None
-    _global_grad_norm: Any = None
+    loss_scale = 1.0
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip_grad: float, mpu: Any, order: Iterable[torch.nn.Parameter]
+    ):
         self.optimizer = with_initial_state(optimizer)
+        self.clip_grad, self._mpu = clip_grad, mpu
         self._masters = [(weights, g) for g, group in enumerate(optimizer.param_groups) for weights in group["params"]]
+        own = {id(weights) for weights, _ in self._masters}
+        self._in_order = [weights for weights in order if id(weights) in own]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -36,31 +43,45 @@ class PlainBlockOptimizer(BlockOptimizer):
         """The state of the torch optimizer, which Lightning moves when it ends."""
         return self.optimizer.state
 
-    def step(self) -> None:
-        """Step the block, unless the loss or a gradient is non-finite."""
-        norm, self.norm = self.norm, None
-        if norm is None:
-            gradients = [weights.grad for weights, _ in self._masters if weights.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-        self.overflow = self.invalid_loss or bool(is_invalid_grad_norm(norm))
-        self._global_grad_norm = float("inf") if self.overflow else norm
-        if self.overflow:
-            return
-        if self.block_state is None:
-            self.optimizer.step()
-        else:
-            self.block_state.step()
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the norm of the block's gradients, on the device."""
+        counted = [w.grad for w in self._in_order if w.grad is not None and self._is_counted(w)]
+        if not counted:
+            return torch.zeros((), device=self._in_order[0].device)
+        total = torch.stack(torch._foreach_norm(counted, 2)).square().sum()
+        if self._mpu is not None:
+            dist.all_reduce(total, group=self._mpu.get_model_parallel_group())
+        return total.sqrt()
+
+    def _is_counted(self, weights: torch.Tensor) -> bool:
+        return self._mpu is None or self._mpu.get_model_parallel_rank() == 0 or is_model_parallel_parameter(weights)
+
+    def factor_for(self, norm: torch.Tensor, scale: float) -> torch.Tensor | None:
+        """Return what to multiply gradients by, rounded as DeepSpeed does at this stage."""
+        return (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad > 0 else None
+
+    def _update_scale(self, is_skipped: bool) -> None:
+        """Do nothing: there is no loss scale."""
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the tensors that :meth:`gradient` reads."""
+        return [weights.grad for weights, _ in self._masters if weights.grad is not None]
+
+    def release_gradients(self) -> None:
+        """Free the gradients."""
+        self.zero_grad()
 
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         """Return each weight with the index of its parameter group."""
         return self._masters
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
-        """Return the gradient of a slice; zeros if there is none."""
+        """Return the gradient of a slice, clipped; zeros if there is none."""
         weights, _ = self._masters[cut.number]
         if weights.grad is None:
             return torch.zeros(shape, device=weights.device)
-        return weights.grad.reshape(-1)[cut.start : cut.stop].view(shape)
+        gradient = weights.grad.reshape(-1)[cut.start : cut.stop].view(shape)
+        return gradient if self.factor is None else gradient.mul_(self.factor)
 
     def weights(self, index: int) -> None:
         """Return None: the masters are the weights."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
+from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from hift_ds.optim.properties import with_initial_state
@@ -14,7 +14,14 @@ from hift_ds.state.allocator import HostMemory
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer
-from hift_ds.zero.gradients import clear_except, fp32_slice, in_norm_chunks, share_gradients, shared_tensors
+from hift_ds.zero.gradients import (
+    clear_except,
+    fp32_slice,
+    share_gradients,
+    shared_tensors,
+    squared_norm,
+    sum_over,
+)
 
 
 class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
@@ -118,58 +125,57 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
             super().reduce_ipg_grads(comm_dtype)
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
-        """Compute the norm in chunks, which bounds its memory."""
-        return super().get_grad_norm_direct(*in_norm_chunks(gradients, params), norm_type)
+        """Return the norm of gradients over all ranks. The host does not wait for the device."""
+        real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+        is_first = self.model_parallel_rank == 0
+        counted = [g for g, p in zip(real, params, strict=False) if is_first or is_model_parallel_parameter(p)]
+        total = squared_norm(counted).float()
+        sum_over(total, self.dp_process_group)
+        self._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+        return total.sqrt()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the norm of the block's gradients, scaled, over all ranks."""
+        return self.scaled_global_norm()
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        """Whether to skip the step, as far as it is known before the gradients' norm."""
+        """Whether the host step skips this step, as far as it is known before the gradients' norm."""
         # Non-finite gradients have a non-finite norm, which is checked next.
         if self.invalid_loss or self.compute_grad_norm:
-            return self.invalid_loss
+            return bool(self.invalid_loss)
         return super().has_overflow(partition_gradients)
 
     def step(self, closure: Any = None) -> None:
         """Step the block, unless the loss or a gradient is non-finite."""
-        if self.block_state is None:
-            if self.cpu_offload:
-                for master, parameters in zip(
-                    self.single_partition_of_fp32_groups, self.params_in_partition, strict=True
-                ):
-                    ids = [self.get_param_id(p) for p in parameters]
-                    places = [self.grad_position[i] for i in ids if i in self.norm_for_param_grads]
-                    clear_except(master.grad, [(start, start + numel) for _, _, start, numel in places])
+        if self.block_state is not None:
+            self.micro_step_id = INITIAL_MICRO_STEP_ID
             super().step(closure)
             return
-        self.micro_step_id = INITIAL_MICRO_STEP_ID
-        self.check_overflow(self.partition_gradients)
-        norm = None
-        if self.compute_grad_norm and not self.overflow:
-            norm = self.scaled_global_norm()
-            self.overflow = bool(is_invalid_grad_norm(norm))
-        scale = self.loss_scale
-        self._update_scale(self.overflow)
-        self._global_grad_norm = None if norm is None else norm / scale
-        if self.overflow:
-            self._global_grad_norm = float("inf") if self.compute_grad_norm else None
-            self.zero_grad(set_to_none=True)
-        else:
-            for others in self.params_not_in_partition:
-                self.free_grad_in_param_list(others)
-            self._scaled_norm = norm
-            if self.block_state.step():
-                self.relink()
-            for mine in self.params_in_partition:
-                self.free_grad_in_param_list(mine)
+        for master, parameters in zip(self.single_partition_of_fp32_groups, self.params_in_partition, strict=True):
+            ids = [self.get_param_id(p) for p in parameters]
+            places = [self.grad_position[i] for i in ids if i in self.norm_for_param_grads]
+            clear_except(master.grad, [(start, start + numel) for _, _, start, numel in places])
+        DeepSpeedZeroOptimizer.step(self, closure)
+
+    def publish_weights(self) -> None:
+        """Give the other ranks the weights that this rank updated."""
+        all_gather_dp_groups(
+            groups_flat=self.bit16_groups_flat,
+            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the tensors that :meth:`gradient` reads."""
+        return [gradient for group in self.averaged_gradients.values() for gradient in group or ()]
+
+    def release_gradients(self) -> None:
+        """Free the gradients, reduced ones and those of single parameters."""
+        self.zero_grad(set_to_none=True)
         for group in self.averaged_gradients:
             self.averaged_gradients[group] = self.all_grad_tensors[group] = None
-        if not self.overflow:
-            all_gather_dp_groups(
-                groups_flat=self.bit16_groups_flat,
-                partitioned_param_groups=self.parallel_partitioned_bit16_groups,
-                dp_process_group=self.real_dp_process_group,
-                start_alignment_factor=self.nccl_start_alignment_factor,
-                allgather_bucket_size=self.allgather_bucket_size,
-            )
 
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         """Return this rank's fp32 masters, each with the index of its parameter group."""
@@ -177,9 +183,7 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
         """Return the fp32 gradient of a slice, unscaled and clipped."""
-        gradient = fp32_slice(self.averaged_gradients[cut.number], cut, shape)
-        self.unscale_and_clip_grads([gradient], self._scaled_norm)
-        return gradient
+        return fp32_slice(self.averaged_gradients[cut.number], cut, shape, self.factor)
 
     def weights(self, index: int) -> torch.Tensor:
         """Return this rank's weights of a master."""

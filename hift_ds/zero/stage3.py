@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from hift_ds.optim.properties import with_initial_state
@@ -15,7 +16,7 @@ from hift_ds.state.allocator import HostMemory
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer
-from hift_ds.zero.gradients import clear_except, fp32_slice, in_norm_chunks, share_gradients
+from hift_ds.zero.gradients import clear_except, fp32_slice, share_gradients, squared_norm, sum_over
 
 
 class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -27,6 +28,7 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
     """
 
     grad_partitions_flat_buffer: torch.Tensor
+    averaged_gradients: dict[int, Any]
     module: torch.nn.Module
 
     def __init__(self, *args: Any, first: "Stage3BlockOptimizer | None", **kwargs: Any):
@@ -171,21 +173,53 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def step(self, closure: Any = None) -> None:
         """Step the block, unless the loss or a gradient is non-finite."""
-        if self.offload_optimizer:
-            for master, parameters in zip(self.fp32_partitioned_groups_flat, self.fp16_groups, strict=True):
-                used = [p for p in parameters if self.get_param_id(p) in self.norm_for_param_grads]
-                starts = [self.grad_position[self.get_param_id(p)][1] for p in used]
-                ends = [start + self._own_numel(p) for start, p in zip(starts, used, strict=True)]
-                clear_except(master.grad, zip(starts, ends, strict=True))
-        super().step(closure)
+        if self.block_state is not None:
+            self._pre_step()
+            self._partition_all_parameters()
+            super().step(closure)
+            return
+        for master, parameters in zip(self.fp32_partitioned_groups_flat, self.fp16_groups, strict=True):
+            used = [p for p in parameters if self.get_param_id(p) in self.norm_for_param_grads]
+            starts = [self.grad_position[self.get_param_id(p)][1] for p in used]
+            ends = [start + self._own_numel(p) for start, p in zip(starts, used, strict=True)]
+            clear_except(master.grad, zip(starts, ends, strict=True))
+        DeepSpeedZeroOptimizer_Stage3.step(self, closure)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the norm of the block's gradients, scaled, over all ranks."""
+        return combine_grad_norm_groups(self._get_norm_groups())
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
-        """Compute the norm in chunks, which bounds its memory."""
-        return super().get_grad_norm_direct(*in_norm_chunks(gradients, params), norm_type)
+        """Return the norm of gradients over all ranks. The host does not wait for the device."""
+        group = self._get_param_partition_group(params[0])
+        counts = self._grad_norm_counts_every_rank(params, group) or self.model_parallel_rank == 0
+        total = squared_norm(
+            g for g, p in zip(gradients, params, strict=True) if counts or is_model_parallel_parameter(p)
+        )
+        sum_over(total, group)
+        if not self._grad_norm_counts_every_rank(params, group):
+            self._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+        return total.sqrt()
 
     def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
-        self.overflow = self.invalid_loss  # non-finite gradients have a non-finite norm, which is checked next
+        self.overflow = bool(self.invalid_loss)  # the host step checks the gradients' norm next
         return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
+
+    def publish_weights(self) -> None:
+        """Gather the weights that all ranks keep whole."""
+        for sub_group in range(len(self.fp16_groups)):
+            self._unflatten_partitioned_parameters(sub_group)
+        if self.persistent_parameters:
+            self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the tensors that :meth:`gradient` reads."""
+        return [self.grad_partitions_flat_buffer]
+
+    def release_gradients(self) -> None:
+        """Free the gradients of single parameters. Those of the block stay in their shared buffer."""
+        self.zero_grad(set_to_none=True)
+        self.averaged_gradients = {}
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's ``offload_states`` for this block."""
@@ -196,35 +230,6 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
         finally:
             self.module = module
 
-    # DeepSpeed steps one sub-group after another. If `block_state` steps, it steps all of them at the last one.
-    def _prepare_sub_group(self, sub_group_id: int, timer_names: Any) -> None:
-        if self.block_state is None:
-            super()._prepare_sub_group(sub_group_id, timer_names)
-
-    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
-        """Unscale and clip a sub-group's gradients, or note the factor for :meth:`gradient`."""
-        if self.block_state is None:
-            super().unscale_and_clip_grads(sub_group_id, total_norm)
-            return
-        self._inverse_scale = 1.0 / self.loss_scale
-        if self.clip_grad > 0.0:
-            clip = torch.clamp(((total_norm / self.loss_scale) + 1e-6) / self.clip_grad, min=1.0)
-            self._inverse_scale = 1.0 / (clip * self.loss_scale)
-
-    def _optimizer_step(self, sub_group_id: int) -> None:
-        if self.block_state is None:
-            super()._optimizer_step(sub_group_id)
-        elif sub_group_id == len(self.fp16_groups) - 1:
-            self.block_state.step()
-
-    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
-        if self.block_state is None:
-            super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
-        elif sub_group_id == len(self.fp16_groups) - 1:
-            for sub_group in range(len(self.fp16_groups)):
-                self.averaged_gradients[sub_group] = None
-                self._unflatten_partitioned_parameters(sub_group)
-
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         """Return this rank's fp32 masters, each with the index of its parameter group."""
         groups = self.sub_group_to_group_id
@@ -232,7 +237,7 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
         """Return the fp32 gradient of a slice, unscaled and clipped."""
-        return fp32_slice(self.averaged_gradients[cut.number], cut, shape).mul_(self._inverse_scale)
+        return fp32_slice(self.averaged_gradients[cut.number], cut, shape, self.factor)
 
     def weights(self, index: int) -> torch.Tensor | None:
         """Return this rank's weights of a master; None: they are the same tensor, as DeepSpeed may arrange in fp32."""

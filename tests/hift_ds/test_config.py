@@ -21,6 +21,7 @@ def test_defaults_are_the_documented_ones() -> None:
                 "buffer_size": 67108864,
                 "pin_memory": True,
                 "prefetch": True,
+                "defer": "auto",
             },
             "nvme_path": None,
         },

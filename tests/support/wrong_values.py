@@ -173,6 +173,7 @@ DEEPSPEED: dict[str, Any] = {
             "buffer_size": 67108864,
             "pin_memory": True,
             "prefetch": True,
+            "defer": "auto",
             "nvme_path": None,
         },
     },

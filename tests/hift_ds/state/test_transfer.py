@@ -151,12 +151,13 @@ def without_waiting_for(free: bool, written: bool) -> Callable[[], Any]:
     def mutate() -> Any:
         fill, first = Staging.fill, {}
 
-        def call(staging: Staging, slot: Any, sources: Any, event: Any) -> Any:
+        def call(staging: Staging, sources: Any, event: Any) -> Any:
+            slot = staging.free[0]
             before = slot.free
             first.setdefault(slot, before)  # at the very first, nothing is known of the area's memory
             slot.free = first[slot] if free else before
             try:
-                return fill(staging, slot, sources, None if written else event)
+                return fill(staging, sources, None if written else event)
             finally:
                 slot.free = before
 
@@ -200,7 +201,7 @@ def test_no_wait_can_be_taken_out(mutation: str) -> None:
     with LazyStreams(), mutate():
         try:
             ours = random_steps(1, 60, SLOTS[step], prefetch=True)
-        except MissingWait:
+        except (MissingWait, KeyError):  # KeyError: no slot was free for a chunk
             return
     assert not same(ours, truth), "nobody would notice"
 
@@ -297,8 +298,7 @@ def test_tensors_in_a_slot_are_aligned() -> None:
     sources = [torch.arange(n, dtype=dtype) for n in (1, 3, 65, 7) for dtype in (torch.float32, torch.int16)]
     for slot_bytes in SLOTS.values():
         staging = Staging(CPU, slot_bytes)
-        slot = staging.slots[0]
-        copies, _ = staging.fill(slot, sources, None)
+        slot, copies, _ = staging.fill(sources, None)
         assert slot.area is not None and same(copies, sources)
         assert [(copy.data_ptr() - slot.area.data_ptr()) % 256 for copy in copies] == [0] * len(copies)
 

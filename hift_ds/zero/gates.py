@@ -1,0 +1,76 @@
+"""Where a forward pass waits for the update of the last step, if that runs beside it (``hift.offload.defer``)."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_LAYER = re.compile(r"(?:.*?\.)??\d+(?=\.)")  # the outermost element of a list of layers in a parameter's name
+
+
+class UpdateGates:
+    """Hooks that let the device wait for the update of a block before anything reads its weights.
+
+    A block whose parameters all lie in layers of the model is read when one of these layers runs. All others are read
+    from the beginning of a forward pass, as far as anybody knows. A layer counts only once its own forward pass was
+    seen, because a model may use the weights of a layer without calling it.
+
+    Args:
+        module: the model.
+        blocks: the names of each block's parameters.
+        updates: tells which update is under way, and finishes it.
+    """
+
+    def __init__(self, module: torch.nn.Module, blocks: Sequence[Sequence[str]], updates: Any):
+        self._updates = updates
+        self._layers = [_layers_of(module, names) for names in blocks]
+        self._called: set[str] = set()
+        self._hooks: list[Any] = []
+        if updates.staging is None or not updates.staging.can_defer:
+            return
+        trained = {name.rpartition(".")[0] for names in blocks for name in names}
+        for owner in map(module.get_submodule, trained):  # however a model is saved, it asks these for their state
+            self._hooks.append(owner.register_state_dict_pre_hook(lambda *_: updates.finish_update()))
+        self._hooks.append(module.register_forward_pre_hook(self._at_start, prepend=True))
+        for name in {name for layers in self._layers for name in layers}:
+            layer = module.get_submodule(name)
+            self._hooks.append(layer.register_forward_pre_hook(_Gate(self, name), prepend=True))
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _at_start(self, module: torch.nn.Module, _: Any) -> None:
+        if self._updates.staging.is_updating:
+            layers = self._layers[self._updates.updating]
+            if not layers or not layers <= self._called:
+                self._updates.finish_update()
+
+    def enter(self, name: str) -> None:
+        """Before a layer runs: finish the update of its weights."""
+        self._called.add(name)
+        if self._updates.staging.is_updating and name in self._layers[self._updates.updating]:
+            self._updates.finish_update()
+
+
+class _Gate:
+    def __init__(self, gates: UpdateGates, name: str):
+        self._gates, self._name = gates, name
+
+    def __call__(self, *_: Any) -> None:
+        self._gates.enter(self._name)
+
+
+def _layers_of(module: torch.nn.Module, parameters: Sequence[str]) -> frozenset[str]:
+    """Return the names of the layers that hold all of these parameters; none if some are held elsewhere, too."""
+    owned = {id(module.get_parameter(name)) for name in parameters}
+    names = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in owned]
+    found = [_LAYER.match(name) for name in names]
+    if not all(found):
+        return frozenset()
+    layers = frozenset(match.group() for match in found if match)
+    compiled = any(getattr(module.get_submodule(name), "_compiled_call_impl", None) for name in layers)
+    return frozenset() if compiled or getattr(module, "_compiled_call_impl", None) else layers
