@@ -208,9 +208,9 @@ def _initialize(*args: Any, **kwargs: Any) -> Any:
 
 def _refuse_other_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Raise an error if an optimizer steps although no engine was made yet."""
-    if _originals.is_making or any(interception.made for interception in _open):
+    if _originals.is_making:
         return
-    if any(interception.refuses_other_steps for interception in _open):
+    if any(interception.refuses_other_steps and not interception.made for interception in _open):
         raise RuntimeError(f"hift_ds.enabled: {type(optimizer).__name__} steps without a HiFT engine: {NO_ENGINE}")
 
 

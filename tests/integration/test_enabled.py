@@ -37,6 +37,7 @@ def kinds() -> dict[str, Any]:
     import deepspeed
 
     import hift_ds
+    from hift_ds.integrations.interception import Interception
 
     original, found = deepspeed.initialize, {}
 
@@ -83,6 +84,14 @@ def kinds() -> dict[str, Any]:
     with pytest.raises(RuntimeError, match="SGD steps without a HiFT engine"), hift_ds.enabled():
         plain.step()
     plain.step()
+    assert deepspeed.initialize is original
+
+    outer = Interception({}, other := tiny.model())  # as HiFTCallback, which has its engine already
+    deepspeed.initialize(model=other, config=config(**OPTIMIZER))[0].destroy()
+    with pytest.raises(RuntimeError, match="SGD steps without a HiFT engine"), hift_ds.enabled():
+        plain.step()
+    plain.step()
+    outer.close()
     assert deepspeed.initialize is original
     return found
 
