@@ -29,9 +29,9 @@ from hift_ds.model.activations import limit_recomputation
 def enabled(**section: Any) -> Iterator[None]:
     """Make HiFT engines in existing code: inside the ``with`` block, ``deepspeed.initialize`` makes them.
 
-    Calls without an optimizer (reference and reward models, evaluation) make DeepSpeed's own engines. The block can be
-    nested; the innermost one counts. After the block, ``deepspeed.initialize`` is as before, and the parameters of the
-    engines made inside require gradients as before.
+    Calls without an optimizer, or with a model of which no parameter requires gradients (reference and reward models,
+    evaluation) make DeepSpeed's own engines. The block can be nested; the innermost one counts. After the block,
+    ``deepspeed.initialize`` is as before, and the parameters of the engines made inside require gradients as before.
 
     Where the model's activation checkpointing is on, backward recomputes layers from the active block up only.
 
@@ -60,7 +60,7 @@ def enabled(**section: Any) -> Iterator[None]:
 
 
 class Interception:
-    """Makes HiFT engines of the calls of ``deepspeed.initialize`` that have an optimizer, from now until ``close``.
+    """Makes HiFT engines of the calls of ``deepspeed.initialize`` with something to train, from now until ``close``.
 
     Args:
         section: keys of the config section ``hift``.
@@ -191,13 +191,15 @@ def _initialize(*args: Any, **kwargs: Any) -> Any:
     """``deepspeed.initialize`` while an interception is open."""
     original = _originals.initialize
     arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-    interception = find(arguments.get("model"))
+    model = arguments.get("model")
+    interception = find(model)
     config = arguments.get("config") or arguments.get("config_params")
     config = config or getattr(arguments.get("args"), "deepspeed_config", None)
     if _originals.is_making or interception is None or not config:
         return original(*args, **kwargs)
     config = hift_config.read(config)
-    if arguments.get("optimizer") is None and not config.get("optimizer"):
+    has_optimizer = arguments.get("optimizer") is not None or config.get("optimizer")
+    if not has_optimizer or (model is not None and not any(p.requires_grad for p in model.parameters())):
         return original(*args, **kwargs)
     _originals.is_making = True
     try:

@@ -3,7 +3,8 @@
 from typing import Any
 
 NO_ENGINE = (
-    "nothing called deepspeed.initialize with an optimizer, so HiFT trains nothing. Let the script use DeepSpeed: "
+    "nothing called deepspeed.initialize with an optimizer and a model whose parameters require gradients, so HiFT "
+    "trains nothing. Let the script use DeepSpeed: "
     "TrainingArguments(deepspeed='config.json') for transformers and TRL; Accelerator(deepspeed_plugin=...) or "
     "`accelerate launch --use_deepspeed`, without cpu=True, for accelerate; strategy='deepspeed_stage_2' for Lightning"
 )

@@ -41,8 +41,9 @@ def kinds() -> dict[str, Any]:
 
     original, found = deepspeed.initialize, {}
 
-    def kind(**arguments: Any) -> str:
-        engine = deepspeed.initialize(model=tiny.model(), **arguments)[0]
+    def kind(trains: bool = True, **arguments: Any) -> str:
+        llama = tiny.model().requires_grad_(trains)
+        engine = deepspeed.initialize(model=llama, **arguments)[0]
         try:
             return type(engine).__name__ + (f" {len(engine.blocks)}" if hasattr(engine, "blocks") else "")
         finally:
@@ -52,6 +53,7 @@ def kinds() -> dict[str, Any]:
         found["optimizer in the config"] = kind(config=config(**OPTIMIZER))
         found["config_params"] = kind(config_params=config(**OPTIMIZER))
         found["no optimizer"] = kind(config=config(3))
+        found["nothing to train"] = kind(False, config=config(**OPTIMIZER))
         found["section"] = kind(config=config(**OPTIMIZER, hift={"layers_per_block": 3}))
         found["disabled"] = kind(config=config(**OPTIMIZER, hift={"enabled": False}))
         llama = tiny.model()
@@ -103,6 +105,7 @@ def test_engines_with_an_optimizer_are_hift_engines_inside_only() -> None:
         "optimizer in the config": halves,
         "config_params": halves,
         "no optimizer": "DeepSpeedEngine",
+        "nothing to train": "DeepSpeedEngine",
         "section": f"HiFTEngine {BLOCKS // 3}",
         "disabled": "CheckpointingEngine",
         "positional": halves,
