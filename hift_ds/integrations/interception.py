@@ -6,6 +6,8 @@ place. Importing this module changes nothing.
 """
 
 import functools
+import importlib.abc
+import importlib.machinery
 import inspect
 import sys
 import weakref
@@ -151,6 +153,9 @@ def find(model: Any) -> Interception | None:
     return next((interception for interception in reversed(_open) if interception.applies_to(model)), None)
 
 
+_TRAINER = "transformers.trainer"  # importing it takes seconds, so it is left to the script
+
+
 class _Originals:
     """What an interception replaces, and how it is put back.
 
@@ -169,22 +174,50 @@ class _Originals:
         self.initialize = deepspeed.initialize
         deepspeed.initialize = functools.wraps(self.initialize)(_initialize)
         self._hook = register_optimizer_step_pre_hook(_refuse_other_steps)
-        if "transformers" in sys.modules:
-            from transformers import Trainer
+        sys.meta_path.insert(0, _trainer_finder)
+        if _TRAINER in sys.modules:
+            self.replace_train(sys.modules[_TRAINER])
 
-            self._trainer, self._train = Trainer, Trainer.train
-            self._trainer.train = _with_reports(self._train)
+    def replace_train(self, module: Any) -> None:
+        """Put a function of this module in the place of the Trainer's ``train``.
+
+        Args:
+            module: ``transformers.trainer``.
+        """
+        self._trainer, self._train = module.Trainer, module.Trainer.train
+        self._trainer.train = _with_reports(self._train)
 
     def restore(self) -> None:
         """Put the originals back."""
         deepspeed.initialize, self.initialize = self.initialize, None
         self._hook.remove()
+        sys.meta_path.remove(_trainer_finder)
         if self._trainer is not None:
             self._trainer.train = self._train
             self._trainer = self._train = None
 
 
 _originals = _Originals()
+
+
+class _TrainerFinder(importlib.abc.MetaPathFinder):
+    """Replaces ``Trainer.train`` where a script imports the Trainer while an interception is open."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """Return the module's ordinary spec, whose loader also replaces ``train``; None: of another module."""
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == _TRAINER else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_replace(module: Any) -> None:
+                execute(module)
+                _originals.replace_train(module)
+
+            spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
+        return spec
+
+
+_trainer_finder = _TrainerFinder()
 
 
 def _initialize(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,7 @@
 """`hift_ds.enabled`: what `deepspeed.initialize` makes inside it, and what is as before after it."""
 
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -340,6 +342,31 @@ def other_ticks(folder: str) -> str:
 def test_a_checkpoint_with_another_kind_of_ticks_is_refused(tmp_path: Any) -> None:
     (message,) = run_on_ranks(1, other_ticks, str(tmp_path))
     assert "hift.lr_ticks='step'" in message and "'cycle'" in message
+
+
+IMPORTS_LATE = """
+import sys
+from hift_ds.integrations.interception import Interception
+assert not any(name.startswith("transformers") for name in sys.modules)
+unused = Interception({})
+unused.close()
+assert not any(name.startswith("transformers") for name in sys.modules), "seconds for scripts that do not need it"
+first, second = Interception({}), Interception({})
+import transformers
+assert "transformers.trainer" not in sys.modules
+from transformers import Trainer
+assert hasattr(Trainer.train, "__wrapped__")
+first.close()
+assert hasattr(Trainer.train, "__wrapped__")
+second.close()
+assert not hasattr(Trainer.train, "__wrapped__") and Trainer.train.__qualname__ == "Trainer.train"
+assert not any(type(finder).__module__.startswith("hift_ds") for finder in sys.meta_path)
+"""
+
+
+def test_a_trainer_that_is_imported_inside_reports_too() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS_LATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def forwards(reentrant: bool | None, input_gradients: bool) -> tuple[list[list[int]], list[torch.Tensor]]:
