@@ -14,7 +14,9 @@ from hift_ds.integrations.messages import NO_ENGINE
 class HiFTCallback(TrainerCallback):
     """Trains the model of one Trainer with HiFT: ``Trainer(..., callbacks=[HiFTCallback(layers_per_block=1)])``.
 
-    It does what :func:`hift_ds.enabled` does, for the engines of this Trainer's model and as long as the Trainer lives.
+    It does what :func:`hift_ds.enabled` does, for the engines of the model that the Trainer is made with, and as long
+    as the Trainer lives. With ``model_init``, ``train()`` makes another model and raises a RuntimeError: use
+    :func:`hift_ds.enabled` there.
 
     Args:
         section: keys of the config section ``hift`` (:class:`hift_ds.config.HiFTConfig`). Here, ``lr_ticks`` is

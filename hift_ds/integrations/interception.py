@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hift_ds import config as hift_config
 from hift_ds.engine import HiFTEngine
 from hift_ds.initialization import initialize
-from hift_ds.integrations.messages import NO_ENGINE, too_short
+from hift_ds.integrations.messages import MODEL_INIT, NO_ENGINE, too_short
 from hift_ds.model.activations import limit_recomputation
 
 
@@ -89,6 +89,11 @@ class Interception:
         if not _open:
             _originals.replace()
         _open.append(self)
+
+    @property
+    def is_for_one_model(self) -> bool:
+        """Whether this makes the engines of one model only."""
+        return self._model is not None
 
     def applies_to(self, model: Any) -> bool:
         """Return whether this makes the engine of a model."""
@@ -259,6 +264,8 @@ def _with_reports(train: Any) -> Any:
         interception = find(trainer.model)
         if interception is None:
             return train(trainer, *args, **kwargs)
+        if interception.is_for_one_model and trainer.model_init is not None:
+            raise RuntimeError(f"HiFTCallback: {MODEL_INIT}")
         reports = TrainerReports(interception.engine_of, kept=getattr(trainer, "deepspeed", None))
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, reports)  # before the callbacks that send the logs elsewhere

@@ -9,6 +9,12 @@ NO_ENGINE = (
     "`accelerate launch --use_deepspeed`, without cpu=True, for accelerate; strategy='deepspeed_stage_2' for Lightning"
 )
 
+MODEL_INIT = (
+    "the Trainer makes another model in train(), because it has a model_init, and a callback holds for the model that "
+    "the Trainer had before. Leave HiFTCallback out, and put the call into a block: with hift_ds.enabled(...): "
+    "trainer.train()"
+)
+
 KEPT_ENGINE = (
     "the Trainer keeps the DeepSpeed engine of its first train() or evaluate(), and cannot train with it again, with "
     "HiFT or without. Make a new Trainer for each train(); to evaluate before training, set "

@@ -504,6 +504,28 @@ def test_the_run_of_wandb_has_rate_block_and_cycle(folder: Path, tmp_path: Path)
     assert rates[: CYCLE + 1] == pytest.approx([schedule[CYCLE - 1]] * CYCLE + [schedule[CYCLE]])
 
 
+def with_model_init(callback: bool, folder: Path, out: Path) -> tuple[str, list[int]]:
+    """In a rank: the error of a Trainer that makes its model in `train`, and the blocks of its steps."""
+    from transformers import AutoModelForCausalLM
+
+    run, error = Run(callback=callback, arguments=(("max_steps", CYCLE),)), ""
+    with trainer(run, folder, out) as made:
+        made.model_init = lambda: AutoModelForCausalLM.from_pretrained(folder)
+        try:
+            made.train()
+        except RuntimeError as raised:
+            error = str(raised)
+        else:
+            made.deepspeed.destroy()
+    return error, [entry["hift/block"] for entry in made.state.log_history if "loss" in entry]
+
+
+def test_a_callback_refuses_a_model_that_is_made_in_train(folder: Path, tmp_path: Path) -> None:
+    (error, _), (nothing, blocks) = (run_on_ranks(1, with_model_init, it, folder, tmp_path)[0] for it in (True, False))
+    assert "model_init" in error and "with hift_ds.enabled(...)" in error
+    assert not nothing and blocks == list(range(CYCLE))
+
+
 def without_deepspeed(callback: bool, folder: Path, out: Path) -> str:
     """In a rank: the error where the Trainer does not use DeepSpeed."""
     run = Run(callback=callback, arguments=(("deepspeed", None),))
