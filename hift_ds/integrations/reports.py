@@ -20,6 +20,8 @@ class TrainerReports(TrainerCallback):
     """
 
     _engine: Any = None
+    _advanced_at = 0  # the step after which a metric last advanced the schedule
+    _others: tuple[str, ...] = ()  # the metrics of evaluations after a step, if the schedule's is not among them
 
     def __init__(self, engine_of: Callable[[Any], Any], kept: Any = None):
         self._engine_of = engine_of
@@ -47,16 +49,28 @@ class TrainerReports(TrainerCallback):
         schedule = getattr(self._engine, "lr_scheduler", None)
         if schedule is None or not needs_metrics(schedule) or not metrics or state.global_step == 0:
             return
-        name = args.metric_for_best_model or "loss"
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
+        if (name := _followed(args)) in metrics:
+            schedule.step(metrics[name])
+            self._advanced_at, self._others = state.global_step, ()
+        elif self._advanced_at != state.global_step:  # with several sets to evaluate, another one may have the metric
+            self._others += tuple(one for one in metrics if one.startswith("eval_"))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raise an error if the schedule's metric was in none of the evaluations after the last step."""
+        if self._others:
             raise KeyError(
-                f"metric_for_best_model={args.metric_for_best_model!r}: the schedule {type(schedule).__name__} follows "
-                f"{name!r}, which is not among the metrics {', '.join(metrics)}"
+                f"metric_for_best_model={args.metric_for_best_model!r}: the schedule "
+                f"{type(self._engine.lr_scheduler).__name__} follows {_followed(args)!r}, which is no "
+                f"metric; set metric_for_best_model to one of {', '.join(self._others)}"
             )
-        schedule.step(metrics[name])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let all parameters require gradients as before."""
         if isinstance(self._engine, HiFTEngine):
             self._engine.unfreeze()
+
+
+def _followed(args: Any) -> str:
+    """Return the name of the metric that a schedule follows, as the Trainer finds it."""
+    name = args.metric_for_best_model or "loss"
+    return name if name.startswith("eval_") else f"eval_{name}"

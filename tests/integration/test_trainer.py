@@ -334,6 +334,31 @@ def test_a_schedule_that_follows_the_loss(optimizer: str, folder: Path, tmp_path
     check_metric_schedule("reduce_lr_on_plateau", ON_PLATEAU, optimizer, folder, tmp_path)
 
 
+def evaluate_two_sets(metric: str, folder: Path, out: Path) -> tuple[str, list[float], list[float]]:
+    """In a rank: the error of a training with two sets of held-out rows, the losses of the second, and the rates."""
+    plateau = (("lr_scheduler_type", "reduce_lr_on_plateau"), ("lr_scheduler_kwargs", ON_PLATEAU))
+    run = Run(optimizer="deepspeed", arguments=(*EVALUATED, *plateau, ("metric_for_best_model", metric)))
+    error = ""
+    with trainer(run, folder, out) as made:
+        made.eval_dataset = {"first": made.eval_dataset, "second": made.train_dataset[4:8]}
+        try:
+            made.train()
+        except KeyError as raised:
+            error = str(raised)
+        history = made.state.log_history
+        made.deepspeed.destroy()
+    losses = [entry["eval_second_loss"] for entry in history if "eval_second_loss" in entry]
+    return error, losses, [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+
+
+def test_a_schedule_that_follows_one_of_several_sets(folder: Path, tmp_path: Path) -> None:
+    ((error, losses, rates),) = run_on_ranks(1, evaluate_two_sets, "eval_second_loss", folder, tmp_path)
+    assert not error and len(losses) == STEPS // 3
+    assert rates == [RATE] * 6 + [RATE / 2] * 3 + [RATE / 4] * 3, "the evaluations after steps 6 and 9 lowered it"
+    ((error, losses, _),) = run_on_ranks(1, evaluate_two_sets, "loss", folder, tmp_path)
+    assert "'eval_loss'" in error and "eval_first_loss" in error and "eval_second_loss" in error and len(losses) == 1
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
