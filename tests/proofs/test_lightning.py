@@ -24,7 +24,6 @@ from tests.integration.test_lightning import (
     config,
     expected_rates,
     lightning_module,
-    load,
     make_adamw,
     rows,
     script_schedule,
@@ -129,5 +128,7 @@ def test_fabric(stage: int, tmp_path: Path) -> None:
     [(steps, seen, weights)] = run_on_ranks(1, train_with_fabric, stage, folder)
     rates = integrations.held(expected_rates(Case(stage)), CYCLE)
     assert len(steps) == STEPS and [sorted(of_step) for of_step in seen] == [[rate] for rate in rates]
-    end = integrations.replay(load(folder, Case(stage)), steps, rates, make_adamw, clip=CLIP, stage=stage)
+    end = integrations.replay(
+        integrations.load(folder, Case(stage).dtype), steps, rates, make_adamw, clip=CLIP, stage=stage
+    )
     assert tiny.largest_difference(weights, end) <= integrations.bound(stage, 1)

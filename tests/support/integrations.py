@@ -6,10 +6,12 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -156,6 +158,51 @@ class Recording(contextlib.AbstractContextManager):
         """The names of the parameters that each step changed, without the last step."""
         pairs = zip(self.weights, self.weights[1:], strict=False)
         return [{name for name in before if not torch.equal(before[name], after[name])} for before, after in pairs]
+
+
+@dataclass
+class Outcome:
+    """What a run of a loop left on a rank.
+
+    Attributes:
+        logged: the engine's values for the log after each step.
+        evaluated: losses of the held-out rows, the first before training.
+        states: of the optimizers of all blocks.
+    """
+
+    micro_batches: list[list[dict[str, Any]]]
+    rates: list[set[float]]
+    changed: list[set[str]]
+    logged: list[dict[str, float]]
+    evaluated: list[float]
+    weights: dict[str, Tensor]
+    states: dict[str, Tensor]
+
+
+def check_steps(ran: Sequence[Outcome], schedule: Sequence[float], dtype: str = "fp32") -> list[float]:
+    """Hold rates, blocks and logs of a run on all ranks against the schedule, which counts steps; return the rate of
+    each step."""
+    first, cycle = ran[0], len(block_names())
+    for other in ran[1:]:
+        assert tiny.identical(other.weights, first.weights), "the ranks hold different weights"
+        assert other.rates == first.rates
+    rates = held(schedule, cycle)
+    assert all(len(of_step) == 1 for of_step in first.rates)
+    assert [min(of_step) for of_step in first.rates] == pytest.approx(rates, rel=1e-12)
+    assert [values["hift/lr"] for values in first.logged] == pytest.approx(rates, rel=1e-12)
+    assert [values["hift/block"] for values in first.logged] == [step % cycle for step in range(len(rates))]
+    check_changed(first.changed, dtype)
+    return rates
+
+
+def load(folder: Path, dtype: str) -> nn.Module:
+    """The model of the folder with all its parameters in a type, named as in `tiny`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(tiny.DTYPES[dtype])
+    return model
 
 
 def check_changed(changed: Sequence[set[str]], dtype: str = "fp32") -> None:
