@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -514,6 +515,9 @@ def log_to_wandb(folder: Path, out: Path) -> dict[str, list[float]]:
         train(run, folder, out)
         wandb.finish()
     (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # W&B's own process may still write when `finish` returns
+    while path.read_bytes().count(b"train/hift/block") < 2 * (CYCLE + 1) and time.monotonic() < deadline:
+        time.sleep(0.1)
     # W&B's field 16 follows a value's name: a length, and the value as JSON.
     found = re.findall(rb"train/hift/(\w+)\x82\x01.([\d.e-]+)", path.read_bytes(), re.DOTALL)
     names = sorted({name.decode() for name, _ in found})
