@@ -420,6 +420,7 @@ class HiFTEngine(CheckpointingEngine):
     def destroy(self) -> None:
         """Release what DeepSpeed holds for all blocks. All parameters require gradients again that did before."""
         if hasattr(self, "block_optimizers"):
+            self.block_optimizers.settle()
             self.optimizer = self.block_optimizers
             self._let_go()
         super().destroy()

@@ -19,9 +19,9 @@ import hift_ds.state.step
 import hift_ds.state.transfer
 from tests.support import tiny
 from tests.support.device_memory import skip_on_a_device
-from tests.support.lazy_streams import LazyStreams
+from tests.support.lazy_streams import LazyStreams, MissingWait
 from tests.support.pairwise import others_slow
-from tests.support.parity import STAGES
+from tests.support.parity import STAGES, STRATEGIES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 
@@ -32,7 +32,8 @@ class Way:
 
     place: str = "cpu"
     step: str = "auto"
-    prefetch: bool = True
+    prefetch: bool | int = True
+    defer: bool = False
     lazy: bool = False
     pinning_refused: bool = False
     folder: str | None = None
@@ -54,7 +55,7 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
 
     config = tiny.ds_config(case)
     offload = config["hift"]["offload"] = {"device": way.place, "step": way.step, "prefetch": way.prefetch}
-    offload |= {"buffer_size": 65536} | ({"nvme_path": way.folder} if way.folder else {})
+    offload |= {"buffer_size": 65536, "defer": way.defer} | ({"nvme_path": way.folder} if way.folder else {})
     with contextlib.ExitStack() as stack:
         if way.lazy:
             stack.enter_context(LazyStreams())
@@ -75,6 +76,7 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
         if way.pinning_refused:
             (message,) = (call.args[0] for call in logger.warning.call_args_list)
             assert "page-locked" in message and "long explanation" not in message
+        engine.settle()
         return tiny.weights(engine), tiny.block_states(engine)
 
 
@@ -165,6 +167,52 @@ def test_lazy_streams_change_no_training(step: str) -> None:
     case = Case(stage=2, dtype="bf16")
     ways = [Way(step=step, lazy=lazy, prefetch=lazy, meddle=change_masters_and_moments) for lazy in (False, True)]
     assert run_on_ranks(1, different, case, *ways) == [[]]
+
+
+def evaluate(engine: Any) -> None:
+    """Read the weights as a script does between two steps: a forward pass, and the model's state."""
+    engine.eval()
+    with torch.no_grad():
+        assert engine(**tiny.micro_batch(0, 0)).loss.isfinite()
+        assert engine.module(**tiny.micro_batch(0, 1)).loss.isfinite()
+    assert all(value.isfinite().all() for value in engine.module.state_dict().values())
+    engine.train()
+
+
+DEFERRED = [
+    Case(stage=stage, dtype=dtype, strategy=strategy)
+    for dtype in ("fp32", "bf16")
+    for stage in (0, 1, 2)
+    for strategy in STRATEGIES
+]
+SAMPLE = [Case(stage=0), Case(stage=2, dtype="bf16", strategy="top2down")]
+
+
+@pytest.mark.parametrize("case", others_slow(DEFERRED, SAMPLE), ids=str)
+def test_a_step_during_the_next_forward_pass_changes_nothing(case: Case) -> None:
+    """With few slots and with many, with and without reads between steps, and with several steps on a block."""
+    skip_on_a_device()
+    truth = Way()
+    ways = [replace(truth, lazy=True, defer=True, prefetch=prefetch) for prefetch in (True, 2**20)]
+    ways.append(replace(truth, lazy=True, defer=True, meddle=evaluate))
+    ways.append(replace(truth, lazy=True, defer=True, meddle=save_and_load))
+    assert run_on_ranks(1, different, case, truth, *ways) == [[]]
+
+
+def never_at_a_gate(case: Case, way: Way) -> str:
+    """In a rank: what happens if no forward pass waits for the update."""
+    from hift_ds.zero.gates import UpdateGates
+
+    with mock.patch.object(UpdateGates, "enter"), mock.patch.object(UpdateGates, "_at_start", return_value=None):
+        try:
+            return "nothing" if not different(case, replace(way, lazy=False, defer=False), way) else "wrong"
+        except MissingWait:
+            return "missing"
+
+
+def test_a_forward_pass_that_does_not_wait_for_the_update_is_noticed() -> None:
+    skip_on_a_device()
+    assert run_on_ranks(1, never_at_a_gate, Case(stage=2, dtype="bf16"), Way(lazy=True, defer=True)) == ["missing"]
 
 
 def save_and_load(engine: Any) -> None:
