@@ -20,9 +20,11 @@ CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <
 	"error: hift_ds needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)
 CHECK_HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
+CHECK_DEVICE := import sys; from deepspeed.accelerator import get_accelerator; \
+	sys.exit(get_accelerator().device_name() == "cpu")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench clean
+.PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench gpu-check clean
 
 help:
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
@@ -33,6 +35,7 @@ help:
 	@echo "make lint         set up, then run ruff check, ruff format --check and mypy"
 	@echo "make format       set up, then sort the imports and format the code"
 	@echo "make bench        set up, then measure step times of HiFT, full fine-tuning and a plain loop"
+	@echo "make gpu-check    check weights, memory and step times on this machine's GPU, with what is installed"
 	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
 
 setup: $(KERNELS)
@@ -98,6 +101,16 @@ format: $(STAMP)
 bench: $(STAMP)
 	@echo "== bench: python -m evaluation.efficiency $(ARGS)"
 	@$(RUN) python -m evaluation.efficiency $(ARGS)
+
+# With a GPU, $(PYTHON) runs what is installed for it. Without one, the environment runs the same code on a tiny model.
+gpu-check:
+	@if "$(PYTHON)" -c '$(CHECK_DEVICE)' 2>/dev/null; then \
+		echo "== gpu-check: $(PYTHON) -m evaluation.gpu_check $(ARGS)"; \
+		"$(PYTHON)" -m evaluation.gpu_check $(ARGS); \
+	else \
+		$(MAKE) --no-print-directory $(STAMP) && echo "== gpu-check: without a GPU, on a tiny model" && \
+		$(RUN) python -m evaluation.gpu_check $(ARGS); \
+	fi
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

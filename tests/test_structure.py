@@ -146,6 +146,7 @@ ROOMS = {
         "compare": "cost json_lines report tasks",
         "harness": "json_lines tasks",
         "efficiency": "cost",
+        "gpu_check": "compare cost",
         "__init__": "",
     },
 }

@@ -61,7 +61,8 @@ def train(method: str, checkpointing: bool, setup: Setup) -> Peak:
         hift_ds.checkpoint_activations(model)
     with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
         on_cpu = get_accelerator().device_name() == "cpu"
-        timed_method = make_timed_method(method, setup, model, state_folder=folder if on_cpu else None)
+        offload = {"device": "nvme", "nvme_path": folder} if on_cpu else None
+        timed_method = make_timed_method(method, setup, model, offload)
         for index in range(max(3, timed_method.cycle + 1)):
             timed_method.step(make_batch(setup.shape, index, setup.batch, setup.length))
             timed_method.between()

@@ -36,8 +36,17 @@ class Peak:
 
 def anonymous() -> int:
     """Return the anonymous resident memory of this process in bytes, without the pages of mapped files."""
+    return _status("RssAnon", "RssShmem")
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes, with page-locked memory and the pages of mapped files."""
+    return _status("VmRSS")
+
+
+def _status(*keys: str) -> int:
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return sum(int(lines[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+    return sum(int(lines[key].split()[0]) * 1024 for key in keys)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from hift_ds.evaluation.cost.plain_loop import PlainHiFT
 from hift_ds.launch.config.checking import problem_list
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.settings import Settings, check_settings
-from hift_ds.launch.data.batches import trained_tokens
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.loop import loss_share
 from hift_ds.launch.make_engine import make_engine
@@ -146,10 +145,14 @@ def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> Settings:
-    """Return the settings of a run with the method `METHOD_SECTIONS[name]`."""
-    device = {"device": "none"} if name == "kept" else {"device": "nvme", "nvme_path": state_folder}
-    offload = {"offload": device} if name == "kept" or (name == "hift" and state_folder) else {}
+def make_settings(name: str, setup: Setup, offload: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings of a run with the method `METHOD_SECTIONS[name]`.
+
+    Args:
+        offload: the section ``hift.offload`` of HiFT; None or empty: its defaults.
+    """
+    if name == "kept":
+        offload = {"device": "none"}
     raw = {
         "model": {"config": {"model_type": "llama"}, "tokenizer": "byte"},  # only for the checks of settings
         "method": METHOD_SECTIONS[name],
@@ -164,7 +167,7 @@ def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> S
             "zero_optimization": {"stage": setup.stage},
             "bf16": {"enabled": setup.dtype == "bf16"},
             "optimizer": {"type": "AdamW", "params": {"torch_adam": False} if setup.stock else {}},
-            "hift": offload,
+            "hift": {"offload": dict(offload)} if offload and METHOD_SECTIONS[name]["name"] == "hift" else {},
         },
         "output": {"dir": "."},
     }
@@ -176,12 +179,14 @@ def make_settings(name: str, setup: Setup, state_folder: str | None = None) -> S
     return settings
 
 
-def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: str | None = None) -> TimedMethod:
+def make_timed_method(
+    name: str, setup: Setup, model: Any = None, offload: Mapping[str, Any] | None = None
+) -> TimedMethod:
     """Make a method of `METHOD_SECTIONS`, or "plain", HiFT as a plain PyTorch loop.
 
     Args:
         model: from `make_model`; None = a new one.
-        state_folder: the folder in which HiFT keeps master weights and optimizer state; None = host memory.
+        offload: the section ``hift.offload`` of HiFT; None or empty: its defaults.
 
     Raises:
         UserError: the method does not apply to the model, or its package is not installed.
@@ -196,13 +201,14 @@ def make_timed_method(name: str, setup: Setup, model: Any = None, state_folder: 
             clip=CLIP,
         )
         return TimedMethod(lambda batch: plain.step([batch]), len(blocks))
-    settings = make_settings(name, setup, state_folder)
+    settings = make_settings(name, setup, offload)
     method = METHODS[settings.method.name]
     engine = make_engine(model, settings, 1)
     engine.train()
 
     def step(batch: Batch) -> None:
-        take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, trained_tokens(batch), 1)])
+        targets = batch["labels"][:, 1:].numel()  # all are trained; to count them, the host would wait for the device
+        take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, targets, 1)])
 
     timed_method = TimedMethod(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
     if method.engine == "badam":  # one step on each block, as in HiFT's cycle

@@ -1,4 +1,4 @@
-"""Compile DeepSpeed's C++ kernels ahead of their first use: `python -m hift_ds.launch.runtime.kernels`.
+"""Compile DeepSpeed's kernels ahead of their first use: `python -m hift_ds.launch.runtime.kernels [BUILDER ...]`.
 
 torch keeps what is compiled in `TORCH_EXTENSIONS_DIR`, so later runs load it at once. A kernel that cannot be compiled
 here is skipped with the reason: only runs that need it fail.
@@ -22,9 +22,10 @@ KERNELS = {  # DeepSpeed's builder -> what needs it
 
 
 def main() -> None:
-    """Compile every kernel that this machine can compile, and print one line for each."""
+    """Compile the named kernels, by default every one that this machine can compile, and print one line for each."""
     extensions.prepare(rank=1)  # deletes locks of killed builds; prints as rank 0 alone does
-    for name, need in KERNELS.items():
+    for name in sys.argv[1:] or KERNELS:
+        need = KERNELS[name]
         builder = get_accelerator().create_op_builder(name)
         started = time.monotonic()
         try:

@@ -1,0 +1,1 @@
+"""Check on one device what the project promises: weights, memory, step times (``python -m evaluation.gpu_check``)."""

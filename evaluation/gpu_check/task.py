@@ -1,0 +1,93 @@
+"""The tasks of the check, and the process that runs one: ``python -m hift_ds.evaluation.gpu_check.task TASK FILE``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hift_ds.evaluation.cost.timed_methods import join_world
+from hift_ds.evaluation.gpu_check import weights
+from hift_ds.evaluation.gpu_check.training import Workload, measure, plan
+
+PARTS = ("weights", "memory", "step", "methods")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures.
+
+    Attributes:
+        name: of the row in the table.
+        parts: the parts of the check that need it.
+        seconds: its time limit.
+        fused: needs DeepSpeed's fused kernel.
+        work: what `training.measure` measures; None: `weights.check` with `offload`.
+        offload: the section ``hift.offload`` of `weights.check`.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    seconds: float
+    fused: bool
+    work: Workload | None = None
+    offload: Mapping[str, Any] | None = None
+
+
+def run(task: Task, wait: Callable[[], Any] = lambda: None) -> Iterator[dict[str, Any]]:
+    """Run a task in this process, and yield all results so far after each measurement.
+
+    A failure ends the task, and is the result ``reason``.
+
+    Args:
+        wait: waits until the task may use the device; memory is planned before.
+    """
+    found: dict[str, Any] = {}
+    try:
+        planned = plan(task.work) if task.work else {}
+        wait()
+        join_world()
+        for more in measure(task.work, planned) if task.work else weights.check(task.offload or {}):
+            found |= more
+            yield found
+    except torch.OutOfMemoryError as error:
+        yield found | {"reason": f"out of memory: {str(error).splitlines()[0]}"}
+    except Exception as error:  # of a method, of the settings, of a library: the other tasks go on
+        traceback.print_exc()
+        yield found | {"reason": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def main() -> None:
+    """Run the task once standard input has a line, and write its results to the file."""
+    values, file = json.loads(sys.argv[1]), Path(sys.argv[2])
+    work = values.pop("work")
+    task = Task(**values, work=Workload(**work) if work else None)
+
+    def wait() -> None:
+        if not sys.stdin.readline():
+            os._exit(1)  # the command has ended
+
+    for found in run(task, wait):
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(found), encoding="utf-8")
+        new.replace(file)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # to free gigabytes of page-locked memory takes seconds
+
+
+def arguments(task: Task, file: Path) -> list[str]:
+    """Return the command of a process that runs a task."""
+    module = "hift_ds.evaluation.gpu_check.task"
+    return [sys.executable, "-u", "-m", module, json.dumps(asdict(task)), str(file)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Compare the weights that HiFT trains with those of a plain PyTorch loop of Algorithm 1, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+
+import hift_ds
+from hift_ds.evaluation.cost.plain_loop import NamedTensors, PlainHiFT
+from hift_ds.evaluation.cost.timed_methods import DTYPES, make_batch, make_model
+
+# Bounds of the difference between two runs, as a fraction of what training changed (L2 norms over all weights). A
+# wrong update rule, order of blocks or step count is at least 0.1. In fp32, the sums of a norm and atomic additions in
+# backward kernels differ in their order. In bf16, a weight that is rounded up in one run and down in the other differs
+# by 2^-8 of its value, several per cent of what 3 cycles change, and the gradients of later steps follow.
+BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}
+CYCLES, BATCH, LENGTH = 3, 2, 32
+# eps is above the usual 1e-8, with which Adam makes whole steps of gradients that are mere rounding.
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+CLIP = 0.02  # clips at every step
+
+
+def check(offload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Train with each stage and precision, and yield the errors so far.
+
+    torch's AdamW takes the step, which the plain loop uses, too; the last cases use the optimizer of a DeepSpeed
+    config, which is a fused kernel on a GPU.
+
+    Args:
+        offload: the section ``hift.offload``.
+
+    Yields:
+        ``cases``: the error and the bound of each case by name, and why a case failed.
+    """
+    cases: dict[str, dict[str, Any]] = {}
+    todo = [(dtype, stage, False) for dtype in BOUNDS for stage in (0, 1, 2, 3)]
+    truths = {dtype: _plain(dtype) for dtype in BOUNDS}
+    for dtype, stage, by_config in [*todo, *((dtype, 2, True) for dtype in BOUNDS)]:
+        name = f"{dtype} ZeRO {stage}{', AdamW of the config' if by_config else ''}"
+        try:
+            error = _error(_train(dtype, stage, by_config, offload), *truths[dtype])
+        except Exception as problem:  # one case must not hide the others
+            cases[name] = {"bound": BOUNDS[dtype], "reason": f"{type(problem).__name__}: {problem}"}
+        else:
+            cases[name] = {"bound": BOUNDS[dtype], "error": error, "holds": error <= BOUNDS[dtype]}
+        yield {"cases": cases}
+
+
+def _model(dtype: str) -> Any:
+    model = make_model("tiny", "fp32")
+    with torch.no_grad():
+        for parameter in model.parameters():  # 3: gradients far from zero in every layer
+            parameter.data = (3 * parameter if parameter.dim() > 1 else parameter).to(DTYPES[dtype])
+    return model
+
+
+def _copies(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+
+
+def _steps(blocks: int) -> range:
+    return range(CYCLES * blocks)
+
+
+def _plain(dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the weights before and after the plain loop."""
+    model = _model(dtype)
+    start, blocks = _copies(model), [list(block.parameter_names) for block in hift_ds.partition_model(model)]
+
+    def make_optimizer(named: NamedTensors) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([tensor for _, tensor in named], **ADAMW)
+
+    loop = PlainHiFT(model, blocks, make_optimizer, clip=CLIP)
+    for step in _steps(len(blocks)):
+        loop.step([make_batch("tiny", step, BATCH, LENGTH)])
+    return start, _copies(model)
+
+
+def _train(dtype: str, stage: int, by_config: bool, offload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Train with the engine; return the weights."""
+    model = _model(dtype)
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_clipping": CLIP,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": dtype == "bf16"},
+        "hift": {"offload": {"buffer_size": 65536, **offload}},
+    }
+    if by_config:
+        config["optimizer"] = {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"])}}
+    optimizer = None if by_config else torch.optim.AdamW(model.parameters(), **ADAMW)
+    engine, *_ = hift_ds.initialize(
+        model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=config
+    )
+    try:
+        for step in _steps(len(engine.blocks)):
+            engine.backward(engine(**make_batch("tiny", step, BATCH, LENGTH)).loss)
+            engine.step()
+        engine.settle()
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+            return _copies(engine.module)
+    finally:
+        engine.destroy()
+
+
+def _error(
+    found: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> float:
+    """Return the difference to the expected weights as a fraction of what training changed; NaN counts as infinite."""
+    difference = sum(float((found[name] - expected[name]).double().square().sum()) for name in expected)
+    change = sum(float((expected[name] - start[name]).double().square().sum()) for name in expected)
+    error = math.sqrt(difference / change)
+    return error if math.isfinite(error) else math.inf

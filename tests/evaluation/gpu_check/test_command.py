@@ -1,0 +1,57 @@
+"""Tasks in processes of their own: results, failures and time limits."""
+
+from pathlib import Path
+
+import pytest
+
+from hift_ds.evaluation.gpu_check import command
+from hift_ds.evaluation.gpu_check.prepare import carried, commands
+from hift_ds.evaluation.gpu_check.task import Task
+from hift_ds.evaluation.gpu_check.training import Workload
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_failure_and_a_time_limit_are_rows_and_the_next_task_runs() -> None:
+    wrong = Task("wrong", ("step",), 60, False, Workload("hift", "tiny", lengths=(8,), offload={"slots": 3}))
+    slow = Task("slow", ("step",), 0.01, False, Workload("hift", "tiny", lengths=(8,)))
+    good = Task("good", ("step",), 60, False, Workload("lora", "tiny", lengths=(8,), steps=1))
+    saved: list[int] = []
+    results = command.check([wrong, slow, good], 120, lambda found: saved.append(len(found)))
+    assert saved == [1, 2, 3]
+    assert "hift.offload.slots=3 is an unknown key" in results["wrong"]["reason"]
+    assert results["slow"]["reason"] == "stopped after 0 s, its time limit"
+    assert "reason" not in results["good"] and results["good"]["8"]["seconds"] > 0
+    rows = command.table(results).splitlines()
+    assert len(rows) == 5 and "unknown key" in rows[2] and "time limit" in rows[3], rows
+
+
+def test_without_time_left_no_task_starts() -> None:
+    task = Task("late", ("step",), 60, False, Workload("hift", "tiny"))
+    assert command.check([task], 0, lambda found: None)["late"]["reason"] == "no time left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "'speed': expected some of weights,memory,step,methods"),
+        (["--shapes", "tiny"], "--shapes tiny: expected two, a small and a large model"),
+        (["--output", "no/such/folder/x.json"], "there is no folder"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.parse(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_is_carried_has_the_pinned_versions() -> None:
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert set(carried()) <= set(pinned) and carried()
+
+
+def test_wheels_are_downloaded_but_for_what_is_published_as_source() -> None:
+    download, build = commands(Path("wheels"), "3.12")
+    named = {package for package in [*download, *build] if "==" in package}
+    assert named == set(carried())
+    assert [package.split("==")[0] for package in build if "==" in package] == ["deepspeed"]
