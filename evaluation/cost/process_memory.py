@@ -41,12 +41,12 @@ def anonymous() -> int:
 
 def resident() -> int:
     """Return the resident memory of this process in bytes, with page-locked memory and the pages of mapped files."""
-    return _status("VmRSS")
+    return _status("VmRSS", "HugetlbPages")
 
 
 def _status(*keys: str) -> int:
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return sum(int(lines[key].split()[0]) * 1024 for key in keys)
+    return sum(int(lines.get(key, "0").split()[0]) * 1024 for key in keys)
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def _measure_length(
         ``first_seconds``: of a step, the mean over the first cycle, or of the first steps of a method without blocks.
         ``seconds``: of a step, the mean over a cycle; ``middle``: of the middle block; ``blocks``: of each block.
         ``peak``, ``reserved``: bytes on the device, allocated and reserved by the allocator. ``trace``:
-        `trace.summary`.
+        `trace.summary`; ``no_trace``: why there is none.
     """
     accelerator, length = get_accelerator(), batches[0]["input_ids"].shape[1]
     by_block = hasattr(method.engine, "active_block")
@@ -131,7 +131,11 @@ def _measure_length(
     if work.profiled:
         while by_block and method.engine.active_block != max(0, method.cycle // 2 - work.profiled // 2 - 1):
             step()  # up to the middle blocks
-        found["trace"] = trace.profile(step, work.profiled, method.engine.module)
+        try:
+            found["trace"] = trace.profile(step, work.profiled, method.engine.module)
+        except (RuntimeError, ValueError, KeyError) as error:  # of the profiler, or of a trace that cannot be read
+            found["no_trace"] = f"{type(error).__name__}: {error}"
+            print(f"no trace: {found['no_trace']}", flush=True)
         yield found
 
 
