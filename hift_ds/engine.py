@@ -438,10 +438,15 @@ class HiFTEngine(CheckpointingEngine):
         Scripts undo it: PEFT lets all adapters require gradients when it turns them on again, after a forward pass of
         the model without them, which TRL takes for the reference model.
         """
+        active = set(map(id, self._block_parameters[self.active_block]))
         for parameter in self._trainable:
-            parameter.requires_grad_(False)
-        for parameter in self._block_parameters[self.active_block]:
-            parameter.requires_grad_(True)
+            if parameter.requires_grad != (id(parameter) in active):
+                parameter.requires_grad_(id(parameter) in active)
+
+    def buffered_allreduce_fallback(self, *args: Any, **kwargs: Any) -> None:
+        """Reduce the gradients at stage 0, if there is another rank. DeepSpeed also copies those of a single rank."""
+        if self.dp_world_size > 1:
+            super().buffered_allreduce_fallback(*args, **kwargs)
 
     def _clear_other_rows(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Zero the gradient's rows that the active block does not train, so that they do not count in its norm."""

@@ -38,22 +38,26 @@ class Targets:
         kept: positions at which at least one sequence has a target, shape (kept,).
         rows: indices of the targets in the flattened (batch, kept) positions, shape (tokens,).
         values: the target tokens, shape (tokens,).
+        most: the number of targets on the rank that has the most. None: unknown; at ZeRO-3 the ranks then exchange
+            their numbers, for which the host waits.
     """
 
     kept: Tensor
     rows: Tensor
     values: Tensor
+    most: int | None = None
 
 
-def find_targets(labels: Tensor) -> Targets:
+def find_targets(labels: Tensor, most: int | None = None) -> Targets:
     """Return the targets of labels of shape (batch, length), where position t predicts label t + 1.
 
-    Labels equal to ``IGNORED`` are not targets.
+    Labels equal to ``IGNORED`` are not targets. The sizes of the result depend on the labels, so the host waits for
+    labels on the device: find the targets before the labels are copied there.
     """
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     trained = shifted != IGNORED
     kept = trained.any(dim=0).nonzero().squeeze(1)
-    return Targets(kept, trained[:, kept].flatten().nonzero().squeeze(1), shifted[trained])
+    return Targets(kept, trained[:, kept].flatten().nonzero().squeeze(1), shifted[trained], most)
 
 
 def default_chunk(model: Any) -> int:
@@ -111,7 +115,7 @@ def summed_loss(
     Raises:
         ValueError: ``chunk`` is not None, and the model does not support chunks.
     """
-    chunks = 1 if chunk == 0 else _most_chunks(call, -(-len(targets.rows) // (chunk or default_chunk(model))))
+    chunks = 1 if chunk == 0 else _most_chunks(call, targets, chunk or default_chunk(model))
     if chunks > 1:
         problem = chunking_problem(model)
         if problem is None:
@@ -307,8 +311,9 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
             module.__dict__[name] = before
 
 
-def _most_chunks(call: Any, chunks: int) -> int:
+def _most_chunks(call: Any, targets: Targets, chunk: int) -> int:
     """Return the most chunks of any rank. At ZeRO-3 each chunk gathers the head, so all ranks need equally many."""
+    chunks = -(-len(targets.rows) // chunk)
     stage = getattr(call, "zero_optimization_stage", None)
     if stage is None or stage() < 3:
         return chunks
@@ -316,6 +321,8 @@ def _most_chunks(call: Any, chunks: int) -> int:
 
     if dist.get_world_size() == 1:
         return chunks
+    if targets.most is not None:
+        return -(-targets.most // chunk)
     most = torch.tensor(chunks, device=call.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)

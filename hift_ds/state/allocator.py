@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger
 
 from hift_ds.collectives import gather
+from hift_ds.state.arena import Arena
 from hift_ds.state.direct_io import PAGE, open_direct_io
 from hift_ds.state.free_memory import available_memory
 
@@ -22,8 +22,7 @@ class HostMemory:
     """The one allocator of everything that is kept off the device.
 
     Args:
-        pin_memory: page-lock the buffers, through DeepSpeed's accelerator. If the system refuses, the buffers stay
-            pageable and a warning is logged once.
+        pin_memory: page-lock the buffers, through DeepSpeed's accelerator; see :class:`~hift_ds.state.arena.Arena`.
         folder: keep the buffers in memory-mapped files in this folder instead. The kernel writes their pages to the
             drive and frees them when it needs memory. The files are unlinked, so nothing remains when the process
             ends, however it ends.
@@ -37,7 +36,7 @@ class HostMemory:
     """
 
     def __init__(self, pin_memory: bool = True, folder: str | None = None, aio: Mapping[str, Any] | None = None):
-        self._pin_memory = pin_memory and folder is None and get_accelerator().device_name() != "cpu"
+        self._arena = Arena(pin_memory and get_accelerator().device_name() != "cpu")
         self.folder = folder
         self.direct = open_direct_io(folder, aio) if folder is not None else None
         self.buffers: list[torch.Tensor] = []
@@ -77,6 +76,15 @@ class HostMemory:
         if problems:
             raise ValueError("; ".join([*problems, remedy]))
 
+    def reserve(self, nbytes: int) -> None:
+        """Allocate the memory of buffers that will be made, alignment included. Files are made with the buffers.
+
+        Raises:
+            MemoryError: the system does not give that much.
+        """
+        if self.folder is None:
+            self._arena.reserve(nbytes)
+
     def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
         """Return an uninitialized buffer with the shape and dtype of ``like``.
 
@@ -87,20 +95,9 @@ class HostMemory:
 
         Raises:
             OSError: the folder's file system is full or not writable.
+            MemoryError: the system does not give that much memory.
         """
-        if self.folder is not None:
-            buffer = self._mapped(like, direct)
-        else:
-            buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-            if self._pin_memory:
-                try:
-                    buffer = get_accelerator().pin_memory(buffer)
-                except RuntimeError as error:
-                    self._pin_memory = False
-                    logger.warning(
-                        f"host buffers cannot be page-locked ({str(error).splitlines()[0]}); they stay pageable, and "
-                        "transfers are slower. Raise the limit (ulimit -l), or set hift.offload.pin_memory=false"
-                    )
+        buffer = self._mapped(like, direct) if self.folder is not None else self._arena.empty(like)
         self.buffers.append(buffer)
         return buffer
 

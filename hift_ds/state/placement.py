@@ -1,14 +1,19 @@
 """The placement of masters and optimizer state that a config, a model and an optimizer allow."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hift_ds.blocks.block import Block
+from hift_ds.blocks.block import Block, numel_of
 from hift_ds.config import OffloadConfig, slot_bytes
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.arena import ALIGNMENT
 from hift_ds.state.trial import Traits
+
+# Elements that DeepSpeed adds to a rank's share of a parameter group, so that the shares are equal and aligned.
+_PADDING = 2
 
 
 def place_state(
@@ -70,11 +75,10 @@ def place_state(
             for block, own in zip(blocks, parameters, strict=True)
         ]
         chunk_bytes = slot_bytes(numels, ranks, per_element, offload.buffer_size)
-    element = 4 + traits.state_bytes
-    if not has_masters:
-        element -= 4  # at stage 0, fp32 weights are their own masters
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
-    host.check_room(int(sum(block.numel for block in blocks) * element) // ranks)
+    needed = _host_bytes(parameters, ranks, traits, has_masters)
+    host.check_room(needed)
+    host.reserve(needed)
     return {
         "slices": slices,
         "host": host,
@@ -85,6 +89,22 @@ def place_state(
         "defer": offload.defer is True,
         "state": traits.state,
     }
+
+
+def _host_bytes(
+    parameters: Sequence[Sequence[torch.nn.Parameter]], ranks: int, traits: Traits, has_masters: bool
+) -> int:
+    """Return what a rank's buffers of masters and state need at most, alignment included.
+
+    An optimizer that is not element-wise may need more or less: its state was measured on other shapes.
+    """
+    element = traits.state_bytes + (4 if has_masters else 0)  # at stage 0, fp32 weights are their own masters
+    buffers = max(len(traits.state), bool(traits.state_bytes)) + has_masters
+    total = 0
+    for parameter in {id(parameter): parameter for own in parameters for parameter in own}.values():
+        share = -(-numel_of(parameter) // ranks) + _PADDING
+        total += math.ceil(share * element) + buffers * ALIGNMENT
+    return total
 
 
 def _slice(block: Block) -> tuple[int, int] | None:

@@ -254,16 +254,17 @@ class _Moved:
         self.optimizer.param_groups = [
             {**_copied(group.settings), "params": own} for group, own in zip(groups, masters, strict=True)
         ]
-        slot_bytes = None if per_element is None else _CHUNK * per_element
-        staging = Staging(device, slot_bytes)
+        self._per_element = per_element or 0
+        self._staging = Staging(device, _CHUNK * per_element if per_element else None)
         self._step = 0
-        self._state = BlockState(self, HostMemory(pin_memory=False), staging, per_element or 0)
 
     def run(self) -> list[torch.Tensor]:
         """Return the flat parameters of each group after all steps."""
+        # Not an attribute: in a cycle with its owner, it would keep device memory until Python's next collection.
+        state = BlockState(self, HostMemory(pin_memory=False), self._staging, self._per_element)
         for self._step in range(_STEPS):
-            self._state.step()
-        self._state.settle()
+            state.step()
+        state.settle()
         groups = sorted({number for _, number in self._masters})
         return [
             torch.cat([w.flatten() for w, (_, own) in zip(self._weights, self._masters, strict=True) if own == number])

@@ -97,7 +97,7 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         else:
             self.offload_gradient_dict.update(dict.fromkeys(range(len(self.bit16_groups))))
 
-    @property
+    @functools.cached_property
     def _alone(self) -> bool:
         """Whether there is nothing to reduce. Gradients then stay where autograd put them, not copied to a bucket."""
         return not self.cpu_offload and dist.get_world_size(self.dp_process_group) == 1

@@ -516,7 +516,8 @@ def log_to_wandb(folder: Path, out: Path) -> dict[str, list[float]]:
         wandb.finish()
     (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
     deadline = time.monotonic() + 60  # W&B's own process may still write when `finish` returns
-    while path.read_bytes().count(b"train/hift/block") < 2 * (CYCLE + 1) and time.monotonic() < deadline:
+    logs = CYCLE + 2  # of each step and of the whole run, with three values each
+    while path.read_bytes().count(b"train/hift/") < 2 * 3 * logs and time.monotonic() < deadline:
         time.sleep(0.1)
     # W&B's field 16 follows a value's name: a length, and the value as JSON.
     found = re.findall(rb"train/hift/(\w+)\x82\x01.([\d.e-]+)", path.read_bytes(), re.DOTALL)

@@ -61,7 +61,8 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
             stack.enter_context(LazyStreams())
         if way.pinning_refused:
             stack.enter_context(mock.patch.object(hift_ds.state.allocator, "get_accelerator", Unpinnable))
-            logger = stack.enter_context(mock.patch.object(hift_ds.state.allocator, "logger"))
+            stack.enter_context(mock.patch.object(hift_ds.state.arena, "get_accelerator", Unpinnable))
+            logger = stack.enter_context(mock.patch.object(hift_ds.state.arena, "logger"))
         if not way.aio:
             stack.enter_context(mock.patch.object(hift_ds.state.direct_io, "library", lambda: (None, "a test")))
         engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]

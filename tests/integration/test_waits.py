@@ -27,7 +27,7 @@ class Steady:
 
 
 def steady_steps(case: Case, chunked: bool = False, offload_activations: bool = False) -> Steady:
-    """In a rank: trains under the harness, and watches the steps after the first cycle."""
+    """In a rank: trains under the harness, and watches the second cycle, but for its first step."""
     llama = tiny.model(case.dtype)
     seen = Steady([], [])
     with Waits() as waits, contextlib.ExitStack() as stack:
@@ -35,11 +35,11 @@ def steady_steps(case: Case, chunked: bool = False, offload_activations: bool = 
             activations.checkpoint_activations(llama, offload=True)
         engine = tiny.initialize(case, llama=llama)
         stack.callback(engine.destroy)
-        rank = torch.distributed.get_rank()
+        rank, length = torch.distributed.get_rank(), tiny.MICRO_BATCH * (tiny.LENGTH - 1)
         for step in range(case.steps):
             batches = [tiny.micro_batch(step, micro, rank) for micro in range(tiny.ACCUMULATION)]
             batches = [{name: tensor.to(engine.device) for name, tensor in batch.items()} for batch in batches]
-            targets = [loss.find_targets(batch["labels"]) for batch in batches]
+            targets = [loss.find_targets(batch["labels"], most=length) for batch in batches]
             waits.reset()
             for batch, target in zip(batches, targets, strict=True):
                 if chunked:
@@ -49,7 +49,7 @@ def steady_steps(case: Case, chunked: bool = False, offload_activations: bool = 
                     value = engine(**batch).loss
                 engine.backward(value)
                 engine.step()
-            if step >= case.k:
+            if step > case.k:  # ZeRO-3 compares the order of layers over the ranks once more in the step before
                 seen.waits.append(waits.outside_the_model())
                 seen.issued.append(waits.issued)
     return seen
@@ -58,20 +58,20 @@ def steady_steps(case: Case, chunked: bool = False, offload_activations: bool = 
 MOST = 1  # the decision to skip
 # Configuration, options of `steady_steps`, and the waits of the worst steady step; more than MOST: not mended yet.
 CONFIGURATIONS: list[tuple[Case, dict[str, bool], int]] = [
-    (Case(0), {}, 6),
-    (Case(0, dtype="bf16"), {}, 6),
-    (Case(0, dtype="bf16", place="none"), {}, 17),
-    (Case(0, dtype="bf16", step="streamed", ranks=2), {}, 6),
-    (Case(1, dtype="fp16", step="streamed"), {}, 7),
-    (Case(1), {"chunked": True}, 7),
-    (Case(2, dtype="bf16"), {}, 7),
-    (Case(2, dtype="bf16", step="streamed", clip=0.0, ranks=2), {}, 6),
-    (Case(2, dtype="bf16", place="none", checkpointing=True), {"chunked": True}, 7),
-    (Case(2, dtype="bf16"), {"offload_activations": True}, 7),
-    (Case(2, dtype="bf16", offload=True), {}, 23),
-    (Case(3, dtype="bf16", ranks=2), {"chunked": True}, 17),
-    (Case(3, dtype="fp16", step="streamed"), {}, 5),
-    (Case(3, place="none"), {"offload_activations": True}, 5),
+    (Case(0), {}, 1),
+    (Case(0, dtype="bf16"), {}, 1),
+    (Case(0, dtype="bf16", place="none"), {}, 1),
+    (Case(0, dtype="bf16", step="streamed", ranks=2), {}, 1),
+    (Case(1, dtype="fp16", step="streamed"), {}, 1),
+    (Case(1), {"chunked": True}, 1),
+    (Case(2, dtype="bf16"), {}, 1),
+    (Case(2, dtype="bf16", step="streamed", clip=0.0, ranks=2), {}, 1),
+    (Case(2, dtype="bf16", place="none", checkpointing=True), {"chunked": True}, 1),
+    (Case(2, dtype="bf16"), {"offload_activations": True}, 1),
+    (Case(2, dtype="bf16", offload=True), {}, 18),
+    (Case(3, dtype="bf16", ranks=2), {"chunked": True}, 1),
+    (Case(3, dtype="fp16", step="streamed"), {}, 1),
+    (Case(3, place="none"), {"offload_activations": True}, 1),
     (Case(3, dtype="bf16", offload=True), {}, 7),
 ]
 
@@ -86,5 +86,5 @@ def _named(case: Case, options: dict[str, bool], most: int) -> object:
 def test_a_steady_step_waits_at_most_once(case: Case, options: dict[str, bool]) -> None:
     for seen in run_on_ranks(case.ranks, steady_steps, case, **options):
         print(f"waits in each step {[len(step) for step in seen.waits]}\n{seen.report()}")
-        assert len(seen.waits) == case.steps - case.k
+        assert len(seen.waits) == case.steps - case.k - 1
         assert all(len(step) <= MOST for step in seen.waits), seen.report()

@@ -151,8 +151,8 @@ class DeviceMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = tensors(args, kwargs)
-        with self.labelled("outside"):
-            entries = [self._of(tensor, "device") for tensor in inputs]
+        with self.labelled("outside"):  # what has memory that no operation made, inside `placed_on_host`, is there
+            entries = [self._of(tensor, self._place) for tensor in inputs]
         places = {entry.place for entry in entries}
         # As on a GPU, a number in host memory may go into a computation on the device.
         fixed = {
