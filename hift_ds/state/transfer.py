@@ -71,6 +71,12 @@ def _record(stream: Any) -> Any:
     return event
 
 
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Issue the copies of many tensors by one call, which takes the host less time than one call for each."""
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
 class Slot:
     """A staging buffer on the device.
 
@@ -177,8 +183,7 @@ class Staging:
             pairs = list(zip(copies, sources, strict=True))
             return slot, copies, self._direct.read(pairs, self.fetching, slot.free, written, ready)
         with self.fetching.after(slot.free, written, ready):
-            for copy, source in zip(copies, sources, strict=True):
-                copy.copy_(source, non_blocking=True)
+            _copy(copies, sources)
         return slot, copies, self.fetching.mark()
 
     def drain(self, slot: Slot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
@@ -196,8 +201,8 @@ class Staging:
             self.free.append(slot)
             return job
         with self.storing.after(mark()):
-            for host, device in pairs:
-                host.copy_(device, non_blocking=True)
+            _copy([host for host, _ in pairs], [device for _, device in pairs])
+            for _, device in pairs:
                 self.storing.outlives(device)
         slot.free = self.storing.mark()
         if self.slot_bytes is None:
