@@ -61,7 +61,7 @@ def wait_for_an_earlier_event(lane: Lane, tensor: torch.Tensor) -> None:
 def look_at_a_number_of_the_host(lane: Lane, tensor: torch.Tensor) -> None:
     """A step count, for example, is in host memory: to read it waits for nothing."""
     with lane.after():
-        count = torch.tensor(1.0)
+        count = torch.zeros(()) + torch.tensor(1.0)
         count += 1
         assert count.item() == 2
 
