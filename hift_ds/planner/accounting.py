@@ -38,7 +38,7 @@ def state_numel(optimizer: str, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def slot_bytes(optimizer: str, blocks: Iterable[Sequence[int]], ranks: int, buffer_size: int) -> int:
-    """Return the bytes of each of the two staging slots of the streamed step.
+    """Return the bytes of each staging slot of the streamed step.
 
     Args:
         optimizer: a key of ``MOMENTS``.
@@ -70,7 +70,7 @@ class Setup:
         bucket: elements of gradients that are reduced together.
         staging: elements of the buffer through which gradients reach the host, at ZeRO-1 and ZeRO-2.
         accumulates: gradients of earlier micro-batches exist.
-        slot: bytes of each of the two staging slots of the streamed step.
+        slot: bytes of each staging slot of the streamed step.
         persistent: elements of the parameters that ZeRO-3 keeps whole on every rank.
     """
 

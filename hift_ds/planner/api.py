@@ -11,12 +11,19 @@ from hift_ds.config import ConfigError
 from hift_ds.planner.plan import Plan, Planner
 from hift_ds.planner.request import Request, parse_size
 from hift_ds.planner.search import Fit
+from hift_ds.planner.step_time import StepTimes
+from hift_ds.planner.step_time import problems as step_time_problems
 
 GIB = 2**30
 
 
 def plan_memory(
-    model: Any, *, gpu_memory: int | str | None = None, reserve: int | str | None = None, **options: Any
+    model: Any,
+    *,
+    gpu_memory: int | str | None = None,
+    reserve: int | str | None = None,
+    gpu: str | None = None,
+    **options: Any,
 ) -> Plan:
     """Plan the memory of a training run. No weights are read.
 
@@ -26,6 +33,8 @@ def plan_memory(
         gpu_memory: bytes, or text such as ``24GiB``. The plan then also says whether the run fits, and what would.
         reserve: bytes, or text, of ``gpu_memory`` that stay free for what PyTorch does not count: the CUDA context,
             communication and fragmentation. See :func:`default_reserve`.
+        gpu: a card, such as ``h200`` or ``4090`` (the keys of ``hift_ds.planner.timeline.CARDS``). The plan then also
+            predicts the time of a step in ``Plan.time``: see :meth:`hift_ds.planner.step_time.StepTimes.answer`.
         method: ``hift`` (default), ``full`` (DeepSpeed without HiFT), ``lora`` (on PEFT's default layers) or ``mezo``.
         precision: ``fp32``; ``mixed``: 16-bit weights, and fp32 master weights of all blocks on the device;
             ``mixed-hi`` (default): fp32 master weights of the active block only (the paper's Mixed^Hi).
@@ -37,6 +46,7 @@ def plan_memory(
         ranks: number of GPUs, by default 1. The plan holds the sizes of one rank.
         offload_device, offload_step, buffer_size, nvme_path: ``device``, ``step``, ``buffer_size`` and ``nvme_path`` of
             the section ``hift.offload``.
+        prefetch: bytes of all slots of the streamed step, as ``hift.offload.prefetch``; None: two slots.
         offload_optimizer: ``cpu``: the host runs the optimizer step; ``none`` (default).
         activation_checkpointing: the backward pass recomputes layers.
         checkpoint_offload: activation checkpoints wait in host memory; implies ``activation_checkpointing``.
@@ -58,14 +68,15 @@ def plan_memory(
     unknown = [
         f"{key}={value!r} is an unknown argument; "
         + (f"did you mean {near[0]!r}? " if (near := difflib.get_close_matches(key, names, n=1)) else "")
-        + f"known arguments: {', '.join(names)}, gpu_memory, reserve"
+        + f"known arguments: {', '.join(names)}, gpu_memory, reserve, gpu"
         for key, value in options.items()
         if key not in names
     ]
     if unknown:
         raise ConfigError(unknown)
-    planner, fit = prepare(Request(model, **options), gpu_memory, reserve)
+    planner, fit, times = prepare(Request(model, **options), gpu_memory, reserve, gpu)
     plan = planner.plan(planner.request)
+    plan = times.answer(plan) if times else plan
     return fit.answer(plan) if fit else plan
 
 
@@ -79,20 +90,27 @@ def default_reserve(gpu_memory: int) -> int:
 
 
 def prepare(
-    request: Request, gpu_memory: int | str | None, reserve: int | str | None, found: Iterable[str] = ()
-) -> tuple[Planner, Fit | None]:
-    """Check a request and make its planner, and the search for what fits if ``gpu_memory`` is given.
+    request: Request,
+    gpu_memory: int | str | None,
+    reserve: int | str | None,
+    gpu: str | None = None,
+    found: Iterable[str] = (),
+) -> tuple[Planner, Fit | None, StepTimes | None]:
+    """Check a request and make its planner, the search for what fits, and the prediction of the step time.
+
+    The last two are None without ``gpu_memory`` and without ``gpu``.
 
     Args:
         request: what to plan.
         gpu_memory: as in :func:`plan_memory`.
         reserve: as in :func:`plan_memory`.
+        gpu: as in :func:`plan_memory`.
         found: problems that the caller has found.
 
     Raises:
         ConfigError: with ``found`` and every problem of the arguments.
     """
-    found = list(found)
+    found = [*found, *(step_time_problems(request, gpu) if gpu is not None else ())]
     planner, memory, kept = None, 0, 0
     try:
         planner = Planner(request)
@@ -118,4 +136,5 @@ def prepare(
         )
     if planner is None or found:
         raise ConfigError(found)
-    return planner, Fit(planner, memory, kept) if memory else None
+    times = StepTimes(planner, gpu) if gpu is not None else None
+    return planner, Fit(planner, memory, kept) if memory else None, times

@@ -1,6 +1,6 @@
 """Plan the memory of a training run, without weights and without a GPU.
 
-    python -m hift_ds.plan --model llama-7b --batch-size 1 --seq-len 512 [--gpu-memory 24GiB] [--json]
+    python -m hift_ds.plan --model llama-7b --batch-size 1 --seq-len 512 [--gpu-memory 24GiB] [--gpu 4090] [--json]
 
 --layout engine simulates a step as hift_ds.initialize runs it. All sizes are those at the instant of the highest device
 total. --layout paper uses the accounting of the HiFT paper (section 4.3, appendix A.2, tables 3 and 6 to 9): the whole
@@ -27,6 +27,7 @@ from hift_ds.planner.models import PRESETS
 from hift_ds.planner.picture import plot, table
 from hift_ds.planner.plan import Plan, Planner
 from hift_ds.planner.request import OPTIMIZERS, Request
+from hift_ds.planner.timeline import CARDS
 
 # field of Request -> help text of its option
 _HELP = {
@@ -45,6 +46,7 @@ _HELP = {
     "offload_device": "where the state of blocks waits, as hift.offload.device: cpu (default), nvme or none",
     "offload_step": "auto (default), block or streamed, as hift.offload.step",
     "buffer_size": "bytes of a chunk of the streamed step, as hift.offload.buffer_size; default 64 MiB",
+    "prefetch": "bytes of all slots of the streamed step, as hift.offload.prefetch; default: two slots",
     "nvme_path": "folder of --offload-device nvme, for --write-config",
     "offload_optimizer": "none (default), or cpu: the host runs the optimizer step",
     "activation_checkpointing": "recompute layers in the backward pass",
@@ -92,7 +94,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="2GiB",
         help="memory to keep free for what PyTorch does not count; default: 1 GiB and a twentieth of --gpu-memory",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with all sizes in bytes")
+    parser.add_argument("--gpu", metavar="X", help="predict the time of a step on this card: " + ", ".join(CARDS))
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with all sizes in bytes and times in seconds"
+    )
     parser.add_argument("--write-config", metavar="FILE", help="write the DeepSpeed config of the run that fits")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the plan next to full fine-tuning")
     return parser.parse_args(argv)
@@ -106,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = vars(_parse(argv))
         as_json, config, picture = (options.pop(name, None) for name in ("json", "write_config", "plot"))
-        memory, reserve = (options.pop(name, None) for name in ("gpu_memory", "reserve"))
-        planner, fit = prepare(Request(**options), memory, reserve, _file_problems(config, picture))
+        memory, reserve, gpu = (options.pop(name, None) for name in ("gpu_memory", "reserve", "gpu"))
+        planner, fit, times = prepare(Request(**options), memory, reserve, gpu, _file_problems(config, picture))
         if config:
             planner.request.deepspeed_config()  # report what cannot be written before the slow simulation
         print(
@@ -117,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         planner.tell = _Progress()
         plan = planner.plan(planner.request)
+        if times:
+            plan = times.answer(plan)
         if fit:
             print("searching for what fits", file=sys.stderr, flush=True)
             plan = fit.answer(plan)

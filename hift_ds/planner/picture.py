@@ -54,7 +54,34 @@ def table(plan: Plan, full: Plan | None = None) -> str:
     lines += [f"{label:<{width}}{cells}" for label, cells in rows]
     notes = [*plan.notes, _FULL_NOTE] if full else plan.notes
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    lines += [f"\n{_step_time(plan)}"] if plan.time else []
     return "\n".join([*lines, f"\n{_verdict(plan)}"] if plan.fit else lines)
+
+
+def _step_time(plan: Plan) -> str:
+    """Return sentences on the predicted time of a step."""
+    assert plan.time is not None
+    time, milliseconds = plan.time, {name: f"{1000 * plan.time[name]:.0f} ms" for name in ("kernels", "bus", "host")}
+    parts = [f"kernels {milliseconds['kernels']}", f"the host to issue them {milliseconds['host']}"]
+    if time["bus"]:
+        parts.insert(1, f"copies in each direction {milliseconds['bus']}")
+    shortest, longest = min(time["by_block"]), max(time["by_block"])
+    spread = f" ({shortest:.3g} to {longest:.3g} s by block)" if len(time["by_block"]) > 1 else ""
+    each = " on each rank" if plan.request.ranks > 1 else ""
+    limits = {"kernels": "Kernels limit", "bus": "The bus limits", "host": "The host limits"}
+    sentences = [
+        f"Predicted on {time['gpu']}: {time['seconds']:.3g} s a step{spread}, "
+        f"{time['tokens_per_second']:,.0f} tokens a second{each}.",
+        f"Each alone: {', '.join(parts)}.",
+        f"{limits[time['limit']]} the step.",
+    ]
+    if time["bus_hidden_from"]:
+        least = time["bus_hidden_from"]
+        batches = "any micro-batch" if least == 1 else f"micro-batches of {least:,} or more sequences"
+        sentences.append(f"With {batches}, copies hide behind the rest.")
+    elif time["bus"]:
+        sentences.append("Copies hide with no micro-batch; a larger --prefetch helps.")
+    return " ".join(sentences)
 
 
 def _verdict(plan: Plan) -> str:

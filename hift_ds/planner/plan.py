@@ -47,13 +47,14 @@ from hift_ds.planner.simulation import (
     StepBase,
     TokenLoop,
 )
+from hift_ds.planner.timeline import Operation, Trace
 
 Memory: TypeAlias = LiveMemory | Extrapolated  # of a step
 _STOCK_BUCKET = 500_000_000  # elements: the default of DeepSpeed's reduce_bucket_size
 _FEW_TOKENS = 32  # a sequence that is always simulated as it is
 _MANY_OPERATIONS = 40_000  # of a simulation that takes several seconds; a step of a loop over tokens takes fewer
 _AROUND_THE_FORWARD_PASS = (  # fields of a request that do not change its activations
-    "ranks", "optimizer", "gradient_accumulation_steps", "buffer_size", "nvme_path",
+    "ranks", "optimizer", "gradient_accumulation_steps", "buffer_size", "nvme_path", "prefetch",
     "offload_device", "offload_step", "offload_optimizer",
 )  # fmt: skip
 _MANY_OPERATIONS_OF_A_PLAN = 500_000  # then only the blocks are simulated that bound the memory
@@ -99,6 +100,7 @@ class Plan:
         freeze: patterns of parameters that no text reaches. The run needs them in ``hift.freeze``.
         positions: the most tokens in a sequence that the model's configuration names.
         extrapolated_from: lengths of the sequences that were simulated instead of the requested ones, or None.
+        time: the answer of :class:`hift_ds.planner.step_time.StepTimes`, if a card was named.
         fit: the answer of :class:`hift_ds.planner.search.Fit`, if a device size was given.
         fitting: the request with the change that makes it fit, or None.
     """
@@ -115,6 +117,7 @@ class Plan:
     freeze: list[str] = field(default_factory=list)
     positions: int | None = None
     extrapolated_from: list[int] | None = None
+    time: dict[str, Any] | None = None
     fit: dict[str, Any] | None = None
     fitting: Request | None = None
 
@@ -130,7 +133,7 @@ class Plan:
         counts = {name: getattr(self, name) for name in ("total_parameters", "peak_trainable_parameters")}
         result = {**counts, **places, "peak": self.peak, "blocks": blocks, "notes": self.notes, "inputs": inputs}
         result |= {"freeze": self.freeze, "positions": self.positions, "extrapolated_from": self.extrapolated_from}
-        return result | ({"fit": self.fit} if self.fit else {})
+        return result | {name: found for name, found in (("time", self.time), ("fit", self.fit)) if found}
 
 
 def with_total(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -287,6 +290,7 @@ class Planner:
         self._built: dict[tuple[Any, ...], BuiltModel] = {}
         self._simulated: dict[tuple[Request, int], Memory] = {}
         self._forward: dict[tuple[Request, int], int] = {}
+        self._traces: dict[tuple[Request, int], dict[str, list[Operation]]] = {}
         self._extrapolations: dict[tuple[Request, int, int], Extrapolation] = {}
         self._loop: TokenLoop | None = None
         self._missed: list[str] | None = None
@@ -354,6 +358,19 @@ class Planner:
             self._forward[_same_forward(request), block] = memory.peaks["forward"]["activations"]
         return self._simulated[key]
 
+    def trace(self, request: Request, block: int) -> dict[str, list[Operation]]:
+        """Return the operations of one forward and backward pass of a step on a block: see :class:`Trace`.
+
+        Raises:
+            ConfigError: the step cannot be simulated.
+        """
+        key = (replace(request, model=None), block)
+        if key not in self._traces:
+            trace = Trace()
+            self._run(request, block, request.batch_size, request.seq_len, request.loss_chunk, trace=trace)
+            self._traces[key] = trace.passes
+        return self._traces[key]
+
     def least(self, request: Request, block: int) -> int:
         """Return a lower bound of the device total of a step on a block, without a simulation.
 
@@ -413,7 +430,7 @@ class Planner:
         if request.method == "mezo":
             trained, step = (), ForwardStep(request.weight, max(_numels(built.shapes.values())), request.accelerator)
         elif request.layout == "engine":
-            step = make_step(self._setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
+            step = make_step(self.setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
         held = self.held(request, block)
         self.tell(
             f"simulating a step on {built.blocks[block].name} with a batch of {batch_size:,} x {seq_len:,} tokens"
@@ -482,12 +499,12 @@ class Planner:
                 "gradients": FP32 * sum(built.numels(block)),
                 "optimizer_state": FP32 * state_numel(request.optimizer, shapes),
             }
-        setup = self._setup(request, built)
+        setup = self.setup(request, built)
         numels = _numels(everything)
         weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + _SCALARS * len(numels) + 2 * setup.slot,
+            "buffers": others + _SCALARS * len(numels) + (request.slots(setup.slot) * setup.slot if setup.slot else 0),
         }
         optimizers = built.optimizer_shapes()
         if setup.stage == 3:
@@ -564,7 +581,8 @@ class Planner:
         if request.placement in ("resident", "host") and request.layout == "engine":
             raise ConfigError([f"{name} is cut by rows, but its state stays in one place; {remedy}"])
 
-    def _setup(self, request: Request, built: BuiltModel) -> Setup:
+    def setup(self, request: Request, built: BuiltModel) -> Setup:
+        """Return what determines the memory of a request's steps, besides the model and the batch."""
         numels = [built.numels(block) for block in range(len(built.blocks))]
         updated = [[b.numel] if b.slices else own for b, own in zip(built.blocks, numels, strict=True)]
         bucket = _STOCK_BUCKET
@@ -601,7 +619,7 @@ class Planner:
                     sizes["master_weights"] += FP32 * sum(_numels(shapes))
                 sizes["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
             return sizes
-        setup = self._setup(request, built)
+        setup = self.setup(request, built)
         if setup.placement == "resident":
             return sizes
         optimizers = built.optimizer_shapes()

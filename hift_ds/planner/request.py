@@ -51,6 +51,7 @@ class Request:
     offload_device: str = OffloadConfig.device
     offload_step: str = OffloadConfig.step
     buffer_size: int = OffloadConfig.buffer_size
+    prefetch: int | None = None
     nvme_path: str | None = None
     offload_optimizer: str = "none"
     activation_checkpointing: bool = False
@@ -96,6 +97,10 @@ class Request:
             return self.offload_step
         return "block" if self.optimizer == "adafactor" else "streamed"
 
+    def slots(self, slot_bytes: int) -> int:
+        """Return the number of slots of this size in the streamed step."""
+        return OffloadConfig(prefetch=self.prefetch or True).slots(slot_bytes)
+
     def problems(self) -> list[str]:
         """Return every problem of the request, each with the value and a remedy."""
         found = []
@@ -130,6 +135,8 @@ class Request:
             found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
             found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
+        if self.prefetch is not None and not _is_count(self.prefetch):
+            found.append(f"--prefetch={self.prefetch!r}: expected bytes, an integer of at least 1")
         chunk = self.loss_chunk
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0):
             found.append(f"--loss-chunk={chunk!r}: expected tokens, an integer of at least 0 (0: all tokens at once)")
@@ -139,7 +146,7 @@ class Request:
         """Return the request for full fine-tuning of the same model on the same batch by DeepSpeed without HiFT."""
         only_hift = (
             *("offload_device", "offload_step", "nvme_path"),
-            *("offload_optimizer", "max_block_numel", "balance"),
+            *("offload_optimizer", "max_block_numel", "balance", "prefetch"),
         )
         defaults: dict[str, Any] = {name: getattr(Request, name) for name in only_hift}
         return replace(self, method="full", **defaults)
@@ -188,6 +195,11 @@ class Request:
             found.append(
                 "--offload-step=streamed with --optimizer=adafactor: Adafactor is not element-wise; use "
                 "--offload-step block"
+            )
+        if self.prefetch is not None and self.placement != "streamed":
+            found.append(
+                f"--prefetch={self.prefetch}: only the streamed step has slots, and this step is {self.placement!r}; "
+                "leave it out"
             )
         if self.method != "hift" and (self.max_block_numel or self.balance):
             found.append(
@@ -247,7 +259,7 @@ class Request:
             config["hift"] = {"enabled": True, "layers_per_block": self.layers_per_block}
             offload = {
                 "device": self.offload_device, "step": self.offload_step, "buffer_size": self.buffer_size,
-                "nvme_path": self.nvme_path,
+                "nvme_path": self.nvme_path, "prefetch": self.prefetch or OffloadConfig.prefetch,
             }  # fmt: skip
             changed = {key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)}
             config["hift"] |= {"offload": changed} if changed else {}

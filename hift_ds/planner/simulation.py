@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from hift_ds.model.loss import (
     summed_loss,
 )
 from hift_ds.model.reach import give_fake_tensors
+from hift_ds.planner.timeline import Trace
 
 # It prints a traceback for each operation that fails. The error says the same.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -197,7 +198,7 @@ class Simulator:
     def operations(self, seq_len: int) -> int:
         """Return the number of operations in a forward pass of one sequence of ``seq_len`` tokens."""
         with self.mode, LiveMemory() as memory, torch.no_grad():
-            self._loss(1, seq_len, 0)
+            self._loss(1, seq_len, 0, _sum_few_chunks)
         return memory.operations
 
     def token_loop(self, seq_len: int) -> TokenLoop:
@@ -241,6 +242,7 @@ class Simulator:
         *,
         first_chunks: tuple[int, int] | None = None,
         by_kind: bool = False,
+        trace: Trace | None = None,
     ) -> LiveMemory:
         """Run one forward pass, backward pass and update.
 
@@ -253,6 +255,7 @@ class Simulator:
             loss_chunk: tokens in a chunk of logits: see :func:`hift_ds.model.loss.summed_loss`.
             first_chunks: number and length of the first chunks, if the chunks are not to be of equal length.
             by_kind: see :class:`LiveMemory`.
+            trace: collects the operations. All chunks of logits are then run.
 
         Returns:
             The memory of the step, with its peaks.
@@ -272,10 +275,16 @@ class Simulator:
         if self.offload:
             HostCheckpoints(_Host(memory), _Transfers).install(self.model)
         linear: Any = _input_saving_linear if step.linear_saves_input else F.linear
-        with self.mode, memory, torch.set_grad_enabled(bool(trained)), _replaced_linear(linear):
-            loss = self._loss(batch_size, seq_len, loss_chunk, first_chunks)
+        sum_up = partial(_sum_few_chunks, first=first_chunks) if trace is None else sum_chunks
+        watched = self.mode, memory, trace or nullcontext()
+        with ExitStack() as stack:
+            for context in (*watched, torch.set_grad_enabled(bool(trained)), _replaced_linear(linear)):
+                stack.enter_context(context)
+            loss = self._loss(batch_size, seq_len, loss_chunk, sum_up)
             if trained:
                 memory.phase = "backward"
+                if trace is not None:
+                    trace.phase = "backward"
                 loss.backward()
         del loss
         step.after_backward(active)
@@ -286,7 +295,7 @@ class Simulator:
         self.model.zero_grad()
         return memory
 
-    def _loss(self, batch_size: int, seq_len: int, chunk: int | None, first: tuple[int, int] | None = None) -> Tensor:
+    def _loss(self, batch_size: int, seq_len: int, chunk: int | None, sum_up: Callable[..., Tensor]) -> Tensor:
         """Compute the loss of ``launch/train.py`` on a batch in which every position but the last has a target.
 
         The batch has no padding and therefore no mask. A padded batch needs a mask of batch x length x length.
@@ -296,9 +305,7 @@ class Simulator:
             return classification_loss(self.model, inputs, torch.zeros(batch_size, dtype=torch.long))
         rows = torch.arange(batch_size * (seq_len - 1))
         targets = Targets(torch.arange(seq_len - 1), rows, torch.zeros_like(rows))
-        return summed_loss(
-            self.model, self.model, inputs, targets, chunk, sum_chunks=partial(_sum_few_chunks, first=first)
-        )
+        return summed_loss(self.model, self.model, inputs, targets, chunk, sum_chunks=sum_up)
 
 
 FEW_CHUNKS = 4

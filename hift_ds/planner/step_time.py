@@ -1,0 +1,332 @@
+"""The predicted time of a step: the program of a step, by arithmetic from the plan, on the simulated device."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hift_ds.planner.accounting import FP32, MOMENTS
+from hift_ds.planner.plan import Plan, Planner
+from hift_ds.planner.request import Request
+from hift_ds.planner.timeline import (
+    BUS_SHARE,
+    CARDS,
+    FETCH,
+    HOST,
+    HOST_SECONDS,
+    MAIN,
+    STEP,
+    STORE,
+    TO_DEVICE,
+    TO_HOST,
+    Card,
+    Operation,
+    kernel_seconds,
+    simulate,
+)
+
+_VISIBLE = 1.05  # what lengthens a step by less does not limit it
+_LARGEST_BATCH = 256  # sequences
+_STEPS = 4  # of a simulation; the last but one takes as long as all later ones
+
+
+class Stepper(NamedTuple):
+    """How the optimizer steps one block on the device.
+
+    Attributes:
+        chunks: for each chunk, the elements of its slices.
+        moments: tensors of optimizer state.
+        weight: bytes of an element of the weights.
+        slots: staging slots; 0: state stays on the device.
+        has_masters: whether there are fp32 master weights.
+        defer: the update runs under the next forward pass, until that reaches ``position``.
+        position: the share of the forward pass that comes before the block.
+    """
+
+    chunks: list[list[int]]
+    moments: int
+    weight: int
+    slots: int
+    has_masters: bool = True
+    defer: bool = False
+    position: float = 0.0
+
+    def nbytes(self, slices: Sequence[int]) -> int:
+        """Return the bytes of a chunk that cross the bus in each direction. One call issues all copies of a chunk."""
+        return FP32 * (self.moments + self.has_masters) * sum(slices)
+
+    def kernels(self, slices: Sequence[int], stream: str, after: tuple[int, ...]) -> list[Operation]:
+        """Return the kernels that step a chunk: gradients to fp32, a fused step, weights back to 16 bit."""
+        numel = sum(slices)
+        casts = [Operation(stream, nbytes=(FP32 + self.weight) * n) for n in slices] if self.weight < FP32 else []
+        fused = Operation(stream, nbytes=FP32 * (3 + 2 * self.moments) * numel)
+        kernels = [*casts, fused, *casts]
+        kernels[0] = kernels[0]._replace(after=after)
+        return kernels
+
+
+def chunks(numels: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Cut tensors of these numbers of elements into chunks of at most ``limit`` elements; None: one chunk."""
+    if limit is None:
+        return [list(numels)]
+    result: list[list[int]] = [[]]
+    for numel in numels:
+        while numel:
+            room = limit - sum(result[-1])
+            if room <= 0:
+                result.append([])
+                continue
+            result[-1].append(min(numel, room))
+            numel -= result[-1][-1]
+    return result
+
+
+def program(
+    forward: Sequence[Operation], backward: Sequence[Operation], tensors: Sequence[int], stepper: Stepper, steps: int
+) -> tuple[list[Operation], list[int]]:
+    """Return the operations of several equal steps, and the index at which each begins and the last one ends.
+
+    Args:
+        forward, backward: the passes of a step.
+        tensors: elements of each gradient, whose norms are computed.
+        stepper: how the block is stepped.
+        steps: number of steps.
+    """
+    result: list[Operation] = []
+    begins: list[int] = []
+    free: deque[tuple[int, ...]] = deque([()] * stepper.slots)  # for each free slot, after what it is filled
+    fetched: deque[int] = deque()  # the last copy of each chunk on the device, or on its way
+    ahead = 0  # chunks of the block that were asked for
+    updated: tuple[int, ...] = ()
+
+    def fetch() -> None:
+        """As much as the free slots hold, of the chunks of a block."""
+        nonlocal ahead
+        while free and ahead < len(stepper.chunks):
+            after = free.popleft()
+            result.append(Operation(FETCH, TO_DEVICE, nbytes=stepper.nbytes(stepper.chunks[ahead]), after=after))
+            fetched.append(len(result) - 1)
+            ahead += 1
+
+    for _ in range(steps):
+        begins.append(len(result))
+        reached = int(stepper.position * (len(forward) - 1))
+        for number, operation in enumerate(forward):
+            result.append(operation._replace(after=updated if number == reached else ()))
+        result += backward
+        result += [Operation(MAIN, nbytes=stepper.weight * numel) for numel in tensors]  # norms
+        result.append(Operation(HOST, after=(len(result) - 1,)))  # whether to skip
+        stream = STEP if stepper.defer else MAIN
+        computed = (len(result) - 2,)
+        for slices in stepper.chunks:
+            if stepper.slots:
+                fetch()
+                result += stepper.kernels(slices, stream, (*computed, fetched.popleft()))
+                stepped = (len(result) - 1,)
+                result.append(Operation(STORE, TO_HOST, nbytes=stepper.nbytes(slices), after=stepped))
+                free.append((len(result) - 1,))
+            else:
+                result += stepper.kernels(slices, stream, computed)
+                stepped = (len(result) - 1,)
+        updated = stepped if stepper.defer else ()
+        ahead = 0
+        if stepper.slots:
+            fetch()  # of the next block
+    begins.append(len(result))
+    return result, begins
+
+
+class Figures(NamedTuple):
+    """Seconds of a step.
+
+    Attributes:
+        seconds: the step.
+        kernels: all its kernels, one after the other.
+        bus: its copies in one direction.
+        host: the host's time to issue it.
+        without_bus, without_host: the step, if copies or the host took no time.
+    """
+
+    seconds: float
+    kernels: float
+    bus: float
+    host: float
+    without_bus: float
+    without_host: float
+
+    @property
+    def limit(self) -> str:
+        """What the step waits for: ``bus`` or ``host`` if it would be shorter without it, else ``kernels``."""
+        least = min(self.without_bus, self.without_host)
+        if least > self.seconds / _VISIBLE:
+            return "kernels"
+        return "bus" if self.without_bus == least else "host"
+
+    def towards(self, other: Figures, share: float) -> Figures:
+        """Return the figures at a share of the way to others."""
+        return Figures(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
+
+
+class StepTimes:
+    """Predicts the time of the steps of planned runs on one card: of one rank, without communication.
+
+    Args:
+        planner: plans the runs.
+        card: a key of ``CARDS``.
+        defer: as ``hift.offload.defer``.
+    """
+
+    def __init__(self, planner: Planner, card: str, defer: bool = True):
+        self.planner, self.name, self.card, self.defer = planner, card, CARDS[card], defer
+
+    def answer(self, plan: Plan) -> Plan:
+        """Set the plan's ``time``, add notes on it, and return the plan.
+
+        ``time`` holds ``gpu``; ``seconds`` of a step and, each alone, of its ``kernels``, of the ``bus`` in one
+        direction and of the ``host``, as means over the blocks of a cycle, and ``without_bus`` and ``without_host``, a
+        step if these took no time; ``by_block``, seconds of a step of each block; ``limit``: ``kernels``, ``bus`` or
+        ``host``; ``tokens_per_second``; ``bus_hidden_from``, the sequences in a micro-batch from which a step on the
+        middle block takes at most 5 % longer than without copies (None: no state is moved, or no batch is large
+        enough); and ``measured``, whether predictions were held against such a card.
+        """
+        request = plan.request
+        if plan.extrapolated_from:
+            plan.notes.append("no step time is predicted: the model computes its tokens one after the other")
+            return plan
+        figures = self.by_block(request)
+        mean = Figures(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
+        tokens = request.batch_size * request.seq_len * request.gradient_accumulation_steps
+        plan.time = {
+            "gpu": self.name,
+            **mean._asdict(),
+            "by_block": [one.seconds for one in figures],
+            "limit": mean.limit,
+            "tokens_per_second": tokens / mean.seconds,
+            "bus_hidden_from": self._hidden_from(request) if mean.bus else None,
+            "measured": self.card.measured,
+        }
+        plan.notes += _notes(request, self.name, self.card)
+        return plan
+
+    def by_block(self, request: Request) -> list[Figures]:
+        """Return the figures of each block's step.
+
+        Of a run of similar blocks, the lowest two and the highest are simulated, and the others interpolated.
+        """
+        built = self.planner.build(request)
+        simulated: dict[int, Figures] = {}
+        found: dict[int, Figures] = {}
+        for run in built.similar_runs():
+            for index in {run[0], run[min(1, len(run) - 1)], run[-1]}:
+                simulated[index] = self.figures(request, index)
+            for position, index in enumerate(run):
+                start, end = (0, 0) if position == 0 else (1, len(run) - 1)
+                low, high = simulated[run[start]], simulated[run[end]]
+                found[index] = low.towards(high, (position - start) / max(1, end - start))
+        return [found[index] for index in range(len(built.blocks))]
+
+    def figures(self, request: Request, block: int, batch: float = 1.0) -> Figures:
+        """Return the figures of a block's step in a run whose steps are all like this one.
+
+        Args:
+            request: the run.
+            block: its index.
+            batch: the step of a micro-batch that is so many times larger.
+        """
+        passes, built = self.planner.trace(request, block), self.planner.build(request)
+        forward, backward = ([one.times(batch) for one in passes[name]] for name in ("forward", "backward"))
+        backward = [*backward, *[*forward, *backward] * (request.gradient_accumulation_steps - 1)]
+        operations, begins = program(forward, backward, built.numels(block), self.stepper(request, block), _STEPS)
+        step = operations[begins[-3] : begins[-2]]
+        bus = sum(operation.nbytes for operation in step if operation.kind == TO_DEVICE)
+
+        def seconds(card: Card, host_seconds: float = HOST_SECONDS) -> float:
+            issued = simulate(operations, card, host_seconds).issued
+            return issued[begins[-2]] - issued[begins[-3]]
+
+        return Figures(
+            seconds(self.card),
+            kernel_seconds(step, self.card),
+            bus / (BUS_SHARE * self.card.bus),
+            HOST_SECONDS * sum(operation.stream != HOST for operation in step),
+            seconds(self.card._replace(bus=math.inf)),
+            seconds(self.card, 0.0),
+        )
+
+    def stepper(self, request: Request, block: int) -> Stepper:
+        """Return how the optimizer steps a block."""
+        built = self.planner.build(request)
+        setup = self.planner.setup(request, built)
+        moments = MOMENTS.get(request.optimizer, 0)
+        ranks = request.ranks if request.stage else 1
+        numels = [-(-math.prod(shape) // ranks) for shape in built.updated_shapes(block)]
+        limit = setup.slot // (FP32 * (1 + moments)) if setup.placement == "streamed" else None
+        slots = request.slots(setup.slot) if setup.placement == "streamed" else 1
+        return Stepper(
+            chunks(numels, limit),
+            moments,
+            request.weight,
+            slots if setup.moves_state else 0,
+            setup.has_masters,
+            self.defer and setup.placement == "streamed",
+            block / len(built.blocks),
+        )
+
+    def _hidden_from(self, request: Request) -> int | None:
+        """Return the smallest micro-batch with which a step on the middle block hides its copies."""
+        middle = len(self.planner.build(request).blocks) // 2
+
+        def hides(size: int) -> bool:
+            one = self.figures(request, middle, size / request.batch_size)
+            return one.seconds <= _VISIBLE * one.without_bus
+
+        high = 1
+        while not hides(high):
+            high *= 2
+            if high > _LARGEST_BATCH:
+                return None
+        low = high // 2  # does not hide them, or is 0
+        while high - low > 1:
+            middle_size = (low + high) // 2
+            low, high = (low, middle_size) if hides(middle_size) else (middle_size, high)
+        return high
+
+
+def problems(request: Request, gpu: str) -> list[str]:
+    """Return why no step time can be predicted for a request, each with a remedy."""
+    if gpu not in CARDS:
+        near = difflib.get_close_matches(gpu, CARDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return [f"--gpu={gpu!r}: expected one of {', '.join(CARDS)}{hint}"]
+    reasons = {
+        "--method=mezo": request.method == "mezo",
+        "--layout=paper": request.layout == "paper",
+        "--accelerator=cpu": request.accelerator == "cpu",
+        "--offload-device=nvme, whose drive sets the pace": request.offload_device == "nvme",
+        "--offload-optimizer=cpu, whose processor sets the pace": request.offload_optimizer == "cpu",
+    }
+    return [
+        f"--gpu={gpu} with {reason}: no step time is predicted for it; leave --gpu out, or plan without it"
+        for reason, applies in reasons.items()
+        if applies
+    ]
+
+
+def _notes(request: Request, name: str, card: Card) -> list[str]:
+    """Return what a reader of the predicted time must know."""
+    notes = []
+    if not card.measured:
+        notes.append(
+            f"no step was measured on {name}: the time follows from its data sheet, and from the shares of the peak "
+            "rates that an H200 reached"
+        )
+    notes.append(
+        f"the host's time assumes {1e6 * HOST_SECONDS:.0f} microseconds for each operation, as beside that H200; with "
+        "another processor, time a step"
+    )
+    if request.ranks > 1:
+        notes.append("the step time does not contain the communication between ranks")
+    return notes
