@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +14,13 @@ from deepspeed.accelerator import get_accelerator
 
 from hift_ds.launch.callbacks.callback import Callback, Step, finite
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
+from hift_ds.launch.data.batches import Batch, Window, Windows, load_windows, on_device
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.make_engine import block_names
 from hift_ds.launch.methods.steps import take_step
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model.batch_loss import summed_loss
-from hift_ds.launch.runtime.ranks import sum_over_ranks
+from hift_ds.launch.runtime.ranks import StepSums
 
 
 def train(
@@ -35,43 +36,53 @@ def train(
     A step takes one global batch of `training.batch_size` examples, cut into micro-batches and over the ranks.
     """
     training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
-    windows = window_batches(
-        len(data.train), training.seed, training.batch_size, settings.micro_batch_size, rank, world, first_step
+    windows = Windows(
+        data.train, pad_token_id, training.seed, training.batch_size, settings.micro_batch_size, rank, world
     )
-    names = block_names(engine)
+    loader = load_windows(windows, first_step, training.max_steps, settings.data.workers)
+    names, ledgers, sums = block_names(engine), Ledgers(engine), StepSums(engine.device, len(callbacks))
+
+    def fetch() -> tuple[Window | None, list[Batch]]:
+        window = next(loader, None)
+        return window, on_device(window.batches, engine.device) if window else []
+
     engine.train()
+    window, batches = fetch()
     for number in range(first_step + 1, training.max_steps + 1):
         for callback in callbacks:
             callback.before_step(number)
         started = time.perf_counter()
-        batches = [collate([data.train[i] for i in indices], pad_token_id) for indices in next(windows)]
-        tokens, targets = sum_over_ranks(
-            engine.device,
-            sum(int(batch["attention_mask"].sum()) for batch in batches),
-            sum(trained_tokens(batch) for batch in batches),
-        )
+        assert window is not None
+        tokens, targets = float(window.tokens), float(window.targets)
         block, cycle = getattr(engine, "active_block", 0), getattr(engine, "cycle", number - 1)
         learning_rate = engine.basic_optimizer.param_groups[0]["lr"]
         # Dropout depends only on the step and the rank, so a resumed run draws the same masks.
         torch.manual_seed((training.seed * 1_000_003 + number - 1) * world + rank)
         forwards = len(batches) * world
         losses = [functools.partial(loss_share, engine, batch, settings, targets, forwards) for batch in batches]
-        own_loss, is_applied = take_step(METHODS[settings.method.name], engine, losses)
-        loss, *totals = sum_over_ranks(engine.device, own_loss, *(c.contribution(number) for c in callbacks))
+
+        def before_step(loss: torch.Tensor, number: int = number) -> None:
+            """While the device computes gradients: sum what is known, and fetch the next batches."""
+            nonlocal window, batches
+            sums.start(loss, [callback.contribution(number) for callback in callbacks])
+            window, batches = fetch()
+
+        is_applied = take_step(METHODS[settings.method.name], engine, losses, before_step)
+        own_loss, loss, *totals = sums.read()
+        for callback in callbacks:
+            callback.taken(number)
         seconds = time.perf_counter() - started
         record = {"step": number, "cycle": cycle, "block": block, "block_name": names[block], "loss": finite(loss)}
         record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
         record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "skipped": not is_applied}
-        step = Step(number, record | engine_record(engine), own_loss)
+        step = Step(number, record | engine_record(engine) | ledgers.record(block), own_loss)
         for callback in callbacks:
             callback.describe(step)
         if any([c.after_step(step, total) for c, total in zip(callbacks, totals, strict=True)]):
             break
 
 
-def loss_share(
-    engine: Any, batch: dict[str, torch.Tensor], settings: Settings, targets: float, forwards: int
-) -> torch.Tensor:
+def loss_share(engine: Any, batch: Batch, settings: Settings, targets: float, forwards: int) -> torch.Tensor:
     """Return a micro-batch's share of the step's loss.
 
     The step's loss is the mean over all `targets` of the global batch, and for a mixture of experts also the mean of
@@ -85,6 +96,28 @@ def loss_share(
     return summed_loss(engine, batch, settings.model.task, settings.training.loss_chunk, router_weight) / targets
 
 
+class Ledgers:
+    """The memory ledger for the record of each step.
+
+    To count it takes milliseconds, and after a block's second step it no longer changes: state is made in the first
+    one. From then on, the block's last ledger is recorded.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._steps: Counter[int] = Counter()
+        self._last: dict[int, Any] = {}
+
+    def record(self, block: int) -> dict[str, Any]:
+        """Return the ledger after a step on a block, as `memory`; nothing if the engine has none."""
+        if not hasattr(self._engine, "memory_ledger"):
+            return {}
+        self._steps[block] += 1
+        if self._steps[block] <= 2:
+            self._last[block] = self._engine.memory_ledger()
+        return {"memory": self._last[block]}
+
+
 def engine_record(engine: Any) -> dict[str, Any]:
     """Return what the engine knows about the step it has just taken."""
     norm = engine.get_global_grad_norm()
@@ -93,8 +126,6 @@ def engine_record(engine: Any) -> dict[str, Any]:
         record["learning_rate"] = engine.log_values()["hift/lr"]  # with lr_ticks: step it is not the schedule's
     if engine.fp16_enabled():
         record["loss_scale"] = float(engine.optimizer.loss_scale)
-    if hasattr(engine, "memory_ledger"):
-        record["memory"] = engine.memory_ledger()
     if engine.device.type != "cpu":
         record["memory_allocated"] = get_accelerator().memory_allocated()  # by the allocator: activations too
     return record

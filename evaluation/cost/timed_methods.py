@@ -28,6 +28,7 @@ from hift_ds.launch.loop import loss_share
 from hift_ds.launch.make_engine import make_engine
 from hift_ds.launch.methods.steps import take_step
 from hift_ds.launch.methods.table import METHODS, TRAINED
+from hift_ds.model.loss import Targets
 from hift_ds.planner.models import PRESETS, load_config
 
 Batch = dict[str, torch.Tensor]
@@ -145,6 +146,13 @@ def make_batch(shape: str, step: int, batch: int, length: int) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
+def _targets(labels: torch.Tensor) -> Targets:
+    """Return the targets of labels that are all trained on; unlike `find_targets` without waiting for the device."""
+    batch, length = labels.shape
+    kept, rows = (torch.arange(count, device=labels.device) for count in (length - 1, batch * (length - 1)))
+    return Targets(kept, rows, labels[:, 1:].flatten())
+
+
 def make_settings(name: str, setup: Setup, offload: Mapping[str, Any] | None = None) -> Settings:
     """Return the settings of a run with the method `METHOD_SECTIONS[name]`.
 
@@ -207,8 +215,9 @@ def make_timed_method(
     engine.train()
 
     def step(batch: Batch) -> None:
-        targets = batch["labels"][:, 1:].numel()  # all are trained; to count them, the host would wait for the device
-        take_step(method, engine, [functools.partial(loss_share, engine, batch, settings, targets, 1)])
+        targets = _targets(batch["labels"])
+        given = {**batch, "labels": targets}
+        take_step(method, engine, [functools.partial(loss_share, engine, given, settings, len(targets.rows), 1)])
 
     timed_method = TimedMethod(step, len(blocks) if method.block_wise else 1, engine=engine, settings=settings)
     if method.engine == "badam":  # one step on each block, as in HiFT's cycle

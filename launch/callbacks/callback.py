@@ -33,8 +33,14 @@ class Callback:
         """Called before step `number` (from 1) is taken."""
 
     def contribution(self, number: int) -> float:
-        """Return this rank's number for `after_step`; the loop sums it over the ranks together with the loss."""
+        """Return this rank's number for `after_step`; the loop sums it over the ranks together with the loss.
+
+        Called before the update of step `number` begins.
+        """
         return 0.0
+
+    def taken(self, number: int) -> None:
+        """Called as soon as step `number` is taken."""
 
     def describe(self, step: Step) -> None:
         """Add to `step.record`. Called before `after_step` of any callback."""

@@ -102,7 +102,9 @@ def evaluate(
     finally:
         engine.train()
     if data.score is None:
-        sums = torch.tensor([(0.0, 0), *results], dtype=torch.float64, device=engine.device).sum(0)
+        read = torch.stack([loss for loss, _ in results]).tolist() if results else []
+        pairs = [(0.0, 0), *zip(read, (tokens for _, tokens in results), strict=True)]
+        sums = torch.tensor(pairs, dtype=torch.float64, device=engine.device).sum(0)
         dist.all_reduce(sums)
         loss, tokens = sums.tolist()
         return {"loss": finite(loss / tokens), "n": len(data.eval)}
@@ -113,11 +115,11 @@ def evaluate(
 
 def _loss(
     engine: Any, batch: list[EvalExample], tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> list[tuple[float, int]]:
-    """Return the summed loss of the batch's trained tokens, in nats, and their number."""
+) -> list[tuple[torch.Tensor, int]]:
+    """Return the summed loss of the batch's trained tokens, in nats, on the device, and their number."""
     inputs = collate(batch, tokenizer.pad_token_id)
     loss = summed_loss(engine, inputs, settings.model.task, settings.training.loss_chunk)
-    return [(loss.item(), trained_tokens(inputs))]
+    return [(loss, trained_tokens(inputs))]
 
 
 def _generate(

@@ -33,8 +33,11 @@ class Stopping(Callback):
 
     def contribution(self, number: int) -> float:
         """Return 1 if this rank was asked to stop."""
-        self.watch.progress(number)
         return float(bool(self.asked.reasons))
+
+    def taken(self, number: int) -> None:
+        """Report progress."""
+        self.watch.progress(number)
 
     def after_step(self, step: Step, total: float) -> bool:
         """Stop if any rank was asked to.

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
+import signal
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader, Dataset
 
 from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example
+from hift_ds.model.loss import Targets, find_targets
+
+Batch = dict[str, Any]  # tensors by name; `labels` may be Targets
+_ALIGNMENT = 16  # bytes; where tensors begin in the buffer that they share on the way to the device
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -64,6 +72,31 @@ def trained_tokens(batch: dict[str, torch.Tensor]) -> int:
     return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else labels.numel()
 
 
+class Order:
+    """The order in which a run's steps take the examples.
+
+    The epochs form one stream; each is a new seeded shuffle that holds every example once. Step t takes the elements
+    from t * global_batch to (t + 1) * global_batch of the stream. So the global batch of a step depends only on the
+    seed and the step, not on the number of ranks or micro-batches, and a resumed run continues exactly.
+    """
+
+    def __init__(self, n_examples: int, seed: int, global_batch: int) -> None:
+        self.n_examples, self.seed, self.global_batch = n_examples, seed, global_batch
+        self._epochs: dict[int, list[int]] = {}
+
+    def window(self, step: int) -> list[int]:
+        """Return the examples of a step (0-based), over all ranks and micro-batches."""
+        places = range(step * self.global_batch, (step + 1) * self.global_batch)
+        epochs = {place // self.n_examples for place in places}
+        self._epochs = {epoch: self._epochs.get(epoch) or self._shuffled(epoch) for epoch in epochs}
+        return [self._epochs[place // self.n_examples][place % self.n_examples] for place in places]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(self.n_examples))
+        random.Random(f"order {self.seed} {epoch}").shuffle(order)
+        return order
+
+
 def window_batches(
     n_examples: int,
     seed: int,
@@ -75,9 +108,7 @@ def window_batches(
 ) -> Iterator[list[list[int]]]:
     """Yield this rank's micro-batches for each step from `start_step` on, without end, as indices of examples.
 
-    The epochs form one stream; each is a new seeded shuffle that holds every example once. Step t takes the elements
-    from t * global_batch to (t + 1) * global_batch of the stream. So the global batch of a step depends only on the
-    seed and the step, not on the number of ranks or micro-batches, and a resumed run continues exactly.
+    The order is that of :class:`Order`.
 
     Raises:
         ValueError: a size is below 1, or `global_batch` is not a multiple of `micro_batch` times `world`.
@@ -86,18 +117,124 @@ def window_batches(
         raise ValueError(f"{n_examples=} {global_batch=} {micro_batch=} {rank=} {world=} {start_step=}")
     if global_batch % (micro_batch * world):
         raise ValueError(f"{global_batch=} is not a multiple of {micro_batch=} times {world=}")
+    order = Order(n_examples, seed, global_batch)
+    return (_cut(order.window(step), micro_batch, world)[rank] for step in itertools.count(start_step))
 
-    @functools.lru_cache(maxsize=2)  # a batch may span two epochs
-    def epoch_order(epoch: int) -> list[int]:
-        order = list(range(n_examples))
-        random.Random(f"order {seed} {epoch}").shuffle(order)
-        return order
 
-    def windows() -> Iterator[list[list[int]]]:
-        for step in itertools.count(start_step):
-            places = range(step * global_batch, (step + 1) * global_batch)
-            window = [epoch_order(place // n_examples)[place % n_examples] for place in places]
-            starts = range(rank * micro_batch, global_batch, world * micro_batch)
-            yield [window[start : start + micro_batch] for start in starts]
+def _cut(window: Sequence[int], micro_batch: int, world: int) -> list[list[list[int]]]:
+    """Return each rank's micro-batches of a step's examples."""
+    width = micro_batch * world
+    return [
+        [list(window[start : start + micro_batch]) for start in range(rank * micro_batch, len(window), width)]
+        for rank in range(world)
+    ]
 
-    return windows()
+
+@dataclass
+class Window:
+    """What one rank trains on in one step.
+
+    Attributes:
+        batches: its micro-batches, as `collate` makes them. The `labels` of language models are `Targets`.
+        tokens, targets: the numbers of tokens without padding, and of those that enter the loss, over all ranks.
+    """
+
+    batches: list[Batch]
+    tokens: int
+    targets: int
+
+
+class Windows(Dataset[Window]):
+    """The windows of a run on one rank, by step (0-based)."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        pad_token_id: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self._examples, self._pad = examples, pad_token_id
+        self._order = Order(len(examples), seed, global_batch)
+        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+
+    def __getitem__(self, step: int) -> Window:
+        window = self._order.window(step)
+        ranks = [
+            [[self._examples[i] for i in indices] for indices in batches]
+            for batches in _cut(window, self._micro_batch, self._world)
+        ]
+        targets = [[sum(map(_targets_of, batch)) for batch in batches] for batches in ranks]
+        batches: list[Batch] = []
+        for number, examples in enumerate(ranks[self._rank]):
+            batch: Batch = collate(examples, self._pad)
+            if batch["labels"].dim() == 2:
+                batch["labels"] = find_targets(batch["labels"], most=max(own[number] for own in targets))
+            batches.append(batch)
+        tokens = sum(len(self._examples[i].input_ids) for i in window)
+        return Window(batches, tokens, sum(map(sum, targets)))
+
+
+def _targets_of(example: Example) -> int:
+    """Count what `trained_tokens` counts in a batch of this example alone."""
+    labels = example.labels
+    return len(labels) - 1 - labels[1:].count(IGNORED) if isinstance(labels, list) else 1
+
+
+def load_windows(windows: Windows, first_step: int, last_step: int, workers: int) -> Iterator[Window]:
+    """Yield the windows of the steps from `first_step` up to `last_step` (exclusive), in order.
+
+    Args:
+        workers: processes that prepare windows ahead; 0: this process prepares each one when it is asked for.
+    """
+    # A generator of its own: the loader would draw from torch's.
+    return iter(
+        DataLoader(
+            windows,
+            batch_size=None,
+            sampler=range(first_step, last_step),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _unchanged(window: Any) -> Any:
+    return window
+
+
+def _outlive_signals(_: int) -> None:
+    """Ignore the signals by which a run is asked to stop: it still needs its batches, and ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def on_device(batches: Sequence[Batch], device: torch.device | str) -> list[Batch]:
+    """Copy batches to the device by one copy from page-locked memory, for which the host does not wait."""
+    flat: list[torch.Tensor] = []
+    for batch in batches:
+        for value in batch.values():
+            flat += (value.kept, value.rows, value.values) if isinstance(value, Targets) else (value,)
+    starts = list(itertools.accumulate((-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in flat), initial=0))
+    packed = torch.empty(starts[-1], dtype=torch.uint8)
+    for tensor, start in zip(flat, starts, strict=False):
+        packed[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    there = get_accelerator().pin_memory(packed).to(device, non_blocking=True)
+    moved = (
+        there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(flat, starts, strict=False)
+    )
+    return [
+        {
+            name: replace(value, kept=next(moved), rows=next(moved), values=next(moved))
+            if isinstance(value, Targets)
+            else next(moved)
+            for name, value in batch.items()
+        }
+        for batch in batches
+    ]

@@ -42,6 +42,8 @@ class DataSettings:
     # true: prompt and completion become a user's and an assistant's turn in the tokenizer's chat template;
     # false: they are joined, with a space if neither side has whitespace; null = true if there is a template.
     template: bool | None = None
+    # Processes of each rank that prepare batches ahead; 0: the rank itself does while its device computes.
+    workers: int = 0
 
     def problems(self) -> list[str]:
         """Return every problem that can be found before rows are read, one line each."""
@@ -80,11 +82,11 @@ class DataSettings:
                     f"data.columns: unknown column {key!r}; expected {', '.join(COLUMNS)} as keys and the file's "
                     f"columns as values, as in {{prompt: question}}{nearest(key, COLUMNS)}"
                 )
-        for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2)):
+        for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2), ("workers", 0)):
             value = getattr(self, key)
             if value is not None and value < least:
                 found.append(f"data.{key}: {value} is too small; expected at least {least}")
-            elif value is not None and key != "max_length" and name in BUILT_IN and value > MAX_PROBLEMS:
+            elif value is not None and key.endswith("_examples") and name in BUILT_IN and value > MAX_PROBLEMS:
                 found.append(f"data.{key}: {value} is more than the {MAX_PROBLEMS} built-in problems; lower it")
         return found
 

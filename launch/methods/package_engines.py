@@ -56,7 +56,7 @@ class PlainEngine:
         self.accumulation = settings.accumulation
         self._norm: float | None = None
         self._backwards = 0
-        self._is_finite = True  # whether each loss of the window is finite
+        self._is_finite: torch.Tensor | None = None  # whether each loss of the window is finite
         self._applied = True
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -74,7 +74,8 @@ class PlainEngine:
         """Accumulate the gradients of a micro-batch's loss, divided by the number of micro-batches."""
         (loss / self.accumulation).backward()
         self._backwards += 1
-        self._is_finite &= math.isfinite(loss.detach())
+        is_finite = loss.detach().isfinite()
+        self._is_finite = is_finite if self._is_finite is None else self._is_finite & is_finite
 
     def step(self) -> None:
         """At the end of an accumulation window: average gradients over ranks, clip, update the weights."""
@@ -85,10 +86,11 @@ class PlainEngine:
             for gradient in gradients:
                 dist.all_reduce(gradient.div_(dist.get_world_size()))
         norm = torch.nn.utils.get_total_norm(gradients)
-        self._norm = float(norm)
-        is_finite = torch.tensor(float(self._is_finite and math.isfinite(self._norm)), device=self.device)
+        assert self._is_finite is not None
+        is_finite = (self._is_finite & norm.isfinite()).to(norm.dtype)
         dist.all_reduce(is_finite, op=dist.ReduceOp.MIN)
-        self._applied, self._is_finite = bool(is_finite), True
+        self._norm, applied = torch.stack([norm, is_finite]).tolist()  # the host waits for the device here only
+        self._applied, self._is_finite = bool(applied), None
         if self._applied:
             if self.clip:
                 torch.nn.utils.clip_grads_with_norm_(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,18 +16,27 @@ from hift_ds.launch.methods.table import Method
 Share = Callable[[], torch.Tensor]
 
 
-def take_step(method: Method, engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+# Is given this rank's share of the step's loss, a scalar in fp64 on the device.
+BeforeStep = Callable[[torch.Tensor], None]
+
+
+def take_step(
+    method: Method, engine: Any, shares: Sequence[Share], before_step: BeforeStep = lambda loss: None
+) -> bool:
     """Take one optimizer step on this rank's micro-batches; every rank calls it.
 
+    Args:
+        before_step: called once, before `engine.step()`, while the device still computes the gradients.
+
     Returns:
-        This rank's share of the loss, and whether the weights were updated. Either all ranks update them or none does:
-        a non-finite loss or gradient on one rank prevents the update on all.
+        Whether the weights were updated. Either all ranks update them or none does: a non-finite loss or gradient on
+        one rank prevents the update on all.
     """
-    return _forward_step(engine, shares) if method.forward_only else _gradient_step(engine, shares)
+    return (_forward_step if method.forward_only else _gradient_step)(engine, shares, before_step)
 
 
-def _gradient_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
-    loss = 0.0
+def _gradient_step(engine: Any, shares: Sequence[Share], before_step: BeforeStep) -> bool:
+    loss: torch.Tensor | None = None
     for number, share in enumerate(shares, start=1):
         value = share()
         # DeepSpeed averages over micro-batches and ranks, but the shares are to be summed.
@@ -36,14 +44,16 @@ def _gradient_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
             engine.backward(value * (len(shares) * dist.get_world_size()))
         except UnreachedBlockError as error:
             raise UserError(f"deepspeed.hift.freeze: {error}") from None
-        loss += value.item()
-        if number == len(shares) and not _may_step(engine, loss):
-            return loss, False
+        loss = value.detach().double() if loss is None else loss + value.detach().double()
+        if number == len(shares):
+            before_step(loss)
+            if not _may_step(engine, loss):
+                return False
         engine.step()
-    return loss, engine.was_step_applied()
+    return engine.was_step_applied()
 
 
-def _may_step(engine: Any, loss: float) -> bool:
+def _may_step(engine: Any, loss: torch.Tensor) -> bool:
     """Return whether loss and gradients are finite on all ranks; all ranks get the same answer.
 
     It checks for DeepSpeed's own engine, which in fp32 ignores non-finite values at stage 0 and looks only at gradients
@@ -52,18 +62,19 @@ def _may_step(engine: Any, loss: float) -> bool:
     """
     if getattr(engine, "skips_by_itself", False) or engine.fp16_enabled():
         return True
-    is_finite = math.isfinite(loss)
+    is_finite = loss.isfinite()
     if engine.zero_optimization_stage() == 0:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        is_finite &= math.isfinite(torch.nn.utils.get_total_norm(gradients))
-    flag = torch.tensor(float(is_finite), device=engine.device)
+        is_finite = is_finite & torch.nn.utils.get_total_norm(gradients).isfinite()
+    flag = is_finite.float()
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
 
 
-def _forward_step(engine: Any, shares: Sequence[Share]) -> tuple[float, bool]:
+def _forward_step(engine: Any, shares: Sequence[Share], before_step: BeforeStep) -> bool:
     world = dist.get_world_size()
     # MeZO divides the sum of the ranks' losses by the sum of the second numbers, which is 1.
     loss = engine.optimizer.step(lambda: (sum(share().item() for share in shares), 1 / world))
+    before_step(torch.full((), loss / world, dtype=torch.float64, device=engine.device))
     engine.step()
-    return loss / world, engine.was_step_applied()
+    return engine.was_step_applied()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from hift_ds.model import loss as losses
 
 
 def summed_loss(
-    engine: Any, batch: dict[str, torch.Tensor], task: str, chunk: int | None = None, router_weight: float = 0.0
+    engine: Any, batch: dict[str, Any], task: str, chunk: int | None = None, router_weight: float = 0.0
 ) -> torch.Tensor:
     """Sum the cross-entropies of a micro-batch's trained tokens (for classification, of its examples), in fp32.
 
@@ -18,16 +19,20 @@ def summed_loss(
     of micro-batches and ranks.
 
     Args:
-        batch: from `hift_ds.launch.data.batches.collate`.
+        batch: from `hift_ds.launch.data.batches.collate`. The `labels` of a language model may be `Targets`, for which
+            the host does not wait.
         task: "causal-lm" or "sequence-classification".
         chunk: tokens whose logits exist at a time; None: by size; 0: all.
         router_weight: factor of the router loss of a mixture of experts, which is added; 0: leave it out.
     """
-    inputs = {key: value.to(engine.device) for key, value in batch.items()}
-    labels = inputs.pop("labels")
+    device = engine.device
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
     if task == "sequence-classification":
-        return losses.classification_loss(engine, inputs, labels)
-    return losses.summed_loss(engine, engine.module, inputs, losses.find_targets(labels), chunk, router_weight)
+        return losses.classification_loss(engine, inputs, labels.to(device))
+    found = labels if isinstance(labels, losses.Targets) else losses.find_targets(labels)
+    targets = replace(found, kept=found.kept.to(device), rows=found.rows.to(device), values=found.values.to(device))
+    return losses.summed_loss(engine, engine.module, inputs, targets, chunk, router_weight)
 
 
 def loss_note(model: Any) -> str:

@@ -33,7 +33,7 @@ OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model"
 LOGS = "logs"  # rank logs start before the earlier run in the folder is replaced (ranks.py), so they are not deleted
 
 # Settings that may change between a run and its continuation, because they do not change what is trained.
-FREE_DATA_KEYS = ("path", "eval_path")  # the hashes of the rows are compared instead
+FREE_DATA_KEYS = ("path", "eval_path", "workers")  # instead of the paths, the hashes of the rows are compared
 FREE_MODEL_KEYS = ("gradient_checkpointing", "attention")
 
 

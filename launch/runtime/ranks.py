@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from io import RawIOBase
@@ -145,6 +145,51 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+class StepSums:
+    """Sums over the ranks that the device adds up while it trains, and that the host reads when they are there.
+
+    Args:
+        device: where the loss is.
+        count: how many numbers beside the loss are summed.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._given = self._page_locked(count)
+        self._found = self._page_locked(count + 2)
+        self._event: Any = None
+
+    @staticmethod
+    def _page_locked(count: int) -> torch.Tensor:
+        return get_accelerator().pin_memory(torch.zeros(count, dtype=torch.float64))
+
+    def start(self, loss: torch.Tensor, values: Sequence[float]) -> None:
+        """Start to sum this rank's loss, a scalar on the device, and `values`. The host does not wait.
+
+        Call it once before each :meth:`read`, on all ranks, with `count` values.
+        """
+        for index, value in enumerate(values):
+            self._given[index] = value
+        sums = torch.empty(len(self._found), dtype=torch.float64, device=self._device)
+        sums[:2] = loss.detach()
+        sums[2:].copy_(self._given, non_blocking=True)
+        dist.all_reduce(sums[1:])
+        self._found.copy_(sums, non_blocking=True)
+        event = get_accelerator().Event
+        if event is not None:
+            self._event = event()
+            self._event.record(get_accelerator().current_stream())
+
+    def read(self) -> list[float]:
+        """Return this rank's loss, the sum of all losses, and the sum of each value, in fp64.
+
+        The host waits for the device, unless it has waited since :meth:`start` for what came later.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        return self._found.tolist()
 
 
 class RankWatch:

@@ -3,14 +3,30 @@
 import contextlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.callbacks.checkpoints import Checkpoints
+from hift_ds.launch.callbacks.records import Records, RunLog
+from hift_ds.launch.callbacks.skipped import SkippedSteps
+from hift_ds.launch.callbacks.stop_on_signal import Stopping
+from hift_ds.launch.callbacks.time_limit import TimeLimit
+from hift_ds.launch.config.settings import load_settings
+from hift_ds.launch.data.loading import load_data
+from hift_ds.launch.loop import train
+from hift_ds.launch.make_engine import make_engine
+from hift_ds.launch.model import loading
+from hift_ds.launch.runtime.preemption import Preemption
+from hift_ds.launch.runtime.ranks import RankWatch
 from hift_ds.model import activations, loss
 from tests.support import tiny
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
+from tests.support.training import TINY
 from tests.support.waits import Wait, Waits
 
 
@@ -88,3 +104,81 @@ def test_a_steady_step_waits_at_most_once(case: Case, options: dict[str, bool]) 
         print(f"waits in each step {[len(step) for step in seen.waits]}\n{seen.report()}")
         assert len(seen.waits) == case.steps - case.k - 1
         assert all(len(step) <= MOST for step in seen.waits), seen.report()
+
+
+class Watcher(Callback):
+    """Watches the steps of a run after its first cycle, but for the first of them."""
+
+    def __init__(self, waits: Waits, engine: Any) -> None:
+        self.waits, self.engine = waits, engine
+        self.seen = Steady([], [])
+
+    def before_step(self, number: int) -> None:
+        self.waits.reset()
+
+    def after_step(self, step: Step, total: float) -> bool:
+        if step.number > len(getattr(self.engine, "blocks", ())) + 1:
+            self.seen.waits.append(self.waits.outside_the_model())
+            self.seen.issued.append(self.waits.issued)
+        return False
+
+
+def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
+    """In a rank: the training loop under the harness, with the callbacks of a run."""
+    settings = load_settings(TINY, [*overrides, f"output.dir={out}"], torch.distributed.get_world_size())
+    tokenizer = loading.load_tokenizer(settings.model)
+    config = loading.load_config(settings.model, tokenizer, None)
+    data = load_data(settings.data, tokenizer, task=settings.model.task, seed=0)
+    model = loading.load_model(settings.model, config, settings.dtype)
+    with Waits() as waits, contextlib.ExitStack() as stack:
+        engine: Any = make_engine(model, settings, 1)
+        stack.callback(engine.destroy)
+        checkpoints, watch = Checkpoints(engine, settings), RankWatch()
+        stopping = Stopping(
+            settings, checkpoints, Preemption(torch.distributed.get_rank()), watch, settings.training.max_steps
+        )
+        log = RunLog(Path(out), settings, 0, None) if torch.distributed.get_rank() == 0 else None
+        watcher = Watcher(waits, engine)
+        callbacks = [
+            watcher,
+            Records(log),
+            SkippedSteps(engine, settings, len(data.train)),
+            TimeLimit(3600.0),
+            checkpoints,
+            stopping,
+        ]
+        train(engine, data, tokenizer.pad_token_id, settings, callbacks)
+        if log is not None:
+            log.close(None)
+        return watcher.seen
+
+
+BF16 = "deepspeed.bf16.enabled=true"
+# Ranks, settings, and the most waits in a step: the loop itself has none beside the engine's.
+RUNS: dict[str, tuple[int, list[str], int]] = {
+    "hift": (1, [], 1),
+    "hift in bf16 at stage 2, in micro-batches": (
+        1,
+        [BF16, "deepspeed.zero_optimization.stage=2", "training.micro_batch_size=4"],
+        1,
+    ),
+    "hift at stage 3, in chunks of the loss": (
+        2,
+        [BF16, "deepspeed.zero_optimization.stage=3", "training.loss_chunk=16"],
+        1,
+    ),
+    "badam": (1, ["method.name=badam", "method.badam_switch_every=1000"], 2),  # one is in its package
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_loop_adds_no_wait_to_the_engines(name: str, tmp_path: Path) -> None:
+    ranks, overrides, most = RUNS[name]
+    steps = ["training.max_steps=12", "training.batch_size=8", "data.train_examples=32", "data.eval_examples=0"]
+    for seen in run_on_ranks(ranks, run_of_the_loop, str(tmp_path), [*steps, *overrides]):
+        print(f"waits in each step {[len(step) for step in seen.waits]}\n{seen.report()}")
+        assert len(seen.waits) >= 4
+        for step in seen.waits:
+            # Where the number of chunks changes, ZeRO-3 compares the order of layers over the ranks again.
+            own = [wait for wait in step if not wait.site.startswith("deepspeed/runtime/zero/utils.py")]
+            assert len(own) <= most, seen.report()

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hift_ds.launch.data.batches import collate, collate_prompts, trained_tokens, window_batches
+from hift_ds.launch.data.batches import (
+    Windows,
+    collate,
+    collate_prompts,
+    load_windows,
+    on_device,
+    trained_tokens,
+    window_batches,
+)
 from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.errors import UserError
+from hift_ds.model.loss import find_targets
 from tests.support.data_fixtures import load, load_rows, write_jsonl
 
 # Settings --------------------------------------------------------------------------------------------
@@ -207,3 +219,56 @@ def test_the_first_token_has_no_prediction() -> None:
     labels = torch.tensor([[5, 6, 7, 8], [5, 9, ignored, ignored]])
     assert trained_tokens({"labels": labels}) == 4
     assert trained_tokens({"labels": torch.tensor([0, 1, 1])}) == 3  # classes: one each
+
+
+def examples(task: str) -> list[Example]:
+    """Examples of different lengths, some of whose labels are not trained."""
+    ids = [list(range(2, 4 + n % 5)) for n in range(13)]
+    if task == "regression":
+        return [Example(one, float(n), [0] * len(one)) for n, one in enumerate(ids)]
+    if task == "classes":
+        return [Example(one, n % 3) for n, one in enumerate(ids)]
+    return [
+        Example(one, [IGNORED if n % 2 and i < 2 else token for i, token in enumerate(one)])
+        for n, one in enumerate(ids)
+    ]
+
+
+@pytest.mark.parametrize("task", ["causal", "classes", "regression"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_are_what_the_order_of_batches_says(task: str, workers: int) -> None:
+    """Each rank's batches in order, from any step on; the counts are over all ranks."""
+    data, world = examples(task), 2
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    windows = [Windows(data, 0, 4, 8, 2, rank, world) for rank in range(world)]
+    loaded = [list(load_windows(one, 3, 9, workers)) for one in windows]
+    assert torch.equal(torch.get_rng_state(), before)
+    orders = [window_batches(len(data), 4, 8, 2, rank, world, 3) for rank in range(world)]
+    for of_ranks in zip(*loaded, strict=True):
+        truth = [[collate([data[i] for i in indices], 0) for indices in next(order)] for order in orders]
+        masked = [int(batch["attention_mask"].sum()) for own in truth for batch in own]
+        counted = [[trained_tokens(batch) for batch in own] for own in truth]
+        for window, batches in zip(of_ranks, truth, strict=True):
+            assert window.tokens == sum(masked)
+            assert window.targets == sum(map(sum, counted))
+            assert len(window.batches) == len(batches)
+            for number, (found, batch) in enumerate(zip(on_device(window.batches, "cpu"), batches, strict=True)):
+                assert found.keys() == batch.keys()
+                if task == "causal":
+                    labels, targets = batch.pop("labels"), found.pop("labels")
+                    expected = find_targets(labels)
+                    assert targets.most == max(own[number] for own in counted)
+                    for name in ("kept", "rows", "values"):
+                        assert torch.equal(getattr(targets, name), getattr(expected, name))
+                for name, tensor in batch.items():
+                    assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_workers_survive_the_signals_that_ask_a_run_to_stop() -> None:
+    windows = load_windows(Windows(examples("causal"), 0, 4, 2, 2, 0, 1), 0, 30, 1)
+    first = next(windows)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+    assert len([first, *windows]) == 30
