@@ -142,8 +142,8 @@ def _load(kind: Callable[..., Any], folder: Path, batch_size: int) -> Any:
     config = load_config(settings, tokenizer, say=say, allow_quantized=True)
     if quantization_method(config):
         return kind(pretrained=str(folder), tokenizer=tokenizer, device=device, dtype="auto", batch_size=batch_size)
-    model = load_model(settings, config, "auto", say)
-    return kind(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size)
+    model = load_model(settings, config, "auto", say, device)
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _define(name: str, data: Path, root: Path, place: Path) -> tuple[str, dict[str, str]]:

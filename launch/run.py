@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import CheckpointError
@@ -234,7 +235,12 @@ class Run:
         if warning := low_rate_warning(self.settings, self.ticks, cycle or 1):
             self.say(warning)
         seed_generators(self.settings.training.seed)
-        model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say))
+        zero = self.settings.deepspeed.get("zero_optimization", {})
+        # ZeRO-3 moves the weights to the devices one by one, because no device may have the memory for all of them.
+        device = get_accelerator().current_device_name() if zero.get("stage", 0) < 3 else None
+        model = together(
+            lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say, device)
+        )
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
             self.say(

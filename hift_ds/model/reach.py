@@ -132,7 +132,9 @@ def unreached_by_example(model: Any, batch: Mapping[str, Tensor]) -> list[str]:
     was_training = model.training
     model.eval()
     try:
-        return unreached_parameters(model, _logits(model, {k: v for k, v in batch.items() if k != "labels"}))
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        return unreached_parameters(model, _logits(model, inputs))
     except Exception:  # of any library: the kernels may need a GPU
         return []
     finally:

@@ -216,15 +216,21 @@ def skeleton(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedMod
 
 
 def load_model(
-    settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object] = print
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    dtype: str,
+    say: Callable[[str], object] = print,
+    device: str | None = None,
 ) -> PreTrainedModel:
-    """Load the model into host memory, with weights in `dtype`: "float32", "bfloat16", "float16", or "auto" as saved.
+    """Load the model with weights in `dtype`: "float32", "bfloat16", "float16", or "auto" as saved.
 
-    A model from scratch is always drawn in fp32, so that a seed gives the same weights for each dtype; DeepSpeed casts
-    it.
+    A model from scratch is always drawn in fp32 and in host memory, so that a seed gives the same weights for each
+    dtype and device; DeepSpeed casts and moves it.
 
     Args:
         say: called with notes for the user, e.g. about a new classification head.
+        device: load files onto this device, a few tensors at a time, so that no copy of the model is made in host
+            memory; None: into host memory.
 
     Raises:
         UserError: the model cannot be found or reached, does not fit the task, or its files do not hold its weights.
@@ -232,7 +238,7 @@ def load_model(
     if settings.config is not None:
         model = _from_config(settings, config)
     else:
-        model = _from_files(settings, config, dtype, say)
+        model = _from_files(settings, config, dtype, say, device)
     if model.can_generate():
         _make_savable(model.generation_config)
     model.config.use_cache = False  # training needs no key-value cache; generation enables it
@@ -313,12 +319,13 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _from_files(
-    settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object]
+    settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object], device: str | None
 ) -> PreTrainedModel:
     key, name = "model.name_or_path", str(settings.name_or_path)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
+        "device_map": device and {"": device},
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # `check_weights` names them
         **_options(settings),

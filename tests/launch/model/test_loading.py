@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig
 
-from hift_ds.launch.model.loading import stop_at
+from hift_ds.evaluation.cost.process_memory import peak_memory
+from hift_ds.launch.model import weights
+from hift_ds.launch.model.loading import load_model, stop_at
+from hift_ds.launch.model.settings import ModelSettings
 from tests.support import tiny
 
 
@@ -44,3 +48,24 @@ def test_generation_stops_where_training_ends_answers(
 def test_a_classifier_generates_nothing() -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     assert stop_at(BertForSequenceClassification(BertConfig(vocab_size=16, **sizes)), [2]) == []
+
+
+def test_a_model_comes_to_the_device_without_a_copy_in_host_memory(tmp_path: Path) -> None:
+    """Weights on the meta device take no memory, as those on a GPU take none of the host's."""
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, vocab_size=512
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    settings = ModelSettings(name_or_path=str(tmp_path))
+    above: dict[str | None, int] = {}
+    with mock.patch.object(weights, "check_weights", lambda *_: []):  # which reads the values
+        for device in ("meta", None, "meta"):  # the first time is that of imports and threads
+            with peak_memory() as peak:
+                model = load_model(settings, config, "float32", print, device)
+            numel = sum(parameter.numel() for parameter in model.parameters())
+            assert {parameter.device.type for parameter in model.parameters()} == {device or "cpu"}
+            assert not any("_hf_hook" in vars(module) for module in model.modules())
+            del model
+            above[device] = peak.above
+    assert above[None] >= 4 * numel > 60 * 2**20
+    assert above["meta"] < 0.1 * above[None]
