@@ -44,6 +44,7 @@ from hift_ds.model.reach import freeze_patterns
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.properties import has_fused, optimizer_class
 from hift_ds.optim.rates import needs_metrics, rates_of_cycle
+from hift_ds.state.free_memory import return_freed_memory
 from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
 from hift_ds.state.trial import examine
@@ -683,7 +684,9 @@ class HiFTEngine(CheckpointingEngine):
         )
         if self.zero_optimization_stage() == 3:  # DeepSpeed gathers weights ahead of the layers that use them
             placed["defer"] = False
-        return BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
+        made = BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
+        return_freed_memory()  # DeepSpeed flattens weights in host memory
+        return made
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()

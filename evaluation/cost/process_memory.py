@@ -12,6 +12,8 @@ from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds.state.free_memory import return_freed_memory
+
 STATUS = Path("/proc/self/status")
 SECONDS = 0.01  # between samples
 
@@ -85,7 +87,6 @@ def peak_memory() -> Iterator[Peak]:
 def _return_freed_memory() -> None:
     """Make glibc return freed tensors to the system at once, so that resident memory is memory in use."""
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; once set, they no longer grow
-            libc.mallopt(parameter, 262144)
-        libc.malloc_trim(0)  # also return memory freed earlier
+            ctypes.CDLL(None).mallopt(parameter, 262144)
+    return_freed_memory()  # also what was freed earlier

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from hift_ds.collectives import gather
 from hift_ds.state.arena import Arena
 from hift_ds.state.direct_io import PAGE, open_direct_io
-from hift_ds.state.free_memory import available_memory
+from hift_ds.state.free_memory import available_memory, return_freed_memory
 
 
 class HostMemory:
@@ -55,6 +55,7 @@ class HostMemory:
         Raises:
             ValueError: on every rank, if less is free on any machine than its ranks need.
         """
+        return_freed_memory()
         host = socket.gethostname()
         if self.folder is not None:
             place = f"the drive of hift.offload.nvme_path={self.folder!r} on {host}"

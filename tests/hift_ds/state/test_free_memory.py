@@ -1,12 +1,14 @@
 """Free host memory under the limits of containers, in folders as the kernel writes them."""
 
+import ctypes
 from pathlib import Path
 from unittest import mock
 
 import psutil
 import pytest
 
-from hift_ds.state.free_memory import available_memory
+from hift_ds.evaluation.cost.process_memory import anonymous
+from hift_ds.state.free_memory import available_memory, return_freed_memory
 
 GIB = 2**30
 V2 = ("memory.max", "memory.current", "inactive_file")
@@ -58,3 +60,18 @@ def test_version_1(tmp_path: Path) -> None:
     group(root / "docker" / "abc", str(16 * GIB), 4 * GIB, GIB, V1)
     lines = "12:cpu,cpuacct:/docker/abc\n9:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
     assert available(tmp_path, lines) == 13 * GIB
+
+
+def test_freed_memory_is_returned() -> None:
+    """Below a block that is still in use, the C library keeps it."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    places = [ctypes.c_void_p(libc.malloc(100_000)) for _ in range(600)]
+    for place in places:
+        ctypes.memset(place, 1, 100_000)
+    for place in places[:-1]:
+        libc.free(place)
+    kept = anonymous()
+    return_freed_memory()
+    assert kept - anonymous() > 50_000_000
+    libc.free(places[-1])
