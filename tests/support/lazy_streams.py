@@ -8,6 +8,8 @@ So it is if memory goes back to the allocator while a stream may still use it.
 Computations run at once. A copy between host and device on a stream other than the main one runs at the last moment:
 when something waits for it. Until then its target is NaN and its source may change, so that code whose operations are
 not PyTorch's (I/O, views of NumPy, kernels of extensions) works with wrong numbers if it does not wait.
+
+The operations can be recorded, with their work and with what they wait for, for the planner's simulation of a device.
 """
 
 import weakref
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hift_ds.state.direct_io
 import hift_ds.state.transfer
+from hift_ds.planner.timeline import HOST, MAIN, TO_DEVICE, TO_HOST, Operation, has_kernel, work_of
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.transfer import Lane
 from tests.support.device_memory import COPIES, key, skip_on_a_device, tensors
@@ -132,6 +135,7 @@ class Stream(Clock):
 
     Attributes:
         computes: the first computation was issued here; to wait is then to let others run at once.
+        last: what comes next waits for these operations of the recorded program.
     """
 
     def __init__(self, machine: "LazyStreams"):
@@ -140,10 +144,12 @@ class Stream(Clock):
         self.computes = not machine.streams
         self.items: list[Callable[[], None] | None] = []  # None: it ran
         self._done = 0
+        self.last: set[int] = set()
         machine.streams.append(self)
 
     def wait_event(self, event: "Event") -> None:
         self.learn(event.knows)
+        self.last = self.last | event.last
         self.items.append(event.runner())
         if self.computes:
             self.run()
@@ -178,11 +184,13 @@ class Event:
         self._stream: Stream | None = None
         self._position = 0
         self.knows: dict[Clock, int] = {}
+        self.last: set[int] = set()
 
     def record(self, stream: Stream | None = None) -> None:
         self._stream = stream or self._machine.current
         self._position = len(self._stream.items)
         self.knows = dict(self._stream.knows)
+        self.last = self._stream.last
 
     def runner(self) -> Callable[[], None]:
         """Lets everything run that came before the event was recorded."""
@@ -192,6 +200,7 @@ class Event:
     def synchronize(self) -> None:
         self.runner()()
         self._machine.host.learn(self.knows)
+        self._machine.record(Operation(HOST, after=tuple(sorted(self.last))))
 
 
 class Accelerator(CPU_Accelerator):
@@ -226,20 +235,26 @@ class Accelerator(CPU_Accelerator):
 class LazyStreams(TorchDispatchMode):
     """While inside, ``hift_ds.state.transfer`` has an accelerator with lazy streams; DeepSpeed keeps its own.
 
+    Args:
+        record: keep the program.
+
     Attributes:
         host: the clock of the host, which uses host memory and knows whatever it waited for.
         streams: all streams; the first is the main one.
         current: the stream that operations on the device are issued on.
         copies: how many copies were queued.
+        program: what was issued on the streams, and where the host waited, if it is recorded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, record: bool = False) -> None:
         super().__init__()
         skip_on_a_device()
         self.host = Clock("the host")
         self.streams: list[Stream] = []
         self.current = self._main = Stream(self)
         self.copies = 0
+        self.program: list[Operation] = []
+        self._records = record
         self._is_unwatched = False
         self._memory: dict[int, _Memory] = {}
         self._freed_in_use: list[str] = []
@@ -291,6 +306,16 @@ class LazyStreams(TorchDispatchMode):
         if kind is None and not self._has_raised:
             self._raise_freed()
 
+    def record(self, operation: Operation) -> None:
+        """Append an operation to the program: on the current stream, or a wait of the host."""
+        if self._records and operation.stream == HOST:
+            self.program.append(operation)
+        elif self._records:
+            name = MAIN if self.current is self._main else self.current.name
+            after = tuple(sorted(self.current.last))
+            self.current.last = {len(self.program)}
+            self.program.append(operation._replace(stream=name, after=after))
+
     @contextmanager
     def unwatched(self) -> Iterator[None]:
         before, self._is_unwatched = self._is_unwatched, True
@@ -314,6 +339,8 @@ class LazyStreams(TorchDispatchMode):
             pairs = [args[:2]] if func is torch.ops.aten.copy_.default else list(zip(*args[:2], strict=True))
             for target, source in pairs:
                 self._queue(self.current, target, source, name)
+            to_host = self._memory_of(pairs[0][0]).place == "host"
+            self.record(Operation("", TO_HOST if to_host else TO_DEVICE, nbytes=sum(t.nbytes for t, _ in pairs)))
             if not asynchronous:
                 self.current.synchronize()
             return args[0] if returns else None
@@ -337,8 +364,15 @@ class LazyStreams(TorchDispatchMode):
                 made = places - {"scalar"} or ({"device"} if tensor.dim() else {"scalar"})
                 self._memory_of(tensor, min(made))  # "device" comes before "host"
                 self._use(tensor, True, clock, time, name)
+        if (
+            self._records
+            and has_kernel(func)
+            and any(self._memory_of(one).place == "device" for one in (*given, *tensors(result)))
+        ):
+            self.record(work_of(func, args, kwargs, result))
         if "device" in places and (between and not asynchronous or set(func.tags) & set(_RESULTS_ON_HOST)):
             self.host.learn(clock.knows)
+            self.record(Operation(HOST, after=tuple(sorted(self.current.last))))
         return result
 
     def _queue(self, lane: Stream, target: torch.Tensor, source: torch.Tensor, name: str) -> None:

@@ -272,3 +272,33 @@ def test_what_is_freed_last_is_found_at_the_end() -> None:
         with lane.after(mark()):
             tensor.sum()
         del tensor
+
+
+# ---- the recorded program -------------------------------------------------------------------------------------------
+
+
+def test_the_program_has_what_each_operation_waits_for() -> None:
+    with LazyStreams(record=True) as machine:
+        fetching, stepping, storing = Lane(), Lane(), Lane()
+        area, host = torch.zeros(8), host_tensor()
+        with fetching.after(mark()):
+            area.copy_(host, non_blocking=True)
+        with stepping.after(mark(), fetching.mark()):
+            area.mul_(2.0)
+        with storing.after(stepping.mark()):
+            torch._foreach_copy_([host, host[:4]], [area, area[:4]], non_blocking=True)
+        torch.ones(3).view(3, 1).sum()
+        storing.mark().synchronize()
+    found = [(one.stream, one.kind, one.nbytes, one.after) for one in machine.program]
+    assert found == [
+        ("main", "kernel", 32, ()),  # zeros
+        ("stream 1", "to device", 32, (0,)),
+        ("stream 2", "kernel", 32, (0, 1)),
+        ("stream 3", "to host", 48, (2,)),
+        ("main", "kernel", 12, (0,)),  # ones
+        ("main", "kernel", 16, (4,)),
+        ("host", "kernel", 0, (3,)),
+    ]
+    with LazyStreams() as machine:
+        torch.zeros(8).sum()
+    assert not machine.program
