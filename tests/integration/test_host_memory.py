@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hift_ds.state import arena
+from hift_ds.state import allocator, arena
 from tests.support import tiny
 from tests.support.pairwise import others_slow
 from tests.support.parity import FINER
@@ -76,7 +76,7 @@ def test_the_process_takes_what_the_ledger_counts(stage: int) -> None:
     print(at_start, after_a_cycle)
     for grown, counted in (at_start, after_a_cycle):
         assert counted > 200 * 2**20
-        assert 0.95 * counted <= grown <= 1.02 * counted
+        assert 0.9 * counted <= grown <= 1.02 * counted  # buffers that nothing was written to take no memory
 
 
 def regions(case: Case) -> tuple[list[int], int]:
@@ -105,6 +105,24 @@ def test_one_region_holds_all_state(options: dict[str, Any], stage: int, ranks: 
     for made, used in run_on_ranks(ranks, regions, Case(stage=stage, ranks=ranks, **options)):
         (planned,) = made
         assert used <= planned <= used + 64 * 2**10  # alignment and padding of small tensors
+
+
+def refusal(case: Case) -> str:
+    """In a rank: the error of an engine on a machine with little free memory, of which it must take none."""
+    with (
+        mock.patch.object(allocator, "available_memory", lambda: 2**10),
+        mock.patch.object(arena, "Region", mock.Mock(side_effect=AssertionError("mapped before the check"))),
+    ):
+        try:
+            tiny.initialize(case).destroy()
+        except ValueError as error:
+            return str(error)
+    return "none"
+
+
+def test_too_little_room_is_an_error_before_anything_is_allocated() -> None:
+    (error,) = run_on_ranks(1, refusal, Case(stage=2))
+    assert "of host memory on" in error and "0.00 GiB are free" in error and "hift.offload.nvme_path" in error
 
 
 if __name__ == "__main__":

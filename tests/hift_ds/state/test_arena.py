@@ -172,6 +172,14 @@ def torch_rounds(nbytes: int) -> int:
     return 1 << (nbytes - 1).bit_length()
 
 
+@pytest.mark.parametrize("device", [{"registers": "out of memory"}], indirect=True)
+def test_the_error_that_a_refusal_leaves_behind_is_consumed(device: Accelerator) -> None:
+    """CUDA reports it again at the next kernel."""
+    with mock.patch.object(torch, "zeros", side_effect=RuntimeError("out of memory")) as kernel:
+        Arena(pin_memory=True).reserve(MIB)
+    assert kernel.call_count == 1
+
+
 @pytest.mark.parametrize("device", [{"registers": "out of memory", "pins": False}], indirect=True)
 def test_memory_stays_pageable_where_nothing_page_locks_it(device: Accelerator) -> None:
     with mock.patch.object(logger, "warning") as warned:
@@ -204,7 +212,7 @@ def test_all_pages_are_made_at_once(code: int) -> None:
     with mock.patch.object(module, "_libc", libc), mock.patch.object(module, "_PIECE", 2 * MIB):
         before = resident()
         region = Region(32 * MIB + 4096)
-        assert resident() - before >= 32 * MIB
+        assert resident() - before > 31 * MIB  # the kernel counts in batches
     assert not any(region[:4096])
     del region
     assert resident() - before < MIB
