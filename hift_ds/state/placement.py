@@ -12,9 +12,6 @@ from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
 from hift_ds.state.trial import Traits
 
-# Elements that DeepSpeed adds to a rank's share of a parameter group, so that the shares are equal and aligned.
-_PADDING = 2
-
 
 def place_state(
     offload: OffloadConfig,
@@ -102,8 +99,8 @@ def _host_bytes(
     buffers = max(len(traits.state), bool(traits.state_bytes)) + has_masters
     total = 0
     for parameter in {id(parameter): parameter for own in parameters for parameter in own}.values():
-        share = -(-numel_of(parameter) // ranks) + _PADDING
-        total += math.ceil(share * element) + buffers * ALIGNMENT
+        # DeepSpeed makes a rank's share of a parameter group even. With that, `ALIGNMENT` is the most that it grows by.
+        total += math.ceil(-(-numel_of(parameter) // ranks) * element) + buffers * ALIGNMENT
     return total
 
 
