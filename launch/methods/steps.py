@@ -73,8 +73,15 @@ def _may_step(engine: Any, loss: torch.Tensor) -> bool:
 
 def _forward_step(engine: Any, shares: Sequence[Share], before_step: BeforeStep) -> bool:
     world = dist.get_world_size()
+
+    def total() -> float:
+        loss = shares[0]().double()
+        for share in shares[1:]:
+            loss += share().double()
+        return loss.item()
+
     # MeZO divides the sum of the ranks' losses by the sum of the second numbers, which is 1.
-    loss = engine.optimizer.step(lambda: (sum(share().item() for share in shares), 1 / world))
+    loss = engine.optimizer.step(lambda: (total(), 1 / world))
     before_step(torch.full((), loss / world, dtype=torch.float64, device=engine.device))
     engine.step()
     return engine.was_step_applied()

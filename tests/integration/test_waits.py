@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -125,6 +126,7 @@ class Watcher(Callback):
 
 def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
     """In a rank: the training loop under the harness, with the callbacks of a run."""
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)  # methods without DeepSpeed's engine do not
     settings = load_settings(TINY, [*overrides, f"output.dir={out}"], torch.distributed.get_world_size())
     tokenizer = loading.load_tokenizer(settings.model)
     config = loading.load_config(settings.model, tokenizer, None)
@@ -168,6 +170,11 @@ RUNS: dict[str, tuple[int, list[str], int]] = {
         1,
     ),
     "badam": (1, ["method.name=badam", "method.badam_switch_every=1000"], 2),  # one is in its package
+    "mezo, in micro-batches": (
+        1,
+        ["method.name=mezo", "training.micro_batch_size=4"],
+        3,
+    ),  # its two losses and the sums
 }
 
 
