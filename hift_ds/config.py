@@ -73,7 +73,8 @@ class OffloadConfig:
         pin_memory: page-lock the host buffers.
         prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
             forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
-            A number of bytes is the memory for slots, in place of two: a block's state and one slot hide all copies.
+            A number of bytes is the memory for slots, in place of two. They are larger than ``buffer_size`` if there is
+            room for a dozen. A block's state and two slots hide all copies.
         defer: let the device update a block during the next forward pass, until that reaches the block. ``auto``:
             only in ``launch/train.py`` and inside :class:`hift_ds.enabled`, because plain reads of the weights after a
             step need ``engine.settle()`` first.
@@ -87,6 +88,12 @@ class OffloadConfig:
     prefetch: bool | int = True
     defer: bool | str = "auto"
     nvme_path: str | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Largest chunk in bytes. Few large copies take the host less time than many small ones, and a large budget
+        has room for them: at least a dozen slots."""
+        return self.buffer_size if isinstance(self.prefetch, bool) else max(self.buffer_size, self.prefetch // 12)
 
     def slots(self, slot_bytes: int) -> int:
         """Return the number of slots of this size in the memory for slots."""

@@ -479,7 +479,7 @@ class HiFTEngine(CheckpointingEngine):
                 optimizers.param_groups, self._given_schedule, self._schedule.steps_per_cycle
             )
         optimizers.copy_settings()
-        optimizers.agree_on_loss()
+        optimizers.prepare_step(self._schedule.following_block)
         scheduler, self.lr_scheduler = self.lr_scheduler, None  # it advances below
         try:
             super()._take_model_step(lr_kwargs)

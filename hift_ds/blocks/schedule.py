@@ -56,6 +56,11 @@ class BlockSchedule:
         return self.block_at(self.step)
 
     @property
+    def following_block(self) -> int:
+        """Index of the block that the step after the next one trains, if the next one is applied."""
+        return self.block_at(self.step + 1)
+
+    @property
     def cycle(self) -> int:
         """Number of completed cycles."""
         return self.step // self.steps_per_cycle

@@ -600,7 +600,7 @@ class Planner:
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
-            slot=slot_bytes(request.optimizer, updated, ranks, request.buffer_size) if streamed else 0,
+            slot=slot_bytes(request.optimizer, updated, ranks, request.chunk_bytes) if streamed else 0,
         )
         return replace(setup, persistent=persistent_numel(setup, _numels(built.shapes.values())))
 

@@ -97,6 +97,11 @@ class Request:
             return self.offload_step
         return "block" if self.optimizer == "adafactor" else "streamed"
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Largest chunk of the streamed step in bytes."""
+        return OffloadConfig(prefetch=self.prefetch or True, buffer_size=self.buffer_size).chunk_bytes
+
     def slots(self, slot_bytes: int) -> int:
         """Return the number of slots of this size in the streamed step."""
         return OffloadConfig(prefetch=self.prefetch or True).slots(slot_bytes)

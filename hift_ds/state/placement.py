@@ -71,7 +71,7 @@ def place_state(
             [block.numel] if block.slices else [parameter.numel() for parameter in own]
             for block, own in zip(blocks, parameters, strict=True)
         ]
-        chunk_bytes = slot_bytes(numels, ranks, per_element, offload.buffer_size)
+        chunk_bytes = slot_bytes(numels, ranks, per_element, offload.chunk_bytes)
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
     needed = _host_bytes(parameters, ranks, traits, has_masters)
     host.check_room(needed)

@@ -222,8 +222,9 @@ class BlockState:
         return [buffer for (_, name, _), buffer in self._buffers.items() if name is not None]
 
     def prefetch(self) -> None:
-        """Start to copy the first chunks to the device, as many as there are free slots."""
-        self._fill_slots(self._known_state())
+        """Start to copy the first chunks to the device that are not there yet, as many as there are free slots."""
+        if self._staging.free and len(self._fetched) < len(self._active.chunks):
+            self._fill_slots(self._known_state())
 
     def _fill_slots(self, known: list[dict[str, Any]], begin: int = 0) -> None:
         """Start to copy chunks from number ``begin`` on to the device that are not there yet, into the free slots."""
@@ -312,8 +313,12 @@ class BlockState:
             yield
 
     @torch.no_grad()
-    def step(self) -> bool:
+    def step(self, following: "BlockState | None" = None) -> bool:
         """Step the selected block.
+
+        Args:
+            following: the state of the block that is stepped next. Its chunks are fetched into the slots that this
+                block no longer needs.
 
         Returns:
             Whether the optimizer made new state, which it does in a block's first step.
@@ -342,6 +347,9 @@ class BlockState:
                     if is_device_new and written is not None:
                         written.synchronize()  # new state is in no slot, and must not pile up on the device
                 del chunk, pairs
+                if following is not None and number + len(self._fetched) + 1 == len(plan.chunks):
+                    # Copies in both directions run at once only if they are issued in turns.
+                    following.prefetch()
         finally:
             optimizer.param_groups, optimizer.state = groups, state
         if self._is_shared:

@@ -26,12 +26,14 @@ class BlockOptimizer:
         block_state: steps masters and optimizer state, and moves them; None: DeepSpeed steps in host memory.
         invalid_loss: skip the next step, because a loss is non-finite on some rank: a flag on the device.
         overflow: the last step was skipped, because the loss or a gradient was non-finite.
+        following: the state of the block that is stepped next, to be fetched in this block's step; None: not yet.
         factor: in a step, what the gradients are multiplied by, on the device; None: by nothing.
         clip_grad: largest norm of the gradients; 0: any.
     """
 
     optimizer: Any
     block_state: BlockState | None = None
+    following: BlockState | None = None
     invalid_loss: torch.Tensor
     overflow = False
     factor: torch.Tensor | float | None = None
@@ -56,7 +58,7 @@ class BlockOptimizer:
         if not self.overflow:
             self.factor = self.factor_for(norm, scale)
             with self.block_state.stepping([*self.gradients(), self.factor]):
-                if self.block_state.step():
+                if self.block_state.step(self.following):
                     self.relink()
                 self.publish_weights()
         self.release_gradients()

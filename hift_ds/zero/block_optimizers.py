@@ -213,12 +213,22 @@ class BlockOptimizers:
         invalid = loss.detach().isfinite().all().logical_not().reshape(1)
         self._invalid_loss = invalid if self._invalid_loss is None else self._invalid_loss | invalid
 
-    def agree_on_loss(self) -> None:
-        """Before a step: let all ranks skip it if a loss on any rank was non-finite.
+    def prepare_step(self, following: int) -> None:
+        """Before a step: agree with all ranks on whether a loss was non-finite, and tell the step what comes next.
 
         Gradients need no such agreement: they are reduced before the step, so all ranks see the same norm.
+
+        Args:
+            following: index of the block that the step after this one trains.
         """
         self.updating = self.active
+        self._active_optimizer.following = None
+        if self._streamed and self._prefetch:
+            place, part = self._places[following]
+            state = self.optimizers[place].block_state
+            if state is not self._active_optimizer.block_state:
+                state.select(part)
+                self._active_optimizer.following = state
         flag, self._invalid_loss = self._invalid_loss, None
         if flag is None:  # the backward passes did not go through the engine
             flag = torch.zeros(1, dtype=torch.bool, device=get_accelerator().current_device_name())

@@ -148,4 +148,4 @@ def planned_areas(request: Request) -> list[int]:
     built = Planner(request).build(request)
     ranks = request.ranks if request.stage else 1
     numels = [built.numels(block) for block in range(len(built.blocks))]
-    return 2 * [slot_bytes(request.optimizer, numels, ranks, request.buffer_size)]
+    return 2 * [slot_bytes(request.optimizer, numels, ranks, request.chunk_bytes)]
