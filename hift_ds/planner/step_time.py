@@ -327,6 +327,8 @@ def _notes(request: Request, name: str, card: Card) -> list[str]:
         f"the host's time assumes {1e6 * HOST_SECONDS:.0f} microseconds for each operation, as beside that H200; with "
         "another processor, time a step"
     )
+    if request.checkpoint_offload:
+        notes.append("the step time does not contain the bus's time for activation checkpoints")
     if request.ranks > 1:
         notes.append("the step time does not contain the communication between ranks")
     return notes
