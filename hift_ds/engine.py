@@ -206,8 +206,7 @@ class HiFTEngine(CheckpointingEngine):
                 if optimizer is not self.optimizer:
                     optimizer.register_grad_acc_post_hook(self._backward_post_hook)
         for optimizer in self.block_optimizers.optimizers:
-            if optimizer.block_state is not None:
-                optimizer.block_state.on_first_chunk = self._watch_memory
+            optimizer.block_state.on_first_chunk = self._watch_memory
         self._peak_ledger = self._count_memory()
         self._gates = UpdateGates(self.module, [block.parameter_names for block in self.blocks], self.block_optimizers)
         self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
@@ -244,8 +243,6 @@ class HiFTEngine(CheckpointingEngine):
         self._freeze_others()  # activation checkpointing runs layers again, and needs the same as in the forward pass
         result = super().backward(loss, *args, **kwargs)
         if self.is_gradient_accumulation_boundary():
-            if self.block_optimizers.staging is None:  # else the first chunk of the step is the instant to watch
-                self._watch_memory()
             self.block_optimizers.prefetch()
         return result
 
@@ -372,8 +369,7 @@ class HiFTEngine(CheckpointingEngine):
 
         Args:
             peak: return the ledger at the highest device total so far. It is measured after initialization and, in the
-                first two cycles, when a step's first chunk is on the device (for DeepSpeed's host step: after the last
-                backward pass before the step). Later cycles repeat the second.
+                first two cycles, when a step's first chunk is ready to be stepped. Later cycles repeat the second.
 
         Returns:
             ``{"device": {...}, "host": {...}, "nvme": {...}}``, each with bytes of ``parameters``, ``gradients``,
@@ -520,7 +516,7 @@ class HiFTEngine(CheckpointingEngine):
         return params
 
     def _has_fused(self, builder: str) -> bool:
-        """Whether this run can use an optimizer kernel of DeepSpeed: the host step's, or this fused one."""
+        """Whether this run can use an optimizer kernel of DeepSpeed: of the step on the host, or this fused one."""
         return self.zero_use_cpu_optimizer() or has_fused(builder)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
@@ -582,7 +578,7 @@ class HiFTEngine(CheckpointingEngine):
             "dp_process_group": self.seq_data_parallel_group,
             "reduce_scatter": self.zero_reduce_scatter(),
             "overlap_comm": self.zero_overlap_comm(),
-            "offload_optimizer_config": self.zero_offload_optimizer(),
+            "offload_optimizer_config": None,  # `BlockState` brings gradients to an optimizer on the host
             "mpu": self.mpu,
             "postscale_gradients": self.postscale_gradients(),
             "gradient_predivide_factor": self.gradient_predivide_factor(),
@@ -677,7 +673,8 @@ class HiFTEngine(CheckpointingEngine):
             self._block_parameters,
             name,
             traits,
-            on_host=self.zero_use_cpu_optimizer(),
+            on_host=self.zero_offload_optimizer() if self.zero_use_cpu_optimizer() else None,
+            dtypes=self.get_data_types(),
             ranks=self.dp_world_size if self.zero_optimization() else 1,
             has_masters=self.zero_optimization() or self.bfloat16_enabled(),
             aio=self.aio_config(),

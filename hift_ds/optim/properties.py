@@ -101,16 +101,27 @@ def restrict(
             sources.append(source)
     if hasattr(optimizer, "mng"):
         _keep_overrides(clone, optimizer)
-    if isinstance(optimizer, DeepSpeedCPUAdam):
-        # The C++ object keeps the powers of beta between steps, so each block needs its own object.
-        clone.opt_id = DeepSpeedCPUAdam.optimizer_id
-        DeepSpeedCPUAdam.optimizer_id += 1
-        settings = optimizer.defaults
-        optimizer.ds_opt_adam.create_adam(
-            *(clone.opt_id, settings["lr"], *settings["betas"], settings["eps"], settings["weight_decay"]),
-            *(optimizer.adam_w_mode, False),
-        )
+    if hasattr(optimizer, "opt_id"):
+        _make_kernel(clone)
     return clone, sources
+
+
+def _make_kernel(clone: Any) -> None:
+    """Give a restricted CPU optimizer of DeepSpeed its own C++ object.
+
+    The object keeps the powers of beta between steps, and is destroyed with the optimizer.
+    """
+    kind, settings = type(clone), clone.defaults
+    clone.opt_id = kind.optimizer_id
+    kind.optimizer_id += 1
+    rate, decay = settings["lr"], settings["weight_decay"]
+    if isinstance(clone, DeepSpeedCPUAdam):
+        given = (rate, *settings["betas"], settings["eps"], decay, clone.adam_w_mode)
+        clone.ds_opt_adam.create_adam(clone.opt_id, *given, False)
+    elif isinstance(clone, DeepSpeedCPULion):
+        clone.ds_opt_lion.create_lion(clone.opt_id, rate, *settings["betas"], decay, False)
+    else:
+        clone.ds_opt_adagrad.create_adagrad(clone.opt_id, rate, settings["eps"], decay, False)
 
 
 def with_initial_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -68,7 +68,7 @@ class Setup:
         placement: when master weights and optimizer state are on the device. ``block``: during the step; ``streamed``:
             one chunk at a time; ``resident``: always; ``host``: never, because the host runs the step.
         bucket: elements of gradients that are reduced together.
-        staging: elements of the buffer through which gradients reach the host, at ZeRO-1 and ZeRO-2.
+        staging: elements of the buffer through which DeepSpeed copies gradients to the host, at ZeRO-1 and ZeRO-2.
         accumulates: gradients of earlier micro-batches exist.
         slot: bytes of each staging slot of the streamed step.
         persistent: elements of the parameters that ZeRO-3 keeps whole on every rank.
@@ -108,7 +108,12 @@ class Setup:
     @property
     def skips_bucket(self) -> bool:
         """Whether the engine at ZeRO-1 and ZeRO-2 uses the gradients of autograd, because one rank reduces nothing."""
-        return not self.stock and self.ranks == 1 and self.placement != "host"
+        return not self.stock and self.ranks == 1
+
+    @property
+    def copies_gradients(self) -> bool:
+        """Whether DeepSpeed copies gradients to the host during backward. The engine copies them in the step."""
+        return self.stock and self.placement == "host"
 
     def masters(self, numels: Sequence[int]) -> int:
         """Return the bytes of fp32 master weights on a rank."""
@@ -184,8 +189,8 @@ class Step(StepBase):
         if self.setup.weight < FP32:
             with self.memory.temporary("buffers", FP32 * max(self.numels)):  # norm of one parameter at a time
                 pass
-        if self.setup.moves_state:
-            self.step_off_device(self.numels, fp32_gradients=self.setup.weight < FP32)
+        if not self.setup.stock:
+            self.step_block(self.numels, fp32_gradients=self.setup.weight < FP32)
         elif self.setup.weight == FP32:
             self.optimize(self.numels, fp32_gradients=False)
         else:
@@ -197,14 +202,14 @@ class Step(StepBase):
                         pass
             self.optimize(self.numels)
 
-    def step_off_device(self, tensors: Sequence[int], fp32_gradients: bool = True) -> None:
-        """Move master weights and state to the device, as a whole or in chunks, and step.
+    def step_block(self, tensors: Sequence[int], fp32_gradients: bool = True) -> None:
+        """Step as the engine does: with master weights and state on the device, brought there whole or in chunks.
 
         Args:
             tensors: elements of each tensor that the optimizer updates.
             fp32_gradients: the step copies the gradients of each chunk to fp32.
         """
-        masters, state = self.masters, self.state
+        masters, state = (self.masters, self.state) if self.setup.moves_state else (0, 0)
         if self.sliced is not None:
             tensors = [self.sliced]
         if self.setup.placement == "streamed":
@@ -259,12 +264,12 @@ class ZeroStep(Step):
                 self.owned, self.largest = sum(mine), min(max(mine), self.partition)
             padding = high > ends[-1]
             self.tensors = max(self.tensors, len(mine) + padding)
-        if self.setup.placement == "host":  # through which gradients reach the host
+        if self.setup.copies_gradients:  # through which gradients reach the host
             memory.allocate("buffers", self.setup.weight * self.setup.staging)
 
     def accumulated(self) -> int:
         """Return the bytes of gradients of earlier micro-batches; the host step keeps them on the host."""
-        if self.setup.placement == "host":
+        if self.setup.copies_gradients:
             return 0
         is_whole = self.setup.stage == 1 or self.setup.ranks == 1
         return self.setup.weight * (self.total if is_whole else self.partition)
@@ -312,7 +317,7 @@ class ZeroStep(Step):
         if self.setup.ranks > 1:
             with self.memory.temporary("buffers", self.setup.weight * self.in_bucket):
                 pass
-        if self.setup.placement == "host":
+        if self.setup.copies_gradients:
             largest = min(max(self.numels), self.partition)
             with self.memory.temporary("buffers", FP64 * largest):
                 pass
@@ -347,11 +352,12 @@ class ZeroStep(Step):
 
     def update(self) -> None:
         """Compute the gradient norms, convert the gradients to fp32 and run the optimizer's step."""
-        if self.setup.placement == "host":
+        if self.setup.copies_gradients:
             return
         self.compute_norms()
-        if self.setup.moves_state:
-            self.step_off_device([self.partition])
+        if not self.setup.stock:
+            if self.setup.placement != "host":
+                self.step_block([self.partition])
             self.drop_unconverted()
             return
         flat = self.setup.weight * self.partition if self.tensors > 1 else 0
@@ -402,7 +408,7 @@ class Zero3Step(ZeroStep):
         copies = int(flat) + (not self.setup.gpu)  # gloo makes another copy
         with self.memory.temporary("buffers", copies * self.setup.weight * self.in_bucket):
             pass
-        if self.setup.placement == "host":  # the device computes sums and norms
+        if self.setup.copies_gradients:  # the device computes sums and norms
             with self.memory.temporary("buffers", (FP64 + self.setup.weight) * self.largest):
                 pass
         self.in_bucket = self.gradients_in_bucket = 0
@@ -415,13 +421,14 @@ class Zero3Step(ZeroStep):
 
     def update(self) -> None:
         """Partition the persistent parameters, run the optimizer's step, and gather them again."""
-        if self.setup.placement == "host":
+        if self.setup.copies_gradients:
             return
         whole = self.setup.weight * self.setup.persistent
         self.memory.free("parameters", whole)
         self.compute_norms()
-        if self.setup.moves_state:
-            self.step_off_device([self.partition])
+        if not self.setup.stock:
+            if self.setup.placement != "host":
+                self.step_block([self.partition])
         else:
             flat = self.setup.weight * self.partition if len(self.numels) > 1 else 0
             with self.memory.temporary("gradients", flat):

@@ -511,7 +511,7 @@ class Planner:
             held["buffers"] += request.weight * (
                 setup.bucket + gathered_numel(setup, numels, built.reached_from(block))
             )
-            if setup.placement != "host":
+            if not setup.copies_gradients:
                 held["gradients"] = request.weight * max(setup.partition(_numels(owned)) for owned in optimizers)
         if setup.placement == "resident":
             held["master_weights"] = sum(setup.masters(_numels(owned)) for owned in optimizers)
@@ -578,8 +578,6 @@ class Planner:
         remedy = "raise --max-block-numel, or leave --balance out"
         if request.optimizer == "adafactor":
             raise ConfigError([f"{name} is cut by rows, and Adafactor needs the shape of a weight; {remedy}"])
-        if request.placement in ("resident", "host") and request.layout == "engine":
-            raise ConfigError([f"{name} is cut by rows, but its state stays in one place; {remedy}"])
 
     def setup(self, request: Request, built: BuiltModel) -> Setup:
         """Return what determines the memory of a request's steps, besides the model and the batch."""
@@ -626,15 +624,21 @@ class Planner:
         partitions = [setup.partition(_numels(shapes)) for shapes in optimizers]
         sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in optimizers)
         sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in optimizers)
-        if setup.placement == "host":
-            own = sum if setup.stock else max  # all blocks of the engine share one buffer
-            sizes["gradients"] = FP32 * own(partitions)
+        if setup.copies_gradients:
+            sizes["gradients"] = FP32 * sum(partitions)
             if setup.stage == 3:
-                sizes["gradients"] += setup.weight * own(partitions)
+                sizes["gradients"] += setup.weight * sum(partitions)
             else:  # updated weights on their way to the device, and a buffer for the gradient of one parameter
-                sizes["buffers"] = setup.weight * (own(partitions) + setup.staging)
+                sizes["buffers"] = setup.weight * (sum(partitions) + setup.staging)
                 if setup.accumulates:
-                    sizes["gradients"] += setup.weight * own(sum(_numels(shapes)) for shapes in optimizers)
+                    sizes["gradients"] += setup.weight * sum(sum(_numels(shapes)) for shapes in optimizers)
+        elif setup.placement == "host":  # one area for gradients, and one for updated weights
+            sizes["gradients"] = sizes["buffers"] = setup.weight * max(
+                min(setup.partition(built.numels(block)), one.numel)
+                if one.slices
+                else setup.partition(built.numels(block))
+                for block, one in enumerate(built.blocks)
+            )
         return sizes
 
     def _checkpoints(self, request: Request, built: BuiltModel) -> int:

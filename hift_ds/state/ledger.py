@@ -20,7 +20,7 @@ class Held(NamedTuple):
     Attributes:
         category: one of ``CATEGORIES``.
         tensor: None counts nothing.
-        on_host: DeepSpeed keeps it in host memory. With the CPU accelerator, the tensor's device does not show this.
+        on_host: it is in host memory. With the CPU accelerator, the tensor's device does not show this.
     """
 
     category: str

@@ -10,7 +10,11 @@ from hift_ds.blocks.block import Block, numel_of
 from hift_ds.config import OffloadConfig, slot_bytes
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
+from hift_ds.state.host_step import HostStep
 from hift_ds.state.trial import Traits
+
+# Elements by which DeepSpeed makes the shares of a block's parameter groups larger, at most.
+_PADDING = 128
 
 
 def place_state(
@@ -19,7 +23,8 @@ def place_state(
     parameters: Sequence[Sequence[torch.nn.Parameter]],
     optimizer: str,
     traits: Traits,
-    on_host: bool,
+    on_host: Any,
+    dtypes: tuple[torch.dtype, torch.dtype],
     ranks: int,
     has_masters: bool,
     aio: Mapping[str, Any] | None,
@@ -32,7 +37,8 @@ def place_state(
         parameters: each block's parameters.
         optimizer: the name of the configured optimizer, for messages.
         traits: what :func:`~hift_ds.state.trial.examine` found out about it.
-        on_host: DeepSpeed keeps the state in host memory and steps there (``offload_optimizer: cpu``).
+        on_host: DeepSpeed's section ``offload_optimizer``, if the optimizer computes on the host; else None.
+        dtypes: those of weights and of reduced gradients.
         ranks: number of ranks that share the state.
         has_masters: the run has fp32 masters in addition to the weights.
         aio: DeepSpeed's ``aio`` section with all its keys.
@@ -41,25 +47,33 @@ def place_state(
         Keyword arguments for :class:`~hift_ds.zero.block_optimizers.BlockOptimizers`.
 
     Raises:
-        ValueError: a streamed step or ``max_block_numel`` cuts a tensor that the optimizer needs whole; a block holds
-            rows of a tensor whose state DeepSpeed keeps; the memory or drive is too small for all state.
+        ValueError: a streamed step or ``max_block_numel`` cuts a tensor that the optimizer needs whole; the memory or
+            drive is too small for all state.
     """
     slices = [_slice(block) for block in blocks]
     cut = next((name for block in blocks for name in block.slices), None)
-    where = "hift.offload.device='none'" if offload.device == "none" else "offload_optimizer"
-    if offload.device == "none" or on_host:
-        if cut:
-            raise ValueError(
-                f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {where} keeps the state of whole "
-                f"tensors; remove {where}, raise max_block_numel, or set balance=false"
-            )
-        return {"slices": slices, "host": None, "steps_on_host": on_host}
     if cut and traits.shaped:
         raise ValueError(
             f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {optimizer} is not element-wise "
             f"({traits.shaped}); raise max_block_numel, set balance=false, or use an element-wise optimizer such as "
             "AdamW"
         )
+    if offload.device == "none" and on_host is None:
+        return {"slices": slices, "host": None}
+    numels = [
+        [block.numel] if block.slices else [numel_of(parameter) for parameter in own]
+        for block, own in zip(blocks, parameters, strict=True)
+    ]
+    if on_host is not None:
+        host = HostMemory(on_host.pin_memory)
+        weights, gradients = dtypes
+        largest = max(sum(-(-numel // ranks) for numel in own) for own in numels)
+        areas = (largest + _PADDING) * (weights.itemsize + gradients.itemsize) + 2 * ALIGNMENT
+        needed = _host_bytes(parameters, ranks, traits, has_masters) + areas
+        host.check_room(needed)
+        host.reserve(needed)
+        through = HostStep(host, gradients, weights)
+        return {"slices": slices, "host": host, "on_host": through, "state": traits.state}
     if offload.step == "streamed" and traits.shaped:
         raise ValueError(
             f"hift.offload.step='streamed' cuts tensors, and {optimizer} is not element-wise ({traits.shaped}); use "
@@ -67,10 +81,6 @@ def place_state(
         )
     chunk_bytes, per_element = None, 4 + int(traits.state_bytes)
     if not traits.shaped and offload.step != "block":
-        numels = [
-            [block.numel] if block.slices else [parameter.numel() for parameter in own]
-            for block, own in zip(blocks, parameters, strict=True)
-        ]
         chunk_bytes = slot_bytes(numels, ranks, per_element, offload.chunk_bytes)
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
     needed = _host_bytes(parameters, ranks, traits, has_masters)

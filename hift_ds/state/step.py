@@ -3,10 +3,12 @@
 Off the device, they come there in chunks. The configured torch optimizer steps each chunk, and the chunk goes back.
 With one chunk that holds everything, this is the paper's step: the whole block's state is on the device (section 3.1).
 With small chunks the device never holds even one block's state. For an element-wise optimizer both give the same bits.
+
+If the optimizer computes on the host, masters and state stay where they are. Gradients and updated weights travel.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +17,8 @@ import torch
 
 from hift_ds.optim.properties import assembled, has_elements, parts
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.gradients import fp32_slice
+from hift_ds.state.host_step import CHUNK, HostStep
 from hift_ds.state.transfer import Slot, Staging, wait
 
 # A tensor is cut into slices at multiples of this many elements, so that vectorized kernels treat all of them alike.
@@ -36,6 +40,7 @@ class SteppedOptimizer(Protocol):
     """What :class:`BlockState` needs to know of a block's optimizer."""
 
     optimizer: Any  # the torch optimizer, whose parameters are the masters
+    factor: Any  # in a step, what the gradients are multiplied by, where the optimizer computes; None: by nothing
 
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         """Return each fp32 master with the index of its parameter group, in order.
@@ -44,8 +49,8 @@ class SteppedOptimizer(Protocol):
         """
         ...
 
-    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
-        """Return the fp32 gradient of a slice, on the device, in this shape, unscaled and clipped."""
+    def gradient_parts(self, index: int) -> list[torch.Tensor]:
+        """Return tensors on the device whose concatenation is the gradient of a master; empty: it is zero."""
         ...
 
     def weights(self, index: int) -> torch.Tensor | None:
@@ -109,11 +114,12 @@ class BlockState:
             empty: one block trains everything.
         state: name and dtype of the tensors of state that the first step will make, all of the master's shape. Their
             buffers are allocated now, so that training needs no more host memory; others when they are made.
+        on_host: the optimizer computes on the host, through these areas; None: it computes on the device.
 
     Attributes:
-        staged: while ``on_first_chunk`` runs: category and tensor of the masters, state and fp32 gradients of the
-            first chunk on the device.
-        on_first_chunk: called once in each step, when the first chunk, which is the largest, is on the device.
+        staged: while ``on_first_chunk`` runs: category and tensor of what the first chunk has on the device only for
+            the step: masters, state and fp32 gradients.
+        on_first_chunk: called once in each step, when the first chunk, which is the largest, is ready to be stepped.
     """
 
     def __init__(
@@ -124,20 +130,27 @@ class BlockState:
         bytes_per_element: int,
         slices: Sequence[tuple[int, int]] = (),
         state: Sequence[tuple[str, torch.dtype]] = (),
+        on_host: HostStep | None = None,
     ):
         self._owner = owner
         self._host = host
+        self._on_host = on_host
+        self._moves_state = host is not None and on_host is None
         self._staging = staging
         self._masters = [master for master, _ in owner.masters()]
         self._groups = [group for _, group in owner.masters()]
         self._off_device = [host is not None and owner.weights(i) is not None for i in range(len(self._masters))]
-        limit = None
-        if host is not None and staging.slot_bytes is not None and bytes_per_element:
+        limit = CHUNK if on_host is not None else None
+        if self._moves_state and staging.slot_bytes is not None and bytes_per_element:
             limit = staging.slot_bytes // bytes_per_element
         self._plans = [self._plan(owned, limit) for owned in self._slices_of_blocks(slices)]
         self._active = self._plans[0]
         self._buffers: dict[tuple[int, str | None, int], torch.Tensor] = {}
         self._fetched: dict[int, _StagedChunk] = {}
+        self._gradients: dict[Slice, torch.Tensor] = {}  # on the host, if the optimizer computes there
+        if on_host is not None:
+            for plan in self._plans:
+                on_host.reserve(sum(cut.stop - cut.start for chunk in plan.chunks for cut in chunk))
         self.staged: list[tuple[str, torch.Tensor]] = []
         self.on_first_chunk: Callable[[], None] | None = None
         self.to_host()
@@ -210,15 +223,18 @@ class BlockState:
         return buffer
 
     def _buffer(self, key: tuple[int, str | None, int], like: torch.Tensor) -> torch.Tensor:
-        """Return the host buffer of this key, a new one unless it has the shape and dtype of ``like``."""
-        assert self._host is not None
+        """Return the buffer of this key in the store, a new one unless it has the shape and dtype of ``like``."""
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = self._buffers[key] = self._host.empty(like, direct=not self._is_shared)
+            if self._host is None:
+                buffer = torch.empty_like(like, device=self._masters[key[0]].device)
+            else:
+                buffer = self._host.empty(like, direct=not self._is_shared)
+            self._buffers[key] = buffer
         return buffer
 
     def state_buffers(self) -> list[torch.Tensor]:
-        """Return the host buffers of all state except the masters, those of state not made yet included."""
+        """Return the buffers of all state except the masters, those of state not made yet included."""
         return [buffer for (_, name, _), buffer in self._buffers.items() if name is not None]
 
     def prefetch(self) -> None:
@@ -231,7 +247,7 @@ class BlockState:
         for number in range(begin, len(self._active.chunks)):
             if number in self._fetched:
                 continue
-            if self._host is not None and not self._staging.free:
+            if self._moves_state and not self._staging.free:
                 return
             self._fetched[number] = self._fetch(number, known)
 
@@ -271,9 +287,12 @@ class BlockState:
     def _fetch(self, number: int, known: list[dict[str, Any]]) -> _StagedChunk:
         """Start to copy a chunk to the device, into the next free slot."""
         plan = self._active
-        if self._host is None:
-            own = [{name: v for name, v in known[cut.number].items() if has_elements(v)} for cut in plan.chunks[number]]
-            return _StagedChunk(None, [None] * len(own), own, None)
+        if not self._moves_state:
+            in_place = [
+                {name: _part_of(v, cut) for name, v in known[cut.number].items() if has_elements(v)}
+                for cut in plan.chunks[number]
+            ]
+            return _StagedChunk(None, [None] * len(in_place), in_place, None)
         sources: list[torch.Tensor] = []
         places: list[tuple[int, str | None]] = []
         for position, cut in enumerate(plan.chunks[number]):
@@ -298,15 +317,33 @@ class BlockState:
         ]
         return _StagedChunk(slot, masters, states, ready)
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the optimizer computes on the host."""
+        return self._on_host is not None
+
+    def fetch_gradients(self) -> None:
+        """Start to copy the selected block's gradients to where the optimizer computes.
+
+        On the host they are there after the host's next wait for the device's current stream.
+        """
+        if self._on_host is None:
+            return
+        self._on_host.begin()
+        self._gradients = {}
+        for cut in (cut for chunk in self._active.chunks for cut in chunk):
+            if parts := self._owner.gradient_parts(cut.number):
+                self._gradients[cut] = self._on_host.fetch(parts, cut.start, cut.stop)
+
     @contextmanager
-    def stepping(self, reads: Iterable[Any]) -> Iterator[None]:
+    def stepping(self) -> Iterator[None]:
         """Issue what runs inside the ``with`` statement, the step, where the device is to do it.
 
-        Args:
-            reads: what the step reads besides masters and state; tensors among it may be freed once it is issued.
+        The gradients may be freed once it is issued.
         """
         self._staging.finish_update()
-        for value in reads:
+        parts = (part for index in range(len(self._masters)) for part in self._owner.gradient_parts(index))
+        for value in (*parts, self._owner.factor):
             if torch.is_tensor(value):
                 self._staging.uses(value)
         with self._staging.stepping():
@@ -389,7 +426,7 @@ class BlockState:
         optimizer, slices = self._owner.optimizer, self._active.chunks[number]
         parameters = self._chunk_parameters(slices, chunk)
         if number == 0 and self.on_first_chunk is not None:
-            self.staged = _by_category(chunk, parameters)
+            self.staged = [] if self.is_on_host else _by_category(chunk, parameters)
             self.on_first_chunk()
             self.staged = []
         by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
@@ -413,9 +450,27 @@ class BlockState:
         for cut, master in zip(slices, chunk.masters, strict=True):
             values = master if master is not None else _view(self._masters[cut.number].data, cut)
             parameter = torch.nn.Parameter(values)
-            parameter.grad = self._owner.gradient(cut, values.shape)
+            parameter.grad = self._gradient(cut, values)
             parameters.append(parameter)
         return parameters
+
+    def _gradient(self, cut: Slice, values: torch.Tensor) -> torch.Tensor:
+        """Return the fp32 gradient of a slice, unscaled and clipped, in the shape of its values; zeros if it has none.
+
+        A gradient in fp32 is multiplied in its place if nothing reads it later.
+        """
+        owner, start = self._owner, cut.start
+        if self._on_host is None:
+            parts, is_last = owner.gradient_parts(cut.number), owner.weights(cut.number) is None
+        else:
+            parts, is_last, start = [self._gradients[cut]] if cut in self._gradients else [], True, 0
+        if not parts:
+            return values.new_zeros(values.shape)
+        stop = start + cut.stop - cut.start
+        if not is_last or len(parts) > 1 or parts[0].dtype != torch.float32:
+            return fp32_slice(parts, start, stop, owner.factor).view(values.shape)
+        gradient = parts[0].reshape(-1)[start:stop].view(values.shape)
+        return gradient if owner.factor is None else gradient.mul_(owner.factor)
 
     def _store_results(
         self,
@@ -434,16 +489,18 @@ class BlockState:
             known: the state of the masters before the step.
 
         Returns:
-            Pairs (host, device) of tensors to copy back, whether any host tensor is new, and whether any device tensor
-            is new and therefore lies outside of the slot.
+            Pairs (host, device) of tensors to copy back, whether any tensor in the store is new, and whether any tensor
+            on the device is new and therefore lies outside of the slot.
         """
         pairs, is_host_new, is_device_new = [], False, False
         for cut, parameter in zip(slices, parameters, strict=True):
             master = self._masters[cut.number]
             weights = self._owner.weights(cut.number)
-            if weights is not None:
+            if weights is not None and self._on_host is not None:
+                self._on_host.send(parameter.data, _view(weights.data, cut))
+            elif weights is not None:
                 _view(weights.data, cut).copy_(parameter.data)
-            if self._off_device[cut.number]:
+            if self._off_device[cut.number] and self._moves_state:
                 pairs.append((_view(master.data, cut), parameter.data))
             for name, value in stepped[parameter].items():
                 if not has_elements(value):
@@ -452,7 +509,7 @@ class BlockState:
                     is_less = isinstance(value, int) and isinstance(earlier, int) and value < earlier
                     state[master][name] = earlier if is_less else value
                     continue
-                if self._host is None:
+                if self._host is None and cut.whole:
                     is_host_new |= name not in known[cut.number]
                     state[master][name] = value
                     continue
@@ -462,6 +519,11 @@ class BlockState:
                     state[master][name] = assembled(value, self._new_buffers(cut, name, parts(value)))
                 for held, part in zip(parts(state[master][name]), parts(value), strict=True):
                     pairs.append((_view(held, cut), part))
+        if not self._moves_state:  # what was stepped in its place is there; new tensors are not
+            for held, value in pairs:
+                if held.data_ptr() != value.data_ptr():
+                    held.copy_(value)
+            pairs = []
         return pairs, is_host_new, is_device_new
 
     def _new_buffers(self, cut: Slice, name: str, values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -476,10 +538,13 @@ class BlockState:
 
 
 def _by_category(chunk: _StagedChunk, parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
-    """Return category and tensor of everything that a chunk has on the device, for the ledger."""
+    """Return category and tensor of everything that a chunk has on the device only for the step, for the ledger."""
+    gradients = [("gradients", parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if chunk.slot is None:
+        return gradients
     found = [("master_weights", master) for master in chunk.masters if master is not None]
     found += [("optimizer_state", part) for state in chunk.states for value in state.values() for part in parts(value)]
-    return found + [("gradients", parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return found + gradients
 
 
 def _chunks(slices: list[Slice], limit: int | None) -> list[list[Slice]]:
@@ -506,6 +571,11 @@ def _chunks(slices: list[Slice], limit: int | None) -> list[list[Slice]]:
 def _view(tensor: torch.Tensor, cut: Slice) -> torch.Tensor:
     """Return a slice of a tensor: flat, or, if the slice is whole, the tensor in its shape."""
     return tensor if cut.whole else tensor.view(-1)[cut.start : cut.stop]
+
+
+def _part_of(value: torch.Tensor, cut: Slice) -> torch.Tensor:
+    """Return a slice of a value of optimizer state: a view."""
+    return value if cut.whole else assembled(value, [_view(part, cut) for part in parts(value)])
 
 
 def _copied(value: Any) -> Any:

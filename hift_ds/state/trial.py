@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hift_ds.optim.properties import ELEMENTWISE, overrides, parts, restrict, with_initial_state
 from hift_ds.state.allocator import HostMemory
-from hift_ds.state.step import BlockState, Slice
+from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Staging
 
 # Shapes of the tensors of a trial, by number of dimensions. 8-bit optimizers keep small tensors in 32 bits (up to 4,096
@@ -54,18 +54,19 @@ def examine(optimizer: torch.optim.Optimizer, on_host: bool = False) -> Traits:
 
     Args:
         optimizer: it is not changed.
-        on_host: DeepSpeed keeps the state in host memory and steps there (``offload_optimizer: cpu``).
+        on_host: the optimizer computes on the host (``offload_optimizer: cpu``).
 
     Raises:
         ValueError: HiFT would not be exact with this optimizer; the message has the reason and a remedy.
     """
+    device = torch.device("cpu" if on_host else get_accelerator().current_device_name())
     reason = _refusal(optimizer)
     if reason is None and type(optimizer) in ELEMENTWISE:
-        state = () if on_host else _known_state(optimizer)
+        state = _known_state(optimizer, device)
         return Traits(None, sum(dtype.itemsize for _, dtype in state), state=state)
     if reason is None:
         with torch.random.fork_rng(devices=[]):
-            found = _tried(optimizer)
+            found = _tried(optimizer, device)
         if isinstance(found, Traits):
             return found
         reason = found
@@ -101,9 +102,9 @@ def _refusal(optimizer: Any) -> str | None:
     return None
 
 
-def _known_state(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, torch.dtype], ...]:
+def _known_state(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[tuple[str, torch.dtype], ...]:
     """Return what a step makes of a known optimizer's state, in any of its parameter groups."""
-    ones = torch.ones(8, device=get_accelerator().current_device_name())
+    ones = torch.ones(8, device=device)
     trial, _ = restrict(optimizer, [])
     trial.param_groups = []
     for group in optimizer.param_groups:
@@ -121,9 +122,9 @@ def _state_of_shape(states: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, tor
     return tuple(found.items())
 
 
-def _tried(optimizer: torch.optim.Optimizer) -> Traits | str:
+def _tried(optimizer: torch.optim.Optimizer, device: torch.device) -> Traits | str:
     """Return what a trial finds, or why the optimizer is refused."""
-    groups = list(_groups(optimizer))
+    groups = list(_groups(optimizer, device))
     try:
         stepped = _Whole(optimizer, groups)
         truth = stepped.run()
@@ -154,8 +155,13 @@ def _tried(optimizer: torch.optim.Optimizer) -> Traits | str:
 class _Group:
     """A parameter group of a trial: settings, first values of its parameters, and gradients of each step."""
 
-    def __init__(self, settings: Mapping[str, Any], shapes: list[tuple[int, ...]], generator: torch.Generator):
-        device = get_accelerator().current_device_name()
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        shapes: list[tuple[int, ...]],
+        generator: torch.Generator,
+        device: torch.device,
+    ):
         self.settings = dict(settings)
         rate = settings.get("lr")
         if rate is not None:  # some optimizers need a tensor, others have no rate
@@ -170,7 +176,7 @@ class _Group:
             self.gradients.append(scaled)
 
 
-def _groups(optimizer: torch.optim.Optimizer) -> Iterator[_Group]:
+def _groups(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[_Group]:
     """Yield a group for each kind of parameter group: of other settings that are no numbers, or other dimensions."""
     generator = torch.Generator().manual_seed(0)
     seen = set()
@@ -183,7 +189,7 @@ def _groups(optimizer: torch.optim.Optimizer) -> Iterator[_Group]:
             shapes = [
                 shape for dim in dims for shape in _SHAPES.get(dim) or [(2,) * (dim - 2) + last for last in _MATRICES]
             ]
-            yield _Group(settings, shapes, generator)
+            yield _Group(settings, shapes, generator, device)
 
 
 class _Whole:
@@ -231,6 +237,8 @@ class _Whole:
 class _Moved:
     """The steps of a :class:`BlockState`, as the owner of its masters.
 
+    If the optimizer computes on the host, so does the trial, from other host buffers.
+
     Args:
         optimizer: the optimizer to try.
         groups: what to step.
@@ -238,8 +246,10 @@ class _Moved:
             tensors.
     """
 
+    factor = None
+
     def __init__(self, optimizer: torch.optim.Optimizer, groups: list[_Group], per_element: int | None = None):
-        device = torch.device(get_accelerator().current_device_name())
+        device = groups[0].starts[0].device
         self.optimizer, _ = restrict(optimizer, [])
         join: Callable[[list[torch.Tensor]], list[torch.Tensor]] = (
             (lambda tensors: [tensor.clone() for tensor in tensors])
@@ -274,8 +284,8 @@ class _Moved:
     def masters(self) -> list[tuple[torch.Tensor, int]]:
         return list(self._masters)
 
-    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
-        return self._gradients[self._step][cut.number].flatten()[cut.start : cut.stop].clone().view(shape)
+    def gradient_parts(self, index: int) -> list[torch.Tensor]:
+        return [self._gradients[self._step][index]]
 
     def weights(self, index: int) -> torch.Tensor:
         return self._weights[index]

@@ -6,7 +6,7 @@ model, and its steps need no changes. The subclasses hold the few places where s
 blocks exist. ``block_optimizers.py`` manages all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,16 +23,16 @@ class BlockOptimizer:
 
     Attributes:
         optimizer: the torch optimizer of the block.
-        block_state: steps masters and optimizer state, and moves them; None: DeepSpeed steps in host memory.
+        block_state: steps masters and optimizer state, and moves them.
         invalid_loss: skip the next step, because a loss is non-finite on some rank: a flag on the device.
         overflow: the last step was skipped, because the loss or a gradient was non-finite.
         following: the state of the block that is stepped next, to be fetched in this block's step; None: not yet.
-        factor: in a step, what the gradients are multiplied by, on the device; None: by nothing.
+        factor: in a step, what the gradients are multiplied by, where the optimizer computes; None: by nothing.
         clip_grad: largest norm of the gradients; 0: any.
     """
 
     optimizer: Any
-    block_state: BlockState | None = None
+    block_state: BlockState
     following: BlockState | None = None
     invalid_loss: torch.Tensor
     overflow = False
@@ -40,24 +40,23 @@ class BlockOptimizer:
     clip_grad: float = 0.0
     _global_grad_norm: Any = None
 
-    @property
-    def steps_on_host(self) -> bool:
-        """Whether DeepSpeed steps in host memory (``offload_optimizer: cpu``)."""
-        return False
-
     def step(self: Any, closure: Any = None) -> None:
         """Step the block, unless the loss or a gradient is non-finite."""
         norm = self.gradient_norm()
         is_skipped = norm.isfinite().logical_not() | self.invalid_loss.view(())
-        # The one wait of the host for the device in a step.
-        skipped, norm_value = torch.stack([is_skipped.double(), norm.double()]).tolist()
-        self.overflow = bool(skipped)
+        self.block_state.fetch_gradients()
         scale = self.scale()
+        self.factor = self.factor_for(norm, scale)
+        numbers = [is_skipped, norm, *([self.factor] if torch.is_tensor(self.factor) else [])]
+        # The one wait of the host for the device in a step.
+        skipped, norm_value, *factor = torch.stack([number.double() for number in numbers]).tolist()
+        if factor and self.block_state.is_on_host:
+            (self.factor,) = factor
+        self.overflow = bool(skipped)
         self._update_scale(self.overflow)
         self._global_grad_norm = float("inf") if self.overflow else norm_value / scale
         if not self.overflow:
-            self.factor = self.factor_for(norm, scale)
-            with self.block_state.stepping([*self.gradients(), self.factor]):
+            with self.block_state.stepping():
                 if self.block_state.step(self.following):
                     self.relink()
                 self.publish_weights()
@@ -95,18 +94,14 @@ class BlockOptimizer:
     def share_buffers(self, largest: Any) -> None:
         """Use the gradient buffers of another optimizer, whose buffers are the largest, instead of separate ones."""
 
-    @staticmethod
-    def share_host_buffers(blocks: Sequence[Any]) -> None:
-        """Allocate the host buffers that only the active block uses, once for all blocks, for DeepSpeed's host step."""
-
     def held(self: Any) -> Iterator[Held]:
         """Yield all tensors that this optimizer keeps, except the weights."""
         stepped: SteppedOptimizer = self
         for index, (master, _) in enumerate(stepped.masters()):
             if stepped.weights(index) is not None:
-                yield Held("master_weights", master, self.steps_on_host)
-                yield Held("gradients", master.grad, self.steps_on_host)
+                yield Held("master_weights", master)
+                yield Held("gradients", master.grad)
             for value in self.optimizer.state.get(master, {}).values():
-                yield from (Held("optimizer_state", part, self.steps_on_host) for part in parts(value))
-        if self.block_state is not None:  # from the start, before the first step makes the state
-            yield from (Held("optimizer_state", buffer) for buffer in self.block_state.state_buffers())
+                yield from (Held("optimizer_state", part) for part in parts(value))
+        # from the start, before the first step makes the state
+        yield from (Held("optimizer_state", buffer) for buffer in self.block_state.state_buffers())

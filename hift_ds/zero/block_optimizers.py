@@ -11,6 +11,7 @@ from deepspeed.utils import log_dist
 
 from hift_ds.optim.properties import restrict
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.host_step import HostStep
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Staging
@@ -35,7 +36,6 @@ class BlockOptimizers:
         slices: for each block None, or the first and last (exclusive) element of its only parameter that it trains.
             Blocks that share a parameter share an optimizer.
         host: the store of masters and state, except during a step. None: they stay on the device.
-        steps_on_host: DeepSpeed keeps masters and state in host memory and steps there.
         chunk_bytes: size of a slot for the streamed step; None: a block's whole state comes to the device at once.
         bytes_per_element: bytes of the master and state of one element; with ``chunk_bytes`` it gives the number of
             elements in a chunk.
@@ -43,6 +43,7 @@ class BlockOptimizers:
         state: name and dtype of the tensors of state that the torch optimizer makes, for their buffers.
         slots: number of slots for the streamed step.
         defer: let the device do the streamed step during the next forward pass.
+        on_host: the torch optimizer computes on the host, through these areas; None: it computes on the device.
         counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
 
     Attributes:
@@ -52,7 +53,7 @@ class BlockOptimizers:
         updating: index of the block that the last step updates.
         rates: for each parameter group of ``optimizer``, the learning rate that blocks use instead of its own; None:
             its own.
-        staging: the staging memory on the device; None: DeepSpeed steps in host memory.
+        staging: the staging memory on the device.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class BlockOptimizers:
         state: Sequence[tuple[str, torch.dtype]] = (),
         slots: int = 2,
         defer: bool = False,
-        steps_on_host: bool = False,
+        on_host: HostStep | None = None,
         counted: Collection[str] = (),
     ):
         self.optimizer = configured
@@ -76,16 +77,15 @@ class BlockOptimizers:
         self.host = host
         self.optimizers: list[Any] = []
         self._places: list[tuple[int, int]] = []  # for each block: index of its optimizer, index of its slice there
-        self._prefetch = prefetch and host is not None
+        self._on_host = on_host
+        self._prefetch = prefetch and host is not None and on_host is None
         self._own_settings = {"params", *counted}
         self._streamed = chunk_bytes is not None
         self._invalid_loss: torch.Tensor | None = None  # one flag, on the device
         self._sources: list[list[int]] = []  # for each optimizer: where in `configured` its parameter groups come from
-        self.staging: Staging | None = None
-        if not steps_on_host:
-            device = torch.device(get_accelerator().current_device_name())
-            direct = host.direct if host is not None else None
-            self.staging = Staging(device, chunk_bytes, direct, slots, defer and self._streamed)
+        device = torch.device(get_accelerator().current_device_name())
+        direct = host.direct if host is not None else None
+        self.staging = Staging(device, chunk_bytes, direct, slots, defer and self._streamed)
         owned: list[Sequence[torch.nn.Parameter]] = []  # for each optimizer: its parameters,
         slices_of: list[list[tuple[int, int]]] = []  # and the slices of the blocks that share it
         for members, cut in zip(parameters, slices, strict=True):
@@ -104,14 +104,14 @@ class BlockOptimizers:
             block: BlockOptimizer = make_optimizer(inner)
             for parameter in members:
                 parameter.requires_grad_(False)
-            if self.staging is not None:
-                stepped: Any = block
-                block.block_state = BlockState(stepped, host, self.staging, bytes_per_element, cuts, state)
-                block.relink()
+            stepped: Any = block
+            block.block_state = BlockState(stepped, host, self.staging, bytes_per_element, cuts, state, on_host)
+            block.relink()
             self.optimizers.append(block)
             self._sources.append(sources)
             self._share_between_blocks()
-        self.optimizers[0].share_host_buffers(self.optimizers)
+        if on_host is not None:
+            on_host.allocate()
         self.active = self.updating = 0
         self.rates: list[Any] | None = None
 
@@ -174,13 +174,12 @@ class BlockOptimizers:
         Returns:
             The block's optimizer, with the current settings.
         """
-        if index != self.active and self._active_optimizer.block_state is not None:
+        if index != self.active:
             self._active_optimizer.block_state.discard_prefetched()
         self._active_optimizer.set_active(False)
         self.active = index
         self._active_optimizer.set_active(True)
-        if self._active_optimizer.block_state is not None:
-            self._active_optimizer.block_state.select(self._places[index][1])
+        self._active_optimizer.block_state.select(self._places[index][1])
         self.copy_settings()
         if self._streamed:  # the two slots have their memory on the device in any case
             self.prefetch()
@@ -248,42 +247,38 @@ class BlockOptimizers:
         if is_loss_invalid or getattr(active, "dtype", None) != torch.float16:
             what = "loss" if is_loss_invalid else "gradients"
             log_dist(f"non-finite {what}: no rank updates block {block}", ranks=[0], level=logging.WARNING)
-        if not self._streamed and active.block_state is not None:
+        if not self._streamed:
             active.block_state.discard_prefetched()  # a whole block's state must not add to the next activations
 
     def held(self) -> Iterator[Held]:
         """Yield all tensors that the optimizers and the staging keep, except the weights."""
         for block in self.optimizers:
             yield from block.held()
-            if block.block_state is not None:
-                yield from (Held("gradients", t) for name, t in block.block_state.staged if name == "gradients")
-        if self.staging is not None:
-            yield from (Held("buffers", slot.area) for slot in self.staging.slots)
+            yield from (Held("gradients", t) for name, t in block.block_state.staged if name == "gradients")
+        yield from (Held("buffers", slot.area) for slot in self.staging.slots)
+        if self._on_host is not None:
+            yield from map(Held, ("gradients", "buffers"), self._on_host.areas())
         if self.host is not None and self.host.direct is not None:
             yield from (Held("buffers", buffer, on_host=True) for buffer in self.host.direct.buffers)
 
     def staged(self) -> Iterator[tuple[str, int]]:
         """Yield category and bytes of what the slots hold now, during a step."""
         for block in self.optimizers:
-            if block.block_state is not None:
-                yield from ((name, t.nbytes) for name, t in block.block_state.staged if name != "gradients")
+            yield from ((name, t.nbytes) for name, t in block.block_state.staged if name != "gradients")
 
     def finish_update(self) -> None:
         """Let what the device computes next wait for the last step's update."""
-        if self.staging is not None:
-            self.staging.finish_update()
+        self.staging.finish_update()
 
     def settle(self) -> None:
         """Wait until the state of all blocks is in host memory, and discard prefetched chunks."""
         for block in self.optimizers:
-            if block.block_state is not None:
-                block.block_state.settle()
+            block.block_state.settle()
 
     def return_to_host(self) -> None:
         """Restore the placement of state after DeepSpeed moved or replaced tensors."""
         for block in self.optimizers:
-            if block.block_state is not None:
-                block.block_state.to_host()
+            block.block_state.to_host()
             block.relink()
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,7 +288,7 @@ class BlockOptimizers:
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
-        counts = [block.block_state.step_counts() if block.block_state is not None else [] for block in self.optimizers]
+        counts = [block.block_state.step_counts() for block in self.optimizers]
         return {**_masters_of_all(blocks), "blocks": blocks, "settings": settings, "counts": counts}
 
     def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
@@ -325,8 +320,7 @@ class BlockOptimizers:
         self.return_to_host()
         if options.get("load_optimizer_states", True):
             for block, counts in zip(self.optimizers, saved["counts"], strict=True):
-                if block.block_state is not None:
-                    block.block_state.load_step_counts(counts)
+                block.block_state.load_step_counts(counts)
             for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
                 group.update(settings)
         self._share_between_blocks()

@@ -7,9 +7,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
 
 from hift_ds.optim.properties import with_initial_state
-from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer
-from hift_ds.zero.gradients import fp32_slice
 
 
 class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
@@ -41,10 +39,6 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
         """Return the loss scale of the gradients."""
         return float(self.loss_scale_config.cur_scale)
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Return the tensors that :meth:`gradient` reads."""
-        return [weights.grad for weights in self._weights if weights.grad is not None]
-
     def release_gradients(self) -> None:
         """Free the gradients."""
         self.zero_grad(set_to_none=True)
@@ -53,12 +47,10 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
         """Return each fp32 master with the index of its parameter group."""
         return [(master, g) for g, masters in enumerate(self.fp32_groups) for master in masters]
 
-    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
-        """Return the fp32 gradient of a slice, clipped; zeros if there is none."""
-        weights = self.weights(cut.number)
-        if weights.grad is None:
-            return torch.zeros(shape, device=weights.device)
-        return fp32_slice([weights.grad], cut, shape, self.factor)
+    def gradient_parts(self, index: int) -> list[torch.Tensor]:
+        """Return the gradient of a master, if there is one."""
+        gradient = self._weights[index].grad
+        return [] if gradient is None else [gradient]
 
     def weights(self, index: int) -> torch.Tensor:
         """Return the bf16 weights of a master."""

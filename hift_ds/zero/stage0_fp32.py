@@ -8,7 +8,6 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from hift_ds.optim.properties import with_initial_state
-from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer
 
 
@@ -63,10 +62,6 @@ class PlainBlockOptimizer(BlockOptimizer):
     def _update_scale(self, is_skipped: bool) -> None:
         """Do nothing: there is no loss scale."""
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Return the tensors that :meth:`gradient` reads."""
-        return [weights.grad for weights, _ in self._masters if weights.grad is not None]
-
     def release_gradients(self) -> None:
         """Free the gradients."""
         self.zero_grad()
@@ -75,13 +70,10 @@ class PlainBlockOptimizer(BlockOptimizer):
         """Return each weight with the index of its parameter group."""
         return self._masters
 
-    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
-        """Return the gradient of a slice, clipped; zeros if there is none."""
-        weights, _ = self._masters[cut.number]
-        if weights.grad is None:
-            return torch.zeros(shape, device=weights.device)
-        gradient = weights.grad.reshape(-1)[cut.start : cut.stop].view(shape)
-        return gradient if self.factor is None else gradient.mul_(self.factor)
+    def gradient_parts(self, index: int) -> list[torch.Tensor]:
+        """Return the gradient of a weight, if there is one."""
+        gradient = self._masters[index][0].grad
+        return [] if gradient is None else [gradient]
 
     def weights(self, index: int) -> None:
         """Return None: the masters are the weights."""

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,9 @@ from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from hift_ds.optim.properties import with_initial_state
-from hift_ds.state.allocator import HostMemory
 from hift_ds.state.ledger import Held
-from hift_ds.state.step import Slice
 from hift_ds.zero.base import BlockOptimizer
-from hift_ds.zero.gradients import clear_except, fp32_slice, share_gradients, squared_norm, sum_over
+from hift_ds.zero.gradients import squared_norm, sum_over
 
 
 class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -34,11 +32,6 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def __init__(self, *args: Any, first: "Stage3BlockOptimizer | None", **kwargs: Any):
         self._first = first
         super().__init__(*args, **kwargs)
-
-    @property
-    def steps_on_host(self) -> bool:
-        """Whether DeepSpeed steps in host memory (``offload_optimizer: cpu``)."""
-        return bool(self.offload_optimizer)
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's hooks that gather weights; the first block's optimizer makes them."""
@@ -100,8 +93,7 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     @contextmanager
     def _trainable(self, param: Any) -> Iterator[None]:
-        if self.block_state is not None:
-            self.block_state.settle()
+        self.block_state.settle()
         before = param.requires_grad
         param.requires_grad_(before or self.get_param_id(param) in self.grad_position)
         try:
@@ -111,8 +103,6 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def initialize_optimizer_states(self) -> None:
         """Let DeepSpeed make state, but keep Adagrad's settings."""
-        if self.offload_optimizer:
-            return  # `share_host_buffers` allocates its gradients
         if not isinstance(self.optimizer, torch.optim.Adagrad):
             super().initialize_optimizer_states()
             return
@@ -142,16 +132,6 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
         """Return the elements of this rank's gradients."""
         return self.grad_partitions_flat_buffer.numel()
 
-    @staticmethod
-    def share_host_buffers(blocks: "Sequence[Stage3BlockOptimizer]") -> None:
-        """Allocate the host step's fp32 gradients once: only the active block uses them."""
-        one = blocks[0]
-        if not one.offload_optimizer:
-            return
-        host = HostMemory(one.offload_optimizer_pin_memory)
-        masters = [block.fp32_partitioned_groups_flat for block in blocks]
-        share_gradients(host, masters, one.master_weights_and_grads_dtype)
-
     def independent_gradient_partition_epilogue(self) -> None:
         """Finish the reduction, then clear what it did not write.
 
@@ -173,17 +153,9 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def step(self, closure: Any = None) -> None:
         """Step the block, unless the loss or a gradient is non-finite."""
-        if self.block_state is not None:
-            self._pre_step()
-            self._partition_all_parameters()
-            super().step(closure)
-            return
-        for master, parameters in zip(self.fp32_partitioned_groups_flat, self.fp16_groups, strict=True):
-            used = [p for p in parameters if self.get_param_id(p) in self.norm_for_param_grads]
-            starts = [self.grad_position[self.get_param_id(p)][1] for p in used]
-            ends = [start + self._own_numel(p) for start, p in zip(starts, used, strict=True)]
-            clear_except(master.grad, zip(starts, ends, strict=True))
-        DeepSpeedZeroOptimizer_Stage3.step(self, closure)
+        self._pre_step()
+        self._partition_all_parameters()
+        super().step(closure)
 
     def gradient_norm(self) -> torch.Tensor:
         """Return the norm of the block's gradients, scaled, over all ranks."""
@@ -201,20 +173,12 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
             self._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
         return total.sqrt()
 
-    def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
-        self.overflow = bool(self.invalid_loss)  # the host step checks the gradients' norm next
-        return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
-
     def publish_weights(self) -> None:
         """Gather the weights that all ranks keep whole."""
         for sub_group in range(len(self.fp16_groups)):
             self._unflatten_partitioned_parameters(sub_group)
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
-
-    def gradients(self) -> list[torch.Tensor]:
-        """Return the tensors that :meth:`gradient` reads."""
-        return [self.grad_partitions_flat_buffer]
 
     def release_gradients(self) -> None:
         """Free the gradients of single parameters. Those of the block stay in their shared buffer."""
@@ -235,9 +199,9 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
         groups = self.sub_group_to_group_id
         return [(master, groups[sub_group]) for sub_group, master in enumerate(self.fp32_partitioned_groups_flat)]
 
-    def gradient(self, cut: Slice, shape: torch.Size) -> torch.Tensor:
-        """Return the fp32 gradient of a slice, unscaled and clipped."""
-        return fp32_slice(self.averaged_gradients[cut.number], cut, shape, self.factor)
+    def gradient_parts(self, index: int) -> list[torch.Tensor]:
+        """Return this rank's partitions of the gradients of a master's parameters."""
+        return list(self.averaged_gradients[index])
 
     def weights(self, index: int) -> torch.Tensor | None:
         """Return this rank's weights of a master; None: they are the same tensor, as DeepSpeed may arrange in fp32."""
@@ -252,5 +216,5 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def held(self) -> Iterator[Held]:
         """Yield all tensors that this optimizer keeps, except the weights."""
         yield from super().held()
-        yield Held("gradients", self.grad_partitions_flat_buffer, self.steps_on_host)
+        yield Held("gradients", self.grad_partitions_flat_buffer)
         yield from (Held("buffers", bucket.buffer) for bucket in self.ipg_buckets.values())

@@ -56,17 +56,18 @@ def test_one_rank(case: Case) -> None:
         assert ledger[where]["master_weights"] == own
         assert ledger[other]["master_weights"] == ledger[other]["optimizer_state"] == 0
         assert not any(ledger["nvme"].values())
-    is_ours = where == "host" and not case.offload  # then its buffers are there before the first step makes the state
-    assert seen["start"][where]["optimizer_state"] == (8 * numel if is_ours else 0)
+    # In host memory, its buffers are there before the first step makes the state.
+    assert seen["start"][where]["optimizer_state"] == (8 * numel if where == "host" else 0)
     assert seen["now"][where]["optimizer_state"] == 8 * numel
-    if case.stage < 3 and not case.offload:
+    if case.stage < 3:
         assert seen["now"]["device"]["gradients"] == 0
         assert seen["now"]["device"]["buffers"] == seen["slots"] + seen["model_buffers"]
 
-    if case.offload:  # one block's gradients in fp32, their sums over micro batches, and the updated weights
-        largest, buffers = seen["largest"], weight * (seen["largest"] + seen["widest"])
-        assert seen["now"]["host"]["gradients"] == (4 + weight) * largest
-        assert seen["now"]["host"]["buffers"] == (buffers if case.stage < 3 else 0)
+    if case.offload:  # one block's gradients and updated weights, as they travel
+        for ledger in (seen["start"], seen["now"]):
+            assert ledger["host"]["gradients"] == ledger["host"]["buffers"] == weight * seen["largest"]
+        assert seen["peak"]["device"]["optimizer_state"] == seen["peak"]["device"]["master_weights"] == 0
+        assert weight * seen["largest"] <= seen["peak"]["device"]["gradients"] <= 2 * weight * seen["largest"]
 
     peak = seen["peak"]["device"]
     assert sum(peak.values()) >= sum(seen["now"]["device"].values())

@@ -26,8 +26,8 @@ def possible(row: Row) -> bool:
         return False  # DeepSpeed has neither
     if row["dtype"] != "fp32" and row["ranks"] > 1:
         return False  # ranks add 16-bit gradients in another order than the reference
-    if row["offload"] and row.get("max_block_numel") == FINER:
-        return False  # refused: no rows of a tensor on the host
+    if row["offload"] and row.get("max_block_numel") == FINER and row["dtype"] != "fp32":
+        return False  # the last bit of DeepSpeed's CPU Adam flips 16-bit weights, and small blocks amplify it
     if "optimizer" in row:
         if row["optimizer"] not in (BY_CLIENT if row["client_optimizer"] else BY_CONFIG):
             return False
@@ -56,6 +56,20 @@ BLOCKS = {
         [Case(stage=3, ranks=2, offload=True), Case(stage=2, ranks=2, offload=True)],
         [Case(stage=2, max_block_numel=FINER, tied=True, steps_per_block=2)],
         [Case(stage=2, max_block_numel=FINER, step="block", optimizer="momentum")],
+        [
+            Case(
+                stage=stage,
+                max_block_numel=FINER,
+                offload=True,
+                dtype=d,
+                optimizer="Adagrad" if d != "fp32" else "AdamW",
+            )
+            for stage, d in ((1, "bf16"), (2, "fp32"), (3, "fp16"))
+        ],
+        [
+            Case(stage=stage, max_block_numel=FINER, place="none", dtype=d)
+            for stage, d in ((0, "fp32"), (2, "bf16"), (3, "fp32"))
+        ],
         [Case(stage=3, max_block_numel=FINER, optimizer="Adagrad"), Case(stage=1, max_block_numel=2100, offload=True)],
         [Case(stage=stage, balance=True, ranks=ranks) for stage, ranks in ((0, 1), (2, 2), (3, 1))],
     ),
@@ -113,11 +127,13 @@ def check_schedule(case: Case) -> None:
 
 
 def check_stock(case: Case) -> None:
-    """Bit for bit. Not at stage 0 in bf16: there stock DeepSpeed's set-up takes an optimizer step on zero gradients
+    """Bit for bit. Stock DeepSpeed's step on the host adds up the gradients' norm in another order, and clips by it.
+
+    Not at stage 0 in bf16: there stock DeepSpeed's set-up takes an optimizer step on zero gradients
     (`FP16_Optimizer.initialize_optimizer_states`), which decays the weights and shifts Adam's step count by one."""
     ((ours, _, _),) = run_on_ranks(1, train, case)
     ((stock, _, _),) = run_on_ranks(1, train, case, stock=True)
-    assert tiny.largest_difference(ours.end, stock.end) == 0
+    assert tiny.largest_difference(ours.end, stock.end) <= (1e-7 if case.offload else 0)
     assert ours.rates == stock.rates
     assert tiny.largest_difference(ours.end, ours.start) > 0
 
@@ -160,8 +176,6 @@ def refusal(case: Case) -> str:
     ("case", "said"),
     [
         (Case(optimizer="Adafactor", client_optimizer=True), ("Adafactor", "element-wise")),
-        (Case(stage=2, offload=True), ("offload_optimizer", "remove offload_optimizer")),
-        (Case(place="none"), ("hift.offload.device='none'", "remove hift.offload.device='none'")),
     ],
     ids=str,
 )

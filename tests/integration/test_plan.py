@@ -85,6 +85,12 @@ SINGLE = [
     {"zero_stage": 2, "max_block_numel": 20000},
     {"zero_stage": 2, "balance": True},
     {"zero_stage": 3, "max_block_numel": 20000, "offload_step": "block"},
+    {"zero_stage": 2, "offload_device": "none", "max_block_numel": 20000},
+    {"zero_stage": 1, "offload_optimizer": "cpu"},
+    {"zero_stage": 1, "offload_optimizer": "cpu", "precision": "fp32", "gradient_accumulation_steps": 2},
+    {"zero_stage": 2, "offload_optimizer": "cpu", "max_block_numel": 20000},
+    {"zero_stage": 3, "offload_optimizer": "cpu", "precision": "fp32"},
+    {"zero_stage": 3, "offload_optimizer": "cpu", "max_block_numel": 20000},
 ]
 
 

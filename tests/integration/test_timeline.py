@@ -84,7 +84,7 @@ def recorded(run: str, steps: int = 4, defer: bool = True) -> Recorded:
             model(passes["forward"][half:] + passes["backward"])
             machine.record(Operation(HOST, after=(len(machine.program) - 1,)))  # whether to skip
             state, following = states[step % 2], states[(step + 1) % 2]
-            with state.stepping(owners[step % 2].gradients):
+            with state.stepping():
                 state.step()
             following.prefetch()
             scale()

@@ -21,7 +21,7 @@ from tests.support import tiny
 from tests.support.device_memory import skip_on_a_device
 from tests.support.lazy_streams import LazyStreams, MissingWait
 from tests.support.pairwise import others_slow
-from tests.support.parity import STAGES, STRATEGIES
+from tests.support.parity import FINER, STAGES, STRATEGIES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 
@@ -38,6 +38,7 @@ class Way:
     pinning_refused: bool = False
     folder: str | None = None
     aio: bool = True  # where it is available
+    chunk: int | None = None  # elements of a chunk that the host steps; None: as ever
     meddle: Callable[[Any], None] | None = None  # before some steps
 
 
@@ -63,6 +64,8 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
             stack.enter_context(mock.patch.object(hift_ds.state.allocator, "get_accelerator", Unpinnable))
             stack.enter_context(mock.patch.object(hift_ds.state.arena, "get_accelerator", Unpinnable))
             logger = stack.enter_context(mock.patch.object(hift_ds.state.arena, "logger"))
+        if way.chunk:
+            stack.enter_context(mock.patch.object(hift_ds.state.step, "CHUNK", way.chunk))
         if not way.aio:
             stack.enter_context(mock.patch.object(hift_ds.state.direct_io, "library", lambda: (None, "a test")))
         engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
@@ -198,6 +201,50 @@ def test_a_step_during_the_next_forward_pass_changes_nothing(case: Case) -> None
     ways.append(replace(truth, lazy=True, defer=True, meddle=evaluate))
     ways.append(replace(truth, lazy=True, defer=True, meddle=save_and_load))
     assert run_on_ranks(1, different, case, truth, *ways) == [[]]
+
+
+ON_THE_HOST = [
+    Case(stage=1, dtype="bf16", offload=True),
+    Case(stage=2, offload=True, max_block_numel=FINER, clip=0.005),
+    Case(stage=3, dtype="fp16", offload=True, optimizer="Adagrad", steps_per_block=2),
+]
+
+
+@pytest.mark.parametrize("case", ON_THE_HOST, ids=str)
+def test_lazy_streams_and_small_chunks_change_no_step_on_the_host(case: Case) -> None:
+    skip_on_a_device()
+    ways = [Way(chunk=2048), Way(lazy=True), Way(lazy=True, chunk=2048, meddle=evaluate)]
+    assert run_on_ranks(1, different, case, Way(), *ways) == [[]]
+    both = [Way(lazy=lazy, meddle=change_masters_and_moments) for lazy in (False, True)]
+    if case.optimizer == "AdamW" and not case.max_block_numel:
+        assert run_on_ranks(1, different, case, *both) == [[]]
+
+
+def early(case: Case) -> str:
+    """In a rank: what happens if the host does not wait for the gradients, or for the weights of the step before."""
+    from hift_ds.state.step import BlockState
+
+    fetch, stepping = BlockState.fetch_gradients, BlockState.stepping
+
+    @contextlib.contextmanager
+    def late(state: BlockState) -> Any:
+        fetch(state)
+        with stepping(state):
+            yield
+
+    with (
+        mock.patch.object(BlockState, "fetch_gradients", lambda state: None),
+        mock.patch.object(BlockState, "stepping", late),
+    ):
+        try:
+            return "nothing" if not different(case, Way(), Way(lazy=True)) else "wrong"
+        except MissingWait:
+            return "missing"
+
+
+def test_a_step_on_the_host_that_does_not_wait_for_its_gradients_is_noticed() -> None:
+    skip_on_a_device()
+    assert run_on_ranks(1, early, ON_THE_HOST[0]) == ["missing"]
 
 
 def never_at_a_gate(case: Case, way: Way) -> str:

@@ -56,20 +56,15 @@ class DeviceMemory(TorchDispatchMode):
 
     What was made before, and is not declared, counts as device memory labelled ``"outside"``.
 
-    Args:
-        numbers_travel: tensors of one number are nowhere. For code that brings them over by ``to(device)``, which does
-            nothing here.
-
     Attributes:
         live: device bytes now, by the label under which each storage was made, and as ``"total"``.
         peak: the highest of each since the last ``reset``.
         operations, copies: how many operations had tensors, and how many of them copied between host and device.
     """
 
-    def __init__(self, numbers_travel: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         skip_on_a_device()
-        self._numbers_travel = numbers_travel
         self._storages: dict[int, _Storage] = {}
         self._label, self._place = "other", "device"
         self._patches = ExitStack()
@@ -158,7 +153,7 @@ class DeviceMemory(TorchDispatchMode):
         fixed = {
             entry.place
             for entry, tensor in zip(entries, inputs, strict=True)
-            if tensor.dim() and entry.place != "scalar" or entry.place == "device" and not self._numbers_travel
+            if tensor.dim() and entry.place != "scalar" or entry.place == "device"
         }
         if len(fixed) > 1:
             assert func in COPIES, f"{func} mixes host and device: " + ", ".join(

@@ -289,7 +289,15 @@ class LazyStreams(TorchDispatchMode):
             done.set_result(work(*args))
             return done
 
+        to_list = torch.Tensor.tolist  # is no operation
+
+        def read(tensor: torch.Tensor) -> Any:
+            if self._memory_of(tensor).place == "device":
+                self._host_waits()
+            return to_list(tensor)
+
         for patch in (
+            mock.patch.object(torch.Tensor, "tolist", read),
             mock.patch.object(HostMemory, "empty", empty),
             mock.patch.object(hift_ds.state.direct_io._Channel, "__init__", channel),
             mock.patch.object(hift_ds.state.direct_io.ThreadPoolExecutor, "submit", lambda _, *call: at_once(*call)),
@@ -371,9 +379,13 @@ class LazyStreams(TorchDispatchMode):
         ):
             self.record(work_of(func, args, kwargs, result))
         if "device" in places and (between and not asynchronous or set(func.tags) & set(_RESULTS_ON_HOST)):
-            self.host.learn(clock.knows)
-            self.record(Operation(HOST, after=tuple(sorted(self.current.last))))
+            self._host_waits()
         return result
+
+    def _host_waits(self) -> None:
+        """The host waits for the current stream."""
+        self.host.learn(self.current.knows)
+        self.record(Operation(HOST, after=tuple(sorted(self.current.last))))
 
     def _queue(self, lane: Stream, target: torch.Tensor, source: torch.Tensor, name: str) -> None:
         assert target.is_contiguous() and source.is_contiguous()

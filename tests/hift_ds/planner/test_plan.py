@@ -86,7 +86,10 @@ def test_where_state_is() -> None:
     assert not any(kept.host.values())
     assert (kept.device["master_weights"], kept.device["optimizer_state"]) == (4 * TOTAL, 8 * TOTAL)
     on_host = plan_memory(SMALL, offload_optimizer="cpu", seq_len=64)
-    assert on_host.host["gradients"] == 4 * LAYER and on_host.device["optimizer_state"] == 0
+    assert on_host.host["gradients"] == on_host.host["buffers"] == 2 * LAYER
+    assert on_host.device["optimizer_state"] == 0
+    stock = plan_memory(SMALL, offload_optimizer="cpu", seq_len=64, method="full")
+    assert stock.host["gradients"] == 4 * TOTAL and stock.device["optimizer_state"] == 0
 
 
 def test_methods_in_their_order() -> None:
@@ -271,10 +274,6 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (
             ["--model", "gpt2", "--max-block-numel", "100"],
             ["max_block_numel=100: a tensor is cut by rows, and a row has more parameters in transformer.wte"],
-        ),
-        (
-            ["--model", "gpt2", "--balance", "--offload-device", "none"],
-            ["is cut by rows, but its state stays in one place; raise --max-block-numel, or leave --balance out"],
         ),
         (["--model", "llama-7b", "--gpu-memory", "1GiB", "--reserve", "2GiB"], ["expected more than the 2.00 GiB"]),
         (["--model", "llama-7b", "--reserve", "2GiB"], ["no effect without --gpu-memory"]),
