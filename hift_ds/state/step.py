@@ -9,7 +9,6 @@ If the optimizer computes on the host, masters and state stay where they are. Gr
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -147,6 +146,7 @@ class BlockState:
         self._active = self._plans[0]
         self._buffers: dict[tuple[int, str | None, int], torch.Tensor] = {}
         self._fetched: dict[int, _StagedChunk] = {}
+        self._parts: list[list[torch.Tensor]] = []  # of the gradient of each master, in a step
         self._gradients: dict[Slice, torch.Tensor] = {}  # on the host, if the optimizer computes there
         if on_host is not None:
             for plan in self._plans:
@@ -335,19 +335,19 @@ class BlockState:
             if parts := self._owner.gradient_parts(cut.number):
                 self._gradients[cut] = self._on_host.fetch(parts, cut.start, cut.stop)
 
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Issue what runs inside the ``with`` statement, the step, where the device is to do it.
+    def update(self, issue: Callable[[], None], late: bool) -> None:
+        """Update the selected block. The owner may free the gradients at once.
 
-        The gradients may be freed once it is issued.
+        Args:
+            issue: issues the update, with :meth:`step` in it.
+            late: see :meth:`Staging.update <hift_ds.state.transfer.Staging.update>`.
         """
-        self._staging.finish_update()
-        parts = (part for index in range(len(self._masters)) for part in self._owner.gradient_parts(index))
-        for value in (*parts, self._owner.factor):
-            if torch.is_tensor(value):
-                self._staging.uses(value)
-        with self._staging.stepping():
-            yield
+        self._hold_gradients()
+        self._staging.update(issue, late)
+
+    def _hold_gradients(self) -> None:
+        if not self._parts:
+            self._parts = [self._owner.gradient_parts(index) for index in range(len(self._masters))]
 
     @torch.no_grad()
     def step(self, following: "BlockState | None" = None) -> bool:
@@ -366,6 +366,10 @@ class BlockState:
         optimizer, plan = self._owner.optimizer, self._active
         if not plan.chunks:  # other ranks hold all of it
             return False
+        self._hold_gradients()
+        for value in (*(part for own in self._parts for part in own), self._owner.factor):
+            if torch.is_tensor(value):
+                self._staging.uses(value)
         groups, state = optimizer.param_groups, optimizer.state
         known = self._known_state()
         if self._is_shared:
@@ -389,6 +393,7 @@ class BlockState:
                     following.prefetch()
         finally:
             optimizer.param_groups, optimizer.state = groups, state
+            self._parts = []
         if self._is_shared:
             plan.is_new = False
             plan.counts = [_without_elements(state.get(master, {})) for master in self._masters]
@@ -461,7 +466,7 @@ class BlockState:
         """
         owner, start = self._owner, cut.start
         if self._on_host is None:
-            parts, is_last = owner.gradient_parts(cut.number), owner.weights(cut.number) is None
+            parts, is_last = self._parts[cut.number], owner.weights(cut.number) is None
         else:
             parts, is_last, start = [self._gradients[cut]] if cut in self._gradients else [], True, 0
         if not parts:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,7 @@ class Staging:
         self.slot_bytes = slot_bytes
         self.fetching, self.storing, self._stepping = Lane(), Lane(), Lane()
         self.can_defer = defer
+        self._late: Callable[[], None] | None = None  # an update that is not issued yet
         self._updated: Any = None  # event after which the weights of the last stepped block are updated
         if slot_bytes is None:
             self.slots = [Slot(None)]
@@ -133,15 +134,34 @@ class Staging:
     def _area(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Issue what runs inside the ``with`` statement, the update of a block, where the device is to do it."""
+    def update(self, issue: Callable[[], None], late: bool = False) -> None:
+        """Update a block.
+
+        Args:
+            issue: issues the update.
+            late: call it at the next :meth:`start_update`. A device makes its copies in one direction in the order in
+                which they are issued, so a number that the host waits for would wait for all of a block's state.
+        """
+        self.finish_update()
+        if late and self.can_defer:
+            self._late = issue
+        else:
+            self._issue(issue)
+
+    def _issue(self, issue: Callable[[], None]) -> None:
         if not self.can_defer:
-            yield
+            issue()
             return
         with self._stepping.after(mark()):
-            yield
+            issue()
         self._updated = self._stepping.mark()
+
+    def start_update(self) -> None:
+        """Issue an update that is late."""
+        if self._late is not None:
+            issue, self._late = self._late, None
+            with torch.inference_mode(False), torch.no_grad():  # whatever the forward pass runs in
+                self._issue(issue)
 
     def uses(self, tensor: torch.Tensor) -> None:
         """Keep a tensor's memory until the update that is being issued is done, if its owner frees it earlier."""
@@ -149,12 +169,18 @@ class Staging:
             self._stepping.outlives(tensor)
 
     @property
+    def is_late(self) -> bool:
+        """Whether an update is not issued yet."""
+        return self._late is not None
+
+    @property
     def is_updating(self) -> bool:
         """Whether the weights of the last stepped block may only be read after :meth:`finish_update`."""
-        return self._updated is not None
+        return self.is_late or self._updated is not None
 
     def finish_update(self) -> None:
         """Let the device's current stream wait for the update of the last stepped block. The host does not wait."""
+        self.start_update()
         wait(self._updated)
         self._updated = None
 

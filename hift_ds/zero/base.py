@@ -56,10 +56,14 @@ class BlockOptimizer:
         self._update_scale(self.overflow)
         self._global_grad_norm = float("inf") if self.overflow else norm_value / scale
         if not self.overflow:
-            with self.block_state.stepping():
-                if self.block_state.step(self.following):
+            following = self.following
+
+            def update() -> None:
+                if self.block_state.step(following):
                     self.relink()
                 self.publish_weights()
+
+            self.block_state.update(update, late=following is not None and self.updates_alone)
         self.release_gradients()
 
     def factor_for(self, norm: torch.Tensor, scale: float) -> torch.Tensor | float | None:
@@ -77,6 +81,11 @@ class BlockOptimizer:
     def scale(self: Any) -> float:
         """Return the loss scale of the gradients."""
         return float(self.loss_scale)
+
+    @property
+    def updates_alone(self) -> bool:
+        """Whether the update needs no other rank, so that each rank may issue it when it likes."""
+        return True
 
     def publish_weights(self) -> None:
         """Give the other ranks the weights that this rank updated."""

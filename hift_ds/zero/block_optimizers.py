@@ -204,7 +204,7 @@ class BlockOptimizers:
         With ``offload.step: block`` call this after the backward pass: before it, the whole block's state would add to
         the activations.
         """
-        if self._prefetch:
+        if self._prefetch and not self.staging.is_late:  # a late update fetches, too
             self._active_optimizer.block_state.prefetch()
 
     def watch_loss(self, loss: torch.Tensor) -> None:
@@ -220,6 +220,7 @@ class BlockOptimizers:
         Args:
             following: index of the block that the step after this one trains.
         """
+        self.staging.finish_update()
         self.updating = self.active
         self._active_optimizer.following = None
         if self._streamed and self._prefetch:

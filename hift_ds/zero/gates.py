@@ -50,8 +50,9 @@ class UpdateGates:
                 self._updates.finish_update()
 
     def enter(self, name: str) -> None:
-        """Before a layer runs: finish the update of its weights."""
+        """Before a layer runs: start an update that is late, and finish that of the layer's own weights."""
         self._called.add(name)
+        self._updates.staging.start_update()
         if self._updates.staging.is_updating and name in self._layers[self._updates.updating]:
             self._updates.finish_update()
 

@@ -76,6 +76,11 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         self.micro_step_id = INITIAL_MICRO_STEP_ID
         super().step(closure)
 
+    @property
+    def updates_alone(self) -> bool:
+        """Whether the update needs no other rank."""
+        return self._alone
+
     def publish_weights(self) -> None:
         """Give the other ranks the weights that this rank updated."""
         all_gather_dp_groups(

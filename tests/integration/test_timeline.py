@@ -79,14 +79,15 @@ def recorded(run: str, steps: int = 4, defer: bool = True) -> Recorded:
         for step in range(steps):
             begins.append(len(machine.program))
             half = len(passes["forward"]) // 2
-            model(passes["forward"][:half])
+            model(passes["forward"][:4])
+            staging.start_update()  # the first layer runs
+            scale()
+            model(passes["forward"][4:half])
             staging.finish_update()
             model(passes["forward"][half:] + passes["backward"])
             machine.record(Operation(HOST, after=(len(machine.program) - 1,)))  # whether to skip
             state, following = states[step % 2], states[(step + 1) % 2]
-            with state.stepping():
-                state.step()
-            following.prefetch()
+            state.update(functools.partial(state.step, following), late=True)
             scale()
         for state in states:
             state.settle()
