@@ -107,7 +107,7 @@ class Staging:
         slots: the staging buffers.
         free: those that no chunk uses, in the order in which they are used next.
         fetching, storing: the lanes for copies to the device and from it.
-        can_defer: whether :meth:`stepping` uses a stream of its own.
+        can_defer: whether :meth:`update` uses a stream of its own.
     """
 
     def __init__(

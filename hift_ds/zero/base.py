@@ -63,7 +63,7 @@ class BlockOptimizer:
                     self.relink()
                 self.publish_weights()
 
-            self.block_state.update(update, late=following is not None and self.updates_alone)
+            self.block_state.update(update, following is not None and self.updates_alone)
         self.release_gradients()
 
     def factor_for(self, norm: torch.Tensor, scale: float) -> torch.Tensor | float | None:

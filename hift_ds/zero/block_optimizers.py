@@ -85,7 +85,7 @@ class BlockOptimizers:
         self._sources: list[list[int]] = []  # for each optimizer: where in `configured` its parameter groups come from
         device = torch.device(get_accelerator().current_device_name())
         direct = host.direct if host is not None else None
-        self.staging = Staging(device, chunk_bytes, direct, slots, defer and self._streamed)
+        self.staging = Staging(device, chunk_bytes, direct, slots, defer and self._streamed and direct is None)
         owned: list[Sequence[torch.nn.Parameter]] = []  # for each optimizer: its parameters,
         slices_of: list[list[tuple[int, int]]] = []  # and the slices of the blocks that share it
         for members, cut in zip(parameters, slices, strict=True):
