@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +74,7 @@ def train(
         record = {"step": number, "cycle": cycle, "block": block, "block_name": names[block], "loss": finite(loss)}
         record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
         record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "skipped": not is_applied}
-        step = Step(number, record | engine_record(engine) | ledgers.record(block), own_loss)
+        step = Step(number, record | engine_record(engine) | ledgers.record(block, cycle), own_loss)
         for callback in callbacks:
             callback.describe(step)
         if any([c.after_step(step, total) for c, total in zip(callbacks, totals, strict=True)]):
@@ -99,21 +98,19 @@ def loss_share(engine: Any, batch: Batch, settings: Settings, targets: float, fo
 class Ledgers:
     """The memory ledger for the record of each step.
 
-    To count it takes milliseconds, and after a block's second step it no longer changes: state is made in the first
-    one. From then on, the block's last ledger is recorded.
+    To count it takes milliseconds, and from the third cycle on it repeats: by then all blocks have state. From then on,
+    the last ledger after a step on the block is recorded.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._steps: Counter[int] = Counter()
         self._last: dict[int, Any] = {}
 
-    def record(self, block: int) -> dict[str, Any]:
-        """Return the ledger after a step on a block, as `memory`; nothing if the engine has none."""
+    def record(self, block: int, cycle: int) -> dict[str, Any]:
+        """Return the ledger after a step on a block in a cycle, as `memory`; nothing if the engine has none."""
         if not hasattr(self._engine, "memory_ledger"):
             return {}
-        self._steps[block] += 1
-        if self._steps[block] <= 2:
+        if cycle < 2 or block not in self._last:
             self._last[block] = self._engine.memory_ledger()
         return {"memory": self._last[block]}
 

@@ -80,6 +80,14 @@ def test_a_ledger_that_is_not_counted_again_is_the_one_of_its_step(stage: int, t
             assert recorded == counted, f"step {number + 1}"
 
 
+def test_state_that_stays_on_the_device_is_recorded_when_all_blocks_have_it(tmp_path: Path) -> None:
+    overrides = ["deepspeed.hift.offload.device=none", "deepspeed.hift.steps_per_block=2", "training.max_steps=30"]
+    (seen,) = run_on_ranks(1, ledgers_of_three_cycles, str(tmp_path), overrides)
+    assert len(seen) == 30
+    for number, (recorded, counted) in enumerate(seen):
+        assert recorded == counted, f"step {number + 1}"
+
+
 def test_each_step_and_each_rank_draws_a_dropout_of_its_own(tmp_path: Path) -> None:
     straight = run_on_ranks(2, losses_of_one_example, str(tmp_path), 0, 0.5)
     drawn = [loss for losses in straight for loss in losses]
