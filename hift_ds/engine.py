@@ -442,7 +442,7 @@ class HiFTEngine(CheckpointingEngine):
 
     def buffered_allreduce_fallback(self, *args: Any, **kwargs: Any) -> None:
         """Reduce the gradients at stage 0, if there is another rank. DeepSpeed also copies those of a single rank."""
-        if self.dp_world_size > 1:
+        if dist.get_world_size(self.seq_data_parallel_group) > 1:
             super().buffered_allreduce_fallback(*args, **kwargs)
 
     def _clear_other_rows(self, name: str, parameter: torch.nn.Parameter) -> None:
