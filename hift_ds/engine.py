@@ -250,6 +250,7 @@ class HiFTEngine(CheckpointingEngine):
         """DeepSpeed's ``forward``."""
         if self.module.training:
             self._freeze_others()
+        self._gates.leave_to_compiler()
         return super().forward(*args, **kwargs)
 
     def unfreeze(self) -> None:
@@ -257,6 +258,7 @@ class HiFTEngine(CheckpointingEngine):
 
         Call it when training is done. A further forward pass in training mode freezes the inactive blocks again.
         """
+        self.settle()
         if self._owner_of(self.module) is not self:
             return
         for parameter in self._trainable:
@@ -265,8 +267,9 @@ class HiFTEngine(CheckpointingEngine):
     def settle(self) -> None:
         """Finish the last step, of which ``hift.offload.defer`` leaves the update to the next forward pass.
 
-        Call it before reading weights other than through the model's forward pass, its ``state_dict`` or a method of
-        the engine. The host does not wait; what the device computes next does.
+        Until then, the weights of the block have their old values. Call this before reading or changing weights other
+        than through the model's forward pass, its ``state_dict`` and ``load_state_dict``, a checkpoint or ``unfreeze``.
+        The host does not wait; what the device computes next does.
         """
         self.block_optimizers.finish_update()
 

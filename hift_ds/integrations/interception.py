@@ -71,6 +71,7 @@ class Interception:
 
     Attributes:
         made: number of engines with an optimizer that were made.
+        is_loop_known: the engines are made for a loop that reads weights only in ways that finish a deferred update.
 
     Raises:
         hift_ds.config.ConfigError: (a ValueError) lists every problem of ``section``.
@@ -82,6 +83,7 @@ class Interception:
         if problems := hift_config.section_problems(section):
             raise hift_config.ConfigError(problems)
         self.made = 0
+        self.is_loop_known = False
         self.refuses_other_steps = refuses_other_steps
         self._section = dict(section)
         self._model = None if model is None else weakref.ref(model)
@@ -132,7 +134,9 @@ class Interception:
                         f"hift.{key}={given[key]!r} of the DeepSpeed config replaces {self._section[key]!r}, which "
                         "hift_ds.enabled or HiFTCallback received"
                     )
-            given = hift_config.with_deferred_step({"lr_ticks": "step", **self._section, **given})
+            given = {"lr_ticks": "step", **self._section, **given}
+            if self.is_loop_known:
+                given = hift_config.with_deferred_step(given)
         rest = {key: value for key, value in arguments.items() if key != "config_params"}
         results = initialize(**{**rest, "config": {**config, hift_config.SECTION: given}})
         engine = results[0]
@@ -268,10 +272,14 @@ def _with_reports(train: Any) -> Any:
             raise RuntimeError(f"HiFTCallback: {MODEL_INIT}")
         reports = TrainerReports(interception.engine_of, kept=getattr(trainer, "deepspeed", None))
         callbacks = trainer.callback_handler.callbacks
+        # Other Trainers and callbacks may read weights after a step, as TRL does to send them to vLLM.
+        classes = map(type, (trainer, *callbacks))
+        interception.is_loop_known = all(one.__module__.startswith(("transformers.", "hift_ds.")) for one in classes)
         callbacks.insert(0, reports)  # before the callbacks that send the logs elsewhere
         try:
             return train(trainer, *args, **kwargs)
         finally:
             callbacks.remove(reports)
+            interception.is_loop_known = False
 
     return train_with_reports

@@ -233,6 +233,11 @@ class BlockState:
             self._buffers[key] = buffer
         return buffer
 
+    def held_gradients(self) -> Iterator[torch.Tensor]:
+        """Yield the gradients of an update that is not issued yet."""
+        for own in self._parts:
+            yield from own
+
     def state_buffers(self) -> list[torch.Tensor]:
         """Return the buffers of all state except the masters, those of state not made yet included."""
         return [buffer for (_, name, _), buffer in self._buffers.items() if name is not None]
@@ -381,7 +386,12 @@ class BlockState:
                 self._fill_slots(known, number)
                 chunk = self._fetched.pop(number)
                 wait(chunk.ready)
-                pairs, is_host_new, is_device_new = self._step_chunk(number, chunk, known, before, groups, state)
+                try:
+                    pairs, is_host_new, is_device_new = self._step_chunk(number, chunk, known, before, groups, state)
+                except BaseException:
+                    if chunk.slot is not None:
+                        self._staging.drain(chunk.slot, [])
+                    raise
                 is_new |= is_host_new
                 if chunk.slot is not None:
                     written = plan.written[number] = self._staging.drain(chunk.slot, pairs)

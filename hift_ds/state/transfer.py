@@ -152,9 +152,11 @@ class Staging:
         if not self.can_defer:
             issue()
             return
-        with self._stepping.after(mark()):
-            issue()
-        self._updated = self._stepping.mark()
+        try:
+            with self._stepping.after(mark()):
+                issue()
+        finally:
+            self._updated = self._stepping.mark()
 
     def start_update(self) -> None:
         """Issue an update that is late."""

@@ -174,7 +174,7 @@ class BlockOptimizers:
         Returns:
             The block's optimizer, with the current settings.
         """
-        if index != self.active:
+        if index != self.active and not self.staging.is_late:  # a late update still needs its chunks
             self._active_optimizer.block_state.discard_prefetched()
         self._active_optimizer.set_active(False)
         self.active = index
@@ -195,6 +195,7 @@ class BlockOptimizers:
             rate = group.get("lr")
             if torch.is_tensor(rate) and not torch.is_tensor(settings["lr"]):
                 # A schedule may replace a rate that is a tensor by a number, and torchao's optimizers need the tensor.
+                self.staging.uses(rate)
                 settings["lr"] = torch.full_like(rate, settings["lr"])
             group.update(settings)
 
@@ -256,6 +257,7 @@ class BlockOptimizers:
         for block in self.optimizers:
             yield from block.held()
             yield from (Held("gradients", t) for name, t in block.block_state.staged if name == "gradients")
+            yield from (Held("gradients", part) for part in block.block_state.held_gradients())
         yield from (Held("buffers", slot.area) for slot in self.staging.slots)
         if self._on_host is not None:
             yield from map(Held, ("gradients", "buffers"), self._on_host.areas())

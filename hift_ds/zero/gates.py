@@ -30,9 +30,19 @@ class UpdateGates:
         if updates.staging is None or not updates.staging.can_defer:
             return
         trained = {name.rpartition(".")[0] for names in blocks for name in names}
-        for owner in map(module.get_submodule, trained):  # however a model is saved, it asks these for their state
-            self._hooks.append(owner.register_state_dict_pre_hook(lambda *_: updates.finish_update()))
+        for owner in map(module.get_submodule, trained):  # however a model is saved or loaded, it asks these
+            self._hooks.append(owner.register_state_dict_pre_hook(self._finish))
+            self._hooks.append(owner.register_load_state_dict_pre_hook(self._finish))
+        self._module = module
         self._hooks.append(module.register_forward_pre_hook(self._at_start, prepend=True))
+        outside = {
+            name.rpartition(".")[0]
+            for names, own in zip(blocks, self._layers, strict=True)
+            if not own
+            for name in names
+        }
+        for owner in map(module.get_submodule, outside):  # a script may call a part of the model
+            self._hooks.append(owner.register_forward_pre_hook(self._finish, prepend=True))
         for name in {name for layers in self._layers for name in layers}:
             layer = module.get_submodule(name)
             self._hooks.append(layer.register_forward_pre_hook(_Gate(self, name), prepend=True))
@@ -42,6 +52,16 @@ class UpdateGates:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def _finish(self, *_: Any) -> None:
+        self._updates.finish_update()
+
+    def leave_to_compiler(self) -> None:
+        """Defer no more updates if the model is compiled: a compiler would take the hooks for a part of the model."""
+        if self._hooks and any(map(_is_compiled, self._module.modules())):
+            self._updates.finish_update()
+            self._updates.staging.can_defer = False
+            self.remove()
 
     def _at_start(self, module: torch.nn.Module, _: Any) -> None:
         if self._updates.staging.is_updating:
@@ -72,6 +92,8 @@ def _layers_of(module: torch.nn.Module, parameters: Sequence[str]) -> frozenset[
     found = [_LAYER.match(name) for name in names]
     if not all(found):
         return frozenset()
-    layers = frozenset(match.group() for match in found if match)
-    compiled = any(getattr(module.get_submodule(name), "_compiled_call_impl", None) for name in layers)
-    return frozenset() if compiled or getattr(module, "_compiled_call_impl", None) else layers
+    return frozenset(match.group() for match in found if match)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"

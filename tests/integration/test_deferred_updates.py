@@ -1,0 +1,153 @@
+"""Deferred updates (``hift.offload.defer``): what finishes them, what does not defer, and what they fetch."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from hift_ds.state.transfer import Staging
+from tests.support import tiny
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case
+
+CASE = Case(stage=2, dtype="bf16")
+
+
+def make(defer: bool = True, prefetch: Any = True, case: Case = CASE) -> Any:
+    import hift_ds
+
+    config = tiny.ds_config(case)
+    config["hift"]["offload"] = {"buffer_size": 65536, "defer": defer, "prefetch": prefetch}
+    return hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
+
+
+def trained(engine: Any, steps: int) -> Any:
+    for step in range(steps):
+        tiny.optimizer_step(engine, step)
+    return engine
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    """What a script sees that reads the weights now."""
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def after(steps: int) -> dict[str, torch.Tensor]:
+    engine = trained(make(defer=False), steps)
+    try:
+        return weights(engine)
+    finally:
+        engine.destroy()
+
+
+FINISHING = {
+    "settle": lambda engine: engine.settle(),
+    "unfreeze": lambda engine: engine.unfreeze(),
+    "state_dict": lambda engine: engine.module.state_dict(),
+    "a part's state_dict": lambda engine: engine.module.model.layers[0].state_dict(),
+    "destroy": lambda engine: engine.destroy(),
+}
+
+
+def unfinished(steps: int) -> list[str]:
+    """In a rank: what does not finish the last step's update."""
+    truth = after(steps)
+    found = []
+    for name, finish in FINISHING.items():
+        engine = trained(make(), steps)
+        assert not tiny.identical(weights(engine), truth), "nothing was deferred"
+        finish(engine)
+        found += [] if tiny.identical(weights(engine), truth) else [name]
+        engine.destroy()
+    return found
+
+
+def test_what_reads_the_model_as_a_whole_finishes_the_update() -> None:
+    assert run_on_ranks(1, unfinished, 3) == [[]]  # the third step trains a layer
+
+
+def loads_and_parts() -> list[str]:
+    found = []
+    engine = trained(make(), 3)
+    zeros = {name: torch.zeros_like(value) for name, value in engine.module.state_dict().items()}
+    tiny.optimizer_step(engine, 3)
+    engine.module.load_state_dict(zeros)
+    engine.settle()
+    found += ["load_state_dict"] if any(value.any() for value in weights(engine).values()) else []
+    engine.destroy()
+    engine = trained(make(), 1)  # the step trains the embeddings
+    ids = tiny.micro_batch(0, 0)["input_ids"]
+    with torch.no_grad():
+        ours = engine.module.model(input_ids=ids).last_hidden_state
+        engine.settle()
+        truth = engine.module.model(input_ids=ids).last_hidden_state
+    found += [] if torch.equal(ours, truth) else ["a part of the model"]
+    engine.destroy()
+    return found
+
+
+def test_loaded_weights_stay_and_a_part_of_the_model_waits() -> None:
+    assert run_on_ranks(1, loads_and_parts) == [[]]
+
+
+def fetched(defer: bool, prefetch: Any) -> list[int]:
+    """In a rank: the bytes fetched in each step of the third cycle."""
+    engine, fill, found = trained(make(defer, prefetch), 2 * CASE.k), Staging.fill, []
+
+    def count(staging: Staging, sources: list[torch.Tensor], written: Any) -> Any:
+        found[-1] += sum(source.nbytes for source in sources)
+        return fill(staging, sources, written)
+
+    with mock.patch.object(Staging, "fill", count):
+        for step in range(CASE.k):
+            found.append(0)
+            tiny.optimizer_step(engine, step)
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("prefetch", (True, 2**21))
+def test_state_is_fetched_once(prefetch: Any) -> None:
+    """Chunks of the next block may be fetched in the step before, so only the sum of a cycle is the same."""
+    (late,), (at_once,) = (run_on_ranks(1, fetched, defer, prefetch) for defer in (True, False))
+    assert abs(sum(late) - sum(at_once)) <= 2 * 65536 * (2 if prefetch is True else 32)
+    assert sum(late) < 1.3 * sum(at_once)
+
+
+def compiled(defer: bool) -> tuple[dict[str, torch.Tensor], bool]:
+    """In a rank: the weights of a model that is compiled after three steps, and whether its updates are deferred."""
+    engine = trained(make(defer), 3)
+    engine.compile(backend="eager")
+    for step in range(3, 8):
+        tiny.optimizer_step(engine, step)
+    result = weights(engine), engine.block_optimizers.staging.can_defer
+    engine.destroy()
+    return result
+
+
+def test_a_compiled_model_defers_nothing() -> None:
+    ((ours, is_deferring),), ((truth, _),) = (run_on_ranks(1, compiled, defer) for defer in (True, False))
+    assert not is_deferring and tiny.identical(ours, truth)
+
+
+def after_an_error() -> tuple[int, int, bool]:
+    """In a rank: free slots and all slots after an update that failed, and whether training goes on."""
+    engine = trained(make(), 3)
+    staging = engine.block_optimizers.staging
+    step = torch.optim.AdamW.step
+    with mock.patch.object(torch.optim.AdamW, "step", side_effect=torch.OutOfMemoryError("a test")):
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.settle()
+    assert torch.optim.AdamW.step is step
+    engine.block_optimizers.settle()
+    free = len(staging.free)
+    tiny.optimizer_step(engine, 3)
+    engine.settle()
+    engine.destroy()
+    return free, len(staging.slots), True
+
+
+def test_an_update_that_fails_keeps_no_slot() -> None:
+    ((free, slots, _),) = run_on_ranks(1, after_an_error)
+    assert free == slots
