@@ -76,8 +76,8 @@ class OffloadConfig:
             A number of bytes is the memory for slots, in place of two. They are larger than ``buffer_size`` if there is
             room for a dozen. A block's state and two slots hide all copies.
         defer: let the device update a block during the next forward pass, until that reaches the block. ``auto``:
-            only in ``launch/train.py`` and inside :class:`hift_ds.enabled`, because plain reads of the weights after a
-            step need ``engine.settle()`` first.
+            only in ``launch/train.py`` and in transformers' own Trainer inside :class:`hift_ds.enabled`, because plain
+            reads of the weights after a step need ``engine.settle()`` first.
         nvme_path: an existing folder, for ``device: nvme``.
     """
 
@@ -168,7 +168,7 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def with_deferred_step(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``hift`` section with ``offload.defer: auto`` as true, for a training loop that is known."""
+    """Return a ``hift`` section with ``offload.defer: auto`` as true, for a loop that never needs ``settle()``."""
     offload = section.get("offload")
     if offload is not None and not isinstance(offload, Mapping):
         return dict(section)  # `section_problems` reports it
