@@ -308,6 +308,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "zero_optimization.offload_optimizer.ratio": (lambda v: v is not None and v != 1.0, "set it to 1.0"),
     "hybrid_engine.enabled": (_on, "remove it"),
     "aio.use_gds": (_on, "remove it"),
+    "expert_parallel.enabled": (_on, "remove it"),
     "tensor_parallel.autotp_size": (_above(1), "remove it"),
     "torch_autocast.enabled": (_on, "use bf16 or fp16"),
     "amp.enabled": (_on, "use bf16 or fp16"),

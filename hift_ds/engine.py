@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -92,6 +93,16 @@ def _check_optimizer_name(name: str) -> None:
         )
 
 
+def _check_experts(model: torch.nn.Module) -> None:
+    """Raise a ValueError if ranks hold different experts: a norm of their gradients would differ between ranks."""
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) and module.ep_size > 1:
+            raise ValueError(
+                f"{name or 'the model'} is a deepspeed.moe layer with ep_size={module.ep_size}, and HiFT does not "
+                "distribute experts over ranks; use ep_size=1, or set hift.enabled=false"
+            )
+
+
 def _without_synchronization(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config in which DeepSpeed's throughput timer does not wait for the device, unless it says otherwise.
 
@@ -154,8 +165,8 @@ class HiFTEngine(CheckpointingEngine):
             it as the optimizer.
 
     Raises:
-        ValueError: the model cannot be cut into blocks as configured, or there is no optimizer, or it cannot be used
-            with these blocks.
+        ValueError: the model cannot be cut into blocks as configured, or distributes experts over ranks, or there is no
+            optimizer, or it cannot be used with these blocks.
     """
 
     optimizer: Any
@@ -168,6 +179,7 @@ class HiFTEngine(CheckpointingEngine):
     def __init__(
         self, model: torch.nn.Module, hift: HiFTConfig, config: Mapping[str, Any], mpu: Any = None, **kwargs: Any
     ):
+        _check_experts(model)
         config = _without_synchronization(config)
         config_class = DeepSpeedConfig(config, mpu)
         if kwargs.get("optimizer") is None and config_class.optimizer_name is not None:

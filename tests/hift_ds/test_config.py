@@ -103,6 +103,7 @@ def test_all_problems_come_at_once() -> None:
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ("elastic_checkpoint",)),
         ({"torch_autocast": {"enabled": True}}, ("torch_autocast", "bf16")),
         ({"compile": {"deepcompile": True}}, ("deepcompile",)),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, ("expert_parallel.enabled", "remove it")),
     ],
 )
 def test_what_cannot_be_exact_beside_hift_is_refused(rest: dict[str, Any], words: tuple[str, ...]) -> None:
