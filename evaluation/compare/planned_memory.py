@@ -29,6 +29,8 @@ def planned_memory(settings: Settings, config: Any, length: int, ranks: int) -> 
         options = {name: getattr(hift, name) for name in ("layers_per_block", "max_block_numel", "balance")}
         options |= {f"offload_{name}": getattr(hift.offload, name) for name in ("device", "step")}
         options["buffer_size"] = hift.offload.buffer_size
+        if not isinstance(hift.offload.prefetch, bool):
+            options["prefetch"] = hift.offload.prefetch
     elif method == "lora":
         options["lora_rank"] = settings.method.lora_rank
     if method != "mezo":

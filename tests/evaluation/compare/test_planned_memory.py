@@ -90,6 +90,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"deepspeed": {"hift": {"offload": {"buffer_size": 65536}}}},
         {"buffer_size": 65536, "precision": "fp32"},
     ),
+    "slots": (
+        "hift",
+        {"deepspeed": {"hift": {"offload": {"buffer_size": 65536, "prefetch": 262144}}}},
+        {"buffer_size": 65536, "prefetch": 262144, "precision": "fp32"},
+    ),
     "host": (
         "full",
         {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
