@@ -35,7 +35,7 @@ def noise_chunk(device: str) -> int:
 
 
 def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, buffer_size: int) -> int:
-    """Return the bytes of each of the two slots of the streamed step.
+    """Return the bytes of each slot of the streamed step.
 
     It is at most the largest block's state on one rank, with room for the alignment of its tensors.
 
@@ -43,7 +43,7 @@ def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, bu
         blocks: the number of elements of each parameter, for each block.
         ranks: number of ranks that share the state.
         per_element: bytes of fp32 master and state of one element.
-        buffer_size: ``hift.offload.buffer_size``.
+        buffer_size: largest chunk in bytes: :attr:`OffloadConfig.chunk_bytes`.
     """
     numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
     return min(buffer_size, max(numel * per_element, MIN_BUFFER))
@@ -73,8 +73,8 @@ class OffloadConfig:
         pin_memory: page-lock the host buffers.
         prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
             forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
-            A number of bytes is the memory for slots, in place of two. They are larger than ``buffer_size`` if there is
-            room for a dozen. A block's state and two slots hide all copies.
+            A number of bytes is the memory for slots, in place of two. A slot has ``buffer_size`` bytes, or a twelfth
+            of this number if that is more. A block's state and two slots hide all copies.
         defer: let the device update a block during the next forward pass, until that reaches the block. ``auto``:
             only in ``launch/train.py`` and in transformers' own Trainer inside :class:`hift_ds.enabled`, because plain
             reads of the weights after a step need ``engine.settle()`` first.

@@ -181,7 +181,7 @@ class BlockOptimizers:
         self._active_optimizer.set_active(True)
         self._active_optimizer.block_state.select(self._places[index][1])
         self.copy_settings()
-        if self._streamed:  # the two slots have their memory on the device in any case
+        if self._streamed:  # the slots have their memory on the device in any case
             self.prefetch()
         return self._active_optimizer
 
