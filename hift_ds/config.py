@@ -244,6 +244,19 @@ def _place_problems(offload: Mapping[str, Any]) -> list[str]:
         return [f"{prefix}.nvme_path={folder!r} cannot be written ({error.strerror}); choose a writable folder"]
 
 
+def _slot_problems(offload: Mapping[str, Any]) -> list[str]:
+    """Check that a number of bytes for slots is given only where the step may have slots."""
+    prefetch = offload.get("prefetch", OffloadConfig.prefetch)
+    if isinstance(prefetch, bool):
+        return []
+    return [
+        f"{SECTION}.offload.prefetch={prefetch} has no effect with {key}={value!r}: only the streamed step has slots; "
+        "set prefetch to true, or remove it"
+        for key, value in (("device", "none"), ("step", "block"))
+        if offload.get(key) == value
+    ]
+
+
 def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: str) -> list[str]:
     found = []
     for key, value in values.items():
@@ -273,7 +286,7 @@ def section_problems(section: Any) -> list[str]:
     found = _key_problems(section, _SECTION_CHECKS, SECTION)
     if isinstance(section.get("offload"), Mapping):
         inside = _key_problems(section["offload"], _OFFLOAD_CHECKS, f"{SECTION}.offload")
-        found += inside or _place_problems(section["offload"])
+        found += inside or _place_problems(section["offload"]) + _slot_problems(section["offload"])
     assert set(_SECTION_CHECKS) == {f.name for f in fields(HiFTConfig)}
     return found
 
