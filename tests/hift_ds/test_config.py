@@ -64,7 +64,7 @@ def test_values_arrive() -> None:
         ({"offload": {"nvme_path": "/tmp"}}, ("nvme_path='/tmp'", "remove it")),
         ({"offload": {"step": "whole"}}, ("offload.step='whole'", "streamed")),
         ({"offload": {"buffer_size": 1000}}, ("offload.buffer_size=1000", "65536")),
-        ({"offload": {"prefetch": 2**30, "step": "block"}}, ("offload.prefetch=1073741824", "step='block'", "remove it")),
+        ({"offload": {"prefetch": 65537, "step": "block"}}, ("offload.prefetch=65537", "step='block'", "remove it")),
         ({"offload": {"prefetch": 1, "device": "none"}}, ("offload.prefetch=1 ", "device='none'", "remove it")),
         ({"offload": {"pin": True}}, ("offload.pin", "pin_memory")),
         ({"offload": "cpu"}, ("offload='cpu'", "mapping")),
