@@ -30,6 +30,8 @@ from hift_ds.planner.timeline import (
 
 _VISIBLE = 1.05  # what lengthens a step by less does not limit it
 _LARGEST_BATCH = 256  # sequences
+_BEFORE_LAYERS = 4  # operations of a forward pass: a late update is issued when the first layer runs
+_DECISION = 8  # bytes of the number by which the host decides whether to skip the step
 _STEPS = 4  # of a simulation; the last but one takes as long as all later ones
 
 
@@ -89,6 +91,9 @@ def program(
 ) -> tuple[list[Operation], list[int]]:
     """Return the operations of several equal steps, and the index at which each begins and the last one ends.
 
+    The order is the engine's. A deferred update is issued when the first layer of the next forward pass runs; that of
+    the last step follows its end. The chunks of the next block are fetched in turns with the stores.
+
     Args:
         forward, backward: the passes of a step.
         tensors: elements of each gradient, whose norms are computed.
@@ -99,43 +104,58 @@ def program(
     begins: list[int] = []
     free: deque[tuple[int, ...]] = deque([()] * stepper.slots)  # for each free slot, after what it is filled
     fetched: deque[int] = deque()  # the last copy of each chunk on the device, or on its way
-    ahead = 0  # chunks of the block that were asked for
-    updated: tuple[int, ...] = ()
+    ahead = 0  # chunks that were asked for: of the block, and once it has all, of the next one
+    is_late = False  # the update of the last step is not issued yet
 
-    def fetch() -> None:
-        """As much as the free slots hold, of the chunks of a block."""
+    def fetch(limit: int) -> None:
+        """As much as the free slots hold, of the chunks of a block and of those of the next block."""
         nonlocal ahead
-        while free and ahead < len(stepper.chunks):
-            after = free.popleft()
-            result.append(Operation(FETCH, TO_DEVICE, nbytes=stepper.nbytes(stepper.chunks[ahead]), after=after))
+        while free and ahead < limit:
+            slices = stepper.chunks[ahead % len(stepper.chunks)]
+            result.append(Operation(FETCH, TO_DEVICE, nbytes=stepper.nbytes(slices), after=free.popleft()))
             fetched.append(len(result) - 1)
             ahead += 1
+
+    def update(stream: str, after: int) -> tuple[int, ...]:
+        """Step the chunks, and fetch those of the next block in turns with the stores. Return the last operation."""
+        nonlocal ahead
+        count = len(stepper.chunks)
+        for slices in stepper.chunks:
+            if stepper.slots:
+                fetch(count)
+                result.extend(stepper.kernels(slices, stream, (after, fetched.popleft())))
+                stepped = len(result) - 1
+                result.append(Operation(STORE, TO_HOST, nbytes=stepper.nbytes(slices), after=(stepped,)))
+                free.append((len(result) - 1,))
+                if ahead >= count:
+                    fetch(2 * count)
+            else:
+                result.extend(stepper.kernels(slices, stream, (after,)))
+                stepped = len(result) - 1
+        ahead -= count if stepper.slots else 0
+        return (stepped,)
 
     for _ in range(steps):
         begins.append(len(result))
         reached = int(stepper.position * (len(forward) - 1))
+        begin = min(reached, _BEFORE_LAYERS)
+        updated: tuple[int, ...] = ()
         for number, operation in enumerate(forward):
+            if is_late and number == begin:
+                updated = update(STEP, len(result) - 1)
             result.append(operation._replace(after=updated if number == reached else ()))
         result += backward
-        result += [Operation(MAIN, nbytes=stepper.weight * numel) for numel in tensors]  # norms
-        result.append(Operation(HOST, after=(len(result) - 1,)))  # whether to skip
-        stream = STEP if stepper.defer else MAIN
-        computed = (len(result) - 2,)
-        for slices in stepper.chunks:
-            if stepper.slots:
-                fetch()
-                result += stepper.kernels(slices, stream, (*computed, fetched.popleft()))
-                stepped = (len(result) - 1,)
-                result.append(Operation(STORE, TO_HOST, nbytes=stepper.nbytes(slices), after=stepped))
-                free.append((len(result) - 1,))
-            else:
-                result += stepper.kernels(slices, stream, computed)
-                stepped = (len(result) - 1,)
-        updated = stepped if stepper.defer else ()
-        ahead = 0
         if stepper.slots:
-            fetch()  # of the next block
+            fetch(len(stepper.chunks))
+        result += [Operation(MAIN, nbytes=stepper.weight * numel) for numel in tensors]  # norms
+        result.append(Operation(MAIN, TO_HOST, nbytes=_DECISION))  # behind the copies to the host of the last update
+        result.append(Operation(HOST, after=(len(result) - 1,)))
+        is_late = stepper.defer
+        if not is_late:
+            update(MAIN, len(result) - 2)
     begins.append(len(result))
+    if is_late:
+        update(STEP, len(result) - 1)
     return result, begins
 
 
@@ -177,10 +197,12 @@ class StepTimes:
         planner: plans the runs.
         card: a key of ``CARDS``.
         defer: as ``hift.offload.defer``.
+        host_seconds: the host's time to issue one operation.
     """
 
-    def __init__(self, planner: Planner, card: str, defer: bool = True):
+    def __init__(self, planner: Planner, card: str, defer: bool = True, host_seconds: float = HOST_SECONDS):
         self.planner, self.name, self.card, self.defer = planner, card, CARDS[card], defer
+        self.host_seconds = host_seconds
 
     def answer(self, plan: Plan) -> Plan:
         """Set the plan's ``time``, add notes on it, and return the plan.
@@ -243,7 +265,7 @@ class StepTimes:
         step = operations[begins[-3] : begins[-2]]
         bus = sum(operation.nbytes for operation in step if operation.kind == TO_DEVICE)
 
-        def seconds(card: Card, host_seconds: float = HOST_SECONDS) -> float:
+        def seconds(card: Card, host_seconds: float = self.host_seconds) -> float:
             issued = simulate(operations, card, host_seconds).issued
             return issued[begins[-2]] - issued[begins[-3]]
 
@@ -251,7 +273,7 @@ class StepTimes:
             seconds(self.card),
             kernel_seconds(step, self.card),
             bus / (BUS_SHARE * self.card.bus),
-            HOST_SECONDS * sum(operation.stream != HOST for operation in step),
+            self.host_seconds * sum(operation.stream != HOST for operation in step),
             seconds(self.card._replace(bus=math.inf)),
             seconds(self.card, 0.0),
         )
@@ -321,11 +343,11 @@ def _notes(request: Request, name: str, card: Card) -> list[str]:
     if not card.measured:
         notes.append(
             f"no step was measured on {name}: the time follows from its data sheet, and from the shares of the peak "
-            "rates that an H200 reached"
+            "rates that three H200 reached"
         )
     notes.append(
-        f"the host's time assumes {1e6 * HOST_SECONDS:.0f} microseconds for each operation, as beside that H200; with "
-        "another processor, time a step"
+        f"the host's time assumes {1e6 * HOST_SECONDS:.0f} microseconds for each operation, the mean of the machines "
+        "that were measured; with another processor, time a step"
     )
     if request.checkpoint_offload:
         notes.append("the step time does not contain the bus's time for activation checkpoints")

@@ -1,10 +1,11 @@
 """When the operations of a step run: a simulation of the host, which issues them, and of the streams of one device.
 
 A program is a list of operations in the order in which the host issues them. Those of one stream run one after the
-other. Kernels of several streams share the device's units, and copies in both directions share the bus. An operation
-begins when it is issued, the one before it on its stream is done, and all those are done that it waits for.
+other. Kernels of several streams share the device's units, and copies in both directions share the bus. The copies in
+one direction are made in the order in which they were issued, whatever their streams. An operation begins when it is
+issued, the one before it on its stream is done, and all those are done that it waits for.
 
-The constants below turn FLOPs and bytes into seconds. They were fitted to two rows of measurements, and the tests of
+The constants below turn FLOPs and bytes into seconds. They were fitted to a few rows of measurements, and the tests of
 this module hold the others against them.
 """
 
@@ -25,18 +26,19 @@ HOST, MAIN, FETCH, STORE, STEP = "host", "main", "fetch", "store", "step"  # HOS
 PRODUCT, ATTENTION, KERNEL, TO_DEVICE, TO_HOST = "product", "attention", "kernel", "to device", "to host"
 
 # Attainable shares of the rates in CARDS. Matrix products, attention (of half the FLOPs if it is causal) and all other
-# kernels: fitted to the kernels of a step of LLaMA-7B's shape with 8,192 tokens on an H200 (2026-11-27).
-PRODUCT_SHARE = 0.83
-ATTENTION_SHARE = 0.56
-MEMORY_SHARE = 0.58
-# Copies of page-locked memory on the same machine: 55 GB/s one way, and 50 GB/s each way both ways at once.
+# kernels: fitted to the kernels of a step of LLaMA-7B's shape with 8,192 tokens, the mean of three H200
+# (2026-11-27 and 2026-11-28: 510, 547 and 565 ms).
+PRODUCT_SHARE = 0.77
+ATTENTION_SHARE = 0.52
+MEMORY_SHARE = 0.54
+# Copies of page-locked memory beside one of them: 55 GB/s one way, and 50 GB/s each way both ways at once.
 BUS_SHARE = 0.87
 BUS_SHARE_BOTH = 0.79
 # A kernel of a few elements.
 KERNEL_SECONDS = 5e-6
-# The host's time to issue one operation of a model from Python, with modules and autograd: fitted to a step of BAdam
-# on LLaMA-7B's shape with 512 tokens, which the host limits, on the 16 cores beside that H200 (2026-11-27).
-HOST_SECONDS = 36e-6
+# The host's time to issue one operation of a model from Python, with modules and autograd, on 16 cores beside these
+# H200. It belongs to a machine: steps with 512 tokens, which the host limits, give 30, 33 and 36 microseconds.
+HOST_SECONDS = 33e-6
 
 
 class Card(NamedTuple):
@@ -138,6 +140,7 @@ def simulate(program: Sequence[Operation], card: Card, host_seconds: float = HOS
     count = len(program)
     issued, begun, done = [math.inf] * count, [math.inf] * count, [math.inf] * count
     queues: dict[str, deque[int]] = {}
+    copies: dict[str, deque[int]] = {TO_DEVICE: deque(), TO_HOST: deque()}  # that are not done, in the order of issue
     running: dict[str, list[Any]] = {}  # stream -> index, and seconds left at the full rate
     now, following, host_free = 0.0, 0, 0.0
     finished = 0
@@ -152,13 +155,19 @@ def simulate(program: Sequence[Operation], card: Card, host_seconds: float = HOS
             else:
                 issued[following] = now
                 queues.setdefault(operation.stream, deque()).append(following)
+                if operation.is_copy:
+                    copies[operation.kind].append(following)
                 host_free = now + host_seconds
             following += 1
         for stream, queue in queues.items():
-            if queue and stream not in running and all(done[index] <= now for index in program[queue[0]].after):
+            if not queue or stream in running:
+                continue
+            operation = program[queue[0]]
+            is_next = not operation.is_copy or copies[operation.kind][0] == queue[0]
+            if is_next and all(done[index] <= now for index in operation.after):
                 index = queue.popleft()
                 begun[index] = now
-                running[stream] = [index, program[index].seconds(card)]
+                running[stream] = [index, operation.seconds(card)]
         at_work = [program[index].kind if program[index].is_copy else KERNEL for index, _ in running.values()]
         both = BUS_SHARE_BOTH / BUS_SHARE if {TO_DEVICE, TO_HOST} <= set(at_work) else 1.0
         rates = {kind: (1.0 if kind == KERNEL else both) / at_work.count(kind) for kind in set(at_work)}
@@ -175,6 +184,8 @@ def simulate(program: Sequence[Operation], card: Card, host_seconds: float = HOS
             if entry[1] <= 1e-12:
                 done[entry[0]] = then
                 finished += 1
+                if kind != KERNEL:
+                    copies[kind].popleft()
                 del running[stream]
         now = then
     return Timeline(issued, begun, done)

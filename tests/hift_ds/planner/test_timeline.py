@@ -60,9 +60,11 @@ def test_copies_in_both_directions_slow_each_other_down() -> None:
     assert times(copy(FETCH, 2), copy(STORE, 1)) == [(0, slow + 1), (0, slow)]
 
 
-def test_copies_in_one_direction_share_the_bus() -> None:
+def test_copies_in_one_direction_are_made_in_the_order_of_issue() -> None:
+    """Also those of several streams, and also if the earlier one has to wait."""
     other = Operation(MAIN, TO_DEVICE, nbytes=1)
-    assert times(copy(FETCH, 2), other) == [(0, 3), (0, 2)]
+    assert times(copy(FETCH, 2), other) == [(0, 2), (2, 3)]
+    assert times(kernel(5, stream=STEP), copy(FETCH, 2, 0), other) == [(0, 5), (5, 7), (7, 8)]
 
 
 def test_the_host_issues_one_operation_after_the_other() -> None:
