@@ -370,6 +370,7 @@ class BlockState:
         """
         optimizer, plan = self._owner.optimizer, self._active
         if not plan.chunks:  # other ranks hold all of it
+            self._parts = []
             return False
         self._hold_gradients()
         for value in (*(part for own in self._parts for part in own), self._owner.factor):
