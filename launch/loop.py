@@ -79,6 +79,8 @@ def train(
             callback.describe(step)
         if any([c.after_step(step, total) for c, total in zip(callbacks, totals, strict=True)]):
             break
+    if hasattr(engine, "settle"):
+        engine.settle()
 
 
 def loss_share(engine: Any, batch: Batch, settings: Settings, targets: float, forwards: int) -> torch.Tensor:

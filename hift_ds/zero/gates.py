@@ -42,7 +42,7 @@ class UpdateGates:
             for name in names
         }
         for owner in map(module.get_submodule, outside):  # a script may call a part of the model
-            self._hooks.append(owner.register_forward_pre_hook(self._finish, prepend=True))
+            self._hooks.append(owner.register_forward_pre_hook(self._outside_layers, prepend=True))
         for name in {name for layers in self._layers for name in layers}:
             layer = module.get_submodule(name)
             self._hooks.append(layer.register_forward_pre_hook(_Gate(self, name), prepend=True))
@@ -55,6 +55,10 @@ class UpdateGates:
 
     def _finish(self, *_: Any) -> None:
         self._updates.finish_update()
+
+    def _outside_layers(self, *_: Any) -> None:
+        if self._updates.staging.is_updating and not self._layers[self._updates.updating]:
+            self._updates.finish_update()
 
     def leave_to_compiler(self) -> None:
         """Defer no more updates if the model is compiled: a compiler would take the hooks for a part of the model."""

@@ -57,7 +57,10 @@ class PlainBlockOptimizer(BlockOptimizer):
 
     def factor_for(self, norm: torch.Tensor, scale: float) -> torch.Tensor | None:
         """Return what to multiply gradients by, rounded as DeepSpeed does at this stage."""
-        return (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad > 0 else None
+        if self.clip_grad <= 0:
+            return None
+        # A number divided by a tensor is the tensor's reciprocal times the number, which rounds twice.
+        return (torch.full_like(norm, self.clip_grad) / (norm + 1e-6)).clamp(max=1.0)
 
     def _update_scale(self, is_skipped: bool) -> None:
         """Do nothing: there is no loss scale."""

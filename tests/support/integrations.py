@@ -136,6 +136,7 @@ class Recording(contextlib.AbstractContextManager):
         if not (module.training and torch.is_grad_enabled()):
             return
         if self._with_weights and len(self.micro_batches) % self._accumulation == 0:
+            module.state_dict()  # finishes a deferred update
             self.weights.append(all_weights(module))
         self.micro_batches.append(
             {key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in kwargs.items()}
