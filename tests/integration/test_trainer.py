@@ -505,6 +505,20 @@ def test_auto_find_batch_size(folder: Path, tmp_path: Path) -> None:
 # ---- reports and errors --------------------------------------------------------------------------------------------
 
 
+def unframed(data: bytes) -> bytes:
+    """The records of a file of W&B without the headers of its log format, which may cut a record anywhere: 7 bytes, of
+    which the fifth and sixth are the length, in blocks of 32 KiB."""
+    position, content = 7, b""
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        content += data[position + 7 : position + 7 + length]
+        position += 7 + length
+    return content
+
+
 def log_to_wandb(folder: Path, out: Path) -> dict[str, list[float]]:
     """In a rank: what the file of an offline run of W&B holds of HiFT."""
     import wandb
@@ -517,10 +531,10 @@ def log_to_wandb(folder: Path, out: Path) -> dict[str, list[float]]:
     (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
     deadline = time.monotonic() + 60  # W&B's own process may still write when `finish` returns
     logs = CYCLE + 2  # of each step and of the whole run, with three values each
-    while path.read_bytes().count(b"train/hift/") < 2 * 3 * logs and time.monotonic() < deadline:
+    while (content := unframed(path.read_bytes())).count(b"train/hift/") < 2 * 3 * logs and time.monotonic() < deadline:
         time.sleep(0.1)
     # W&B's field 16 follows a value's name: a length, and the value as JSON.
-    found = re.findall(rb"train/hift/(\w+)\x82\x01.([\d.e-]+)", path.read_bytes(), re.DOTALL)
+    found = re.findall(rb"train/hift/(\w+)\x82\x01.([\d.e-]+)", content, re.DOTALL)
     names = sorted({name.decode() for name, _ in found})
     # Each value is in a record of the history and in one of the summary.
     return {name: [float(value) for one, value in found if one.decode() == name][::2] for name in names}
