@@ -27,7 +27,7 @@ class UpdateGates:
         self._layers = [_layers_of(module, names) for names in blocks]
         self._called: set[str] = set()
         self._hooks: list[Any] = []
-        if updates.staging is None or not updates.staging.can_defer:
+        if not updates.staging.can_defer:
             return
         trained = {name.rpartition(".")[0] for names in blocks for name in names}
         for owner in map(module.get_submodule, trained):  # however a model is saved or loaded, it asks these
