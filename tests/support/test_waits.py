@@ -142,9 +142,14 @@ def test_hooks_inside_backward_are_watched() -> None:
     assert [wait.kind for wait in waits.seen] == kinds
 
 
-def test_operations_of_a_model_are_told_from_others() -> None:
+@pytest.mark.parametrize("linear", ["torch's", "the one that ZeRO 3 leaves behind"])
+def test_operations_of_a_model_are_told_from_others(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
     from tests.support import tiny
 
+    is_torchs = linear == "torch's"
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear if is_torchs else zero3_linear_wrap)
     model, batch = tiny.model(), tiny.micro_batch(0, 0)
     with Waits() as waits:
         loss = model(**batch).loss

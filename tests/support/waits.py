@@ -72,6 +72,9 @@ _FOLDERS = {
     str(Path(deepspeed.__file__).parent) + "/": "deepspeed/",
 }
 _OF_MODELS = ("transformers", "peft")
+# ZeRO 3 puts its own function in the place of `torch.nn.functional.linear`, for the rest of the process. The caller's
+# line issues what it computes, as with torch's.
+_LINEAR = "deepspeed.runtime.zero.linear"
 
 
 class _Name(str):
@@ -544,7 +547,8 @@ def _site() -> tuple[str, bool]:
             return f"{name.replace('.', '/')}.py:{frame.f_lineno}", True
         for folder, shown in _FOLDERS.items():
             path = code.co_filename
-            if path.startswith(folder) and "/.venv/" not in path[len(folder) - 1 :] and path != __file__:
+            is_inside = path.startswith(folder) and "/.venv/" not in path[len(folder) - 1 :]
+            if is_inside and path != __file__ and name != _LINEAR:
                 if is_backward and not sites:
                     return f"{shown}{path[len(folder) :]}:{frame.f_lineno}", True
                 sites.append(f"{shown}{path[len(folder) :]}:{frame.f_lineno}")
