@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,8 @@ from hift_ds.blocks.schedule import STRATEGIES
 
 SECTION = "hift"
 LR_TICKS = ("cycle", "step")
+# Value of `offload.defer` in loops that need no `settle()`: true wherever the engine can do it. Not for users.
+WHERE_POSSIBLE = "where possible"
 # Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
 # Elements of a gradient in one chunk of its norm, which DeepSpeed copies to fp64.
@@ -32,21 +35,6 @@ def noise_chunk(device: str) -> int:
         device: the device's type, such as ``cpu``.
     """
     return 2**17 if device == "cpu" else 2**22
-
-
-def slot_bytes(blocks: Iterable[Sequence[int]], ranks: int, per_element: int, buffer_size: int) -> int:
-    """Return the bytes of each slot of the streamed step.
-
-    It is at most the largest block's state on one rank, with room for the alignment of its tensors.
-
-    Args:
-        blocks: the number of elements of each parameter, for each block.
-        ranks: number of ranks that share the state.
-        per_element: bytes of fp32 master and state of one element.
-        buffer_size: largest chunk in bytes: :attr:`OffloadConfig.chunk_bytes`.
-    """
-    numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
-    return min(buffer_size, max(numel * per_element, MIN_BUFFER))
 
 
 class ConfigError(ValueError):
@@ -73,8 +61,8 @@ class OffloadConfig:
         pin_memory: page-lock the host buffers.
         prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
             forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
-            A number of bytes is the memory for slots, in place of two. A slot has ``buffer_size`` bytes, or a twelfth
-            of this number if that is more. A block's state and two slots hide all copies.
+            A number of bytes is the memory for slots, in place of two. A slot has ``buffer_size`` bytes, but at least
+            a twelfth of this number and at most half of it. A block's state and two slots hide all copies.
         defer: let the device update a block during the next forward pass, until that reaches the block. ``auto``:
             only in ``launch/train.py`` and in transformers' own Trainer inside :class:`hift_ds.enabled`, because plain
             reads of the weights after a step need ``engine.settle()`` first.
@@ -90,14 +78,28 @@ class OffloadConfig:
     nvme_path: str | None = None
 
     @property
-    def chunk_bytes(self) -> int:
-        """Largest chunk in bytes. Few large copies take the host less time than many small ones, and a large budget
-        has room for them: at least a dozen slots."""
-        return self.buffer_size if isinstance(self.prefetch, bool) else max(self.buffer_size, self.prefetch // 12)
+    def defers(self) -> bool:
+        """Whether the engine defers the update if it can."""
+        return self.defer in (True, WHERE_POSSIBLE)
 
-    def slots(self, slot_bytes: int) -> int:
-        """Return the number of slots of this size in the memory for slots."""
-        return 2 if isinstance(self.prefetch, bool) else max(2, self.prefetch // slot_bytes)
+    def slots(self, blocks: Iterable[Sequence[int]], ranks: int, per_element: int) -> tuple[int, int]:
+        """Return the bytes of each slot of the streamed step, and the number of slots.
+
+        A slot is at most the largest block's state on one rank, with room for the alignment of its tensors. More slots
+        than two blocks have chunks would stay empty.
+
+        Args:
+            blocks: the number of elements of each parameter, for each block.
+            ranks: number of ranks that share the state.
+            per_element: bytes of fp32 master and state of one element.
+        """
+        numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
+        largest = max(numel * per_element, MIN_BUFFER)
+        if isinstance(self.prefetch, bool):
+            return min(self.buffer_size, largest), 2
+        # Few large copies take the host less time than many small ones, and a large budget has room for them.
+        size = min(max(self.buffer_size, self.prefetch // 12), self.prefetch // 2, largest)
+        return size, min(self.prefetch // size, 2 * math.ceil(largest / size))
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,13 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def with_deferred_step(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``hift`` section with ``offload.defer: auto`` as true, for a loop that never needs ``settle()``."""
+    """Return a ``hift`` section whose ``offload.defer: auto`` defers, for a loop that never needs ``settle()``."""
     offload = section.get("offload")
     if offload is not None and not isinstance(offload, Mapping):
         return dict(section)  # `section_problems` reports it
     offload = dict(offload or {})
     if offload.get("defer", OffloadConfig.defer) == "auto":
-        offload["defer"] = True
+        offload["defer"] = WHERE_POSSIBLE
     return {**section, "offload": offload}
 
 
@@ -219,8 +221,11 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
     "step": (lambda v: v in ("auto", "block", "streamed"), "auto, block or streamed"),
     "buffer_size": (lambda v: _is_int(v) and v >= MIN_BUFFER, f"bytes, an integer of at least {MIN_BUFFER}"),
     "pin_memory": (lambda v: isinstance(v, bool), "true or false"),
-    "prefetch": (lambda v: isinstance(v, bool) or _is_int(v) and v > 0, "true, false, or the bytes of all slots"),
-    "defer": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
+    "prefetch": (
+        lambda v: isinstance(v, bool) or _is_int(v) and v >= 2 * MIN_BUFFER,
+        f"true, false, or the bytes of all slots, an integer of at least {2 * MIN_BUFFER}",
+    ),
+    "defer": (lambda v: isinstance(v, bool) or v in ("auto", WHERE_POSSIBLE), "true, false or auto"),
     "nvme_path": (lambda v: v is None or isinstance(v, str) and bool(v.strip()), "the path of a folder, or null"),
 }
 
@@ -244,17 +249,30 @@ def _place_problems(offload: Mapping[str, Any]) -> list[str]:
         return [f"{prefix}.nvme_path={folder!r} cannot be written ({error.strerror}); choose a writable folder"]
 
 
+def needs_streamed_step(offload: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys that have an effect with the streamed step only, each with its value and the remedy."""
+    found = {}
+    if not isinstance(prefetch := offload.get("prefetch", True), bool):
+        found[f"{SECTION}.offload.prefetch={prefetch}"] = "set prefetch to true, or remove it"
+    if offload.get("defer") is True:
+        found[f"{SECTION}.offload.defer=true"] = "set defer to auto, or remove it"
+    return found
+
+
 def _slot_problems(offload: Mapping[str, Any]) -> list[str]:
-    """Check that a number of bytes for slots is given only where the step may have slots."""
-    prefetch = offload.get("prefetch", OffloadConfig.prefetch)
-    if isinstance(prefetch, bool):
-        return []
-    return [
-        f"{SECTION}.offload.prefetch={prefetch} has no effect with {key}={value!r}: only the streamed step has slots; "
-        "set prefetch to true, or remove it"
+    """Check that what needs the streamed step, or state in host memory, is given only where it has an effect."""
+    found = [
+        f"{setting} has no effect with {key}={value!r}: only the streamed step has slots and is deferred; {remedy}"
         for key, value in (("device", "none"), ("step", "block"))
         if offload.get(key) == value
+        for setting, remedy in needs_streamed_step(offload).items()
     ]
+    if offload.get("device") == "nvme" and offload.get("defer") is True:
+        found.append(
+            f"{SECTION}.offload.defer=true has no effect with device='nvme': only a step from host memory is deferred; "
+            "set defer to auto, or remove it"
+        )
+    return found
 
 
 def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: str) -> list[str]:
@@ -363,6 +381,17 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{SECTION}.offload.device={place!r} with zero_optimization.offload_optimizer.device={offload!r}: the step "
             "on the host needs the state in host memory; remove one of them"
+        )
+    if stage != 0 and _on(offload):
+        found += [
+            f"{setting} has no effect with zero_optimization.offload_optimizer.device={offload!r}: the step on the "
+            f"host has no slots and is not deferred; {remedy}"
+            for setting, remedy in needs_streamed_step(_get(config, f"{SECTION}.offload") or {}).items()
+        ]
+    if stage == 3 and _get(config, f"{SECTION}.offload.defer") is True:
+        found.append(
+            f"{SECTION}.offload.defer=true has no effect with zero_optimization.stage=3, which gathers weights ahead "
+            "of the layers; set defer to auto, or remove it"
         )
     if stage != 0 and offload == "nvme":
         found.append("zero_optimization.offload_optimizer.device='nvme' is not available with HiFT; use cpu")

@@ -39,7 +39,7 @@ from hift_ds.blocks.partition import partition_model
 from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.checkpoint.engine import SavingEngine
 from hift_ds.checkpoint.files import FileEngine
-from hift_ds.config import HiFTConfig
+from hift_ds.config import HiFTConfig, needs_streamed_step
 from hift_ds.model.activations import host_buffers
 from hift_ds.model.reach import freeze_patterns
 from hift_ds.optim.lion import Lion
@@ -262,7 +262,8 @@ class HiFTEngine(CheckpointingEngine):
         """DeepSpeed's ``forward``."""
         if self.module.training:
             self._freeze_others()
-        self._gates.leave_to_compiler()
+        if self._gates.leave_to_compiler() and self.hift.offload.defer is True and dist.get_rank() == 0:
+            logger.warning("hift.offload.defer=true has no effect from now on: the model is compiled")
         return super().forward(*args, **kwargs)
 
     def unfreeze(self) -> None:
@@ -682,8 +683,15 @@ class HiFTEngine(CheckpointingEngine):
                 f"{self.zero_optimization_stage()} flattens and shards tensors; use stage 0, or an element-wise "
                 "optimizer such as AdamW"
             )
+        offload = self.hift.offload
+        if traits.shaped and offload.step == "auto" and dist.get_rank() == 0:
+            for setting, remedy in needs_streamed_step(vars(offload)).items():
+                logger.warning(
+                    f"{setting} has no effect: {name} is not element-wise ({traits.shaped}), and only the streamed "
+                    f"step has slots and is deferred; {remedy}, or use an element-wise optimizer such as AdamW"
+                )
         placed = place_state(
-            self.hift.offload,
+            offload,
             self.blocks,
             self._block_parameters,
             name,

@@ -58,7 +58,7 @@ def tasks(small: str, large: str, on_device: bool) -> list[Task]:
     profiled = 4 if on_device else 1
     both = ("memory", "step", "methods")
     return [
-        Task("weights", ("weights",), 120, False, offload={"prefetch": 2**19, "defer": True}),
+        Task("weights", ("weights",), 120, False, offload={"prefetch": 2**19}),
         Task("lomo large", ("methods",), 40, False, method("lomo", large, 5)),
         Task("hift large, prefetch", both, 170, True, Workload(
             "hift", large, lengths=(short, long), offload=prefetched, profiled=profiled)),

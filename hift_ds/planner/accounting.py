@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hift_ds import config
 from hift_ds.config import NORM_CHUNK
 from hift_ds.planner.simulation import LiveMemory, StepBase
 
@@ -37,20 +36,8 @@ def state_numel(optimizer: str, shapes: Iterable[Sequence[int]]) -> int:
     return numel
 
 
-def slot_bytes(optimizer: str, blocks: Iterable[Sequence[int]], ranks: int, buffer_size: int) -> int:
-    """Return the bytes of each staging slot of the streamed step.
-
-    Args:
-        optimizer: a key of ``MOMENTS``.
-        blocks: for each block, the elements of each parameter.
-        ranks: number of ranks that share the blocks.
-        buffer_size: ``hift.offload.buffer_size``.
-    """
-    return config.slot_bytes(blocks, ranks, _bytes_per_element(optimizer), buffer_size)
-
-
-def _bytes_per_element(optimizer: str) -> int:
-    """Bytes of master weight and optimizer state of one element in a chunk of the streamed step."""
+def bytes_per_element(optimizer: str) -> int:
+    """Return the bytes of master weight and optimizer state of one element in a chunk of the streamed step."""
     return FP32 * (1 + MOMENTS[optimizer])
 
 
@@ -71,6 +58,7 @@ class Setup:
         staging: elements of the buffer through which DeepSpeed copies gradients to the host, at ZeRO-1 and ZeRO-2.
         accumulates: gradients of earlier micro-batches exist.
         slot: bytes of each staging slot of the streamed step.
+        slots: number of staging slots; 0: the engine moves no state to the device.
         persistent: elements of the parameters that ZeRO-3 keeps whole on every rank.
     """
 
@@ -85,6 +73,7 @@ class Setup:
     staging: int = 0
     accumulates: bool = False
     slot: int = 0
+    slots: int = 0
     persistent: int = 0
 
     def partition(self, numels: Sequence[int]) -> int:
@@ -213,7 +202,7 @@ class Step(StepBase):
         if self.sliced is not None:
             tensors = [self.sliced]
         if self.setup.placement == "streamed":
-            tensors = [min(sum(tensors), self.setup.slot // _bytes_per_element(self.setup.optimizer))]
+            tensors = [min(sum(tensors), self.setup.slot // bytes_per_element(self.setup.optimizer))]
             masters = FP32 * tensors[0] if self.setup.has_masters else 0
             state = FP32 * MOMENTS[self.setup.optimizer] * tensors[0]
             # The staging slots hold the master weights. A block's first step creates its state outside the slots.

@@ -30,10 +30,10 @@ from hift_ds.planner.accounting import (
     FP32,
     FUSED,
     Setup,
+    bytes_per_element,
     gathered_numel,
     make_step,
     persistent_numel,
-    slot_bytes,
     state_numel,
 )
 from hift_ds.planner.extrapolation import Extrapolated, Extrapolation, NotLinearError, Point
@@ -504,7 +504,7 @@ class Planner:
         weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + _SCALARS * len(numels) + (request.slots(setup.slot) * setup.slot if setup.slot else 0),
+            "buffers": others + _SCALARS * len(numels) + setup.slots * setup.slot,
         }
         optimizers = built.optimizer_shapes()
         if setup.stage == 3:
@@ -586,7 +586,10 @@ class Planner:
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
-        ranks, streamed = request.ranks if request.stage > 0 else 1, request.placement == "streamed"
+        slot, slots = 0, 1 if request.placement == "block" else 0
+        if request.placement == "streamed":
+            ranks = request.ranks if request.stage > 0 else 1
+            slot, slots = request.offload.slots(updated, ranks, bytes_per_element(request.optimizer))
         setup = Setup(
             stage=request.stage,
             ranks=request.ranks,
@@ -598,7 +601,8 @@ class Planner:
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
-            slot=slot_bytes(request.optimizer, updated, ranks, request.chunk_bytes) if streamed else 0,
+            slot=slot,
+            slots=slots,
         )
         return replace(setup, persistent=persistent_numel(setup, _numels(built.shapes.values())))
 

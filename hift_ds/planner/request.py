@@ -98,13 +98,9 @@ class Request:
         return "block" if self.optimizer == "adafactor" else "streamed"
 
     @property
-    def chunk_bytes(self) -> int:
-        """Largest chunk of the streamed step in bytes."""
-        return OffloadConfig(prefetch=self.prefetch or True, buffer_size=self.buffer_size).chunk_bytes
-
-    def slots(self, slot_bytes: int) -> int:
-        """Return the number of slots of this size in the streamed step."""
-        return OffloadConfig(prefetch=self.prefetch or True).slots(slot_bytes)
+    def offload(self) -> OffloadConfig:
+        """What determines the slots of the streamed step."""
+        return OffloadConfig(prefetch=self.prefetch or True, buffer_size=self.buffer_size)
 
     def problems(self) -> list[str]:
         """Return every problem of the request, each with the value and a remedy."""
@@ -140,8 +136,8 @@ class Request:
             found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
             found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
-        if self.prefetch is not None and not _is_count(self.prefetch):
-            found.append(f"--prefetch={self.prefetch!r}: expected bytes, an integer of at least 1")
+        if self.prefetch is not None and (not _is_count(self.prefetch) or self.prefetch < 2 * MIN_BUFFER):
+            found.append(f"--prefetch={self.prefetch!r}: expected bytes, an integer of at least {2 * MIN_BUFFER}")
         chunk = self.loss_chunk
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0):
             found.append(f"--loss-chunk={chunk!r}: expected tokens, an integer of at least 0 (0: all tokens at once)")

@@ -286,12 +286,11 @@ class StepTimes:
         ranks = request.ranks if request.stage else 1
         numels = [-(-math.prod(shape) // ranks) for shape in built.updated_shapes(block)]
         limit = setup.slot // (FP32 * (1 + moments)) if setup.placement == "streamed" else None
-        slots = request.slots(setup.slot) if setup.placement == "streamed" else 1
         return Stepper(
             chunks(numels, limit),
             moments,
             request.weight,
-            slots if setup.moves_state else 0,
+            setup.slots,
             setup.has_masters,
             self.defer and setup.placement == "streamed",
             block / len(built.blocks),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hift_ds.blocks.block import Block, numel_of
-from hift_ds.config import OffloadConfig, slot_bytes
+from hift_ds.config import OffloadConfig
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
 from hift_ds.state.host_step import HostStep
@@ -79,9 +79,9 @@ def place_state(
             f"hift.offload.step='streamed' cuts tensors, and {optimizer} is not element-wise ({traits.shaped}); use "
             "'block' or 'auto', or an element-wise optimizer such as AdamW"
         )
-    chunk_bytes, per_element = None, 4 + int(traits.state_bytes)
+    chunk_bytes, slots, per_element = None, 1, 4 + int(traits.state_bytes)
     if not traits.shaped and offload.step != "block":
-        chunk_bytes = slot_bytes(numels, ranks, per_element, offload.chunk_bytes)
+        chunk_bytes, slots = offload.slots(numels, ranks, per_element)
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
     needed = _host_bytes(parameters, ranks, traits, has_masters)
     host.check_room(needed)
@@ -92,8 +92,8 @@ def place_state(
         "chunk_bytes": chunk_bytes,
         "bytes_per_element": per_element,
         "prefetch": bool(offload.prefetch),
-        "slots": 2 if chunk_bytes is None else offload.slots(chunk_bytes),
-        "defer": offload.defer is True,
+        "slots": slots,
+        "defer": offload.defers and offload.device == "cpu",
         "state": traits.state,
     }
 

@@ -60,12 +60,18 @@ class UpdateGates:
         if self._updates.staging.is_updating and not self._layers[self._updates.updating]:
             self._updates.finish_update()
 
-    def leave_to_compiler(self) -> None:
-        """Defer no more updates if the model is compiled: a compiler would take the hooks for a part of the model."""
-        if self._hooks and any(map(_is_compiled, self._module.modules())):
+    def leave_to_compiler(self) -> bool:
+        """Defer no more updates if the model is compiled: a compiler would take the hooks for a part of the model.
+
+        Returns:
+            Whether it was compiled since the last call.
+        """
+        is_compiled = bool(self._hooks) and any(map(_is_compiled, self._module.modules()))
+        if is_compiled:
             self._updates.finish_update()
             self._updates.staging.can_defer = False
             self.remove()
+        return is_compiled
 
     def _at_start(self, module: torch.nn.Module, _: Any) -> None:
         if self._updates.staging.is_updating:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hift_ds import config
-from hift_ds.config import ConfigError, HiFTConfig, OffloadConfig
+from hift_ds.config import MIN_BUFFER, ConfigError, HiFTConfig, OffloadConfig
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -64,8 +64,19 @@ def test_values_arrive() -> None:
         ({"offload": {"nvme_path": "/tmp"}}, ("nvme_path='/tmp'", "remove it")),
         ({"offload": {"step": "whole"}}, ("offload.step='whole'", "streamed")),
         ({"offload": {"buffer_size": 1000}}, ("offload.buffer_size=1000", "65536")),
-        ({"offload": {"prefetch": 65537, "step": "block"}}, ("offload.prefetch=65537", "step='block'", "remove it")),
-        ({"offload": {"prefetch": 1, "device": "none"}}, ("offload.prefetch=1 ", "device='none'", "remove it")),
+        ({"offload": {"prefetch": 2**18, "step": "block"}}, ("offload.prefetch=262144 ", "step='block'", "remove it")),
+        (
+            {"offload": {"prefetch": 2**18, "device": "none"}},
+            ("offload.prefetch=262144 ", "device='none'", "remove it"),
+        ),
+        ({"offload": {"prefetch": 2**17 - 1}}, ("offload.prefetch=131071", "at least 131072")),
+        ({"offload": {"defer": "later"}}, ("offload.defer='later'", "true, false or auto")),
+        ({"offload": {"defer": True, "step": "block"}}, ("offload.defer=true ", "step='block'", "to auto")),
+        ({"offload": {"defer": True, "device": "none"}}, ("offload.defer=true ", "device='none'", "to auto")),
+        (
+            {"offload": {"defer": True, "device": "nvme", "nvme_path": "."}},
+            ("offload.defer=true ", "device='nvme'", "to auto"),
+        ),
         ({"offload": {"pin": True}}, ("offload.pin", "pin_memory")),
         ({"offload": "cpu"}, ("offload='cpu'", "mapping")),
         ([], ("mapping",)),
@@ -100,6 +111,24 @@ def test_all_problems_come_at_once() -> None:
             },
             ("offload.device='none'", "offload_optimizer"),
         ),
+        (
+            {
+                "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+                "hift": {"offload": {"prefetch": 2**20}},
+            },
+            ("offload.prefetch=1048576 ", "offload_optimizer.device='cpu'", "to true"),
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "hift": {"offload": {"defer": True}},
+            },
+            ("offload.defer=true ", "offload_optimizer.device='cpu'", "to auto"),
+        ),
+        (
+            {"zero_optimization": {"stage": 3}, "hift": {"offload": {"defer": True}}},
+            ("offload.defer=true ", "stage=3", "to auto"),
+        ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ("offload_param", "none")),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, ("zenflow",)),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ("elastic_checkpoint",)),
@@ -112,6 +141,41 @@ def test_what_cannot_be_exact_beside_hift_is_refused(rest: dict[str, Any], words
     found = config.problems({"hift": {}, **rest})
     assert len(found) == 1 and all(word in found[0] for word in words), found
     assert config.problems({**rest, "hift": {"enabled": False}}) == []
+
+
+@pytest.mark.parametrize("offload", [{}, {"defer": "auto"}, {"step": "block"}, {"device": "none"}])
+def test_a_step_is_deferred_where_possible_if_the_loop_is_known(offload: dict[str, Any]) -> None:
+    section = config.with_deferred_step({"offload": offload})
+    assert HiFTConfig.from_dict(section).offload.defers
+    for zero in ({"stage": 3}, {"stage": 1, "offload_optimizer": {"device": "cpu"}}):
+        if zero["stage"] == 3 or "device" not in offload:
+            assert config.problems({"zero_optimization": zero, "hift": section}) == []
+    assert not config.with_deferred_step({"offload": {**offload, "defer": False}})["offload"]["defer"]
+    assert not HiFTConfig.from_dict({"offload": offload}).offload.defers
+
+
+BLOCKS = [[100_000], [900_000, 100_000]]  # the largest has 12 MB of state with AdamW
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "count"),
+    [
+        ({}, 12_055_296, 2),  # one chunk, with room for alignment
+        ({"buffer_size": 2**20}, 2**20, 2),
+        ({"buffer_size": 2**20, "prefetch": 2**23}, 2**20, 8),
+        ({"buffer_size": 2**20, "prefetch": 3 * 2**22}, 2**20, 12),
+        ({"buffer_size": 2**16, "prefetch": 3 * 2**22}, 2**20, 12),  # at least a twelfth
+        ({"buffer_size": 2**20, "prefetch": 2**20}, 2**19, 2),  # at most half
+        ({"buffer_size": 2**22, "prefetch": 2**22}, 2**21, 2),
+        ({"buffer_size": 2**20, "prefetch": 2**30}, 12_055_296, 2),  # at most both blocks' chunks
+        ({"buffer_size": 2**22, "prefetch": 2**25}, 2**22, 6),
+        ({"prefetch": 2 * MIN_BUFFER}, MIN_BUFFER, 2),
+    ],
+)
+def test_slots_keep_to_the_budget_and_hold_at_most_two_blocks(given: dict[str, int], size: int, count: int) -> None:
+    built = OffloadConfig(**given)
+    assert built.slots(BLOCKS, ranks=1, per_element=12) == (size, count)
+    assert isinstance(built.prefetch, bool) or size * count <= built.prefetch
 
 
 def test_a_config_can_be_a_path(tmp_path: Path) -> None:

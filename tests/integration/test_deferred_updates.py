@@ -1,11 +1,15 @@
 """Deferred updates (``hift.offload.defer``): what finishes them, what does not defer, and what they fetch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+import hift_ds.engine
+from hift_ds.config import WHERE_POSSIBLE
 from hift_ds.state.transfer import Staging
 from tests.support import tiny
 from tests.support.ranks import run_on_ranks
@@ -14,9 +18,15 @@ from tests.support.tiny import Case
 CASE = Case(stage=2, dtype="bf16")
 
 
-def make(defer: bool = True, prefetch: Any = True, case: Case = CASE) -> Any:
-    import hift_ds
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """The engine's warnings."""
+    found: list[str] = []
+    with mock.patch.object(hift_ds.engine.logger, "warning", found.append):
+        yield found
 
+
+def make(defer: bool | str = True, prefetch: Any = True, case: Case = CASE) -> Any:
     config = tiny.ds_config(case)
     config["hift"]["offload"] = {"buffer_size": 65536, "defer": defer, "prefetch": prefetch}
     return hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
@@ -115,20 +125,37 @@ def test_state_is_fetched_once(prefetch: Any) -> None:
     assert sum(late) < 1.3 * sum(at_once)
 
 
-def compiled(defer: bool) -> tuple[dict[str, torch.Tensor], bool]:
-    """In a rank: the weights of a model that is compiled after three steps, and whether its updates are deferred."""
-    engine = trained(make(defer), 3)
-    engine.compile(backend="eager")
-    for step in range(3, 8):
-        tiny.optimizer_step(engine, step)
-    result = weights(engine), engine.block_optimizers.staging.can_defer
+def compiled(defer: bool | str) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
+    """In a rank: of a model compiled after three steps, the weights, whether updates are deferred, and warnings."""
+    with warnings() as found:
+        engine = trained(make(defer), 3)
+        engine.compile(backend="eager")
+        for step in range(3, 8):
+            tiny.optimizer_step(engine, step)
+    result = weights(engine), engine.block_optimizers.staging.can_defer, found
     engine.destroy()
     return result
 
 
 def test_a_compiled_model_defers_nothing() -> None:
-    ((ours, is_deferring),), ((truth, _),) = (run_on_ranks(1, compiled, defer) for defer in (True, False))
-    assert not is_deferring and tiny.identical(ours, truth)
+    for defer in (True, WHERE_POSSIBLE):
+        ((ours, is_deferring, said),), ((truth, _, _),) = (run_on_ranks(1, compiled, one) for one in (defer, False))
+        assert not is_deferring and tiny.identical(ours, truth)
+        assert ["compiled" in line for line in said] == [True] * (defer is True), said
+
+
+def not_streamed(prefetch: Any) -> list[str]:
+    """In a rank: the warnings of a step that is not streamed because of its optimizer."""
+    with warnings() as found:
+        make(True, prefetch, Case(optimizer="Adafactor", dtype="bf16")).destroy()
+    return found
+
+
+@pytest.mark.parametrize("prefetch", (True, 2**20))
+def test_settings_that_the_optimizer_makes_useless_are_named(prefetch: Any) -> None:
+    ((*of_slots, of_deferring),) = run_on_ranks(1, not_streamed, prefetch)
+    assert all(word in of_deferring for word in ("offload.defer=true ", "Adafactor", "set defer to auto", "AdamW"))
+    assert ["offload.prefetch=1048576 " in line for line in of_slots] == [True] * (prefetch is not True), of_slots
 
 
 def after_an_error() -> tuple[int, int, bool]:

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hift_ds.planner.accounting import slot_bytes
+from hift_ds.planner.accounting import bytes_per_element
 from hift_ds.planner.models import load_config
 from hift_ds.planner.plan import Planner
 from hift_ds.planner.request import Request
@@ -154,4 +154,5 @@ def planned_areas(request: Request) -> list[int]:
     built = Planner(request).build(request)
     ranks = request.ranks if request.stage else 1
     numels = [built.numels(block) for block in range(len(built.blocks))]
-    return 2 * [slot_bytes(request.optimizer, numels, ranks, request.chunk_bytes)]
+    size, count = request.offload.slots(numels, ranks, bytes_per_element(request.optimizer))
+    return count * [size]
