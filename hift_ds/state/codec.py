@@ -98,9 +98,9 @@ def quantize(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, si
     blocks = values.view(-1, BLOCK)
     torch.amax(blocks.abs() if signed else blocks, 1, out=scales)
     scales.clamp_(min=_SMALLEST_SCALE)
-    blocks.div_(scales.div(_FP16_RANGE).unsqueeze(1))
-    half = values.half()
-    patterns = values.view(torch.int32).copy_(half.view(torch.uint16))
+    half = torch.empty_like(blocks, dtype=torch.float16)
+    torch.div(blocks, scales.div(_FP16_RANGE).unsqueeze(1), out=half)
+    patterns = values.view(torch.int32).copy_(half.view(-1).view(torch.uint16))
     torch.index_select(encoding, 0, patterns, out=codes)
 
 
