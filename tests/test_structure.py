@@ -114,7 +114,7 @@ ROOMS = {
         "engine": "blocks checkpoint config model optim state zero",
         "initialization": "blocks config engine",
         "integrations": "config engine initialization model optim",
-        "planner": "blocks config model paths",
+        "planner": "blocks config model paths state weights",
         "plan": "planner",
         "__init__": "blocks config engine initialization integrations model optim planner",
     },

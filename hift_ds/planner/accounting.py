@@ -9,11 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hift_ds.config import NORM_CHUNK
 from hift_ds.planner.simulation import LiveMemory, StepBase
+from hift_ds.planner.timeline import Operation, Trace
+
+if TYPE_CHECKING:
+    from hift_ds.state.codec import Codec
 
 FP32 = 4  # bytes of an element
 FP64 = 8
@@ -34,6 +41,98 @@ def state_numel(optimizer: str, shapes: Iterable[Sequence[int]]) -> int:
         rows = math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1] if len(shape) > 1 else math.prod(shape)
         numel += rows
     return numel
+
+
+class Encoding(NamedTuple):
+    """What the store keeps of an element, in which form: the codecs of :mod:`hift_ds.state.codec` know the sizes.
+
+    Attributes:
+        masters: fp32 master weights exist.
+        moments: tensors of optimizer state.
+        splits: the store keeps what 16-bit weights lack of the master weights.
+        eight_bit: the store keeps the state in codes of 8 bit.
+        carried: bytes of the element's weight, which travels along if it waits in host memory, too; else 0.
+    """
+
+    masters: bool
+    moments: int
+    splits: bool = False
+    eight_bit: bool = False
+    carried: int = 0
+
+    def _codecs(self) -> tuple[list[Codec], list[Codec]]:
+        """Return the codecs of master weights and of state."""
+        from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Plain, Split
+
+        masters: list[Codec] = [Split() if self.splits else Plain()] if self.masters else []
+        of_moments: list[Codec] = [FIRST_MOMENT, SECOND_MOMENT] if self.eight_bit else [Plain(), Plain()]
+        return masters, of_moments[: self.moments]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything is kept as the step needs it."""
+        return not (self.splits or self.eight_bit)
+
+    def stored(self, numel: int) -> tuple[int, int]:
+        """Return the bytes of the master weights and of the state of a tensor in the store."""
+        from hift_ds.state.codec import ALIGNMENT
+
+        if not self.is_plain:
+            numel_of_codes = -(-numel // ALIGNMENT) * ALIGNMENT
+        found = []
+        for codecs, is_coded in zip(self._codecs(), (self.splits, self.eight_bit), strict=True):
+            count = numel_of_codes if is_coded else numel
+            parts = [part for codec in codecs for part in codec.parts]
+            found.append(sum(part.dtype.itemsize * (count // part.grain) for part in parts))
+        return found[0], found[1]
+
+    @property
+    def per_element(self) -> tuple[float, float]:
+        """Bytes of an element's master weight and state in the store."""
+        masters, state = self.stored(2**20)
+        return masters / 2**20, state / 2**20
+
+    @property
+    def moved(self) -> float:
+        """Bytes of an element that travel in each direction."""
+        return sum(self.per_element) + self.carried
+
+    def slot_bytes(self, uncoded: int) -> int:
+        """Return the bytes of a slot for the chunk that a slot of ``uncoded`` bytes holds in fp32."""
+        if self.is_plain and not self.carried:
+            return uncoded
+        per_element = FP32 * (1 + self.moments)
+        return math.ceil(uncoded // per_element * self.moved) + _SLOT_OVERHEAD
+
+    def temporary(self, numel: int) -> int:
+        """Return the bytes of temporary tensors while a chunk is encoded, the copy of new state included."""
+        masters, moments = self._codecs()
+        needed = [codec.temporary for codec in masters if self.splits]
+        needed += [codec.temporary + FP32 for codec in moments if self.eight_bit]
+        return max(needed, default=0) * numel
+
+    def kernels(self) -> list[Operation]:
+        """Return the kernels that decode and encode a chunk of ``TRACED`` elements."""
+        return list(_kernels(self))
+
+
+TRACED = 2**20  # elements
+_SLOT_OVERHEAD = 4096  # bytes that the alignment of tensors in a slot takes
+
+
+@cache
+def _kernels(encoding: Encoding) -> tuple[Operation, ...]:
+    masters, moments = encoding._codecs()
+    trace = Trace()
+    for codec in [*masters] * encoding.splits + [*moments] * encoding.eight_bit:
+        empty = partial(torch.empty, device="meta")
+        stored = [empty(TRACED // part.grain, dtype=part.dtype) for part in codec.parts]
+        values = empty(TRACED)
+        codec.encode(values, stored)  # makes the codec's tables, which the step does not
+        with trace:
+            codec.decode(stored, values)
+            codec.encode(values, stored)
+    return tuple(trace.passes["forward"])
 
 
 def bytes_per_element(optimizer: str) -> int:
@@ -57,9 +156,12 @@ class Setup:
         bucket: elements of gradients that are reduced together.
         staging: elements of the buffer through which DeepSpeed copies gradients to the host, at ZeRO-1 and ZeRO-2.
         accumulates: gradients of earlier micro-batches exist.
+        chunk: elements of a chunk of the streamed step.
         slot: bytes of each staging slot of the streamed step.
         slots: number of staging slots; 0: the engine moves no state to the device.
         persistent: elements of the parameters that ZeRO-3 keeps whole on every rank.
+        splits, eight_bit: the form of what the store keeps: see :class:`Encoding`.
+        weights: where weights that are not computed with wait: ``device``, or ``cpu``.
     """
 
     stage: int
@@ -72,9 +174,13 @@ class Setup:
     bucket: int
     staging: int = 0
     accumulates: bool = False
+    chunk: int = 0
     slot: int = 0
     slots: int = 0
     persistent: int = 0
+    splits: bool = False
+    eight_bit: bool = False
+    weights: str = "device"
 
     def partition(self, numels: Sequence[int]) -> int:
         """Return the elements of these parameters that a rank owns."""
@@ -88,6 +194,12 @@ class Setup:
     def has_masters(self) -> bool:
         """Whether fp32 master weights exist. ZeRO makes them for fp32 weights, too."""
         return self.weight < FP32 or self.stage > 0
+
+    @property
+    def encoding(self) -> Encoding:
+        """The form of what the store keeps."""
+        carried = self.weight if self.weights == "cpu" and self.stage < 3 else 0
+        return Encoding(self.has_masters, MOMENTS.get(self.optimizer, 0), self.splits, self.eight_bit, carried)
 
     @property
     def moves_state(self) -> bool:
@@ -107,6 +219,14 @@ class Setup:
     def masters(self, numels: Sequence[int]) -> int:
         """Return the bytes of fp32 master weights on a rank."""
         return FP32 * self.partition(numels) if self.has_masters else 0
+
+    def stored(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Return the bytes of master weights and of optimizer state of these weights in a rank's store."""
+        numels = [math.prod(shape) for shape in shapes]
+        if self.encoding.is_plain:
+            return self.masters(numels), self.state(shapes)
+        sizes = list(map(self.encoding.stored, numels if self.stage == 0 else [self.partition(numels)]))
+        return sum(masters for masters, _ in sizes), sum(state for _, state in sizes)
 
     def state(self, shapes: Sequence[Sequence[int]]) -> int:
         """Return the bytes of optimizer state on a rank, without the step counts."""
@@ -199,18 +319,25 @@ class Step(StepBase):
             fp32_gradients: the step copies the gradients of each chunk to fp32.
         """
         masters, state = (self.masters, self.state) if self.setup.moves_state else (0, 0)
+        in_slot = 0  # bytes of a chunk that are in a slot, which is counted
         if self.sliced is not None:
             tensors = [self.sliced]
         if self.setup.placement == "streamed":
-            tensors = [min(sum(tensors), self.setup.slot // bytes_per_element(self.setup.optimizer))]
+            tensors = [min(sum(tensors), self.setup.chunk)]
             masters = FP32 * tensors[0] if self.setup.has_masters else 0
             state = FP32 * MOMENTS[self.setup.optimizer] * tensors[0]
             # The staging slots hold the master weights. A block's first step creates its state outside the slots.
-            self.memory.free("buffers", masters)
+            in_slot = 0 if self.setup.splits else masters
+            self.memory.free("buffers", in_slot)
         with self.memory.temporary("master_weights", masters), self.memory.temporary("optimizer_state", state):
             self.optimize(tensors, fp32_gradients)
-        if self.setup.placement == "streamed":
-            self.memory.allocate("buffers", masters)
+            if self.setup.moves_state:  # encoded beside the gradient
+                with (
+                    self.memory.temporary("gradients", FP32 * sum(tensors) if fp32_gradients else 0),
+                    self.memory.temporary("buffers", self.setup.encoding.temporary(sum(tensors))),
+                ):
+                    pass
+        self.memory.allocate("buffers", in_slot)
 
     def optimize(self, tensors: Sequence[int], fp32_gradients: bool = True) -> None:
         """Run the optimizer on tensors of these numbers of elements."""
@@ -445,7 +572,8 @@ def persistent_numel(setup: Setup, numels: Iterable[int]) -> int:
         setup: gives the stage and the number of ranks.
         numels: elements of each parameter.
     """
-    return sum(n for n in numels if n <= _PERSISTENCE_THRESHOLD) if setup.stage == 3 and setup.ranks > 1 else 0
+    is_sharded = setup.stage == 3 and (setup.ranks > 1 or setup.weights == "cpu")
+    return sum(n for n in numels if n <= _PERSISTENCE_THRESHOLD) if is_sharded else 0
 
 
 def gathered_numel(setup: Setup, numels: Sequence[int], reached: Sequence[int]) -> int:
@@ -460,7 +588,7 @@ def gathered_numel(setup: Setup, numels: Sequence[int], reached: Sequence[int]) 
         numels: elements of each parameter.
         reached: elements of each parameter that the backward pass reaches.
     """
-    if setup.stage < 3 or setup.ranks == 1:
+    if setup.stage < 3 or setup.ranks == 1 and setup.weights == "device":
         return 0
     partitioned = [n for n in numels if n > _PERSISTENCE_THRESHOLD]
     largest, total = max(partitioned, default=0), sum(partitioned)

@@ -48,15 +48,20 @@ from hift_ds.planner.simulation import (
     TokenLoop,
 )
 from hift_ds.planner.timeline import Operation, Trace
+from hift_ds.weights.units import find_units
 
 Memory: TypeAlias = LiveMemory | Extrapolated  # of a step
 _STOCK_BUCKET = 500_000_000  # elements: the default of DeepSpeed's reduce_bucket_size
 _FEW_TOKENS = 32  # a sequence that is always simulated as it is
 _MANY_OPERATIONS = 40_000  # of a simulation that takes several seconds; a step of a loop over tokens takes fewer
-_AROUND_THE_FORWARD_PASS = (  # fields of a request that do not change its activations
-    "ranks", "optimizer", "gradient_accumulation_steps", "buffer_size", "nvme_path", "prefetch",
-    "offload_device", "offload_step", "offload_optimizer",
+_AROUND_THE_PASSES = (  # fields that change what is held and the update, and nothing in between
+    "offload_device", "offload_step", "buffer_size", "prefetch", "nvme_path", "nvme", "drive_read", "drive_write",
+    "weights", "master", "moments", "offload_param",
 )  # fmt: skip
+_AROUND_THE_FORWARD_PASS = (  # fields of a request that do not change its activations
+    *("ranks", "optimizer", "gradient_accumulation_steps", "offload_optimizer"),
+    *_AROUND_THE_PASSES,
+)
 _MANY_OPERATIONS_OF_A_PLAN = 500_000  # then only the blocks are simulated that bound the memory
 _MOST_OPERATIONS_OF_A_PLAN = 2_000_000  # of a loop over tokens: more than a minute
 _SCALARS = 64  # bytes of step counts, norms and other scalars for each parameter
@@ -175,6 +180,19 @@ class BuiltModel:
     def numels(self, block: int) -> list[int]:
         """Return the elements of each gradient of a block."""
         return _numels(self.gradient_shapes(block))
+
+    def layer_of(self) -> dict[str, int]:
+        """Return the number of the hidden layer of each parameter in one, by name; the first layer is 0."""
+        names = {id(parameter): name for name, parameter in self.simulator.model.named_parameters()}
+        units, _ = find_units(self.simulator.model)
+        return {names[id(p)]: number for number, unit in enumerate(units) for p in unit.parameters}
+
+    def layers(self) -> list[int]:
+        """Return the elements of each hidden layer."""
+        numels: Counter[int] = Counter()
+        for name, number in self.layer_of().items():
+            numels[number] += math.prod(self.shapes[name])
+        return [numels[number] for number in sorted(numels)]
 
     def optimizer_shapes(self) -> list[list[tuple[int, ...]]]:
         """Return the shapes of each DeepSpeed optimizer. All blocks that hold rows of one tensor share an optimizer."""
@@ -326,7 +344,7 @@ class Planner:
                 planned[index] = _interpolate(name, numels[index], *ends, position - start, end - start)
         blocks = [planned[index] for index in indices]
         first = self.simulate(request, built.similar_runs()[0][0])
-        lengths = list(first.lengths) if isinstance(first, Extrapolated) else None
+        lengths = list(first.lengths) or None if isinstance(first, Extrapolated) else None
         if request.layout == "paper":
             top = max(indices, key=lambda index: numels[index])
         else:
@@ -354,9 +372,23 @@ class Planner:
         """
         key = (replace(request, model=None), block)
         if key not in self._simulated:
-            self._simulated[key] = memory = self._simulate(request, block)
+            other = _same_passes(request)
+            memory = self._simulate(request, block) if other == request else self._stepped(request, other, block)
+            self._simulated[key] = memory
             self._forward[_same_forward(request), block] = memory.peaks["forward"]["activations"]
         return self._simulated[key]
+
+    def _stepped(self, request: Request, other: Request, block: int) -> Extrapolated:
+        """Return the memory of a step with the passes of another request: its update alone is simulated."""
+        passes, built = self.simulate(other, block), self.build(request)
+        held, before = self.held(request, block), self.held(other, block)
+        peaks = {
+            phase: {name: nbytes + held.get(name, 0) - before.get(name, 0) for name, nbytes in peak.items()}
+            for phase, peak in passes.peaks.items()
+        }
+        names, step = built.blocks[block].parameter_names, self._step(request, built, block)
+        peaks["step"] = built.simulator.update(names, held, step).peaks["step"]
+        return Extrapolated(peaks, passes.host, passes.lengths if isinstance(passes, Extrapolated) else ())
 
     def trace(self, request: Request, block: int) -> dict[str, list[Operation]]:
         """Return the operations of one forward and backward pass of a step on a block: see :class:`Trace`.
@@ -364,6 +396,7 @@ class Planner:
         Raises:
             ConfigError: the step cannot be simulated.
         """
+        request = _same_passes(request)
         key = (replace(request, model=None), block)
         if key not in self._traces:
             trace = Trace()
@@ -426,11 +459,8 @@ class Planner:
         if self.limit is not None and self.operations > self.limit:
             raise TooManyOperationsError
         built = self.build(request)
-        trained, step = built.blocks[block].parameter_names, StepBase()
-        if request.method == "mezo":
-            trained, step = (), ForwardStep(request.weight, max(_numels(built.shapes.values())), request.accelerator)
-        elif request.layout == "engine":
-            step = make_step(self.setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
+        trained = () if request.method == "mezo" else built.blocks[block].parameter_names
+        step = self._step(request, built, block)
         held = self.held(request, block)
         self.tell(
             f"simulating a step on {built.blocks[block].name} with a batch of {batch_size:,} x {seq_len:,} tokens"
@@ -438,6 +468,14 @@ class Planner:
         memory = built.simulator.run(trained, batch_size, seq_len, held, step, chunk, **options)
         self.operations += memory.operations
         return memory
+
+    def _step(self, request: Request, built: BuiltModel, block: int) -> StepBase:
+        """Return what a step on a block allocates around the passes."""
+        if request.method == "mezo":
+            return ForwardStep(request.weight, max(_numels(built.shapes.values())), request.accelerator)
+        if request.layout == "paper":
+            return StepBase()
+        return make_step(self.setup(request, built), built.gradient_shapes(block), built.updated_shapes(block))
 
     def _extrapolation(self, request: Request, block: int, loss_chunk: int | None) -> Memory | None:
         """Return the memory of a step that is too long to simulate, because the model loops over tokens, or None."""
@@ -501,7 +539,12 @@ class Planner:
             }
         setup = self.setup(request, built)
         numels = _numels(everything)
-        weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
+        if setup.weights == "cpu":
+            layers = built.layers() if setup.stage < 3 else []
+            slots = [max(layers[first::2], default=0) for first in (0, 1)]  # layers take them in turn
+            weights = sum(slots) + (model - sum(layers) if layers else 0)
+        else:
+            weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
             "buffers": others + _SCALARS * len(numels) + setup.slots * setup.slot,
@@ -586,10 +629,11 @@ class Planner:
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
-        slot, slots = 0, 1 if request.placement == "block" else 0
+        chunk, slot, slots = 0, 0, 1 if request.placement == "block" else 0
         if request.placement == "streamed":
             ranks = request.ranks if request.stage > 0 else 1
             slot, slots = request.offload.slots(updated, ranks, bytes_per_element(request.optimizer))
+            chunk = slot // bytes_per_element(request.optimizer)
         setup = Setup(
             stage=request.stage,
             ranks=request.ranks,
@@ -601,33 +645,52 @@ class Planner:
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
+            chunk=chunk,
             slot=slot,
             slots=slots,
+            splits=request.splits,
+            eight_bit=request.moments == "8bit",
+            weights="cpu" if request.streams_weights else "device",
         )
+        if chunk:
+            setup = replace(setup, slot=setup.encoding.slot_bytes(slot))
         return replace(setup, persistent=persistent_numel(setup, _numels(built.shapes.values())))
+
+    def layer_bytes(self, request: Request) -> list[int]:
+        """Return the bytes of each hidden layer's weights that a rank copies to the device; empty: they stay there."""
+        if not request.streams_weights:
+            return []
+        return [request.weight * -(-numel // request.ranks) for numel in self.build(request).layers()]
 
     def _off_device(self, request: Request, built: BuiltModel, top: int, place: str) -> dict[str, int]:
         """Return the bytes of one rank by category in a place, ``host`` or ``nvme``; ``top``: the block at the peak."""
         sizes = dict.fromkeys(CATEGORIES, 0)
-        in_files = request.offload_device == "nvme"
-        if request.method == "mezo" or place != ("nvme" if in_files else "host"):
-            is_moved = request.placement in ("streamed", "block") and request.layout != "paper"
-            if in_files and place == "host" and is_moved:
-                sizes["buffers"] = AIO_CHUNK * AIO_BUFFERS
+        if request.method == "mezo":
             return sizes
         if request.layout == "paper":
             for shapes in (built.updated_shapes(block) for block in range(len(built.blocks)) if block != top):
-                if request.precision == "mixed-hi":
+                if place == "host" and request.precision == "mixed-hi":
                     sizes["master_weights"] += FP32 * sum(_numels(shapes))
-                sizes["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes)
+                sizes["optimizer_state"] += FP32 * state_numel(request.optimizer, shapes) if place == "host" else 0
             return sizes
-        setup = self.setup(request, built)
+        setup, optimizers = self.setup(request, built), built.optimizer_shapes()
+        if place == "host" and setup.weights == "cpu":
+            numels = _numels(built.shapes.values())
+            sizes["parameters"] = request.weight * sum(-(-numel // request.ranks) for numel in numels)
         if setup.placement == "resident":
             return sizes
-        optimizers = built.optimizer_shapes()
+        for category, in_files, nbytes in zip(
+            ("master_weights", "optimizer_state"),
+            request.in_files,
+            map(sum, zip(*map(setup.stored, optimizers), strict=True)),
+            strict=True,
+        ):
+            sizes[category] = nbytes if (place == "nvme") == in_files else 0
+        if place == "nvme":
+            return sizes
+        if any(request.in_files):
+            sizes["buffers"] = AIO_CHUNK * AIO_BUFFERS
         partitions = [setup.partition(_numels(shapes)) for shapes in optimizers]
-        sizes["master_weights"] = sum(setup.masters(_numels(shapes)) for shapes in optimizers)
-        sizes["optimizer_state"] = sum(setup.state(shapes) for shapes in optimizers)
         if setup.copies_gradients:
             sizes["gradients"] = FP32 * sum(partitions)
             if setup.stage == 3:
@@ -650,6 +713,17 @@ class Planner:
         if not request.checkpoint_offload:
             return 0
         return max(self.simulate(request, block).host for block in built.bounding_blocks())
+
+
+def _same_passes(request: Request) -> Request:
+    """Return the request with the same passes whose state and weights wait where they do by default.
+
+    How state and weights travel changes what is on the device throughout a step, and the update, but no pass.
+    """
+    if request.method != "hift" or request.layout != "engine":
+        return request
+    given: dict[str, Any] = {name: getattr(Request, name) for name in _AROUND_THE_PASSES}
+    return replace(request, **given)
 
 
 def _same_forward(request: Request) -> Request:

@@ -27,6 +27,7 @@ _DEEPSPEED_OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adagrad": ("Adagrad", {}),
     "lion": ("Lion", {}),
 }
+ENCODED = ("adamw", "lion", "sgdm")  # whose state may be kept in 8 bits
 _MOST = 2**31 - 1  # tokens, sequences, ...
 _MOST_RANKS = 2**16
 _MOST_BYTES = 2**60
@@ -53,6 +54,13 @@ class Request:
     buffer_size: int = OffloadConfig.buffer_size
     prefetch: int | None = None
     nvme_path: str | None = None
+    nvme: str = "all"
+    drive_read: int = 3_000_000_000
+    drive_write: int = 2_000_000_000
+    weights: str = "device"
+    master: str = "fp32"
+    moments: str = "fp32"
+    offload_param: str = "none"
     offload_optimizer: str = "none"
     activation_checkpointing: bool = False
     checkpoint_offload: bool = False
@@ -98,6 +106,27 @@ class Request:
         return "block" if self.optimizer == "adafactor" else "streamed"
 
     @property
+    def splits(self) -> bool:
+        """Whether the store keeps the remainder of a master weight beside the 16-bit weight, and no fp32 master."""
+        return self.master == "split" or self.master == "auto" and self._may_split
+
+    @property
+    def _may_split(self) -> bool:
+        is_stepped_from_store = self.placement in ("streamed", "block") and self.optimizer != "adafactor"
+        return self.layout == "engine" and self.precision == "mixed-hi" and is_stepped_from_store
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether the weights of layers wait in host memory: by ``offload.weights``, or at ZeRO-3 by DeepSpeed."""
+        return self.weights == "cpu" or self.offload_param == "cpu"
+
+    @property
+    def in_files(self) -> tuple[bool, bool]:
+        """Whether master weights are in files, and whether the optimizer's state is."""
+        uses_files = self.offload_device == "nvme"
+        return uses_files and self.nvme == "all", uses_files
+
+    @property
     def offload(self) -> OffloadConfig:
         """What determines the slots of the streamed step."""
         return OffloadConfig(prefetch=self.prefetch or True, buffer_size=self.buffer_size)
@@ -112,6 +141,11 @@ class Request:
             "offload_device": ("cpu", "nvme", "none"),
             "offload_step": ("auto", "block", "streamed"),
             "offload_optimizer": ("none", "cpu"),
+            "nvme": ("all", "moments"),
+            "weights": ("device", "cpu"),
+            "master": ("auto", "fp32", "split"),
+            "moments": ("fp32", "8bit"),
+            "offload_param": ("none", "cpu"),
             "layout": LAYOUTS,
             "accelerator": ("gpu", "cpu"),
             "attention": (None, "sdpa", "eager"),
@@ -136,6 +170,9 @@ class Request:
             found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
             found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
+        for name in ("drive_read", "drive_write"):
+            if not _is_count(rate := getattr(self, name)):
+                found.append(f"{_option(name)}={rate!r}: expected bytes a second, an integer of at least 1")
         if self.prefetch is not None and (not _is_count(self.prefetch) or self.prefetch < 2 * MIN_BUFFER):
             found.append(f"--prefetch={self.prefetch!r}: expected bytes, an integer of at least {2 * MIN_BUFFER}")
         chunk = self.loss_chunk
@@ -146,7 +183,7 @@ class Request:
     def full_fine_tuning(self) -> Request:
         """Return the request for full fine-tuning of the same model on the same batch by DeepSpeed without HiFT."""
         only_hift = (
-            *("offload_device", "offload_step", "nvme_path"),
+            *("offload_device", "offload_step", "nvme_path", "nvme", "weights", "master", "moments", "offload_param"),
             *("offload_optimizer", "max_block_numel", "balance", "prefetch"),
         )
         defaults: dict[str, Any] = {name: getattr(Request, name) for name in only_hift}
@@ -159,6 +196,7 @@ class Request:
             for name in ("offload_device", "offload_step", "offload_optimizer")
             if getattr(self, name) != getattr(Request, name)
         ]
+        found += self._format_conflicts() + self._weight_conflicts()
         if self.layout == "paper":
             if self.ranks > 1:
                 found.append(
@@ -211,6 +249,47 @@ class Request:
             found.append(f"--nvme-path={self.nvme_path}: only --offload-device nvme uses files; leave it out")
         return found
 
+    def _format_conflicts(self) -> list[str]:
+        """Return the problems of ``master``, ``moments`` and ``nvme`` with the rest."""
+        found = []
+        if self.master == "split" and not self._may_split:
+            found.append(
+                "--master=split: it is the remainder of a bf16 weight, for a step on the device with state that waits "
+                "off it; use --method hift, --precision mixed-hi, an element-wise optimizer, and no --offload-device "
+                "none or --offload-optimizer cpu; or leave --master out"
+            )
+        if self.moments == "8bit" and (
+            self.optimizer not in ENCODED or self.placement not in ("streamed", "block") or self.layout == "paper"
+        ):
+            found.append(
+                f"--moments=8bit: expected --method hift with --optimizer {', '.join(ENCODED)}, whose state waits off "
+                "the device and is stepped on it; leave it out, or leave out --offload-device none, "
+                "--offload-optimizer cpu and --layout paper"
+            )
+        if self.nvme != "all" and self.offload_device != "nvme":
+            found.append(f"--nvme={self.nvme}: only --offload-device nvme uses files; leave it out")
+        return found
+
+    def _weight_conflicts(self) -> list[str]:
+        """Return the problems of ``weights`` and ``offload_param`` with the rest."""
+        found = []
+        if self.weights == "cpu" and (self.method != "hift" or self.layout == "paper" or self.precision == "mixed"):
+            found.append(
+                f"--weights=cpu with --method={self.method}, --precision={self.precision}, --layout={self.layout}: "
+                "weights wait in host memory with hift, mixed-hi or fp32, and the engine's layout; leave it out"
+            )
+        elif self.weights == "cpu" and (self.ranks > 1 or self.stage == 3):
+            found.append(
+                f"--weights=cpu with --zero-stage={self.stage}, --ranks={self.ranks}: it is for one rank at ZeRO-0 to "
+                "ZeRO-2; use --zero-stage 3 --offload-param cpu instead"
+            )
+        if self.offload_param == "cpu" and (self.method != "hift" or self.stage != 3 or self.layout == "paper"):
+            found.append(
+                f"--offload-param=cpu with --method={self.method}, --zero-stage={self.stage}: expected --method hift "
+                "and --zero-stage 3; on one GPU use --weights cpu, otherwise add --zero-stage 3"
+            )
+        return found
+
     def deepspeed_config(self, freeze: Sequence[str] = ()) -> dict[str, Any]:
         """Return the DeepSpeed config of the planned run, with its ``hift`` section.
 
@@ -261,8 +340,19 @@ class Request:
             offload = {
                 "device": self.offload_device, "step": self.offload_step, "buffer_size": self.buffer_size,
                 "nvme_path": self.nvme_path, "prefetch": self.prefetch or OffloadConfig.prefetch,
+                "nvme": self.nvme, "weights": self.weights, "master": self.master, "moments": self.moments,
             }  # fmt: skip
-            changed = {key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)}
+            defaults = {
+                "nvme": Request.nvme,
+                "weights": Request.weights,
+                "master": Request.master,
+                "moments": Request.moments,
+            }
+            changed = {
+                key: value for key, value in offload.items() if value != getattr(OffloadConfig, key, defaults.get(key))
+            }
+            if self.offload_param == "cpu":
+                zero["offload_param"] = {"device": "cpu", "pin_memory": True}
             config["hift"] |= {"offload": changed} if changed else {}
             finer = {"max_block_numel": self.max_block_numel, "balance": self.balance, "freeze": list(freeze)}
             config["hift"] |= {key: value for key, value in finer.items() if value}

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from hift_ds.blocks.layers import find_hidden_layers
 from hift_ds.config import noise_chunk
 from hift_ds.model.activations import HostCheckpoints
 from hift_ds.model.loss import (
@@ -271,7 +272,9 @@ class Simulator:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         active: list[Tensor] = [parameters[name].requires_grad_(True) for name in trained]
-        handles = [parameter.register_post_accumulate_grad_hook(step.on_gradient) for parameter in active]
+        handles: list[Any] = [p.register_post_accumulate_grad_hook(step.on_gradient) for p in active]
+        if trace is not None:
+            handles += self._watch_layers(trace)
         if self.offload:
             HostCheckpoints(_Host(memory), _Transfers).install(self.model)
         linear: Any = _input_saving_linear if step.linear_saves_input else F.linear
@@ -284,7 +287,7 @@ class Simulator:
             if trained:
                 memory.phase = "backward"
                 if trace is not None:
-                    trace.phase = "backward"
+                    trace.phase, trace.layer = "backward", None
                 loss.backward()
         del loss
         step.after_backward(active)
@@ -294,6 +297,58 @@ class Simulator:
             handle.remove()
         self.model.zero_grad()
         return memory
+
+    def update(self, trained: Sequence[str], held: Mapping[str, int], step: StepBase) -> LiveMemory:
+        """Run the update of a step alone, on gradients that the passes would leave.
+
+        Args:
+            trained, held, step: as in :meth:`run`.
+
+        Returns:
+            The memory of the update; its peaks of the passes mean nothing.
+        """
+        parameters = dict(self.model.named_parameters())
+        memory = LiveMemory()
+        memory.ignore([*parameters.values(), *self.model.buffers()])
+        for category, nbytes in held.items():
+            memory.allocate(category, nbytes)
+        step.begin(memory)
+        active = [parameters[name] for name in trained]
+        memory.phase = "backward"
+        with self.mode, memory, torch.no_grad():
+            for parameter in active:
+                parameter.grad = torch.empty_like(parameter)
+                step.on_gradient(parameter)
+        step.after_backward(active)
+        memory.phase = "step"
+        step.update()
+        self.model.zero_grad()
+        return memory
+
+    def _watch_layers(self, trace: Trace) -> list[Any]:
+        """Set ``trace.layer`` where the pass of a hidden layer begins. Return the handles of the hooks."""
+        handles = []
+
+        def enters(number: int) -> Any:
+            def enter(*_: Any) -> None:
+                trace.layer = number
+
+            return enter
+
+        def watch(number: int) -> Any:
+            def leave(module: Any, args: Any, output: Any) -> None:
+                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+                for tensor in tensors:  # their gradients come before the layer's backward pass
+                    tensor.register_hook(enters(number))
+
+            return leave
+
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for number, paths in enumerate(find_hidden_layers(self.model)):
+            for path in paths:
+                handles.append(modules[path].register_forward_pre_hook(enters(number)))
+                handles.append(modules[path].register_forward_hook(watch(number)))
+        return handles
 
     def _loss(self, batch_size: int, seq_len: int, chunk: int | None, sum_up: Callable[..., Tensor]) -> Tensor:
         """Compute the loss of ``launch/train.py`` on a batch in which every position but the last has a target.

@@ -5,23 +5,26 @@ from __future__ import annotations
 import difflib
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hift_ds.planner.accounting import FP32, MOMENTS
+from hift_ds.planner.accounting import FP32, TRACED
 from hift_ds.planner.plan import Plan, Planner
 from hift_ds.planner.request import Request
 from hift_ds.planner.timeline import (
-    BUS_SHARE,
     CARDS,
+    DRIVE,
     FETCH,
     HOST,
     HOST_SECONDS,
     MAIN,
+    READ,
     STEP,
     STORE,
     TO_DEVICE,
     TO_HOST,
+    WEIGHTS,
+    WRITE,
     Card,
     Operation,
     kernel_seconds,
@@ -43,29 +46,36 @@ class Stepper(NamedTuple):
         moments: tensors of optimizer state.
         weight: bytes of an element of the weights.
         slots: staging slots; 0: state stays on the device.
-        has_masters: whether there are fp32 master weights.
+        moved: bytes of an element that cross the bus in each direction.
+        in_files: bytes of an element that are read from files and written to them.
+        codes: kernels that decode and encode ``TRACED`` elements of a chunk.
         defer: the update runs under the next forward pass, until that reaches ``position``.
         position: the share of the forward pass that comes before the block.
+        layers: numbers of the hidden layers in the block.
     """
 
     chunks: list[list[int]]
     moments: int
     weight: int
     slots: int
-    has_masters: bool = True
+    moved: float = 12.0
+    in_files: float = 0.0
+    codes: tuple[Operation, ...] = ()
     defer: bool = False
     position: float = 0.0
+    layers: tuple[int, ...] = ()
 
-    def nbytes(self, slices: Sequence[int]) -> int:
+    def nbytes(self, slices: Sequence[int]) -> float:
         """Return the bytes of a chunk that cross the bus in each direction. One call issues all copies of a chunk."""
-        return FP32 * (self.moments + self.has_masters) * sum(slices)
+        return self.moved * sum(slices)
 
     def kernels(self, slices: Sequence[int], stream: str, after: tuple[int, ...]) -> list[Operation]:
         """Return the kernels that step a chunk: gradients to fp32, a fused step, weights back to 16 bit."""
         numel = sum(slices)
         casts = [Operation(stream, nbytes=(FP32 + self.weight) * n) for n in slices] if self.weight < FP32 else []
         fused = Operation(stream, nbytes=FP32 * (3 + 2 * self.moments) * numel)
-        kernels = [*casts, fused, *casts]
+        codes = [one.times(numel / TRACED)._replace(stream=stream) for one in self.codes]
+        kernels = [*casts, *codes, fused, *casts]
         kernels[0] = kernels[0]._replace(after=after)
         return kernels
 
@@ -86,19 +96,66 @@ def chunks(numels: Sequence[int], limit: int | None) -> list[list[int]]:
     return result
 
 
+class _Layers:
+    """The weights of hidden layers on their way into two slots on the device: layer i into slot i % 2.
+
+    Args:
+        result: the program, to which copies are added.
+        nbytes: bytes of the weights of each layer; empty: all weights stay on the device.
+    """
+
+    def __init__(self, result: list[Operation], nbytes: Sequence[float]):
+        self._result, self._nbytes = result, nbytes
+        self._held: list[int | None] = [None, None]  # the layer in each slot, and its last copy
+        self._copied: list[tuple[int, ...]] = [(), ()]
+        self._stale: dict[int, tuple[int, ...] | None] = {}  # layer -> after what the host has its new weights
+
+    def fetch(self, layer: int | None) -> None:
+        """Copy a layer's weights into its slot, behind all that was issued, unless they are there."""
+        if layer is None or not self._nbytes or self._held[layer % 2] == layer:
+            return
+        written = self._stale.get(layer, ())
+        if written is None:  # the update is not issued yet
+            return
+        computed = next((i for i in range(len(self._result) - 1, -1, -1) if self._result[i].stream == MAIN), None)
+        after = written if computed is None else (*written, computed)
+        self._result.append(Operation(WEIGHTS, TO_DEVICE, nbytes=self._nbytes[layer], after=after))
+        self._held[layer % 2], self._copied[layer % 2] = layer, (len(self._result) - 1,)
+
+    def enter(self, layer: int) -> tuple[int, ...]:
+        """Return what the first operation of a layer waits for."""
+        self.fetch(layer)
+        return self._copied[layer % 2] if self._nbytes else ()
+
+    def change(self, layers: Iterable[int], written: tuple[int, ...] | None) -> None:
+        """Forget the copies of layers, whose new weights are in host memory after ``written``; None: not issued."""
+        for layer in layers:
+            self._stale[layer] = written
+            if self._held[layer % 2] == layer:
+                self._held[layer % 2] = None
+
+
 def program(
-    forward: Sequence[Operation], backward: Sequence[Operation], tensors: Sequence[int], stepper: Stepper, steps: int
+    forward: Sequence[Operation],
+    backward: Sequence[Operation],
+    tensors: Sequence[int],
+    stepper: Stepper,
+    steps: int,
+    layers: Sequence[float] = (),
 ) -> tuple[list[Operation], list[int]]:
     """Return the operations of several equal steps, and the index at which each begins and the last one ends.
 
     The order is the engine's. A deferred update is issued when the first layer of the next forward pass runs; that of
-    the last step follows its end. The chunks of the next block are fetched in turns with the stores.
+    the last step follows its end. The chunks of the next block are fetched in turns with the stores. State in files is
+    read a whole block ahead, and written behind. The weights of a layer that wait in host memory are copied while the
+    layer before computes.
 
     Args:
         forward, backward: the passes of a step.
         tensors: elements of each gradient, whose norms are computed.
         stepper: how the block is stepped.
         steps: number of steps.
+        layers: bytes of the weights of each hidden layer, if they wait in host memory.
     """
     result: list[Operation] = []
     begins: list[int] = []
@@ -106,52 +163,82 @@ def program(
     fetched: deque[int] = deque()  # the last copy of each chunk on the device, or on its way
     ahead = 0  # chunks that were asked for: of the block, and once it has all, of the next one
     is_late = False  # the update of the last step is not issued yet
+    read: deque[int] = deque()  # reads of chunks from files that were not fetched
+    weights = _Layers(result, layers)
+    entered = [operation.enters for operation in (*forward, *backward) if operation.enters is not None]
+    visits: deque[int] = deque(entered * steps)
 
     def fetch(limit: int) -> None:
         """As much as the free slots hold, of the chunks of a block and of those of the next block."""
         nonlocal ahead
         while free and ahead < limit:
             slices = stepper.chunks[ahead % len(stepper.chunks)]
-            result.append(Operation(FETCH, TO_DEVICE, nbytes=stepper.nbytes(slices), after=free.popleft()))
+            after = (*free.popleft(), *((read.popleft(),) if stepper.in_files else ()))
+            result.append(Operation(FETCH, TO_DEVICE, nbytes=stepper.nbytes(slices), after=after))
             fetched.append(len(result) - 1)
             ahead += 1
+
+    def read_block() -> None:
+        """Read the chunks of a block from files."""
+        for slices in stepper.chunks if stepper.in_files else ():
+            result.append(Operation(DRIVE, READ, nbytes=stepper.in_files * sum(slices)))
+            read.append(len(result) - 1)
 
     def update(stream: str, after: int) -> tuple[int, ...]:
         """Step the chunks, and fetch those of the next block in turns with the stores. Return the last operation."""
         nonlocal ahead
         count = len(stepper.chunks)
+        stored = stepped = after
         for slices in stepper.chunks:
             if stepper.slots:
                 fetch(count)
                 result.extend(stepper.kernels(slices, stream, (after, fetched.popleft())))
                 stepped = len(result) - 1
                 result.append(Operation(STORE, TO_HOST, nbytes=stepper.nbytes(slices), after=(stepped,)))
-                free.append((len(result) - 1,))
+                stored = len(result) - 1
+                if stepper.in_files:
+                    result.append(Operation(DRIVE, WRITE, nbytes=stepper.in_files * sum(slices), after=(stored,)))
+                free.append((stored,))
                 if ahead >= count:
                     fetch(2 * count)
             else:
                 result.extend(stepper.kernels(slices, stream, (after,)))
-                stepped = len(result) - 1
+                stepped = stored = len(result) - 1
         ahead -= count if stepper.slots else 0
+        weights.change(stepper.layers, (stored,))
         return (stepped,)
 
+    def run(operations: Sequence[Operation], after: Mapping[int, tuple[int, ...]]) -> None:
+        """Issue a pass; ``after``: what some of its operations wait for."""
+        for number, operation in enumerate(operations):
+            waits = after.get(number, ())
+            if operation.enters is not None:
+                layer = visits.popleft()
+                waits = (*waits, *weights.enter(layer))
+                if visits and visits[0] % 2 != layer % 2:  # else its slot is in use
+                    weights.fetch(visits[0])
+            result.append(operation._replace(after=waits))
+
+    read_block()
     for _ in range(steps):
         begins.append(len(result))
+        read_block()
         reached = int(stepper.position * (len(forward) - 1))
         begin = min(reached, _BEFORE_LAYERS)
-        updated: tuple[int, ...] = ()
-        for number, operation in enumerate(forward):
-            if is_late and number == begin:
-                updated = update(STEP, len(result) - 1)
-            result.append(operation._replace(after=updated if number == reached else ()))
-        result += backward
+        run(forward[:begin], {})
+        updated = update(STEP, len(result) - 1) if is_late else ()
+        run(forward[begin:], {reached - begin: updated})
+        run(backward, {})
+        weights.fetch(visits[0] if visits else None)
         if stepper.slots:
             fetch(len(stepper.chunks))
         result += [Operation(MAIN, nbytes=stepper.weight * numel) for numel in tensors]  # norms
         result.append(Operation(MAIN, TO_HOST, nbytes=_DECISION))  # behind the copies to the host of the last update
         result.append(Operation(HOST, after=(len(result) - 1,)))
         is_late = stepper.defer
-        if not is_late:
+        if is_late:
+            weights.change(stepper.layers, None)
+        else:
             update(MAIN, len(result) - 2)
     begins.append(len(result))
     if is_late:
@@ -165,25 +252,29 @@ class Figures(NamedTuple):
     Attributes:
         seconds: the step.
         kernels: all its kernels, one after the other.
-        bus: its copies in one direction.
+        bus: its copies to the device.
+        drive: what it reads from files and writes to them.
         host: the host's time to issue it.
-        without_bus, without_host: the step, if copies or the host took no time.
+        without_bus, without_host: the step, if copies (those of files included) or the host took no time.
     """
 
     seconds: float
     kernels: float
     bus: float
+    drive: float
     host: float
     without_bus: float
     without_host: float
 
     @property
     def limit(self) -> str:
-        """What the step waits for: ``bus`` or ``host`` if it would be shorter without it, else ``kernels``."""
+        """What the step waits for: ``bus``, ``drive`` or ``host`` if it would be shorter without it, or ``kernels``."""
         least = min(self.without_bus, self.without_host)
         if least > self.seconds / _VISIBLE:
             return "kernels"
-        return "bus" if self.without_bus == least else "host"
+        if self.without_bus > least:
+            return "host"
+        return "bus" if self.bus >= self.drive else "drive"
 
     def towards(self, other: Figures, share: float) -> Figures:
         """Return the figures at a share of the way to others."""
@@ -208,11 +299,12 @@ class StepTimes:
         """Set the plan's ``time``, add notes on it, and return the plan.
 
         ``time`` holds ``gpu``; ``seconds`` of a step and, each alone, of its ``kernels``, of the ``bus`` in one
-        direction and of the ``host``, as means over the blocks of a cycle, and ``without_bus`` and ``without_host``, a
-        step if these took no time; ``by_block``, seconds of a step of each block; ``limit``: ``kernels``, ``bus`` or
-        ``host``; ``tokens_per_second``; ``bus_hidden_from``, the sequences in a micro-batch from which a step on the
-        middle block takes at most 5 % longer than without copies (None: no state is moved, or no batch is large
-        enough); and ``measured``, whether predictions were held against such a card.
+        direction, of the ``drive`` with state in files and of the ``host``, as means over the blocks of a cycle, and
+        ``without_bus`` and ``without_host``, a step if these took no time; ``by_block``, seconds of a step of each
+        block; ``limit``: ``kernels``, ``bus``, ``drive`` or ``host``; ``tokens_per_second``; ``bus_hidden_from``, the
+        sequences in a micro-batch from which a step on the middle block takes at most 5 % longer than without copies
+        (None: nothing is moved, or no batch is large enough); and ``measured``, whether predictions were held against
+        such a card.
         """
         request = plan.request
         if plan.extrapolated_from:
@@ -261,39 +353,48 @@ class StepTimes:
         passes, built = self.planner.trace(request, block), self.planner.build(request)
         forward, backward = ([one.times(batch) for one in passes[name]] for name in ("forward", "backward"))
         backward = [*backward, *[*forward, *backward] * (request.gradient_accumulation_steps - 1)]
-        operations, begins = program(forward, backward, built.numels(block), self.stepper(request, block), _STEPS)
+        layers = self.planner.layer_bytes(request)
+        stepper = self.stepper(request, block)
+        operations, begins = program(forward, backward, built.numels(block), stepper, _STEPS, layers)
         step = operations[begins[-3] : begins[-2]]
-        bus = sum(operation.nbytes for operation in step if operation.kind == TO_DEVICE)
+        card = self.card._replace(read=request.drive_read, write=request.drive_write)
 
         def seconds(card: Card, host_seconds: float = self.host_seconds) -> float:
             issued = simulate(operations, card, host_seconds).issued
             return issued[begins[-2]] - issued[begins[-3]]
 
+        def alone(*kinds: str) -> float:
+            return sum(operation.seconds(card) for operation in step if operation.kind in kinds)
+
         return Figures(
-            seconds(self.card),
-            kernel_seconds(step, self.card),
-            bus / (BUS_SHARE * self.card.bus),
-            self.host_seconds * sum(operation.stream != HOST for operation in step),
-            seconds(self.card._replace(bus=math.inf)),
-            seconds(self.card, 0.0),
+            seconds(card),
+            kernel_seconds(step, card),
+            alone(TO_DEVICE),
+            alone(READ, WRITE),
+            self.host_seconds * sum(operation.stream not in (HOST, DRIVE) for operation in step),
+            seconds(card._replace(bus=math.inf, read=math.inf, write=math.inf)),
+            seconds(card, 0.0),
         )
 
     def stepper(self, request: Request, block: int) -> Stepper:
         """Return how the optimizer steps a block."""
         built = self.planner.build(request)
-        setup = self.planner.setup(request, built)
-        moments = MOMENTS.get(request.optimizer, 0)
+        setup, streamed = self.planner.setup(request, built), request.placement == "streamed"
         ranks = request.ranks if request.stage else 1
         numels = [-(-math.prod(shape) // ranks) for shape in built.updated_shapes(block)]
-        limit = setup.slot // (FP32 * (1 + moments)) if setup.placement == "streamed" else None
+        layer_of = built.layer_of() if request.streams_weights else {}
+        names = built.blocks[block].parameter_names
         return Stepper(
-            chunks(numels, limit),
-            moments,
+            chunks(numels, setup.chunk if streamed else None),
+            setup.encoding.moments,
             request.weight,
             setup.slots,
-            setup.has_masters,
-            self.defer and setup.placement == "streamed",
+            setup.encoding.moved,
+            sum(size for size, in_files in zip(setup.encoding.per_element, request.in_files, strict=True) if in_files),
+            tuple(setup.encoding.kernels()),
+            self.defer and streamed and request.offload_device == "cpu" and request.stage < 3,
             block / len(built.blocks),
+            tuple(sorted({layer_of[name] for name in names if name in layer_of})),
         )
 
     def _hidden_from(self, request: Request) -> int | None:
@@ -326,7 +427,6 @@ def problems(request: Request, gpu: str) -> list[str]:
         "--method=mezo": request.method == "mezo",
         "--layout=paper": request.layout == "paper",
         "--accelerator=cpu": request.accelerator == "cpu",
-        "--offload-device=nvme, whose drive sets the pace": request.offload_device == "nvme",
         "--offload-optimizer=cpu, whose processor sets the pace": request.offload_optimizer == "cpu",
     }
     return [

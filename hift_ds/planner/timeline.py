@@ -2,8 +2,9 @@
 
 A program is a list of operations in the order in which the host issues them. Those of one stream run one after the
 other. Kernels of several streams share the device's units, and copies in both directions share the bus. The copies in
-one direction are made in the order in which they were issued, whatever their streams. An operation begins when it is
-issued, the one before it on its stream is done, and all those are done that it waits for.
+one direction are made in the order in which they were issued, whatever their streams. A drive does one thing at a time.
+An operation begins when it is issued, the one before it on its stream is done, and all those are done that it waits
+for.
 
 The constants below turn FLOPs and bytes into seconds. They were fitted to a few rows of measurements, and the tests of
 this module hold the others against them.
@@ -22,8 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-HOST, MAIN, FETCH, STORE, STEP = "host", "main", "fetch", "store", "step"  # HOST: the host waits
+# Streams; HOST: the host waits. Layers' weights have a stream of their own. A drive reads and writes by turns.
+HOST, MAIN, FETCH, STORE, STEP, WEIGHTS, DRIVE = "host", "main", "fetch", "store", "step", "weights", "drive"
 PRODUCT, ATTENTION, KERNEL, TO_DEVICE, TO_HOST = "product", "attention", "kernel", "to device", "to host"
+READ, WRITE = "read", "write"  # of files
 
 # Attainable shares of the rates in CARDS. Matrix products, attention (of half the FLOPs if it is causal) and all other
 # kernels: fitted to the kernels of a step of LLaMA-7B's shape with 8,192 tokens, the mean of three H200
@@ -49,6 +52,7 @@ class Card(NamedTuple):
         flops_fp32: FLOP/s in fp32, without TF32.
         memory: bytes/s of device memory.
         bus: bytes/s of the bus in one direction.
+        read, write: bytes/s of the drive with the state in files; not the device's own.
         measured: whether predictions were held against a card of this kind.
     """
 
@@ -57,6 +61,8 @@ class Card(NamedTuple):
     memory: float
     bus: float
     measured: bool = False
+    read: float = 3e9
+    write: float = 2e9
 
 
 _PCIE5, _PCIE4 = 63e9, 31.5e9  # 16 lanes
@@ -83,11 +89,12 @@ class Operation(NamedTuple):
 
     Attributes:
         stream: where it runs; ``HOST``: the host waits for ``after``.
-        kind: ``PRODUCT``, ``ATTENTION``, ``KERNEL``, ``TO_DEVICE`` or ``TO_HOST``.
+        kind: ``PRODUCT``, ``ATTENTION``, ``KERNEL``, ``TO_DEVICE``, ``TO_HOST``, ``READ`` or ``WRITE``.
         flops: floating-point operations of matrix products and attention.
         nbytes: bytes that a kernel reads and writes, or that cross the bus.
         after: operations that it waits for, by their index in the program.
         fp32: products are computed in fp32.
+        enters: number of the layer whose forward or backward pass begins with it; None: it is no layer's first.
     """
 
     stream: str
@@ -96,11 +103,17 @@ class Operation(NamedTuple):
     nbytes: float = 0
     after: tuple[int, ...] = ()
     fp32: bool = False
+    enters: int | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether it uses the bus."""
         return self.kind in (TO_DEVICE, TO_HOST)
+
+    @property
+    def uses(self) -> str:
+        """What it shares with the others that use the same: a direction of the bus, the drive, or the units."""
+        return self.kind if self.is_copy else DRIVE if self.kind in (READ, WRITE) else KERNEL
 
     def seconds(self, card: Card) -> float:
         """Return the time it takes if nothing else uses the device."""
@@ -108,6 +121,8 @@ class Operation(NamedTuple):
             return 0.0
         if self.is_copy:
             return self.nbytes / (BUS_SHARE * card.bus)
+        if self.kind in (READ, WRITE):
+            return self.nbytes / (card.read if self.kind == READ else card.write)
         share = PRODUCT_SHARE if self.kind == PRODUCT else ATTENTION_SHARE
         peak = card.flops_fp32 if self.fp32 else card.flops
         return max(self.flops / (share * peak), self.nbytes / (MEMORY_SHARE * card.memory), KERNEL_SECONDS)
@@ -168,9 +183,9 @@ def simulate(program: Sequence[Operation], card: Card, host_seconds: float = HOS
                 index = queue.popleft()
                 begun[index] = now
                 running[stream] = [index, operation.seconds(card)]
-        at_work = [program[index].kind if program[index].is_copy else KERNEL for index, _ in running.values()]
+        at_work = [program[index].uses for index, _ in running.values()]
         both = BUS_SHARE_BOTH / BUS_SHARE if {TO_DEVICE, TO_HOST} <= set(at_work) else 1.0
-        rates = {kind: (1.0 if kind == KERNEL else both) / at_work.count(kind) for kind in set(at_work)}
+        rates = {kind: (both if kind in copies else 1.0) / at_work.count(kind) for kind in set(at_work)}
         ends = [now + left / rates[kind] for kind, (_, left) in zip(at_work, running.values(), strict=True)]
         if host_free > now and following < count:
             ends.append(host_free)
@@ -184,7 +199,7 @@ def simulate(program: Sequence[Operation], card: Card, host_seconds: float = HOS
             if entry[1] <= 1e-12:
                 done[entry[0]] = then
                 finished += 1
-                if kind != KERNEL:
+                if kind in copies:
                     copies[kind].popleft()
                 del running[stream]
         now = then
@@ -234,20 +249,27 @@ class Trace(TorchDispatchMode):
     Attributes:
         passes: ``forward`` and ``backward`` -> the operations, in order.
         phase: the pass that operations are added to; the caller sets it.
+        layer: number of the layer whose pass has begun; the caller sets it, and the next operation takes it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = "forward"
+        self.layer: int | None = None
+        self._entered: tuple[str, int | None] = self.phase, None
         self.passes: dict[str, list[Operation]] = {"forward": [], "backward": []}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if has_kernel(func):
-            self.passes[self.phase].append(work_of(func, args, kwargs or {}, result))
+            operation = work_of(func, args, kwargs or {}, result)
+            if self._entered != (self.phase, self.layer):
+                self._entered = self.phase, self.layer
+                operation = operation._replace(enters=self.layer)
+            self.passes[self.phase].append(operation)
         return result
 
 
 def kernel_seconds(operations: Iterable[Operation], card: Card) -> float:
     """Return the time of all kernels, one after the other."""
-    return sum(operation.seconds(card) for operation in operations if not operation.is_copy)
+    return sum(operation.seconds(card) for operation in operations if operation.uses == KERNEL)

@@ -56,6 +56,23 @@ def test_layers_between_simulated_ones_need_no_more_than_planned(options: dict[s
         assert exact <= sum(block.device.values()) <= 1.05 * exact
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zero_stage": 0, "offload_device": "none"},
+        {"zero_stage": 1, "offload_step": "block", "gradient_accumulation_steps": 2},
+        {"zero_stage": 2, "ranks": 2, "offload_device": "none", "precision": "fp32"},
+        {"zero_stage": 3, "ranks": 2, "offload_step": "block"},
+    ],
+    ids=name_of,
+)
+def test_an_update_that_is_simulated_alone_is_that_of_the_whole_step(options: dict[str, Any]) -> None:
+    request = small(**options)
+    planner = Planner(request)
+    for block in range(5):
+        assert planner.simulate(request, block).peaks == planner._simulate(request, block).peaks
+
+
 # --- what is planned ---------------------------------------------------------------------------------------------
 
 

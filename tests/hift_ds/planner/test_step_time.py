@@ -316,7 +316,6 @@ def test_more_slots_take_more_memory() -> None:
         ({"gpu": "4080"}, "did you mean '4090'"),
         ({"gpu": "h200", "method": "mezo"}, "--gpu=h200 with --method=mezo"),
         ({"gpu": "h200", "layout": "paper"}, "--layout=paper"),
-        ({"gpu": "h200", "offload_device": "nvme"}, "whose drive sets the pace"),
         ({"gpu": "h200", "offload_optimizer": "cpu"}, "whose processor sets the pace"),
         ({"gpu": "h200", "accelerator": "cpu"}, "--accelerator=cpu"),
         ({"prefetch": 0}, "--prefetch=0: expected bytes"),
