@@ -220,7 +220,9 @@ class HiFTEngine(CheckpointingEngine):
         for optimizer in self.block_optimizers.optimizers:
             optimizer.block_state.on_first_chunk = self._watch_memory
         self._peak_ledger = self._count_memory()
-        self._gates = UpdateGates(self.module, [block.parameter_names for block in self.blocks], self.block_optimizers)
+        self._gates = UpdateGates(
+            self.module, [block.parameter_names for block in self.blocks], self.block_optimizers.staging
+        )
         self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
         self._warn_of_long_schedule()
         self._configure_python_gc()

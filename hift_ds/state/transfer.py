@@ -108,6 +108,7 @@ class Staging:
         free: those that no chunk uses, in the order in which they are used next.
         fetching, storing: the lanes for copies to the device and from it.
         can_defer: whether :meth:`update` uses a stream of its own.
+        updating: index of the block that the last step updates.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Staging:
         self.slot_bytes = slot_bytes
         self.fetching, self.storing, self._stepping = Lane(), Lane(), Lane()
         self.can_defer = defer
+        self.updating = 0
         self._late: Callable[[], None] | None = None  # an update that is not issued yet
         self._updated: Any = None  # event after which the weights of the last stepped block are updated
         if slot_bytes is None:
@@ -174,11 +176,6 @@ class Staging:
     def is_late(self) -> bool:
         """Whether an update is not issued yet."""
         return self._late is not None
-
-    @property
-    def is_updating(self) -> bool:
-        """Whether the weights of the last stepped block may only be read after :meth:`finish_update`."""
-        return self.is_late or self._updated is not None
 
     def finish_update(self) -> None:
         """Let the device's current stream wait for the update of the last stepped block. The host does not wait."""

@@ -50,7 +50,6 @@ class BlockOptimizers:
         optimizer: the configured optimizer.
         optimizers: the optimizers of the blocks, without repetition.
         active: index of the active block.
-        updating: index of the block that the last step updates.
         rates: for each parameter group of ``optimizer``, the learning rate that blocks use instead of its own; None:
             its own.
         staging: the staging memory on the device.
@@ -112,7 +111,7 @@ class BlockOptimizers:
             self._share_between_blocks()
         if on_host is not None:
             on_host.allocate()
-        self.active = self.updating = 0
+        self.active = 0
         self.rates: list[Any] | None = None
 
     def _share_between_blocks(self) -> None:
@@ -222,7 +221,7 @@ class BlockOptimizers:
             following: index of the block that the step after this one trains.
         """
         self.staging.finish_update()
-        self.updating = self.active
+        self.staging.updating = self.active
         self._active_optimizer.following = None
         if self._streamed and self._prefetch:
             place, part = self._places[following]

@@ -1,10 +1,13 @@
 """Where a forward pass waits for the update of the last step, if that runs beside it (``hift.offload.defer``)."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from hift_ds.state.transfer import Staging
 
 _LAYER = re.compile(r"(?:.*?\.)??\d+(?=\.)")  # the outermost element of a list of layers in a parameter's name
 
@@ -19,33 +22,33 @@ class UpdateGates:
     Args:
         module: the model.
         blocks: the names of each block's parameters.
-        updates: tells which update is under way, and finishes it.
+        staging: knows which update is under way, and finishes it.
     """
 
-    def __init__(self, module: torch.nn.Module, blocks: Sequence[Sequence[str]], updates: Any):
-        self._updates = updates
+    def __init__(self, module: torch.nn.Module, blocks: Sequence[Sequence[str]], staging: Staging):
+        self._staging = staging
         self._layers = [_layers_of(module, names) for names in blocks]
         self._called: set[str] = set()
         self._hooks: list[Any] = []
-        if not updates.staging.can_defer:
+        if not staging.can_defer:
             return
         trained = {name.rpartition(".")[0] for names in blocks for name in names}
         for owner in map(module.get_submodule, trained):  # however a model is saved or loaded, it asks these
             self._hooks.append(owner.register_state_dict_pre_hook(self._finish))
             self._hooks.append(owner.register_load_state_dict_pre_hook(self._finish))
         self._module = module
-        self._hooks.append(module.register_forward_pre_hook(self._at_start, prepend=True))
         outside = {
             name.rpartition(".")[0]
             for names, own in zip(blocks, self._layers, strict=True)
             if not own
             for name in names
         }
-        for owner in map(module.get_submodule, outside):  # a script may call a part of the model
-            self._hooks.append(owner.register_forward_pre_hook(self._outside_layers, prepend=True))
+        for owner in (module, *map(module.get_submodule, outside)):  # a script may call a part of the model
+            self._hooks.append(owner.register_forward_pre_hook(self._finish_unless_gated, prepend=True))
         for name in {name for layers in self._layers for name in layers}:
             layer = module.get_submodule(name)
-            self._hooks.append(layer.register_forward_pre_hook(_Gate(self, name), prepend=True))
+            gate = functools.partial(self._enter, name)
+            self._hooks.append(layer.register_forward_pre_hook(gate, prepend=True))
 
     def remove(self) -> None:
         """Remove all hooks."""
@@ -54,11 +57,20 @@ class UpdateGates:
         self._hooks.clear()
 
     def _finish(self, *_: Any) -> None:
-        self._updates.finish_update()
+        self._staging.finish_update()
 
-    def _outside_layers(self, *_: Any) -> None:
-        if self._updates.staging.is_updating and not self._layers[self._updates.updating]:
-            self._updates.finish_update()
+    def _finish_unless_gated(self, *_: Any) -> None:
+        """Before the model, or a module outside its layers, runs."""
+        layers = self._layers[self._staging.updating]
+        if not layers or not layers <= self._called:
+            self._staging.finish_update()
+
+    def _enter(self, name: str, *_: Any) -> None:
+        """Before a layer runs: start an update that is late, and finish that of the layer's own weights."""
+        self._called.add(name)
+        self._staging.start_update()
+        if name in self._layers[self._staging.updating]:
+            self._staging.finish_update()
 
     def leave_to_compiler(self) -> bool:
         """Defer no more updates if the model is compiled: a compiler would take the hooks for a part of the model.
@@ -68,31 +80,10 @@ class UpdateGates:
         """
         is_compiled = bool(self._hooks) and any(map(_is_compiled, self._module.modules()))
         if is_compiled:
-            self._updates.finish_update()
-            self._updates.staging.can_defer = False
+            self._staging.finish_update()
+            self._staging.can_defer = False
             self.remove()
         return is_compiled
-
-    def _at_start(self, module: torch.nn.Module, _: Any) -> None:
-        if self._updates.staging.is_updating:
-            layers = self._layers[self._updates.updating]
-            if not layers or not layers <= self._called:
-                self._updates.finish_update()
-
-    def enter(self, name: str) -> None:
-        """Before a layer runs: start an update that is late, and finish that of the layer's own weights."""
-        self._called.add(name)
-        self._updates.staging.start_update()
-        if self._updates.staging.is_updating and name in self._layers[self._updates.updating]:
-            self._updates.finish_update()
-
-
-class _Gate:
-    def __init__(self, gates: UpdateGates, name: str):
-        self._gates, self._name = gates, name
-
-    def __call__(self, *_: Any) -> None:
-        self._gates.enter(self._name)
 
 
 def _layers_of(module: torch.nn.Module, parameters: Sequence[str]) -> frozenset[str]:
