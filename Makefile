@@ -27,6 +27,7 @@ CHECK_DEVICE := import sys; from deepspeed.accelerator import get_accelerator; \
 .PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench gpu-check clean
 
 help:
+	@echo "make setup        set up $(VENV), and do nothing else"
 	@echo "make quickstart   set up, then fine-tune a small model with HiFT (writes runs/quickstart)"
 	@echo "make compare      set up, then compare all methods on a tiny model and built-in tasks, with a report"
 	@echo "make test         set up, then run the tests without the long proofs (ten minutes on two cores)"

@@ -208,7 +208,9 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     on_device = get_accelerator().device_name() != "cpu"
     default = ["llama-3.2-1b", "llama-7b"] if on_device else ["tiny", "tiny"]
     add = parser.add_argument
-    add("--only", type=comma_separated(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)} (default: all)")
+    parts = "; ".join(f"{name}: {text}" for name, text in PARTS.items())
+    add("--only", type=comma_separated(list(PARTS)), default=list(PARTS), metavar="PARTS",
+        help=f"some of {','.join(PARTS)} (default: all). {parts}")  # fmt: skip
     add("--shapes", type=comma_separated(list(SHAPES)), default=default,
         help=f"a small and a large model, separated by a comma (default: {','.join(default)})")  # fmt: skip
     add("--output", type=Path, default=Path("gpu-check.json"), help="the file for all numbers (default: %(default)s)")

@@ -17,7 +17,12 @@ from hift_ds.evaluation.cost.timed_methods import join_world
 from hift_ds.evaluation.gpu_check import weights
 from hift_ds.evaluation.gpu_check.training import Workload, measure, plan
 
-PARTS = ("weights", "memory", "step", "methods")
+PARTS = {  # name -> what it checks
+    "weights": "those of ZeRO 0 to 3 beside a plain PyTorch loop's",
+    "memory": "planned beside measured, on the device and on the host",
+    "step": "where its time goes: kernels, copies, waits of the host",
+    "methods": "step times of HiFT, BAdam, LoRA, LOMO and full fine-tuning",
+}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 from hift_ds.config import ConfigError
 from hift_ds.planner.plan import Plan, with_total
@@ -73,7 +74,7 @@ def _step_time(plan: Plan) -> str:
         f"Predicted on {time['gpu']}: {time['seconds']:.3g} s a step{spread}, "
         f"{time['tokens_per_second']:,.0f} tokens a second{each}.",
         f"Each alone: {', '.join(parts)}.",
-        f"{limits[time['limit']]} the step.",
+        f"{limits[time['limit']]} the step{_without(time)}.",
     ]
     if time["bus_hidden_from"]:
         least = time["bus_hidden_from"]
@@ -82,6 +83,14 @@ def _step_time(plan: Plan) -> str:
     elif time["bus"]:
         sentences.append("Copies hide with no micro-batch; a larger --prefetch helps.")
     return " ".join(sentences)
+
+
+def _without(time: Mapping[str, Any]) -> str:
+    """Return what the step would take without what limits it: it need not take longer than the rest, each alone."""
+    what, seconds = ("the host", time["without_host"]) if time["limit"] == "host" else ("copies", time["without_bus"])
+    if time["limit"] == "kernels" or seconds > 0.99 * time["seconds"]:
+        return ""
+    return f", which would take {seconds:.3g} s if {what} took no time"
 
 
 def _verdict(plan: Plan) -> str:

@@ -268,10 +268,13 @@ class Figures(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What the step waits for: ``bus``, ``drive`` or ``host`` if it would be shorter without it, or ``kernels``."""
+        """What the step waits for: ``bus``, ``drive`` or ``host`` if it would be shorter without it, else the longest.
+
+        ``without_bus`` is without the drive, too.
+        """
         least = min(self.without_bus, self.without_host)
         if least > self.seconds / _VISIBLE:
-            return "kernels"
+            return max(("kernels", "bus", "drive", "host"), key=lambda name: float(getattr(self, name)))
         if self.without_bus > least:
             return "host"
         return "bus" if self.bus >= self.drive else "drive"

@@ -75,6 +75,7 @@ CARDS = {
     "a100": Card(312e12, 19.5e12, 2.04e12, _PCIE4),  # 80 GB
     "a100-40gb": Card(312e12, 19.5e12, 1.56e12, _PCIE4),
     "l40s": Card(362e12, 91.6e12, 0.864e12, _PCIE4),
+    "l4": Card(121e12, 30.3e12, 0.3e12, _PCIE4),
     "a6000": Card(155e12, 38.7e12, 0.768e12, _PCIE4),
     "a10": Card(125e12, 31.2e12, 0.6e12, _PCIE4),
     # White papers of the Ada, Ampere and Blackwell GeForce cards: bf16 with fp32 accumulation.

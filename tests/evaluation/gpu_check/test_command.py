@@ -6,7 +6,7 @@ import pytest
 
 from hift_ds.evaluation.gpu_check import command
 from hift_ds.evaluation.gpu_check.prepare import carried, commands
-from hift_ds.evaluation.gpu_check.task import Task
+from hift_ds.evaluation.gpu_check.task import PARTS, Task
 from hift_ds.evaluation.gpu_check.training import Workload
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,6 +43,13 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
     with pytest.raises(SystemExit) as stop:
         command.parse(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_help_explains_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name}: {text}" in shown for name, text in PARTS.items())
 
 
 def test_what_is_carried_has_the_pinned_versions() -> None:

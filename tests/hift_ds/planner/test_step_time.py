@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 from hift_ds.config import ConfigError
 from hift_ds.planner.api import plan_memory
 from hift_ds.planner.command import main
+from hift_ds.planner.picture import _without
 from hift_ds.planner.plan import Planner
 from hift_ds.planner.request import Request
 from hift_ds.planner.step_time import Figures, Stepper, StepTimes, chunks, program
@@ -331,4 +333,29 @@ def test_the_command_prints_the_time(tmp_path: Any, capsys: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     assert main(["--model", str(tmp_path), "--seq-len", "64", "--gpu", "3090", "--write-config", f"{tmp_path}/d"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("Predicted on 3090: ") and "tokens a second" in last and "The host limits the step." in last
+    assert last.startswith("Predicted on 3090: ") and "tokens a second" in last
+    assert re.search(r"The host limits the step, which would take [\d.e-]+ s if the host took no time\.", last)
+
+
+def a_step(kernels: float, bus: float, host: float, without_bus: float, without_host: float) -> Figures:
+    return Figures(100, kernels, bus, 0, host, without_bus, without_host)
+
+
+@pytest.mark.parametrize(
+    ("figures", "limit"),
+    [
+        (a_step(30, 60, 75, without_bus=80, without_host=100), "bus"),  # it hides only in part
+        (a_step(60, 30, 75, without_bus=100, without_host=80), "host"),
+        (a_step(30, 98, 97, without_bus=98, without_host=99), "bus"),  # one alone would change nothing
+        (a_step(98, 60, 70, without_bus=99, without_host=99), "kernels"),
+        (a_step(30, 60, 75, without_bus=80, without_host=100)._replace(drive=70), "drive"),
+    ],
+)
+def test_what_limits_a_step_is_what_it_would_be_shorter_without(figures: Figures, limit: str) -> None:
+    assert figures.limit == limit
+
+
+def test_the_sentence_on_the_limit_has_the_time_without_it() -> None:
+    time = a_step(30, 60, 75, without_bus=80, without_host=100)._asdict()
+    assert _without({**time, "limit": "bus"}) == ", which would take 80 s if copies took no time"
+    assert _without({**time, "limit": "host"}) == _without({**time, "limit": "kernels"}) == ""
