@@ -67,6 +67,8 @@ class OffloadConfig:
             only in ``launch/train.py`` and in transformers' own Trainer inside :class:`hift_ds.enabled`, because plain
             reads of the weights after a step need ``engine.settle()`` first.
         nvme_path: an existing folder, for ``device: nvme``.
+        weights: ``device``: the weights of the whole model are on the device; ``cpu``: they wait in host memory, and
+            layers take turns in two slots on the device. For one rank at ZeRO 0 to 2.
     """
 
     device: str = "cpu"
@@ -76,6 +78,7 @@ class OffloadConfig:
     prefetch: bool | int = True
     defer: bool | str = "auto"
     nvme_path: str | None = None
+    weights: str = "device"
 
     @property
     def defers(self) -> bool:
@@ -226,6 +229,7 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
         f"true, false, or the bytes of all slots, an integer of at least {2 * MIN_BUFFER}",
     ),
     "defer": (lambda v: isinstance(v, bool) or v in ("auto", WHERE_POSSIBLE), "true, false or auto"),
+    "weights": (lambda v: v in ("device", "cpu"), "device or cpu"),
     "nvme_path": (lambda v: v is None or isinstance(v, str) and bool(v.strip()), "the path of a folder, or null"),
 }
 
@@ -247,6 +251,16 @@ def _place_problems(offload: Mapping[str, Any]) -> list[str]:
             return []
     except OSError as error:
         return [f"{prefix}.nvme_path={folder!r} cannot be written ({error.strerror}); choose a writable folder"]
+
+
+def _weight_problems(offload: Mapping[str, Any]) -> list[str]:
+    """Check that weights do not wait in host memory while the state, which is larger, is on the device."""
+    if offload.get("weights") != "cpu" or offload.get("device") != "none":
+        return []
+    return [
+        f"{SECTION}.offload.weights='cpu' with {SECTION}.offload.device='none': masters and optimizer state, which are "
+        "larger than the weights, would be on the device; set device to cpu or nvme, or weights to device"
+    ]
 
 
 def needs_streamed_step(offload: Mapping[str, Any]) -> dict[str, str]:
@@ -304,7 +318,11 @@ def section_problems(section: Any) -> list[str]:
     found = _key_problems(section, _SECTION_CHECKS, SECTION)
     if isinstance(section.get("offload"), Mapping):
         inside = _key_problems(section["offload"], _OFFLOAD_CHECKS, f"{SECTION}.offload")
-        found += inside or _place_problems(section["offload"]) + _slot_problems(section["offload"])
+        found += inside or [
+            problem
+            for check in (_place_problems, _slot_problems, _weight_problems)
+            for problem in check(section["offload"])
+        ]
     assert set(_SECTION_CHECKS) == {f.name for f in fields(HiFTConfig)}
     return found
 
@@ -357,6 +375,22 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _host_weight_conflicts(config: Mapping[str, Any], stage: int, offload: Any) -> list[str]:
+    """Return what weights that wait in host memory cannot be combined with."""
+    found, key = [], f"{SECTION}.offload.weights='cpu'"
+    if stage == 3:
+        found.append(
+            f"{key} with zero_optimization.stage=3: there, DeepSpeed brings the weights to the device; set "
+            "zero_optimization.offload_param.device='cpu' in its place"
+        )
+    elif _on(offload):
+        found.append(
+            f"{key} with zero_optimization.offload_optimizer.device={offload!r}: the step on the host needs the "
+            "weights on the device; remove offload_optimizer, or set weights to device"
+        )
+    return found
+
+
 def conflicts(config: Mapping[str, Any]) -> list[str]:
     """Return the settings in the rest of a DeepSpeed config with which HiFT would not be exact."""
     stage = _get(config, "zero_optimization.stage") or 0
@@ -393,6 +427,8 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
             f"{SECTION}.offload.defer=true has no effect with zero_optimization.stage=3, which gathers weights ahead "
             "of the layers; set defer to auto, or remove it"
         )
+    if _get(config, f"{SECTION}.offload.weights") == "cpu":
+        found += _host_weight_conflicts(config, stage, offload)
     if stage != 0 and offload == "nvme":
         found.append("zero_optimization.offload_optimizer.device='nvme' is not available with HiFT; use cpu")
     for path, (is_refused, remedy) in _REFUSED.items():

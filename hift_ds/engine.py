@@ -49,8 +49,9 @@ from hift_ds.state.free_memory import return_freed_memory
 from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
 from hift_ds.state.trial import examine
+from hift_ds.weights.host import HostWeights
 from hift_ds.zero.block_optimizers import BlockOptimizers
-from hift_ds.zero.gates import UpdateGates
+from hift_ds.zero.gates import UpdateGates, has_compiled
 from hift_ds.zero.stage0_bf16 import UnfusedBlockOptimizer
 from hift_ds.zero.stage0_fp32 import PlainBlockOptimizer
 from hift_ds.zero.stage3 import Stage3BlockOptimizer
@@ -101,6 +102,25 @@ def _check_experts(model: torch.nn.Module) -> None:
                 f"{name or 'the model'} is a deepspeed.moe layer with ep_size={module.ep_size}, and HiFT does not "
                 "distribute experts over ranks; use ep_size=1, or set hift.enabled=false"
             )
+
+
+def _make_on_host(host: HostWeights, make_optimizer: Any, inner: torch.optim.Optimizer) -> Any:
+    """Make a block's optimizer with its weights on the device, as DeepSpeed needs them, then move them to the host."""
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    with host.on_device(parameters):
+        block = make_optimizer(inner)
+        block.keep_weights_on_host(host)
+        return block
+
+
+def _check_one_rank() -> None:
+    """Raise a ValueError if there are several ranks, which would all hold the whole model."""
+    if (ranks := dist.get_world_size()) > 1:
+        raise ValueError(
+            f"hift.offload.weights='cpu' with {ranks} ranks: each would keep all weights in host memory; remove it, "
+            "and set zero_optimization.stage=3 and zero_optimization.offload_param.device='cpu', with which each rank "
+            "keeps its part"
+        )
 
 
 def _without_synchronization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,6 +192,7 @@ class HiFTEngine(CheckpointingEngine):
     optimizer: Any
     lr_scheduler: Any
     block_optimizers: BlockOptimizers
+    _host_weights: HostWeights | None = None  # with `offload.weights: cpu`
     skips_by_itself = True  # steps with a non-finite loss or gradient; DeepSpeed's engine does not skip all of them
     # The engine that freezes a model's parameters: the last one that was made of it.
     _owners: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -180,6 +201,8 @@ class HiFTEngine(CheckpointingEngine):
         self, model: torch.nn.Module, hift: HiFTConfig, config: Mapping[str, Any], mpu: Any = None, **kwargs: Any
     ):
         _check_experts(model)
+        if hift.offload.weights == "cpu":
+            _check_one_rank()
         config = _without_synchronization(config)
         config_class = DeepSpeedConfig(config, mpu)
         if kwargs.get("optimizer") is None and config_class.optimizer_name is not None:
@@ -202,6 +225,8 @@ class HiFTEngine(CheckpointingEngine):
             for name in {name: None for block in self.blocks for name in block.slices}
         ]
         self._schedule = BlockSchedule(len(self.blocks), hift.strategy, hift.steps_per_block, hift.seed)
+        if hift.offload.weights == "cpu":
+            kwargs["dont_change_device"] = True
         try:
             super().__init__(model=model, config=config, config_class=config_class, mpu=mpu, **kwargs)
             if self.basic_optimizer is None:
@@ -209,6 +234,8 @@ class HiFTEngine(CheckpointingEngine):
         except BaseException:  # another attempt must find the model as it was
             for parameter in self._trainable:
                 parameter.requires_grad_(True)
+            if self._host_weights is not None:
+                self._host_weights.release()
             own = (vars(self).get(name) for name in ("module_forward_pre_hook", "module_forward_post_hook"))
             for hook in (*self._row_hooks, *filter(None, own)):
                 hook.remove()
@@ -258,14 +285,25 @@ class HiFTEngine(CheckpointingEngine):
         result = super().backward(loss, *args, **kwargs)
         if self.is_gradient_accumulation_boundary():
             self.block_optimizers.prefetch()
+        elif self._host_weights is not None:
+            self._host_weights.prepare()
         return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's ``forward``."""
+        """DeepSpeed's ``forward``.
+
+        Raises:
+            ValueError: the model is compiled, and its weights wait in host memory.
+        """
         if self.module.training:
             self._freeze_others()
         if self._gates.leave_to_compiler() and self.hift.offload.defer is True and dist.get_rank() == 0:
             logger.warning("hift.offload.defer=true has no effect from now on: the model is compiled")
+        if self._host_weights is not None and has_compiled(self.module):
+            raise ValueError(
+                "the model is compiled, and hift.offload.weights='cpu' needs hooks, which a compiler would take for a "
+                "part of the model; do not compile the model, or set hift.offload.weights='device'"
+            )
         return super().forward(*args, **kwargs)
 
     def unfreeze(self) -> None:
@@ -298,6 +336,8 @@ class HiFTEngine(CheckpointingEngine):
             self.settle()
             self._gates.remove()
             self.unfreeze()
+            if self._host_weights is not None:
+                self._host_weights.release()
             del self._owners[self.module]
         for hook in self._row_hooks:
             hook.remove()
@@ -346,7 +386,10 @@ class HiFTEngine(CheckpointingEngine):
                 of blocks, another number of ranks or another ZeRO stage.
         """
         with self._all_blocks():
-            return super().load_checkpoint(*args, **kwargs)
+            loaded = super().load_checkpoint(*args, **kwargs)
+            if self._host_weights is not None:
+                self._host_weights.forget_slots()  # DeepSpeed copies frozen parameters to where they are now
+            return loaded
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         with self._all_blocks():  # with `exclude_frozen_parameters`, inactive blocks would be left out
@@ -412,6 +455,8 @@ class HiFTEngine(CheckpointingEngine):
         yield from self.block_optimizers.held()
         yield from (Held("buffers", buffer) for buffer in self.module.buffers())
         yield from (Held("buffers", buffer, on_host=True) for buffer in host_buffers(self.module))
+        if self._host_weights is not None:
+            yield from (Held("parameters", buffer, on_host=True) for buffer in self._host_weights.buffers)
 
     def _watch_memory(self) -> None:
         if self.cycle >= _WATCHED_CYCLES:
@@ -422,7 +467,16 @@ class HiFTEngine(CheckpointingEngine):
             self._peak_ledger = ledger
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's ``offload_states``, for all blocks."""
+        """DeepSpeed's ``offload_states``, for all blocks.
+
+        Raises:
+            RuntimeError: with ``hift.offload.weights: cpu``.
+        """
+        if self._host_weights is not None:
+            raise RuntimeError(
+                "engine.offload_states() with hift.offload.weights='cpu': the weights wait in host memory already, and "
+                "the slots on the device stay where they are; leave the call out, or set hift.offload.weights='device'"
+            )
         with self._all_blocks():
             super().offload_states(*args, **kwargs)
 
@@ -494,6 +548,9 @@ class HiFTEngine(CheckpointingEngine):
             )
         optimizers.copy_settings()
         optimizers.prepare_step(self._schedule.following_block)
+        active = self._block_parameters[self.active_block]
+        if self._host_weights is not None:
+            self._host_weights.before_change(active)
         scheduler, self.lr_scheduler = self.lr_scheduler, None  # it advances below
         try:
             super()._take_model_step(lr_kwargs)
@@ -501,6 +558,9 @@ class HiFTEngine(CheckpointingEngine):
             self.lr_scheduler = scheduler
         if not self.was_step_applied():
             optimizers.report_skipped_step(f"{self.active_block} ({self.blocks[self.active_block].name})")
+            if self._host_weights is not None:
+                self._host_weights.unchanged(active)
+                self._host_weights.prepare()
             return
         self._last_step = (self.optimizer.param_groups[0].get("lr"), *place)
         is_cycle_over = self._schedule.advance()
@@ -512,11 +572,30 @@ class HiFTEngine(CheckpointingEngine):
             elif self.hift.lr_ticks == "cycle":
                 self._warn_of_missing_metric()
         self._activate()
+        if self._host_weights is not None:
+            self._host_weights.prepare()
 
     def clip_fp32_gradients(self) -> None:
         """Do nothing: the block's optimizer clips, at every stage."""
 
+    def _get_param_fragment_func(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """Return the weights of a frozen parameter, for a checkpoint."""
+        if self._host_weights is not None:
+            self._host_weights.settle()
+            return self._host_weights.of(param)
+        return super()._get_param_fragment_func(param)
+
     # ---- initialization ----------------------------------------------------------------------------------------
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        if self.dont_change_device:  # the weights stay where they are, and only they do
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.device)
+
+    def _broadcast_model(self) -> None:
+        if not self.dont_change_device:  # there is one rank, and no backend for host memory
+            super()._broadcast_model()
 
     def zero_allow_untested_optimizer(self) -> bool:
         """Return True: `_per_block` checks the optimizer, and accepts more than DeepSpeed's list."""
@@ -704,9 +783,14 @@ class HiFTEngine(CheckpointingEngine):
             has_masters=self.zero_optimization() or self.bfloat16_enabled(),
             aio=self.aio_config(),
         )
+        if self.hift.offload.weights == "cpu":
+            self._host_weights = HostWeights(self.module, self.device, self.hift.offload.pin_memory)
+            make_optimizer = functools.partial(_make_on_host, self._host_weights, make_optimizer)
         if self.zero_optimization_stage() == 3:  # DeepSpeed gathers weights ahead of the layers that use them
             placed["defer"] = False
         made = BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
+        if self._host_weights is not None:
+            self._host_weights.start(made.staging.storing)
         return_freed_memory()  # DeepSpeed flattens weights in host memory
         return made
 

@@ -236,8 +236,9 @@ class Run:
             self.say(warning)
         seed_generators(self.settings.training.seed)
         zero = self.settings.deepspeed.get("zero_optimization", {})
-        # ZeRO-3 moves the weights to the devices one by one, because no device may have the memory for all of them.
-        device = get_accelerator().current_device_name() if zero.get("stage", 0) < 3 else None
+        # No device may have the memory for all weights: ZeRO-3 moves them to the devices one by one, or they stay.
+        waits = bool(self.blocks) and hift.get("offload", {}).get("weights") == "cpu"
+        device = get_accelerator().current_device_name() if zero.get("stage", 0) < 3 and not waits else None
         model = together(
             lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say, device)
         )

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
-from hift_ds.state.transfer import Lane
+from hift_ds.state.transfer import Lane, mark
 from hift_ds.weights.turns import Slot, Turns, Way
 from hift_ds.weights.units import Unit, find_units
 
@@ -93,8 +93,13 @@ class HostWeights:
         self._of_host[parameter].data = to  # whoever has the tensor of the parameter has this one
         self._kept.add(parameter)
 
-    def start(self) -> None:
-        """Bring all other weights into page-locked memory, allocate the slots, and let the model use them."""
+    def start(self, storing: Lane) -> None:
+        """Bring all other weights into page-locked memory, allocate the slots, and let the model use them.
+
+        Args:
+            storing: the lane on which updates come to host memory.
+        """
+        self._storing = storing
         units = (*self._layers, self._outside)
         for unit in units:
             self._gather([parameter for parameter in unit.parameters if parameter not in self._kept])
@@ -153,19 +158,25 @@ class HostWeights:
         return self._memory.buffers
 
     def before_change(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Before the weights of parameters change in host memory: let the device's current stream wait for fills."""
+        """Before an update of the weights of parameters: let the device's current stream wait for who reads them.
+
+        :meth:`changed` or :meth:`unchanged` must follow.
+        """
         assert self._turns is not None
         self._turns.before_change(self._units_of(parameters))
 
-    def changed(self, parameters: Iterable[nn.Parameter], *written: Any) -> None:
-        """After the weights of parameters changed in host memory: fetch them again when they are needed.
+    def changed(self, parameters: Iterable[nn.Parameter]) -> None:
+        """After an update of the weights of parameters is issued: fetch them again when they are needed.
 
-        Args:
-            parameters: the parameters.
-            written: events after which the new weights are in host memory; none: they are there.
+        What is issued so far on the device's current stream and on the lane to the host has written the new weights.
         """
         assert self._turns is not None
-        self._turns.changed(self._units_of(parameters), written)
+        self._turns.changed(self._units_of(parameters), (mark(), self._storing.mark()))
+
+    def unchanged(self, parameters: Iterable[nn.Parameter]) -> None:
+        """After an update that did not take place."""
+        assert self._turns is not None
+        self._turns.unchanged(self._units_of(parameters))
 
     def prepare(self) -> None:
         """Start to fetch what the next forward pass needs first."""

@@ -85,10 +85,10 @@ class Turns:
         self._bring(unit)
         self._current = unit
         following = self._follows[way].get(unit)
-        if following is None or following.slot is unit.slot or following.slot.holds is following:
+        if following is None or following.slot is unit.slot:
             return
         if way is not Way.BACKWARD or following in self.awaited:
-            self._fill(following)
+            self._fetch(following)
 
     def _learn(self, unit: Unit, way: Way) -> None:
         last, self._last = self._last, unit
@@ -102,6 +102,10 @@ class Turns:
             self._first = unit
             self.awaited.clear()
         self._way = way
+
+    def _fetch(self, unit: Unit) -> None:
+        if unit.slot.holds is not unit and not unit.is_changing:
+            self._fill(unit)
 
     def _bring(self, unit: Unit) -> None:
         if unit.slot.holds is not unit:
@@ -127,19 +131,25 @@ class Turns:
     def prepare(self) -> None:
         """Fetch what the next forward pass with gradients needs first. Call it when no backward pass will follow."""
         self._current = None
-        if self._outside.slot.holds is not self._outside:
-            self._fill(self._outside)
-        for unit in (self._first, self._follows[Way.FORWARD].get(self._first)):
-            if unit is not None and unit.slot.holds is not unit and unit.slot.holds is not self._first:
-                self._fill(unit)
+        self._fetch(self._outside)
+        self._fetch(self._first)
+        second = self._follows[Way.FORWARD].get(self._first)
+        if second is not None and second.slot is not self._first.slot:
+            self._fetch(second)
 
     def before_change(self, units: Collection[Unit]) -> None:
-        """Let the current stream wait until nothing reads the host memory of these units."""
+        """Let the current stream wait until nothing reads the host memory of these units, and fetch none of them."""
         for unit in units:
             if unit.slot.holds is unit:
                 self._arrive(unit)
+            unit.is_changing = True
 
-    def changed(self, units: Collection[Unit], written: Sequence[Any] = ()) -> None:
+    def unchanged(self, units: Collection[Unit]) -> None:
+        """Fetch these units again: there is no change after all."""
+        for unit in units:
+            unit.is_changing = False
+
+    def changed(self, units: Collection[Unit], written: Sequence[Any]) -> None:
         """Forget what the slots hold of these units.
 
         Args:
@@ -147,6 +157,7 @@ class Turns:
             written: events after which the new weights are there.
         """
         for unit in units:
+            unit.is_changing = False
             unit.written = (*unit.written, *written)
             if unit.slot.holds is unit:
                 unit.slot.holds = None

@@ -24,6 +24,7 @@ class Unit:
         nbytes: bytes that the unit takes in a slot.
         slot: where it is when it is on the device.
         written: events after which ``sources`` hold the current weights.
+        is_changing: an update of the weights in ``sources`` is due that is not issued yet.
     """
 
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Unit:
     nbytes: int = 0
     slot: Any = None
     written: Sequence[Any] = ()
+    is_changing: bool = False
 
 
 def find_units(model: nn.Module) -> tuple[list[Unit], Unit]:

@@ -78,7 +78,7 @@ class UpdateGates:
         Returns:
             Whether it was compiled since the last call.
         """
-        is_compiled = bool(self._hooks) and any(map(_is_compiled, self._module.modules()))
+        is_compiled = bool(self._hooks) and has_compiled(self._module)
         if is_compiled:
             self._staging.finish_update()
             self._staging.can_defer = False
@@ -96,5 +96,7 @@ def _layers_of(module: torch.nn.Module, parameters: Sequence[str]) -> frozenset[
     return frozenset(match.group() for match in found if match)
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+def has_compiled(model: torch.nn.Module) -> bool:
+    """Return whether a module of a model is compiled."""
+    modules = model.modules()
+    return any(one._compiled_call_impl is not None or type(one).__name__ == "OptimizedModule" for one in modules)

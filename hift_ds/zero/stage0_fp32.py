@@ -8,6 +8,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from hift_ds.optim.properties import with_initial_state
+from hift_ds.weights.host import HostWeights
 from hift_ds.zero.base import BlockOptimizer
 
 
@@ -22,15 +23,24 @@ class PlainBlockOptimizer(BlockOptimizer):
     """
 
     loss_scale = 1.0
+    _host: HostWeights | None = None
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, clip_grad: float, mpu: Any, order: Iterable[torch.nn.Parameter]
     ):
         self.optimizer = with_initial_state(optimizer)
         self.clip_grad, self._mpu = clip_grad, mpu
+        self._weights = [weights for group in optimizer.param_groups for weights in group["params"]]
         self._masters = [(weights, g) for g, group in enumerate(optimizer.param_groups) for weights in group["params"]]
-        own = {id(weights) for weights, _ in self._masters}
+        own = set(map(id, self._weights))
         self._in_order = [weights for weights in order if id(weights) in own]
+
+    def keep_weights_on_host(self, host: HostWeights) -> None:
+        """Take the weights in host memory for the masters."""
+        self._host = host
+        self._masters = [(host.of(weights), g) for weights, (_, g) in zip(self._weights, self._masters, strict=True)]
+        for group in self.param_groups:
+            group["params"] = [host.of(weights) for weights in group["params"]]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -75,11 +85,16 @@ class PlainBlockOptimizer(BlockOptimizer):
 
     def gradient_parts(self, index: int) -> list[torch.Tensor]:
         """Return the gradient of a weight, if there is one."""
-        gradient = self._masters[index][0].grad
+        gradient = self._weights[index].grad
         return [] if gradient is None else [gradient]
 
     def weights(self, index: int) -> None:
         """Return None: the masters are the weights."""
+
+    def publish_weights(self) -> None:
+        """Give the layers the updated weights."""
+        if self._host is not None:
+            self._host.changed(self._weights)
 
     def first_element(self) -> int:
         """Return 0: each rank steps whole parameters."""
@@ -87,7 +102,11 @@ class PlainBlockOptimizer(BlockOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the block."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        for weights in self._weights:
+            if set_to_none:
+                weights.grad = None
+            elif weights.grad is not None:
+                weights.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the torch optimizer's ``state_dict``."""

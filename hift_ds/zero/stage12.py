@@ -11,6 +11,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 
 from hift_ds.optim.properties import with_initial_state
 from hift_ds.state.ledger import Held
+from hift_ds.weights.host import HostWeights
 from hift_ds.zero.base import BlockOptimizer
 from hift_ds.zero.gradients import squared_norm, sum_over
 
@@ -19,6 +20,14 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
     """One block's optimizer at ZeRO stage 1 or 2."""
 
     ready_for_gradients: bool
+    _host: HostWeights | None = None
+
+    def keep_weights_on_host(self, host: HostWeights) -> None:
+        """Keep the flat weights of each parameter group in host memory. They are on the device now."""
+        self._host = host
+        for group, flat in enumerate(self.bit16_groups_flat):
+            self.bit16_groups_flat[group] = kept = host.keep(flat, self.bit16_groups[group])
+            self.parallel_partitioned_bit16_groups[group] = self.get_data_parallel_partitions(kept, group)
 
     def initialize_optimizer_states(self) -> None:
         """Let DeepSpeed make state, but keep Adagrad's settings."""
@@ -82,7 +91,9 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         return self._alone
 
     def publish_weights(self) -> None:
-        """Give the other ranks the weights that this rank updated."""
+        """Give the other ranks, or the layers, the weights that this rank updated."""
+        if self._host is not None:
+            self._host.changed(parameter for group in self.bit16_groups for parameter in group)
         all_gather_dp_groups(
             groups_flat=self.bit16_groups_flat,
             partitioned_param_groups=self.parallel_partitioned_bit16_groups,

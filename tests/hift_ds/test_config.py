@@ -24,6 +24,7 @@ def test_defaults_are_the_documented_ones() -> None:
                 "defer": "auto",
             },
             "nvme_path": None,
+            "weights": "device",
         },
     }
     assert HiFTConfig.from_dict(documented) == HiFTConfig.from_dict({}) == HiFTConfig.from_dict(None) == HiFTConfig()
@@ -77,6 +78,11 @@ def test_values_arrive() -> None:
             {"offload": {"defer": True, "device": "nvme", "nvme_path": "."}},
             ("offload.defer=true ", "device='nvme'", "to auto"),
         ),
+        ({"offload": {"weights": "host"}}, ("offload.weights='host'", "device or cpu")),
+        (
+            {"offload": {"weights": "cpu", "device": "none"}},
+            ("offload.weights='cpu'", "offload.device='none'", "cpu or nvme"),
+        ),
         ({"offload": {"pin": True}}, ("offload.pin", "pin_memory")),
         ({"offload": "cpu"}, ("offload='cpu'", "mapping")),
         ([], ("mapping",)),
@@ -128,6 +134,17 @@ def test_all_problems_come_at_once() -> None:
         (
             {"zero_optimization": {"stage": 3}, "hift": {"offload": {"defer": True}}},
             ("offload.defer=true ", "stage=3", "to auto"),
+        ),
+        (
+            {"zero_optimization": {"stage": 3}, "hift": {"offload": {"weights": "cpu"}}},
+            ("offload.weights='cpu'", "stage=3", "offload_param.device='cpu'"),
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+                "hift": {"offload": {"weights": "cpu"}},
+            },
+            ("offload.weights='cpu'", "offload_optimizer.device='cpu'", "remove offload_optimizer"),
         ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ("offload_param", "none")),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, ("zenflow",)),

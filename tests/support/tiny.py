@@ -34,6 +34,7 @@ class Case:
     offload: bool = False  # DeepSpeed's: the step runs on the host
     place: str = "cpu"  # hift.offload.device
     step: str = "auto"  # hift.offload.step
+    waiting: str = "device"  # hift.offload.weights
     strategy: str = "bottom2up"
     layers_per_block: int = 1
     max_block_numel: int | None = None
@@ -251,6 +252,7 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
         }
         if not case.offload:  # the smallest slices: several to a block
             config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
+            config["hift"]["offload"]["weights"] = case.waiting
     return config
 
 
@@ -291,6 +293,9 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
     named = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(named.values()), enabled=engine.zero_optimization_stage() == 3):
+        if getattr(engine, "_host_weights", None) is not None:  # the parameters have what is in the slots
+            state = engine.module.state_dict()
+            return copies({name: state[name] for name in named})
         return copies(named)
 
 

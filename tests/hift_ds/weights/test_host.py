@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hift_ds
 import hift_ds.weights.turns
-from hift_ds.state.transfer import mark
+from hift_ds.state.transfer import Lane, mark
 from hift_ds.weights.host import HostWeights
 from hift_ds.weights.turns import Turns, Way
 from tests.support import tiny
@@ -37,7 +37,7 @@ def poisoned() -> Iterator[None]:
 
 def made(model: nn.Module) -> HostWeights:
     weights = HostWeights(model, CPU, pin_memory=False)
-    weights.start()
+    weights.start(Lane())
     return weights
 
 
@@ -194,7 +194,7 @@ def parts(model: Any) -> list[list[str]]:
     return [list(block.parameter_names) for block in blocks]
 
 
-def trained(model: Any, host: HostWeights | None, order: list[int], events: bool = False) -> list[torch.Tensor]:
+def trained(model: Any, host: HostWeights | None, order: list[int]) -> list[torch.Tensor]:
     """Losses, gradients and in the end all weights of steps of plain descent, two passes in each, and evaluations."""
     blocks, found = parts(model), []
     for step, index in enumerate(order):
@@ -209,20 +209,37 @@ def trained(model: Any, host: HostWeights | None, order: list[int], events: bool
             found.append(loss.detach())
             if host is not None:
                 host.prepare()
+        if step % 3 == 1:
+            with torch.no_grad():
+                found.append(model(**batch(200 + step)).loss)
         if host is not None:
             host.before_change(active)
         with torch.no_grad():
             for parameter in (one for one in active if one.grad is not None):
-                (parameter if host is None else host.of(parameter)).sub_(parameter.grad, alpha=0.1)
+                if host is None:
+                    parameter.sub_(parameter.grad, alpha=0.1)
+                else:
+                    update_in_host_memory(host, parameter)
                 found.append(parameter.grad.clone())
         if host is not None:
-            host.changed(active, *([mark()] if events else []))
+            host.changed(active)
             host.prepare()
         if step % 3 == 1:
             with torch.no_grad():
                 found.append(model(**batch(100 + step)).loss)
     found += [value.clone() for value in model.state_dict().values()]
     return found
+
+
+def update_in_host_memory(host: HostWeights, parameter: nn.Parameter) -> None:
+    """On the device, with the weights coming and going as they would in a step."""
+    assert parameter.grad is not None
+    weights = torch.empty(parameter.shape, dtype=parameter.dtype)
+    weights.copy_(host.of(parameter))
+    weights.sub_(parameter.grad, alpha=0.1)
+    with host._storing.after(mark()):
+        host.of(parameter).copy_(weights, non_blocking=True)
+        host._storing.outlives(weights)
 
 
 def same(ours: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
@@ -302,20 +319,33 @@ def test_the_device_holds_two_layers_and_what_is_outside() -> None:
         assert all(memory.is_host(parameter.data) for parameter in model.parameters())
 
 
-def run_lazily(host_of: Callable[[nn.Module], HostWeights] = made) -> list[torch.Tensor]:
+ORDER = [2, 1, 3, 4, 1, 0, 5, 4]
+
+
+def run_lazily() -> list[torch.Tensor]:
     with LazyStreams():
         model = llama()
-        return trained(model, host_of(model), [1, 2, 3, 4, 0, 5, 4, 3], events=True)
+        return trained(model, made(model), ORDER)
 
 
 def test_nothing_is_read_or_overwritten_too_early() -> None:
-    assert same(run_lazily(), trained(llama(), None, [1, 2, 3, 4, 0, 5, 4, 3]))
+    assert same(run_lazily(), trained(llama(), None, ORDER))
 
 
-@pytest.mark.parametrize("name", ("wait", "mark"))
+changed = Turns.changed
+MISSING = {
+    "wait": lambda: mock.patch.object(hift_ds.weights.turns, "wait", lambda event: None),
+    "mark of a fill": lambda: mock.patch.object(hift_ds.weights.turns, "mark", lambda: None),
+    "events of an update": lambda: mock.patch.object(
+        Turns, "changed", lambda turns, units, _: changed(turns, units, ())
+    ),
+    "before_change": lambda: mock.patch.object(Turns, "before_change", lambda turns, units: None),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
 def test_each_wait_is_noticed_if_it_is_missing(name: str) -> None:
-    replacement = (lambda event: None) if name == "wait" else (lambda: None)
-    with mock.patch.object(hift_ds.weights.turns, name, replacement), pytest.raises(MissingWait):
+    with MISSING[name](), pytest.raises(MissingWait):
         run_lazily()
 
 
@@ -354,7 +384,7 @@ def test_weights_that_are_flattened_together_keep_their_places() -> None:
                 p.data = flat[start : start + p.numel()].view(p.shape)
                 start += p.numel()
             flats.append(host.keep(flat, group))
-    host.start()
+    host.start(Lane())
     assert [len(unit.sources) for unit in host._layers] == [1, 2, 2, 1, 1] and len(host._outside.sources) == 3
     assert all(host.of(p).untyped_storage().data_ptr() in {flat.data_ptr() for flat in flats} for p in members)
     blocks = len(parts(model))

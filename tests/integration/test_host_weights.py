@@ -1,0 +1,249 @@
+"""``hift.offload.weights: cpu`` changes no bit of a training, at any stage, in any order, with evaluations inside."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from hift_ds.weights.host import HostWeights
+from hift_ds.weights.turns import Turns
+from tests.support import tiny
+from tests.support.lazy_streams import LazyStreams, MissingWait
+from tests.support.pairwise import others_slow
+from tests.support.parity import STRATEGIES
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Each slot is full of NaN before it is filled."""
+    fill = Turns._fill
+
+    def poison(turns: Turns, unit: Any) -> None:
+        unit.slot.area.fill_(255)
+        fill(turns, unit)
+
+    with mock.patch.object(Turns, "_fill", poison):
+        yield
+
+
+def make(case: Case, defer: bool = False, freeze: tuple[str, ...] = ()) -> Any:
+    import hift_ds
+
+    llama = tiny.model(case.dtype, case.tied)
+    if case.checkpointing:
+        hift_ds.checkpoint_activations(llama)
+    config = tiny.ds_config(case)
+    config["hift"] |= {"freeze": list(freeze)}
+    config["hift"]["offload"] |= {"defer": defer}
+    params = tiny.decay_groups(llama.named_parameters()) if case.decay_groups else None
+    return hift_ds.initialize(model=llama, config=config, model_parameters=params)[0]
+
+
+Result = tuple[list[Any], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]
+
+
+def trained(case: Case, defer: bool = False, lazy: bool = False, steps: int | None = None) -> Result:
+    """In a rank: losses and gradient norms, weights, and all blocks' state; an evaluation after every third step."""
+    with contextlib.ExitStack() as stack:
+        if lazy:
+            stack.enter_context(LazyStreams())
+        else:
+            stack.enter_context(poisoned())
+        engine, seen = make(case, defer), []
+        stack.callback(engine.destroy)
+        for step in range(steps or case.steps):
+            seen.append((tiny.optimizer_step(engine, step), float(engine.get_global_grad_norm())))
+            if step % 3 == 2:
+                engine.eval()
+                with torch.no_grad():
+                    seen.append(engine(**tiny.micro_batch(1000 + step, 0)).loss.item())
+                engine.train()
+        engine.settle()
+        return seen, tiny.weights(engine), tiny.block_states(engine)
+
+
+def same(ours: Result, truth: Result) -> bool:
+    states = zip(ours[2], truth[2], strict=True)
+    return ours[0] == truth[0] and tiny.identical(ours[1], truth[1]) and all(tiny.identical(a, b) for a, b in states)
+
+
+def different(case: Case, **how: Any) -> list[str]:
+    """In a rank: what is not as with the weights on the device."""
+    truth = trained(replace(case, waiting="device"))
+    return [] if same(trained(case, **how), truth) else [str(case)]
+
+
+WAITING = {"waiting": "cpu"}
+CASES = [
+    Case(stage=stage, dtype=dtype, strategy=strategy, **WAITING)
+    for stage, dtypes in ((0, ("bf16",)), (1, ("bf16", "fp16", "fp32")), (2, ("bf16", "fp16", "fp32")))
+    for dtype in dtypes
+    for strategy in STRATEGIES
+]
+CASES += [
+    Case(stage=stage, dtype="bf16", layers_per_block=2, decay_groups=True, checkpointing=stage == 2, **WAITING)
+    for stage in (0, 1, 2)
+]
+CASES += [
+    Case(stage=2, dtype="bf16", tied=True, layers_per_block=2, **WAITING),
+    Case(stage=1, dtype="bf16", tied=True, checkpointing=True, step="block", **WAITING),
+    Case(stage=0, dtype="bf16", max_block_numel=1500, steps_per_block=2, **WAITING),
+    Case(stage=2, dtype="bf16", max_block_numel=1500, **WAITING),
+    Case(stage=2, dtype="bf16", balance=True, optimizer="Adagrad", **WAITING),
+]
+TABLE = [CASES[0], CASES[4], CASES[8], CASES[11], CASES[16], *CASES[-8:]]
+
+
+@pytest.mark.parametrize("case", others_slow(CASES, TABLE), ids=str)
+def test_the_place_of_weights_does_not_matter(case: Case) -> None:
+    assert run_on_ranks(1, different, case) == [[]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_with_deferred_updates(strategy: str) -> None:
+    case = Case(stage=2, dtype="bf16", strategy=strategy, layers_per_block=2, **WAITING)
+    assert run_on_ranks(1, different, case, defer=True) == [[]]
+
+
+@pytest.mark.parametrize("defer", (False, True))
+@pytest.mark.parametrize("case", (CASES[0], CASES[-1], CASES[-5]), ids=str)
+def test_nothing_is_read_or_overwritten_too_early(case: Case, defer: bool) -> None:
+    assert run_on_ranks(1, different, case, lazy=True, defer=defer) == [[]]
+
+
+def cycles_with_a_save(case: Case, folder: str) -> tuple[Result, Result, Any]:
+    """In a rank: the second half of a run, and the same by another engine from a checkpoint in the middle."""
+    freeze = ("model.layers.1.*",)
+    with poisoned():
+        engine = make(case, freeze=freeze)
+        half = len(engine.blocks) + 2
+        for step in range(half):
+            tiny.optimizer_step(engine, step)
+        engine.save_checkpoint(folder, exclude_frozen_parameters=False)
+        results = []
+        for number in range(2):
+            if number:
+                engine.destroy()
+                engine = make(case, freeze=freeze)
+                tiny.optimizer_step(engine, 999)  # the slots hold something else
+                engine.load_checkpoint(folder)
+            seen = [tiny.optimizer_step(engine, step) for step in range(half, half + len(engine.blocks))]
+            results.append((seen, tiny.weights(engine), tiny.block_states(engine)))
+        engine.load_checkpoint(folder, load_module_only=True)
+        loss = tiny.optimizer_step(engine, half)
+        engine.destroy()
+        return results[0], results[1], loss
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], replace(CASES[16], layers_per_block=1)], ids=str)
+def test_a_run_continues_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
+    ((ours, continued, loaded),) = run_on_ranks(1, cycles_with_a_save, case, str(tmp_path / "cpu"))
+    assert same(continued, ours)
+    on_device = replace(case, waiting="device")
+    ((truth, _, of_truth),) = run_on_ranks(1, cycles_with_a_save, on_device, str(tmp_path / "device"))
+    assert same(ours, truth) and loaded == of_truth
+
+
+def exported(case: Case, folder: str) -> list[bool]:
+    """In a rank: whether what is saved, generated and left behind is as with the weights on the device."""
+    from transformers import LlamaForCausalLM
+
+    found: list[Any] = []
+    for waiting in ("device", "cpu"):
+        with poisoned():
+            engine = make(replace(case, waiting=waiting))
+            for step in range(4):
+                tiny.optimizer_step(engine, step)
+            engine.module.save_pretrained(f"{folder}/{waiting}")
+            engine.save_16bit_model(f"{folder}/{waiting}", "model.bin")
+            ids = tiny.micro_batch(0, 0)["input_ids"]
+            engine.eval()
+            tokens = engine.module.generate(ids, max_new_tokens=5, do_sample=False)
+            engine.destroy()
+            left = tiny.copies(dict(engine.module.named_parameters()))
+            with torch.no_grad():
+                logits = engine.module(ids).logits
+        loaded = LlamaForCausalLM.from_pretrained(f"{folder}/{waiting}", dtype=tiny.DTYPES[case.dtype])
+        saved = tiny.copies(dict(loaded.named_parameters()))
+        found.append((left, saved, {"tokens": tokens, "logits": logits}, torch.load(f"{folder}/{waiting}/model.bin")))
+    pairs = zip(*found, strict=True)
+    return [tiny.identical(ours, truth) for ours, truth in pairs] + [tiny.identical(found[1][0], found[1][1])]
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_export_and_generation(tied: bool, tmp_path: Path) -> None:
+    case = Case(stage=2, dtype="bf16", tied=tied, waiting="cpu")
+    assert run_on_ranks(1, exported, case, str(tmp_path)) == [[True] * 5]
+
+
+def refusals() -> list[str]:
+    """In a rank: what is refused, and that the model of a refused engine is as before."""
+    import hift_ds
+
+    found = []
+    engine = make(Case(stage=2, dtype="bf16", waiting="cpu"))
+    with pytest.raises(RuntimeError) as refused:
+        engine.offload_states()
+    found.append(str(refused.value))
+    engine.compile(backend="eager")
+    with pytest.raises(ValueError) as refused_forward:
+        engine(**tiny.micro_batch(0, 0))
+    found.append(str(refused_forward.value))
+    engine.destroy()
+    llama = tiny.model("bf16")
+    before = tiny.copies(dict(llama.named_parameters()))
+    config = tiny.ds_config(Case(stage=2, dtype="bf16", waiting="cpu"))
+    with mock.patch.object(HostWeights, "start", side_effect=MemoryError("a test")), pytest.raises(MemoryError):
+        hift_ds.initialize(model=llama, config=config)
+    assert tiny.identical(tiny.copies(dict(llama.named_parameters())), before)
+    engine = hift_ds.initialize(model=llama, config=config)[0]
+    tiny.optimizer_step(engine, 0)
+    engine.destroy()
+    return found
+
+
+def test_what_is_refused() -> None:
+    ((states, compiled),) = run_on_ranks(1, refusals)
+    assert "wait in host memory already" in states and "weights='device'" in states
+    assert "do not compile the model" in compiled
+
+
+def on_two_ranks() -> str:
+    with pytest.raises(ValueError) as refused:
+        make(Case(stage=2, dtype="bf16", waiting="cpu"))
+    return str(refused.value)
+
+
+def test_several_ranks_are_refused() -> None:
+    for message in run_on_ranks(2, on_two_ranks):
+        assert "2 ranks" in message and "offload_param.device='cpu'" in message
+
+
+def without(case: Case, name: str) -> bool:
+    """In a rank: whether the harness notices that a part of the order between copies is missing."""
+    import hift_ds.weights.turns
+
+    nothing: Any = {
+        "wait": mock.patch.object(hift_ds.weights.turns, "wait", lambda event: None),
+        "mark of a fill": mock.patch.object(hift_ds.weights.turns, "mark", lambda: None),
+        "changed": mock.patch.object(Turns, "changed", lambda *_: None),
+    }[name]
+    truth = trained(replace(case, waiting="device"))
+    try:
+        with nothing:
+            return not same(trained(case, lazy=True, defer=True), truth)
+    except MissingWait:
+        return True
+
+
+@pytest.mark.parametrize("name", ("wait", "mark of a fill", "changed"))
+def test_each_wait_is_noticed_if_it_is_missing(name: str) -> None:
+    case = Case(stage=2, dtype="bf16", strategy="random", waiting="cpu")
+    assert run_on_ranks(1, without, case, name) == [True]
