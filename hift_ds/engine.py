@@ -790,7 +790,7 @@ class HiFTEngine(CheckpointingEngine):
             placed["defer"] = False
         made = BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
         if self._host_weights is not None:
-            self._host_weights.start(made.staging.storing)
+            self._host_weights.start(made.staging)
         return_freed_memory()  # DeepSpeed flattens weights in host memory
         return made
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
-from hift_ds.state.transfer import Lane, mark
+from hift_ds.state.transfer import Lane, Staging, mark
 from hift_ds.weights.turns import Slot, Turns, Way
 from hift_ds.weights.units import Unit, find_units
 
@@ -93,13 +93,13 @@ class HostWeights:
         self._of_host[parameter].data = to  # whoever has the tensor of the parameter has this one
         self._kept.add(parameter)
 
-    def start(self, storing: Lane) -> None:
+    def start(self, staging: Staging) -> None:
         """Bring all other weights into page-locked memory, allocate the slots, and let the model use them.
 
         Args:
-            storing: the lane on which updates come to host memory.
+            staging: issues the updates of the weights, and brings them to host memory.
         """
-        self._storing = storing
+        self._staging = staging
         units = (*self._layers, self._outside)
         for unit in units:
             self._gather([parameter for parameter in unit.parameters if parameter not in self._kept])
@@ -171,7 +171,7 @@ class HostWeights:
         What is issued so far on the device's current stream and on the lane to the host has written the new weights.
         """
         assert self._turns is not None
-        self._turns.changed(self._units_of(parameters), (mark(), self._storing.mark()))
+        self._turns.changed(self._units_of(parameters), (mark(), self._staging.storing.mark()))
 
     def unchanged(self, parameters: Iterable[nn.Parameter]) -> None:
         """After an update that did not take place."""
@@ -187,8 +187,9 @@ class HostWeights:
         return {self._unit_of[parameter]: None for parameter in parameters}.keys()
 
     def settle(self) -> None:
-        """Wait until the host memory of all weights can be read and changed."""
+        """Finish the last update, and wait until the host memory of all weights can be read and changed."""
         if self._turns is not None:
+            self._staging.finish_update()
             self._turns.synchronize()
 
     def forget_slots(self) -> None:

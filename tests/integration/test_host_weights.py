@@ -151,6 +151,24 @@ def test_a_run_continues_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
     assert same(ours, truth) and loaded == of_truth
 
 
+def loaded_after_a_deferred_step(steps: int) -> bool:
+    """In a rank: whether weights that are loaded while an update is due stay."""
+    engine = make(Case(stage=2, dtype="bf16", waiting="cpu"), defer=True)
+    for step in range(steps):
+        tiny.optimizer_step(engine, step)
+    zeros = {name: torch.zeros_like(value) for name, value in engine.module.state_dict().items()}
+    tiny.optimizer_step(engine, steps)
+    engine.module.load_state_dict(zeros)
+    engine.settle()
+    left = tiny.weights(engine)
+    engine.destroy()
+    return not any(value.any() for value in left.values())
+
+
+def test_weights_that_are_loaded_stay() -> None:
+    assert run_on_ranks(1, loaded_after_a_deferred_step, 3) == [True]
+
+
 def exported(case: Case, folder: str) -> list[bool]:
     """In a rank: whether what is saved, generated and left behind is as with the weights on the device."""
     from transformers import LlamaForCausalLM

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hift_ds
 import hift_ds.weights.turns
-from hift_ds.state.transfer import Lane, mark
+from hift_ds.state.transfer import Staging, mark
 from hift_ds.weights.host import HostWeights
 from hift_ds.weights.turns import Turns, Way
 from tests.support import tiny
@@ -37,7 +37,7 @@ def poisoned() -> Iterator[None]:
 
 def made(model: nn.Module) -> HostWeights:
     weights = HostWeights(model, CPU, pin_memory=False)
-    weights.start(Lane())
+    weights.start(Staging(CPU, None))
     return weights
 
 
@@ -237,9 +237,10 @@ def update_in_host_memory(host: HostWeights, parameter: nn.Parameter) -> None:
     weights = torch.empty(parameter.shape, dtype=parameter.dtype)
     weights.copy_(host.of(parameter))
     weights.sub_(parameter.grad, alpha=0.1)
-    with host._storing.after(mark()):
+    storing = host._staging.storing
+    with storing.after(mark()):
         host.of(parameter).copy_(weights, non_blocking=True)
-        host._storing.outlives(weights)
+        storing.outlives(weights)
 
 
 def same(ours: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
@@ -384,7 +385,7 @@ def test_weights_that_are_flattened_together_keep_their_places() -> None:
                 p.data = flat[start : start + p.numel()].view(p.shape)
                 start += p.numel()
             flats.append(host.keep(flat, group))
-    host.start(Lane())
+    host.start(Staging(CPU, None))
     assert [len(unit.sources) for unit in host._layers] == [1, 2, 2, 1, 1] and len(host._outside.sources) == 3
     assert all(host.of(p).untyped_storage().data_ptr() in {flat.data_ptr() for flat in flats} for p in members)
     blocks = len(parts(model))
