@@ -126,9 +126,9 @@ def dequantize(
 def code_map(signed: bool) -> torch.Tensor:
     """Return the 256 numbers in [-1, 1], or in [0, 1], that a code stands for, in rising order: fp32[256] on the host.
 
-    This is the dynamic data type of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.2
-    and, for positive values, 2.3. bitsandbytes and torchao have the same numbers. A decade has twice as many numbers as
-    the one below it: for positive values 128 between 0.1 and 1, and 2 between 1e-7 and 1e-6.
+    This is the dynamic data type of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.2.
+    bitsandbytes and torchao have the same numbers. A decade has twice as many numbers as the one below it: without
+    signs 128 between 0.1 and 1, and 2 between 1e-7 and 1e-6.
 
     Args:
         signed: negative values have codes, too; each decade then has half as many numbers for each sign.
