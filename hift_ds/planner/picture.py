@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
 
 from hift_ds.config import ConfigError
 from hift_ds.planner.plan import Plan, with_total
@@ -74,23 +73,18 @@ def _step_time(plan: Plan) -> str:
         f"Predicted on {time['gpu']}: {time['seconds']:.3g} s a step{spread}, "
         f"{time['tokens_per_second']:,.0f} tokens a second{each}.",
         f"Each alone: {', '.join(parts)}.",
-        f"{limits[time['limit']]} the step{_without(time)}.",
+        f"{limits[time['limit']]} the step.",
     ]
-    if time["bus_hidden_from"]:
-        least = time["bus_hidden_from"]
+    least, hidden = time["bus_hidden_from"], time["hides_copies"]
+    if time["bus"]:
+        part = f"Copies hide only in part: without them, it would take {time['without_bus']:.3g} s."
+        sentences.append("Copies hide behind the rest." if hidden else part)
+    if time["bus"] and not least:
+        sentences.append("On the middle block, they hide with no micro-batch; a larger --prefetch helps.")
+    elif least and (least > 1 or not hidden):
         batches = "any micro-batch" if least == 1 else f"micro-batches of {least:,} or more sequences"
-        sentences.append(f"With {batches}, copies hide behind the rest.")
-    elif time["bus"]:
-        sentences.append("Copies hide with no micro-batch; a larger --prefetch helps.")
+        sentences.append(f"On the middle block, they add at most 5 % with {batches}.")
     return " ".join(sentences)
-
-
-def _without(time: Mapping[str, Any]) -> str:
-    """Return what the step would take without what limits it: it need not take longer than the rest, each alone."""
-    what, seconds = ("the host", time["without_host"]) if time["limit"] == "host" else ("copies", time["without_bus"])
-    if time["limit"] == "kernels" or seconds > 0.99 * time["seconds"]:
-        return ""
-    return f", which would take {seconds:.3g} s if {what} took no time"
 
 
 def _verdict(plan: Plan) -> str:

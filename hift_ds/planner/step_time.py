@@ -31,7 +31,7 @@ from hift_ds.planner.timeline import (
     simulate,
 )
 
-_VISIBLE = 1.05  # what lengthens a step by less does not limit it
+_VISIBLE = 1.05  # copies that lengthen a step by less are hidden
 _LARGEST_BATCH = 256  # sequences
 _BEFORE_LAYERS = 4  # operations of a forward pass: a late update is issued when the first layer runs
 _DECISION = 8  # bytes of the number by which the host decides whether to skip the step
@@ -255,7 +255,7 @@ class Figures(NamedTuple):
         bus: its copies to the device.
         drive: what it reads from files and writes to them.
         host: the host's time to issue it.
-        without_bus, without_host: the step, if copies (those of files included) or the host took no time.
+        without_bus: the step, if copies (those of files included) took no time.
     """
 
     seconds: float
@@ -264,20 +264,16 @@ class Figures(NamedTuple):
     drive: float
     host: float
     without_bus: float
-    without_host: float
 
     @property
     def limit(self) -> str:
-        """What the step waits for: ``bus``, ``drive`` or ``host`` if it would be shorter without it, else the longest.
+        """What takes longest alone: ``kernels``, ``bus``, ``drive`` or ``host``. A step cannot take less."""
+        return max(("kernels", "bus", "drive", "host"), key=lambda name: float(getattr(self, name)))
 
-        ``without_bus`` is without the drive, too.
-        """
-        least = min(self.without_bus, self.without_host)
-        if least > self.seconds / _VISIBLE:
-            return max(("kernels", "bus", "drive", "host"), key=lambda name: float(getattr(self, name)))
-        if self.without_bus > least:
-            return "host"
-        return "bus" if self.bus >= self.drive else "drive"
+    @property
+    def hides_copies(self) -> bool:
+        """Whether a step takes at most 5 % longer than without copies."""
+        return self.seconds <= _VISIBLE * self.without_bus
 
     def towards(self, other: Figures, share: float) -> Figures:
         """Return the figures at a share of the way to others."""
@@ -303,8 +299,9 @@ class StepTimes:
 
         ``time`` holds ``gpu``; ``seconds`` of a step and, each alone, of its ``kernels``, of the ``bus`` in one
         direction, of the ``drive`` with state in files and of the ``host``, as means over the blocks of a cycle, and
-        ``without_bus`` and ``without_host``, a step if these took no time; ``by_block``, seconds of a step of each
-        block; ``limit``: ``kernels``, ``bus``, ``drive`` or ``host``; ``tokens_per_second``; ``bus_hidden_from``, the
+        ``without_bus``, a step if copies took no time; ``by_block``, seconds of a step of each block; ``limit``, the
+        longest of ``kernels``, ``bus``, ``drive`` and ``host``; ``hides_copies``, whether a step takes at most 5 %
+        longer than without copies; ``tokens_per_second``; ``bus_hidden_from``, the
         sequences in a micro-batch from which a step on the middle block takes at most 5 % longer than without copies
         (None: nothing is moved, or no batch is large enough); and ``measured``, whether predictions were held against
         such a card.
@@ -321,6 +318,7 @@ class StepTimes:
             **mean._asdict(),
             "by_block": [one.seconds for one in figures],
             "limit": mean.limit,
+            "hides_copies": mean.hides_copies,
             "tokens_per_second": tokens / mean.seconds,
             "bus_hidden_from": self._hidden_from(request) if mean.bus else None,
             "measured": self.card.measured,
@@ -362,8 +360,8 @@ class StepTimes:
         step = operations[begins[-3] : begins[-2]]
         card = self.card._replace(read=request.drive_read, write=request.drive_write)
 
-        def seconds(card: Card, host_seconds: float = self.host_seconds) -> float:
-            issued = simulate(operations, card, host_seconds).issued
+        def seconds(card: Card) -> float:
+            issued = simulate(operations, card, self.host_seconds).issued
             return issued[begins[-2]] - issued[begins[-3]]
 
         def alone(*kinds: str) -> float:
@@ -376,7 +374,6 @@ class StepTimes:
             alone(READ, WRITE),
             self.host_seconds * sum(operation.stream not in (HOST, DRIVE) for operation in step),
             seconds(card._replace(bus=math.inf, read=math.inf, write=math.inf)),
-            seconds(card, 0.0),
         )
 
     def stepper(self, request: Request, block: int) -> Stepper:
@@ -405,8 +402,7 @@ class StepTimes:
         middle = len(self.planner.build(request).blocks) // 2
 
         def hides(size: int) -> bool:
-            one = self.figures(request, middle, size / request.batch_size)
-            return one.seconds <= _VISIBLE * one.without_bus
+            return self.figures(request, middle, size / request.batch_size).hides_copies
 
         high = 1
         while not hides(high):
