@@ -185,11 +185,8 @@ def with_deferred_step(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def problems(config: Mapping[str, Any]) -> list[str]:
     """Return the problems of a DeepSpeed config's ``hift`` section and of its combination with other keys."""
-    section = config.get(SECTION)
-    found = section_problems(section)
-    if not found and HiFTConfig.from_dict(section).enabled:
-        found = conflicts(config)
-    return found
+    is_enabled = _get(config, f"{SECTION}.enabled") is not False
+    return section_problems(config.get(SECTION)) + (conflicts(config) if is_enabled else [])
 
 
 def _is_int(value: Any) -> bool:
@@ -416,11 +413,12 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
             f"{SECTION}.offload.device={place!r} with zero_optimization.offload_optimizer.device={offload!r}: the step "
             "on the host needs the state in host memory; remove one of them"
         )
-    if stage != 0 and _on(offload):
+    own = _get(config, f"{SECTION}.offload")
+    if stage != 0 and _on(offload) and isinstance(own, Mapping):
         found += [
             f"{setting} has no effect with zero_optimization.offload_optimizer.device={offload!r}: the step on the "
             f"host has no slots and is not deferred; {remedy}"
-            for setting, remedy in needs_streamed_step(_get(config, f"{SECTION}.offload") or {}).items()
+            for setting, remedy in needs_streamed_step(own).items()
         ]
     if stage == 3 and _get(config, f"{SECTION}.offload.defer") is True:
         found.append(

@@ -101,6 +101,13 @@ def test_all_problems_come_at_once() -> None:
     assert len(error.value.problems) == 3
 
 
+@pytest.mark.parametrize(("offload", "count"), [("cpu", 2), ({"defer": True, "prefetch": 1}, 4), (None, 2)])
+def test_problems_of_the_section_hide_none_of_the_rest(offload: Any, count: int) -> None:
+    zero = {"stage": 1, "offload_optimizer": {"device": "cpu"}, "elastic_checkpoint": True}
+    found = config.problems({"zero_optimization": zero, "hift": {"offload": offload}})
+    assert len(found) == count and "elastic_checkpoint" in found[-1], found
+
+
 @pytest.mark.parametrize(
     ("rest", "words"),
     [
