@@ -18,6 +18,8 @@ LR_TICKS = ("cycle", "step")
 WHERE_POSSIBLE = "where possible"
 # Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
+# Bytes by which the alignment of encoded values can enlarge a chunk in a slot, at most.
+SLOT_OVERHEAD = 4096
 # Elements of a gradient in one chunk of its norm, which DeepSpeed copies to fp64.
 NORM_CHUNK = 2**22
 # Page-locked buffers between the device and files: bytes of each, and their smallest number (half for each direction).
@@ -57,7 +59,8 @@ class OffloadConfig:
         device: ``cpu``: in host memory; ``nvme``: in files in ``nvme_path``; ``none``: on the device.
         step: ``block``: the whole block's state comes to the device for the step; ``streamed``: it comes in chunks;
             ``auto``: streamed if the optimizer is element-wise.
-        buffer_size: bytes of a slot, which holds one chunk. Two slots are on the device, or what ``prefetch`` says.
+        buffer_size: bytes of a chunk, as the step needs them. A slot holds one chunk, in the formats of ``master`` and
+            ``moments``. Two slots are on the device, or what ``prefetch`` says.
         pin_memory: page-lock the host buffers.
         prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
             forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
@@ -69,6 +72,11 @@ class OffloadConfig:
         nvme_path: an existing folder, for ``device: nvme``.
         weights: ``device``: the weights of the whole model are on the device; ``cpu``: they wait in host memory, and
             layers take turns in two slots on the device. For one rank at ZeRO 0 to 2.
+        master: the format of masters off the device: ``fp32``; ``split``: what the bf16 weights lack of them, which
+            is exact, in 2.125 bytes an element; ``auto``: ``split`` if the weights are bf16, the optimizer is
+            element-wise, and it computes on the device.
+        moments: the format of optimizer state off the device: ``fp32``: as the optimizer makes it; ``8bit``: codes of
+            8 bits with a scale for each 256 elements, which is not exact.
     """
 
     device: str = "cpu"
@@ -79,30 +87,39 @@ class OffloadConfig:
     defer: bool | str = "auto"
     nvme_path: str | None = None
     weights: str = "device"
+    master: str = "auto"
+    moments: str = "fp32"
 
     @property
     def defers(self) -> bool:
         """Whether the engine defers the update if it can."""
         return self.defer in (True, WHERE_POSSIBLE)
 
-    def slots(self, blocks: Iterable[Sequence[int]], ranks: int, per_element: int) -> tuple[int, int]:
+    def slots(
+        self, blocks: Iterable[Sequence[int]], ranks: int, per_element: int, stored: float | None = None
+    ) -> tuple[int, int]:
         """Return the bytes of each slot of the streamed step, and the number of slots.
 
-        A slot is at most the largest block's state on one rank, with room for the alignment of its tensors. More slots
+        A chunk is at most the largest block's state on one rank, with room for the alignment of its tensors. More slots
         than two blocks have chunks would stay empty.
 
         Args:
             blocks: the number of elements of each parameter, for each block.
             ranks: number of ranks that share the state.
             per_element: bytes of fp32 master and state of one element.
+            stored: the same in a slot, if the store keeps some of it encoded; None: the same.
         """
-        numel = max(-(-sum(block) // ranks) + 256 * len(block) for block in blocks) + 4096
+        alignment, overhead, in_slot = (256, 0, 1.0) if stored is None else (1024, SLOT_OVERHEAD, stored / per_element)
+        numel = max(-(-sum(block) // ranks) + alignment * len(block) for block in blocks) + 4096
         largest = max(numel * per_element, MIN_BUFFER)
-        if isinstance(self.prefetch, bool):
-            return min(self.buffer_size, largest), 2
-        # Few large copies take the host less time than many small ones, and a large budget has room for them.
-        size = min(max(self.buffer_size, self.prefetch // 12), self.prefetch // 2, largest)
-        return size, min(self.prefetch // size, 2 * math.ceil(largest / size))
+        chunk = min(self.buffer_size, largest)
+        if not isinstance(self.prefetch, bool):
+            # Few large copies take the host less time than many small ones, and a large budget has room for them.
+            most = int((self.prefetch // 2 - overhead) / in_slot)
+            chunk = min(max(self.buffer_size, self.prefetch // 12), most, largest)
+        size = math.ceil(chunk * in_slot) + overhead
+        count = 2 if isinstance(self.prefetch, bool) else self.prefetch // size
+        return size, max(2, min(count, 2 * math.ceil(largest / chunk)))
 
 
 @dataclass(frozen=True)
@@ -227,6 +244,8 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
     ),
     "defer": (lambda v: isinstance(v, bool) or v in ("auto", WHERE_POSSIBLE), "true, false or auto"),
     "weights": (lambda v: v in ("device", "cpu"), "device or cpu"),
+    "master": (lambda v: v in ("auto", "fp32", "split"), "auto, fp32 or split"),
+    "moments": (lambda v: v in ("fp32", "8bit"), "fp32 or 8bit"),
     "nvme_path": (lambda v: v is None or isinstance(v, str) and bool(v.strip()), "the path of a folder, or null"),
 }
 
@@ -286,6 +305,18 @@ def _slot_problems(offload: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _format_problems(offload: Mapping[str, Any]) -> list[str]:
+    """Check that formats of state off the device are given only if state leaves the device."""
+    if offload.get("device") != "none":
+        return []
+    return [
+        f"{SECTION}.offload.{key}={value!r} has no effect with device='none', which keeps state on the device; set "
+        "device to cpu or nvme, or remove it"
+        for key, value in offload.items()
+        if (key, value) in (("master", "split"), ("moments", "8bit"))
+    ]
+
+
 def _key_problems(values: Mapping[str, Any], checks: dict[str, _Check], prefix: str) -> list[str]:
     found = []
     for key, value in values.items():
@@ -317,7 +348,7 @@ def section_problems(section: Any) -> list[str]:
         inside = _key_problems(section["offload"], _OFFLOAD_CHECKS, f"{SECTION}.offload")
         found += inside or [
             problem
-            for check in (_place_problems, _slot_problems, _weight_problems)
+            for check in (_place_problems, _slot_problems, _weight_problems, _format_problems)
             for problem in check(section["offload"])
         ]
     assert set(_SECTION_CHECKS) == {f.name for f in fields(HiFTConfig)}

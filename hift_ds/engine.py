@@ -466,6 +466,12 @@ class HiFTEngine(CheckpointingEngine):
         if device_total(ledger) >= device_total(self._peak_ledger):
             self._peak_ledger = ledger
 
+    def _refine_include_states(self, include: Any) -> list[Any]:
+        """Return what DeepSpeed's ``offload_states`` moves: not masters and state that are off the device anyway."""
+        included = super()._refine_include_states(include)
+        away = ("hp_params", "optim_states") if self.block_optimizers.host is not None else ()
+        return [kind for kind in included if kind not in away]
+
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's ``offload_states``, for all blocks.
 
@@ -775,7 +781,7 @@ class HiFTEngine(CheckpointingEngine):
             offload,
             self.blocks,
             self._block_parameters,
-            name,
+            type(optimizer),
             traits,
             on_host=self.zero_offload_optimizer() if self.zero_use_cpu_optimizer() else None,
             dtypes=self.get_data_types(),

@@ -10,6 +10,8 @@ from hift_ds.blocks.block import Block, numel_of
 from hift_ds.config import OffloadConfig
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
+from hift_ds.state.codec import ALIGNMENT as CODEC_ALIGNMENT
+from hift_ds.state.codec import MOMENTS, Codec, Split
 from hift_ds.state.host_step import HostStep
 from hift_ds.state.trial import Traits
 
@@ -21,7 +23,7 @@ def place_state(
     offload: OffloadConfig,
     blocks: Sequence[Block],
     parameters: Sequence[Sequence[torch.nn.Parameter]],
-    optimizer: str,
+    optimizer: type[torch.optim.Optimizer],
     traits: Traits,
     on_host: Any,
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -35,7 +37,7 @@ def place_state(
         offload: the section ``hift.offload``.
         blocks: all blocks of the model.
         parameters: each block's parameters.
-        optimizer: the name of the configured optimizer, for messages.
+        optimizer: the class of the configured optimizer.
         traits: what :func:`~hift_ds.state.trial.examine` found out about it.
         on_host: DeepSpeed's section ``offload_optimizer``, if the optimizer computes on the host; else None.
         dtypes: those of weights and of reduced gradients.
@@ -47,14 +49,15 @@ def place_state(
         Keyword arguments for :class:`~hift_ds.zero.block_optimizers.BlockOptimizers`.
 
     Raises:
-        ValueError: a streamed step or ``max_block_numel`` cuts a tensor that the optimizer needs whole; the memory or
-            drive is too small for all state.
+        ValueError: a streamed step or ``max_block_numel`` cuts a tensor that the optimizer needs whole; state has no
+            such format; the memory or drive is too small for all state.
     """
     slices = [_slice(block) for block in blocks]
+    name_of_optimizer = optimizer.__name__
     cut = next((name for block in blocks for name in block.slices), None)
     if cut and traits.shaped:
         raise ValueError(
-            f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {optimizer} is not element-wise "
+            f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {name_of_optimizer} is not element-wise "
             f"({traits.shaped}); raise max_block_numel, set balance=false, or use an element-wise optimizer such as "
             "AdamW"
         )
@@ -76,21 +79,24 @@ def place_state(
         return {"slices": slices, "host": host, "on_host": through, "state": traits.state}
     if offload.step == "streamed" and traits.shaped:
         raise ValueError(
-            f"hift.offload.step='streamed' cuts tensors, and {optimizer} is not element-wise ({traits.shaped}); use "
-            "'block' or 'auto', or an element-wise optimizer such as AdamW"
+            f"hift.offload.step='streamed' cuts tensors, and {name_of_optimizer} is not element-wise ({traits.shaped}); "
+            "use 'block' or 'auto', or an element-wise optimizer such as AdamW"
         )
-    chunk_bytes, slots, per_element = None, 1, 4 + int(traits.state_bytes)
+    codecs = choose_codecs(offload, optimizer, traits, dtypes[0], has_masters)
+    decoded, stored = 4 + int(traits.state_bytes), bytes_in_store(codecs, traits)
+    chunk_bytes, slots = None, 1
     if not traits.shaped and offload.step != "block":
-        chunk_bytes, slots = offload.slots(numels, ranks, per_element)
+        chunk_bytes, slots = offload.slots(numels, ranks, decoded, stored if codecs else None)
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
-    needed = _host_bytes(parameters, ranks, traits, has_masters)
+    needed = _host_bytes(parameters, ranks, traits, has_masters, codecs)
     host.check_room(needed)
     host.reserve(needed)
     return {
         "slices": slices,
         "host": host,
         "chunk_bytes": chunk_bytes,
-        "bytes_per_element": per_element,
+        "bytes_per_element": stored,
+        "codecs": codecs,
         "prefetch": bool(offload.prefetch),
         "slots": slots,
         "defer": offload.defers and offload.device == "cpu",
@@ -98,19 +104,84 @@ def place_state(
     }
 
 
+def choose_codecs(
+    offload: OffloadConfig,
+    optimizer: type[torch.optim.Optimizer],
+    traits: Traits,
+    weights: torch.dtype,
+    has_masters: bool,
+) -> dict[str | None, Codec]:
+    """Return the format of each value that the store keeps in another one: of the masters (None), and of state by name.
+
+    Args:
+        offload: the section ``hift.offload``. State is off the device, and the optimizer computes there.
+        optimizer: its class.
+        traits: what is known about it.
+        weights: the dtype of the weights.
+        has_masters: the run has fp32 masters in addition to the weights.
+
+    Raises:
+        ValueError: the masters or the state have no such format.
+    """
+    codecs: dict[str | None, Codec] = {}
+    is_bf16 = has_masters and weights == torch.bfloat16
+    problems = []
+    if offload.master == "split" and not is_bf16:
+        found = str(weights).removeprefix("torch.")
+        problems.append(
+            f"hift.offload.master='split' needs bf16 weights, and these are {found}; set bf16.enabled=true, or use "
+            "'auto'"
+        )
+    if offload.master == "split" and traits.shaped:
+        problems.append(
+            f"hift.offload.master='split' flattens tensors, and {optimizer.__name__} is not element-wise "
+            f"({traits.shaped}); use 'auto', or an element-wise optimizer such as AdamW"
+        )
+    if offload.master != "fp32" and is_bf16 and not traits.shaped:
+        codecs[None] = Split()
+    if offload.moments == "8bit":
+        of_moments = MOMENTS.get(optimizer, {})
+        codecs.update((name, of_moments[name]) for name, _ in traits.state if name in of_moments)
+        is_known = optimizer in MOMENTS and all(name in of_moments and d == torch.float32 for name, d in traits.state)
+        if not is_known or traits.shaped:
+            names = sorted({kind.__name__ for kind in MOMENTS})
+            problems.append(
+                f"hift.offload.moments='8bit' knows the state of {', '.join(names)}, not of {optimizer.__name__}; use "
+                "one of these, or 'fp32'"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return codecs
+
+
+def bytes_in_store(codecs: Mapping[str | None, Codec], traits: Traits) -> float:
+    """Return the bytes of one element's master and state in the store."""
+    state = {name: float(dtype.itemsize) for name, dtype in traits.state}
+    others = traits.state_bytes - sum(state.values())
+    state.update((name, codec.bytes_per_value) for name, codec in codecs.items() if name is not None)
+    return (codecs[None].bytes_per_value if None in codecs else 4) + sum(state.values()) + others
+
+
 def _host_bytes(
-    parameters: Sequence[Sequence[torch.nn.Parameter]], ranks: int, traits: Traits, has_masters: bool
+    parameters: Sequence[Sequence[torch.nn.Parameter]],
+    ranks: int,
+    traits: Traits,
+    has_masters: bool,
+    codecs: Mapping[str | None, Codec] | None = None,
 ) -> int:
     """Return what a rank's buffers of masters and state need at most, alignment included.
 
     An optimizer that is not element-wise may need more or less: its state was measured on other shapes.
     """
-    element = traits.state_bytes + (4 if has_masters else 0)  # at stage 0, fp32 weights are their own masters
-    buffers = max(len(traits.state), bool(traits.state_bytes)) + has_masters
+    codecs = codecs or {}
+    element = bytes_in_store(codecs, traits) - (0 if has_masters else 4)  # fp32 weights are masters at stage 0
+    buffers = max(len(traits.state), bool(traits.state_bytes)) + has_masters + len(codecs)  # each codec has two parts
     total = 0
     for parameter in {id(parameter): parameter for own in parameters for parameter in own}.values():
         # DeepSpeed makes a rank's share of a parameter group even. With that, `ALIGNMENT` is the most that it grows by.
         total += math.ceil(-(-numel_of(parameter) // ranks) * element) + buffers * ALIGNMENT
+    if codecs:  # each slice has room for a multiple of the codecs' alignment
+        total += math.ceil(sum(map(len, parameters)) * CODEC_ALIGNMENT * element)
     return total
 
 

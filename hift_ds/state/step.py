@@ -5,34 +5,30 @@ With one chunk that holds everything, this is the paper's step: the whole block'
 With small chunks the device never holds even one block's state. For an element-wise optimizer both give the same bits.
 
 If the optimizer computes on the host, masters and state stay where they are. Gradients and updated weights travel.
+
+The store may keep masters and state in fewer bytes (``codec.py``). They are decoded for the step, and encoded after it,
+on the device, a chunk at a time.
 """
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from hift_ds.config import SLOT_OVERHEAD
 from hift_ds.optim.properties import assembled, has_elements, parts
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.codec import ALIGNMENT, FIRST_MOMENT, SECOND_MOMENT, Codec
+from hift_ds.state.encoded import EncodedState, Slice, view
 from hift_ds.state.gradients import fp32_slice
 from hift_ds.state.host_step import CHUNK, HostStep
-from hift_ds.state.transfer import Slot, Staging, wait
+from hift_ds.state.transfer import Run, Slot, Staging, wait
 
-# A tensor is cut into slices at multiples of this many elements, so that vectorized kernels treat all of them alike.
-_SLICE_ALIGNMENT = 1024
 # Elements by which the alignment of tensors in a slot can enlarge a slice, at most.
 _SLICE_OVERHEAD = 128
-
-
-class Slice(NamedTuple):
-    """Elements ``start`` to ``stop`` of the ``number``-th master; ``whole``: these are all of its elements."""
-
-    number: int
-    start: int
-    stop: int
-    whole: bool
 
 
 class SteppedOptimizer(Protocol):
@@ -53,7 +49,7 @@ class SteppedOptimizer(Protocol):
         ...
 
     def weights(self, index: int) -> torch.Tensor | None:
-        """Return the weights on the device that belong to a master; None: the master is the weights."""
+        """Return the weights that belong to a master; None: the master is the weights."""
         ...
 
     def first_element(self) -> int:
@@ -62,15 +58,32 @@ class SteppedOptimizer(Protocol):
 
 
 class _StagedChunk(NamedTuple):
-    """A chunk on the device: for each slice its master (None: it never left the device) and its state by name.
+    """A chunk on the device.
 
-    ``slot`` is None if nothing of it ever leaves the device.
+    Attributes:
+        slot: None if nothing of it ever leaves the device.
+        masters: of each slice; None: it never left the device, or is encoded.
+        states: of each slice by name, as far as it is not encoded.
+        rooms: of each slice by name, the room in the slot for state that the optimizer makes in this step.
+        encoded: the parts of each encoded value, flat, for all slices.
+        weights: the weights, flat, for all slices, if they are kept on the host.
+        ready: event after which it is there.
     """
 
     slot: Slot | None
     masters: list[torch.Tensor | None]
-    states: list[dict[str, torch.Tensor]]
+    states: list[dict[str, Any]]
+    rooms: list[dict[str, torch.Tensor]]
+    encoded: dict[str | None, list[torch.Tensor]]
+    weights: torch.Tensor | None
     ready: Any
+
+
+class _Decoded(NamedTuple):
+    """What a chunk needs on the device only for its step: flat fp32 values, and views of them for each slice."""
+
+    flat: dict[str | None, torch.Tensor]
+    views: dict[str | None, list[torch.Tensor]]
 
 
 @dataclass
@@ -107,13 +120,15 @@ class BlockState:
         owner: the block's optimizer.
         host: the store, which allocates the buffers; None: masters and state stay on the device, and nothing is copied.
         staging: holds the state on the device during a step.
-        bytes_per_element: bytes of master and state of one element. With the size of a slot this gives the number of
-            elements in a chunk.
+        bytes_per_element: bytes of one element in a slot. With the size of a slot this gives the number of elements in
+            a chunk.
         slices: for each block that shares the only parameter, the first and last (exclusive) element that it trains;
             empty: one block trains everything.
         state: name and dtype of the tensors of state that the first step will make, all of the master's shape. Their
             buffers are allocated now, so that training needs no more host memory; others when they are made.
         on_host: the optimizer computes on the host, through these areas; None: it computes on the device.
+        codecs: the format in the store of the masters (None) and of state by name; all others are kept as they are.
+        weights_on_host: the owner's ``weights`` are in host memory.
 
     Attributes:
         staged: while ``on_first_chunk`` runs: category and tensor of what the first chunk has on the device only for
@@ -126,12 +141,15 @@ class BlockState:
         owner: SteppedOptimizer,
         host: HostMemory | None,
         staging: Staging,
-        bytes_per_element: int,
+        bytes_per_element: float,
         slices: Sequence[tuple[int, int]] = (),
         state: Sequence[tuple[str, torch.dtype]] = (),
         on_host: HostStep | None = None,
+        codecs: Mapping[str | None, Codec] | None = None,
+        weights_on_host: bool = False,
     ):
         self._owner = owner
+        self._weights_on_host = weights_on_host
         self._host = host
         self._on_host = on_host
         self._moves_state = host is not None and on_host is None
@@ -141,11 +159,19 @@ class BlockState:
         self._off_device = [host is not None and owner.weights(i) is not None for i in range(len(self._masters))]
         limit = CHUNK if on_host is not None else None
         if self._moves_state and staging.slot_bytes is not None and bytes_per_element:
-            limit = staging.slot_bytes // bytes_per_element
-        self._plans = [self._plan(owned, limit) for owned in self._slices_of_blocks(slices)]
+            limit = int((staging.slot_bytes - (SLOT_OVERHEAD if codecs or weights_on_host else 0)) // bytes_per_element)
+        # Elements by which the alignment of tensors in a slot can enlarge a slice, at most.
+        overhead = ALIGNMENT if codecs or weights_on_host else _SLICE_OVERHEAD
+        owned = self._slices_of_blocks(slices)
+        self._plans = [self._plan(of_block, limit, overhead) for of_block in owned]
         self._active = self._plans[0]
         self._buffers: dict[tuple[int, str | None, int], torch.Tensor] = {}
+        self._nothing = torch.full((), torch.nan)
+        self._new_state = dict(state) if self._moves_state else {}
+        self._encoded = EncodedState(codecs or {}, [cut for of_block in owned for cut in of_block], self._buffer)
+        self._encoded.reserve()
         self._fetched: dict[int, _StagedChunk] = {}
+        self._made: set[str] = set()  # names of encoded state that the optimizer has made
         self._parts: list[list[torch.Tensor]] = []  # of the gradient of each master, in a step
         self._gradients: dict[Slice, torch.Tensor] = {}  # on the host, if the optimizer computes there
         if on_host is not None:
@@ -156,27 +182,30 @@ class BlockState:
         self.to_host()
         for index, master in enumerate(self._masters):
             for name, dtype in state:
-                self._buffer((index, name, 0), torch.empty(master.shape, dtype=dtype, device="meta"))
+                if name not in self._encoded.codecs:
+                    self._buffer((index, name, 0), torch.empty(master.shape, dtype=dtype, device="meta"))
 
     def _slices_of_blocks(self, slices: Sequence[tuple[int, int]]) -> list[list[Slice]]:
         """Return for each block the slices of the masters that it trains on this rank."""
         whole = [Slice(index, 0, master.numel(), True) for index, master in enumerate(self._masters)]
         if not slices:
             return [whole]
-        ((_, _, size, _),) = whole
-        first = self._owner.first_element()
+        (master,) = self._masters
+        size, first, place = master.numel(), self._owner.first_element(), 0
         owned = []
         for start, stop in slices:
             low, high = (min(max(end - first, 0), size) for end in (start, stop))
-            owned.append([Slice(0, low, high, high - low == size)] if low < high else [])
+            own = [Slice(0, low, high, high - low == size, place)] if low < high else []
+            owned.append(own)
+            place += sum(cut.room for cut in own)
         return owned
 
-    def _plan(self, slices: list[Slice], limit: int | None) -> _BlockPlan:
-        chunks = _chunks(slices, limit)
+    def _plan(self, slices: list[Slice], limit: int | None, overhead: int) -> _BlockPlan:
+        chunks = _chunks(slices, limit, overhead)
         state = self._owner.optimizer.state
         counts = [_without_elements(state.get(master, {})) for master in self._masters]
         settings: list[dict[str, Any]] = [{} for _ in self._owner.optimizer.param_groups]
-        is_new = not any(map(state.get, self._masters))
+        is_new = not any(map(state.get, self._masters))  # encoded state comes later
         return _BlockPlan(chunks, [None] * len(chunks), counts, settings, is_new)
 
     @property
@@ -202,13 +231,85 @@ class BlockState:
         if self._host is None:
             return
         for index, master in enumerate(self._masters):
-            if self._off_device[index]:
+            if self._off_device[index] and None not in self._encoded.codecs:
                 master.data = self._in_buffer((index, None, 0), master.data)
+            elif self._off_device[index] and not self._is_away(master):
+                self._encode_master(index)
             state = self._owner.optimizer.state.get(master, {})
-            for name, value in state.items():
-                if has_elements(value):
+            for name, value in list(state.items()):
+                if name in self._encoded.codecs:
+                    self._encoded.write(index, name, state.pop(name))
+                elif has_elements(value):
                     buffers = [self._in_buffer((index, name, i), part) for i, part in enumerate(parts(value))]
                     state[name] = assembled(value, buffers)
+
+    def _encode_master(self, index: int) -> None:
+        """Encode a master, and round its weights from it. What remains in its place has no memory, and is NaN."""
+        master, weights = self._masters[index], self._owner.weights(index)
+        assert weights is not None
+        self._encoded.write(index, None, master.data)
+        weights.data.copy_(master.data.view_as(weights))
+        master.data = self._nothing.expand(master.shape)
+
+    def _is_away(self, master: torch.Tensor) -> bool:
+        """Whether a master's values are encoded in the store, and not in the tensor."""
+        return master.data_ptr() == self._nothing.data_ptr()
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the store keeps anything in another format."""
+        return bool(self._encoded.codecs)
+
+    def decode(self, with_state: bool) -> None:
+        """Decode the masters, and the state if wanted, into tensors of the host. :meth:`to_host` reverses it.
+
+        Args:
+            with_state: decode the state, too, into ``optimizer.state``.
+        """
+        for index, master in enumerate(self._masters):
+            for name in self._encoded.names(index):
+                if name is None:
+                    values = torch.empty(master.shape)
+                    self._encoded.read(index, None, values, self._owner.weights(index))
+                    master.data = values
+                elif with_state:
+                    values = torch.empty(master.shape)
+                    self._encoded.read(index, name, values, None)
+                    self._owner.optimizer.state[master][name] = values
+
+    def discard_decoded(self) -> None:
+        """Undo :meth:`decode`, without any change of what the store has."""
+        for index, master in enumerate(self._masters):
+            for name in self._encoded.names(index):
+                if name is None:
+                    master.data = self._nothing.expand(master.shape)
+                else:
+                    self._owner.optimizer.state[master].pop(name, None)
+
+    def encoded_state(self) -> list[dict[str, dict[str, torch.Tensor]]]:
+        """Return the encoded state of each master by name and part, for a checkpoint."""
+        return [self._encoded.parts_of(index) for index in range(len(self._masters))]
+
+    def load_encoded_state(self, saved: Sequence[Mapping[str, Mapping[str, torch.Tensor]]]) -> None:
+        """Load what :meth:`encoded_state` returned. State that this run does not encode becomes ``optimizer.state``."""
+        self._encoded.forget_state()
+        for index, names in enumerate(saved):
+            for name, tensors in names.items():
+                if name in self._encoded.codecs:
+                    self._encoded.load(index, name, tensors)
+                    continue
+                values = torch.empty(self._masters[index].shape)
+                self._encoded.decode(index, SECOND_MOMENT if name.endswith("_sq") else FIRST_MOMENT, tensors, values)
+                self._owner.optimizer.state[self._masters[index]][name] = values
+
+    def masters_in_store(self) -> list[torch.Tensor]:
+        """Return the tensors that hold the masters between two steps, and that are not weights at the same time."""
+        held = [
+            master.data
+            for index, master in enumerate(self._masters)
+            if self._owner.weights(index) is not None and not self._is_away(master)
+        ]
+        return held + [buffer for (_, name, _), buffer in self._buffers.items() if name is None]
 
     def _in_buffer(self, key: tuple[int, str | None, int], value: torch.Tensor) -> torch.Tensor:
         """Return the host buffer of a master or of a part of its state, with this value.
@@ -229,7 +330,7 @@ class BlockState:
             if self._host is None:
                 buffer = torch.empty_like(like, device=self._masters[key[0]].device)
             else:
-                buffer = self._host.empty(like, direct=not self._is_shared)
+                buffer = self._host.empty(like, direct=not self._is_shared and key[1] not in self._encoded.codecs)
             self._buffers[key] = buffer
         return buffer
 
@@ -247,7 +348,7 @@ class BlockState:
         if self._staging.free and len(self._fetched) < len(self._active.chunks):
             self._fill_slots(self._known_state())
 
-    def _fill_slots(self, known: list[dict[str, Any]], begin: int = 0) -> None:
+    def _fill_slots(self, known: list[dict[str | None, Any]], begin: int = 0) -> None:
         """Start to copy chunks from number ``begin`` on to the device that are not there yet, into the free slots."""
         for number in range(begin, len(self._active.chunks)):
             if number in self._fetched:
@@ -279,48 +380,100 @@ class BlockState:
                 self._staging.drain(chunk.slot, [])
         self._fetched.clear()
 
-    def _known_state(self) -> list[dict[str, Any]]:
-        """Return the state of each master before the step; empty dicts before the block's first step."""
-        state, plan = self._owner.optimizer.state, self._active
-        if not self._is_shared:
-            return [dict(state.get(master, {})) for master in self._masters]
-        if plan.is_new:
-            return [{} for _ in self._masters]
-        of_all = [{name: v for name, v in state.get(m, {}).items() if has_elements(v)} for m in self._masters]
-        return [{**elements, **counts} for elements, counts in zip(of_all, plan.counts, strict=True)]
+    def _known_state(self) -> list[dict[str | None, Any]]:
+        """Return the state of each master before the step, without any before the block's first step.
 
-    def _fetch(self, number: int, known: list[dict[str, Any]]) -> _StagedChunk:
+        For what is encoded, the master itself (None) included, the value is the codec.
+        """
+        state, plan = self._owner.optimizer.state, self._active
+        is_first = self._is_shared and plan.is_new
+        known: list[dict[str | None, Any]] = []
+        for index, master in enumerate(self._masters):
+            encoded = {name: self._encoded.codecs[name] for name in self._encoded.names(index)}
+            if is_first:
+                known.append({name: codec for name, codec in encoded.items() if name is None})
+                continue
+            own = dict(state.get(master, {}))
+            if self._is_shared:
+                own = {**{name: v for name, v in own.items() if has_elements(v)}, **plan.counts[index]}
+            known.append({**encoded, **own})
+        return known
+
+    def _fetch(self, number: int, known: list[dict[str | None, Any]]) -> _StagedChunk:
         """Start to copy a chunk to the device, into the next free slot."""
         plan = self._active
         if not self._moves_state:
-            in_place = [
-                {name: _part_of(v, cut) for name, v in known[cut.number].items() if has_elements(v)}
+            in_place: list[dict[str, Any]] = [
+                {str(name): _part_of(v, cut) for name, v in known[cut.number].items() if has_elements(v)}
                 for cut in plan.chunks[number]
             ]
-            return _StagedChunk(None, [None] * len(in_place), in_place, None)
-        sources: list[torch.Tensor] = []
+            return _StagedChunk(None, [None] * len(in_place), in_place, [{} for _ in in_place], {}, None, None)
+        chunk = plan.chunks[number]
+        sources: list[torch.Tensor | Run] = []
         places: list[tuple[int, str | None]] = []
-        for position, cut in enumerate(plan.chunks[number]):
-            if self._off_device[cut.number]:
-                sources.append(_view(self._masters[cut.number].data, cut))
+        for position, cut in enumerate(chunk):
+            if self._off_device[cut.number] and None not in self._encoded.codecs:
+                sources.append(view(self._masters[cut.number].data, cut))
                 places.append((position, None))
             for name, value in known[cut.number].items():
-                for part in parts(value):
-                    sources.append(_view(part, cut))
+                for part in parts(value):  # none of what is encoded
+                    sources.append(view(part, cut))
                     places.append((position, name))
-        slot, copies, ready = self._staging.fill(sources, plan.written[number])
-        masters: list[torch.Tensor | None] = [None] * len(plan.chunks[number])
-        copied: list[dict[str, list[torch.Tensor]]] = [defaultdict(list) for _ in plan.chunks[number]]
-        for (position, key), copy in zip(places, copies, strict=True):
+        rooms = self._rooms(chunk, known)
+        runs = {
+            name: self._encoded.runs(name, chunk, all(name in known[cut.number] for cut in chunk))
+            for name in self._encoded.codecs
+        }
+        of_weights = self._runs_of_weights(chunk)
+        everything = [*sources, *(room for _, _, room in rooms), *(run for own in runs.values() for run in own)]
+        slot, copies, ready = self._staging.fill([*everything, *of_weights], plan.written[number])
+        remaining = iter(copies)
+        masters: list[torch.Tensor | None] = [None] * len(chunk)
+        copied: list[dict[str, list[torch.Tensor]]] = [defaultdict(list) for _ in chunk]
+        for (position, key), copy in zip(places, remaining, strict=False):
             if key is None:
                 masters[position] = copy
             else:
                 copied[position][key].append(copy)
         states = [
             {name: assembled(known[cut.number][name], own[name]) for name in own}
-            for cut, own in zip(plan.chunks[number], copied, strict=True)
+            for cut, own in zip(chunk, copied, strict=True)
         ]
-        return _StagedChunk(slot, masters, states, ready)
+        new: list[dict[str, torch.Tensor]] = [{} for _ in chunk]
+        for (position, name, _), copy in zip(rooms, remaining, strict=False):
+            new[position][name] = copy
+        encoded = {name: [next(remaining) for _ in own] for name, own in runs.items()}
+        return _StagedChunk(slot, masters, states, new, encoded, next(remaining, None), ready)
+
+    def _rooms(self, chunk: list[Slice], known: list[dict[str | None, Any]]) -> list[tuple[int, str, torch.Tensor]]:
+        """Return position, name, and a tensor without memory, for the state that the optimizer will make of a chunk."""
+        return [
+            (position, name, torch.empty(_shape_of(self._masters[cut.number], cut), dtype=dtype, device="meta"))
+            for position, cut in enumerate(chunk)
+            for name, dtype in self._new_state.items()
+            if name not in known[cut.number] and name not in self._encoded.codecs
+        ]
+
+    def _runs_of_weights(self, chunk: list[Slice]) -> list[Run]:
+        """Return what a chunk's weights are copied from, if they are kept on the host; only room if nothing needs them.
+
+        They are sources only if the masters are encoded: the step makes the weights from the masters.
+        """
+        if not self._weights_on_host:
+            return []
+        pieces = self._weights_of(chunk)
+        if None not in self._encoded.codecs:
+            pieces = [piece.to("meta") for piece in pieces]
+        return [Run(pieces, [cut.room for cut in chunk])]
+
+    def _weights_of(self, chunk: list[Slice]) -> list[torch.Tensor]:
+        """Return the weights of each slice, flat."""
+        found = []
+        for cut in chunk:
+            weights = self._owner.weights(cut.number)
+            assert weights is not None
+            found.append(weights.data.view(-1)[cut.start : cut.stop])
+        return found
 
     @property
     def is_on_host(self) -> bool:
@@ -405,6 +558,8 @@ class BlockState:
         finally:
             optimizer.param_groups, optimizer.state = groups, state
             self._parts = []
+        for number, name in itertools.product({cut.number for chunk in plan.chunks for cut in chunk}, self._made):
+            self._encoded.set_known(number, name)
         if self._is_shared:
             plan.is_new = False
             plan.counts = [_without_elements(state.get(master, {})) for master in self._masters]
@@ -429,7 +584,7 @@ class BlockState:
         self,
         number: int,
         chunk: _StagedChunk,
-        known: list[dict[str, Any]],
+        known: list[dict[str | None, Any]],
         before: list[dict[str, Any]],
         groups: list[dict[str, Any]],
         state: Any,
@@ -440,31 +595,65 @@ class BlockState:
         counts once.
         """
         optimizer, slices = self._owner.optimizer, self._active.chunks[number]
-        parameters = self._chunk_parameters(slices, chunk)
+        decoded = self._decode_chunk(slices, chunk, known)
+        parameters = self._chunk_parameters(slices, chunk, decoded)
         if number == 0 and self.on_first_chunk is not None:
-            self.staged = [] if self.is_on_host else _by_category(chunk, parameters)
+            self.staged = [] if self.is_on_host else _by_category(chunk, decoded, parameters)
             self.on_first_chunk()
             self.staged = []
         by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
         for cut, parameter in zip(slices, parameters, strict=True):
             by_group[self._groups[cut.number]].append(parameter)
         optimizer.state = defaultdict(dict)
-        for parameter, values, cut in zip(parameters, chunk.states, slices, strict=True):
+        for position, (parameter, values, cut) in enumerate(zip(parameters, chunk.states, slices, strict=True)):
             for name, value in known[cut.number].items():
+                if name in self._encoded.codecs:
+                    continue
                 optimizer.state[parameter][name] = values[name] if name in values else _copied(value)
+            for name in decoded.views.keys() - {None}:
+                optimizer.state[parameter][name] = decoded.views[name][position]
         optimizer.param_groups = [{**before[g], "params": members} for g, members in by_group.items()]
         optimizer.step()
         for g, after in zip(by_group, optimizer.param_groups, strict=True):
             groups[g].update({key: value for key, value in after.items() if key != "params"})
-        results = self._store_results(slices, parameters, optimizer.state, state, known)
+        results = self._store_results(slices, chunk, decoded, parameters, optimizer.state, state, known)
         optimizer.param_groups, optimizer.state = groups, state
         return results
 
-    def _chunk_parameters(self, slices: list[Slice], chunk: _StagedChunk) -> list[torch.nn.Parameter]:
+    def _decode_chunk(self, slices: list[Slice], chunk: _StagedChunk, known: list[dict[str | None, Any]]) -> _Decoded:
+        """Decode what a chunk has in other formats. State that the optimizer has not made yet is not among it."""
+        flat: dict[str | None, torch.Tensor] = {}
+        for name, own in chunk.encoded.items():
+            if all(name in known[cut.number] for cut in slices):
+                flat[name] = torch.empty(sum(cut.room for cut in slices), device=self._staging.device)
+                if name is None:
+                    self._copy_weights(slices, chunk, flat[name])
+                self._encoded.codecs[name].decode(own, flat[name])
+        return _Decoded(flat, {name: self._views(values, slices) for name, values in flat.items()})
+
+    def _copy_weights(self, slices: list[Slice], chunk: _StagedChunk, flat: torch.Tensor) -> None:
+        """Copy the weights of a chunk into a flat fp32 tensor on the device, each slice with its room."""
+        if chunk.weights is not None:
+            flat.copy_(chunk.weights)
+            return
+        pieces = self._weights_of(slices)
+        targets = flat.split([cut.room for cut in slices])
+        torch._foreach_copy_([t[: p.numel()] for t, p in zip(targets, pieces, strict=True)], pieces)
+
+    def _views(self, flat: torch.Tensor, slices: list[Slice]) -> list[torch.Tensor]:
+        """Return each slice of a flat value in its shape."""
+        return [
+            values[: cut.stop - cut.start].view(_shape_of(self._masters[cut.number], cut))
+            for values, cut in zip(flat.split([cut.room for cut in slices]), slices, strict=True)
+        ]
+
+    def _chunk_parameters(
+        self, slices: list[Slice], chunk: _StagedChunk, decoded: _Decoded
+    ) -> list[torch.nn.Parameter]:
         """Return for each slice a parameter on the device, with its gradient."""
         parameters = []
-        for cut, master in zip(slices, chunk.masters, strict=True):
-            values = master if master is not None else _view(self._masters[cut.number].data, cut)
+        for cut, master in zip(slices, decoded.views.get(None, chunk.masters), strict=True):
+            values = master if master is not None else view(self._masters[cut.number].data, cut)
             parameter = torch.nn.Parameter(values)
             parameter.grad = self._gradient(cut, values)
             parameters.append(parameter)
@@ -491,15 +680,17 @@ class BlockState:
     def _store_results(
         self,
         slices: list[Slice],
+        chunk: _StagedChunk,
+        decoded: _Decoded,
         parameters: list[torch.nn.Parameter],
         stepped: Any,
         state: Any,
-        known: list[dict[str, Any]],
+        known: list[dict[str | None, Any]],
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool, bool]:
-        """Update the weights and the counts after a chunk's step.
+        """Update the weights and the counts after a chunk's step, and encode what the store has in other formats.
 
         Args:
-            slices, parameters: the chunk.
+            slices, chunk, decoded, parameters: the chunk.
             stepped: the optimizer's state of ``parameters``.
             state: the optimizer's state of the masters, which receives the counts and the buffers of new state.
             known: the state of the masters before the step.
@@ -509,16 +700,18 @@ class BlockState:
             on the device is new and therefore lies outside of the slot.
         """
         pairs, is_host_new, is_device_new = [], False, False
-        for cut, parameter in zip(slices, parameters, strict=True):
+        for position, (cut, parameter) in enumerate(zip(slices, parameters, strict=True)):
             master = self._masters[cut.number]
             weights = self._owner.weights(cut.number)
             if weights is not None and self._on_host is not None:
-                self._on_host.send(parameter.data, _view(weights.data, cut))
-            elif weights is not None:
-                _view(weights.data, cut).copy_(parameter.data)
-            if self._off_device[cut.number] and self._moves_state:
-                pairs.append((_view(master.data, cut), parameter.data))
+                self._on_host.send(parameter.data, view(weights.data, cut))
+            elif weights is not None and chunk.weights is None:
+                view(weights.data, cut).copy_(parameter.data)
+            if self._off_device[cut.number] and self._moves_state and None not in decoded.flat:
+                pairs.append((view(master.data, cut), parameter.data))
             for name, value in stepped[parameter].items():
+                if name in self._encoded.codecs:
+                    continue
                 if not has_elements(value):
                     # DeepSpeed's fused optimizers count in only one of the tensors of a call. No count ever decreases.
                     earlier = state[master].get(name)
@@ -529,18 +722,53 @@ class BlockState:
                     is_host_new |= name not in known[cut.number]
                     state[master][name] = value
                     continue
-                is_device_new |= name not in known[cut.number]
                 if name not in state[master]:
                     is_host_new = True
                     state[master][name] = assembled(value, self._new_buffers(cut, name, parts(value)))
+                if name in chunk.rooms[position]:
+                    value = chunk.rooms[position][name].copy_(value)
+                else:
+                    is_device_new |= name not in known[cut.number]
                 for held, part in zip(parts(state[master][name]), parts(value), strict=True):
-                    pairs.append((_view(held, cut), part))
+                    pairs.append((view(held, cut), part))
         if not self._moves_state:  # what was stepped in its place is there; new tensors are not
             for held, value in pairs:
                 if held.data_ptr() != value.data_ptr():
                     held.copy_(value)
-            pairs = []
+            return [], is_host_new, is_device_new
+        if chunk.weights is not None:
+            rounded = self._views(chunk.weights, slices)
+            torch._foreach_copy_(rounded, [parameter.data for parameter in parameters])
+            pairs += zip(self._weights_of(slices), [values.view(-1) for values in rounded], strict=True)
+        pairs += self._encode_chunk(slices, chunk, decoded, [stepped[parameter] for parameter in parameters])
         return pairs, is_host_new, is_device_new
+
+    def _encode_chunk(
+        self, slices: list[Slice], chunk: _StagedChunk, decoded: _Decoded, stepped: list[dict[str, Any]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Encode a chunk after its step into its slot, and yield pairs (host, device) to copy back."""
+        for name, own in chunk.encoded.items():
+            flat = decoded.flat.get(name)
+            if name is not None:
+                if not all(name in values for values in stepped):  # such as momentum that is switched off
+                    continue
+                if flat is None:
+                    flat = torch.zeros(sum(cut.room for cut in slices), device=self._staging.device)
+                views = decoded.views.get(name) or self._views(flat, slices)
+                changed = [
+                    (held, values[name])
+                    for held, values in zip(views, stepped, strict=True)
+                    if held.data_ptr() != values[name].data_ptr()
+                ]
+                if changed:
+                    torch._foreach_copy_([held for held, _ in changed], [value for _, value in changed])
+                self._made.add(name)
+            assert flat is not None
+            self._encoded.codecs[name].encode(flat, own)
+            for position, part in enumerate(own):
+                sizes = [cut.room // self._encoded.codecs[name].parts[position].grain for cut in slices]
+                hosts = [self._encoded.pieces(name, cut)[position] for cut in slices]
+                yield from zip(hosts, part.split(sizes), strict=True)
 
     def _new_buffers(self, cut: Slice, name: str, values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the host buffers of new state, which has a slice's shape or, if it is cut, its master's."""
@@ -553,45 +781,52 @@ class BlockState:
             yield buffer
 
 
-def _by_category(chunk: _StagedChunk, parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
+def _by_category(
+    chunk: _StagedChunk, decoded: _Decoded, parameters: list[torch.nn.Parameter]
+) -> list[tuple[str, torch.Tensor]]:
     """Return category and tensor of everything that a chunk has on the device only for the step, for the ledger."""
     gradients = [("gradients", parameter.grad) for parameter in parameters if parameter.grad is not None]
     if chunk.slot is None:
         return gradients
     found = [("master_weights", master) for master in chunk.masters if master is not None]
     found += [("optimizer_state", part) for state in chunk.states for value in state.values() for part in parts(value)]
+    for name, own in chunk.encoded.items():
+        found += [("master_weights" if name is None else "optimizer_state", part) for part in own]
     return found + gradients
 
 
-def _chunks(slices: list[Slice], limit: int | None) -> list[list[Slice]]:
-    """Distribute slices over chunks of at most ``limit`` elements, and cut slices as needed; None: one chunk."""
+def _chunks(slices: list[Slice], limit: int | None, overhead: int) -> list[list[Slice]]:
+    """Distribute slices over chunks of at most ``limit`` elements, and cut slices as needed; None: one chunk.
+
+    ``overhead``: elements by which the alignment of tensors in a slot can enlarge a slice, at most.
+    """
     if limit is None or not slices:
         return [slices] if slices else []
     chunks: list[list[Slice]] = [[]]
-    room = limit - _SLICE_OVERHEAD
-    for index, start, stop, whole in slices:
+    room = limit - overhead
+    for index, start, stop, whole, place in slices:
         size = stop - start
         while start < stop:
-            taken = stop - start if stop - start <= room else max(room, 0) // _SLICE_ALIGNMENT * _SLICE_ALIGNMENT
+            taken = stop - start if stop - start <= room else max(room, 0) // ALIGNMENT * ALIGNMENT
             if taken:
-                chunks[-1].append(Slice(index, start, start + taken, whole and taken == size))
-                start += taken
-                room -= taken + _SLICE_OVERHEAD
+                chunks[-1].append(Slice(index, start, start + taken, whole and taken == size, place))
+                start, place = start + taken, place + taken
+                room -= taken + overhead
             else:
                 assert chunks[-1], f"a chunk of {limit} elements is too small"
                 chunks.append([])
-                room = limit - _SLICE_OVERHEAD
+                room = limit - overhead
     return chunks
 
 
-def _view(tensor: torch.Tensor, cut: Slice) -> torch.Tensor:
-    """Return a slice of a tensor: flat, or, if the slice is whole, the tensor in its shape."""
-    return tensor if cut.whole else tensor.view(-1)[cut.start : cut.stop]
+def _shape_of(master: torch.Tensor, cut: Slice) -> torch.Size | tuple[int]:
+    """Return the shape of a slice of a tensor of the master's shape."""
+    return master.shape if cut.whole else (cut.stop - cut.start,)
 
 
 def _part_of(value: torch.Tensor, cut: Slice) -> torch.Tensor:
     """Return a slice of a value of optimizer state: a view."""
-    return value if cut.whole else assembled(value, [_view(part, cut) for part in parts(value)])
+    return value if cut.whole else assembled(value, [view(part, cut) for part in parts(value)])
 
 
 def _copied(value: Any) -> Any:

@@ -2,9 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -75,6 +75,18 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Issue the copies of many tensors by one call, which takes the host less time than one call for each."""
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
+class Run(NamedTuple):
+    """Flat tensors of one dtype that lie in a slot one behind the other.
+
+    Attributes:
+        pieces: the tensors.
+        sizes: for each the elements from its begin to the next one's begin.
+    """
+
+    pieces: list[torch.Tensor]
+    sizes: list[int]
 
 
 class Slot:
@@ -183,32 +195,35 @@ class Staging:
         wait(self._updated)
         self._updated = None
 
-    def fill(self, sources: list[torch.Tensor], written: Any) -> tuple[Slot, list[torch.Tensor], Any]:
+    def fill(self, sources: Sequence[torch.Tensor | Run], written: Any) -> tuple[Slot, list[torch.Tensor], Any]:
         """Copy host tensors into the next free slot, each with its shape and dtype.
 
         Args:
-            sources: contiguous tensors in host memory or in files; together, alignment included, at most a slot.
+            sources: contiguous tensors in host memory or in files; together, alignment included, at most a slot. A
+                tensor on the meta device is not copied and gets the same room.
             written: event after which the sources hold their current values.
 
         Returns:
-            The slot, the copies on the device, and the event after which they are ready.
+            The slot, the copies on the device, one flat tensor for each :class:`Run`, and the event after which they
+            are ready.
         """
         slot = self.free.popleft()
-        sizes = [math.ceil(source.nbytes / _ALIGNMENT) * _ALIGNMENT for source in sources]
+        sizes = [_bytes_in_slot(source) for source in sources]
         ready = None
         if self.slot_bytes is None:
             slot.area = self._area(sum(sizes))
             ready = mark()  # earlier computations may still use this memory
         assert slot.area is not None and sum(sizes) <= slot.area.numel()
-        copies, offset = [], 0
+        copies, pairs, offset = [], [], 0
         for source, size in zip(sources, sizes, strict=True):
-            copies.append(slot.area[offset : offset + source.nbytes].view(source.dtype).view(source.shape))
+            copy, parts = _placed(slot.area[offset : offset + size], source)
+            copies.append(copy)
+            pairs += [(target, part) for target, part in parts if part.device.type != "meta"]
             offset += size
         if self._direct is not None:
-            pairs = list(zip(copies, sources, strict=True))
             return slot, copies, self._direct.read(pairs, self.fetching, slot.free, written, ready)
         with self.fetching.after(slot.free, written, ready):
-            _copy(copies, sources)
+            _copy([target for target, _ in pairs], [part for _, part in pairs])
         return slot, copies, self.fetching.mark()
 
     def drain(self, slot: Slot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
@@ -234,3 +249,20 @@ class Staging:
             slot.area = None
         self.free.append(slot)
         return slot.free
+
+
+def _bytes_in_slot(source: torch.Tensor | Run) -> int:
+    nbytes = sum(source.sizes) * source.pieces[0].itemsize if isinstance(source, Run) else source.nbytes
+    return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
+
+
+def _placed(
+    area: torch.Tensor, source: torch.Tensor | Run
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the copy of a source in this area of a slot, and the pairs (target, tensor) to copy."""
+    if not isinstance(source, Run):
+        copy = area[: source.nbytes].view(source.dtype).view(source.shape)
+        return copy, [(copy, source)]
+    flat = area[: sum(source.sizes) * source.pieces[0].itemsize].view(source.pieces[0].dtype)
+    targets = flat.split(source.sizes)
+    return flat, [(t[: piece.numel()], piece) for t, piece in zip(targets, source.pieces, strict=True)]

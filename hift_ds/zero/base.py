@@ -7,6 +7,7 @@ blocks exist. ``block_optimizers.py`` manages all of them.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +94,28 @@ class BlockOptimizer:
     def set_active(self, is_active: bool) -> None:
         """Activate or deactivate the block, between two steps."""
 
+    @contextmanager
+    def decoded(self, with_state: bool = False, changes: bool = True) -> Iterator[None]:
+        """Let DeepSpeed read masters and state as fp32 tensors in host memory.
+
+        Args:
+            with_state: the state, too, and not only the masters.
+            changes: keep what is changed meanwhile.
+        """
+        self.block_state.settle()
+        if not self.block_state.is_encoded:
+            yield
+            return
+        self.block_state.decode(with_state)
+        self.relink()
+        try:
+            yield
+        finally:
+            if not changes:
+                self.block_state.discard_decoded()
+            self.block_state.to_host()
+            self.relink()
+
     def relink(self: Any) -> None:
         """Point DeepSpeed's references to state at the current tensors."""
 
@@ -108,9 +131,9 @@ class BlockOptimizer:
         stepped: SteppedOptimizer = self
         for index, (master, _) in enumerate(stepped.masters()):
             if stepped.weights(index) is not None:
-                yield Held("master_weights", master)
                 yield Held("gradients", master.grad)
             for value in self.optimizer.state.get(master, {}).values():
                 yield from (Held("optimizer_state", part) for part in parts(value))
+        yield from (Held("master_weights", tensor) for tensor in self.block_state.masters_in_store())
         # from the start, before the first step makes the state
         yield from (Held("optimizer_state", buffer) for buffer in self.block_state.state_buffers())

@@ -1,16 +1,19 @@
 """All blocks' optimizers behind the interface of one: which is active, what reaches all of them, and what is saved."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import log_dist
+from torch.utils._pytree import tree_map_only
 
 from hift_ds.optim.properties import restrict
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.codec import Codec
 from hift_ds.state.host_step import HostStep
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState
@@ -19,7 +22,8 @@ from hift_ds.zero.base import BlockOptimizer
 
 # DeepSpeed's attributes that describe all blocks, and its methods that must reach all blocks.
 _LISTS_OF_ALL = ("round_robin_bit16_groups", "bit16_groups", "fp16_groups", "bf16_groups")
-_METHODS_OF_ALL = ("destroy", "refresh_fp32_params", "_restore_from_bit16_weights", "offload_states", "reload_states")
+_METHODS_OF_MASTERS = ("refresh_fp32_params", "_restore_from_bit16_weights")
+_METHODS_OF_ALL = ("destroy", *_METHODS_OF_MASTERS, "offload_states", "reload_states")
 
 
 class BlockOptimizers:
@@ -37,14 +41,15 @@ class BlockOptimizers:
             Blocks that share a parameter share an optimizer.
         host: the store of masters and state, except during a step. None: they stay on the device.
         chunk_bytes: size of a slot for the streamed step; None: a block's whole state comes to the device at once.
-        bytes_per_element: bytes of the master and state of one element; with ``chunk_bytes`` it gives the number of
-            elements in a chunk.
+        bytes_per_element: bytes of the master and state of one element in a slot; with ``chunk_bytes`` it gives the
+            number of elements in a chunk.
         prefetch: start to copy state to the device before the step.
         state: name and dtype of the tensors of state that the torch optimizer makes, for their buffers.
         slots: number of slots for the streamed step.
         defer: let the device do the streamed step during the next forward pass.
         on_host: the torch optimizer computes on the host, through these areas; None: it computes on the device.
         counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
+        codecs: the format in the store of the masters (None) and of state by name; all others are kept as they are.
 
     Attributes:
         optimizer: the configured optimizer.
@@ -63,13 +68,14 @@ class BlockOptimizers:
         slices: Sequence[tuple[int, int] | None],
         host: HostMemory | None,
         chunk_bytes: int | None = None,
-        bytes_per_element: int = 0,
+        bytes_per_element: float = 0,
         prefetch: bool = True,
         state: Sequence[tuple[str, torch.dtype]] = (),
         slots: int = 2,
         defer: bool = False,
         on_host: HostStep | None = None,
         counted: Collection[str] = (),
+        codecs: Mapping[str | None, Codec] | None = None,
     ):
         self.optimizer = configured
         configured.state.clear()  # Adagrad makes its state at construction, here for the whole model
@@ -79,6 +85,7 @@ class BlockOptimizers:
         self._on_host = on_host
         self._prefetch = prefetch and host is not None and on_host is None
         self._own_settings = {"params", *counted}
+        self._codecs = dict(codecs or {})
         self._streamed = chunk_bytes is not None
         self._invalid_loss: torch.Tensor | None = None  # one flag, on the device
         self._sources: list[list[int]] = []  # for each optimizer: where in `configured` its parameter groups come from
@@ -104,7 +111,7 @@ class BlockOptimizers:
             for parameter in members:
                 parameter.requires_grad_(False)
             stepped: Any = block
-            block.block_state = BlockState(stepped, host, self.staging, bytes_per_element, cuts, state, on_host)
+            block.block_state = BlockState(stepped, host, self.staging, bytes_per_element, cuts, state, on_host, codecs)
             block.relink()
             self.optimizers.append(block)
             self._sources.append(sources)
@@ -143,8 +150,9 @@ class BlockOptimizers:
             methods = [getattr(block, name) for block in self.optimizers]
 
             def call_all(*args: Any, **kwargs: Any) -> None:
-                for method in methods:
-                    method(*args, **kwargs)
+                for block, method in zip(self.optimizers, methods, strict=True):
+                    with block.decoded() if name in _METHODS_OF_MASTERS else nullcontext():
+                        method(*args, **kwargs)
 
             return call_all
         return getattr(self._active_optimizer, name)
@@ -286,12 +294,17 @@ class BlockOptimizers:
     def state_dict(self) -> dict[str, Any]:
         """Return all blocks' state on this rank."""
         self.settle()
-        blocks = [block.state_dict() for block in self.optimizers]
+        blocks = []
+        for block in self.optimizers:
+            with block.decoded(changes=False):
+                blocks.append(_snapshot(block.state_dict()) if block.block_state.is_encoded else block.state_dict())
+        encoded = [block.block_state.encoded_state() for block in self.optimizers]
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         counts = [block.block_state.step_counts() for block in self.optimizers]
-        return {**_masters_of_all(blocks), "blocks": blocks, "settings": settings, "counts": counts}
+        entries = {"blocks": blocks, "settings": settings, "counts": counts}
+        return {**_masters_of_all(blocks), **entries, "encoded": encoded, "formats": self._formats()}
 
     def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
         """Load all blocks' state.
@@ -313,19 +326,50 @@ class BlockOptimizers:
                 "with the layers_per_block, max_block_numel, balance and freeze of the run that saved it, or load "
                 "with load_optimizer_states=False"
             )
+        loads_state = options.get("load_optimizer_states", True)
+        encoded = self._encoded_state(saved, state_dict_list) if loads_state else None
         for index, block in enumerate(self.optimizers):
-            if state_dict_list is not None:
-                entries = [entry and entry["blocks"][index] for entry in state_dict_list]
-                block.load_state_dict(state_dict_list=entries, **options)
-            else:
-                block.load_state_dict(saved["blocks"][index], **options)
+            with block.decoded():
+                if state_dict_list is not None:
+                    entries = [entry and entry["blocks"][index] for entry in state_dict_list]
+                    block.load_state_dict(state_dict_list=entries, **options)
+                else:
+                    block.load_state_dict(saved["blocks"][index], **options)
+                if encoded is not None:
+                    block.block_state.load_encoded_state(encoded[index])
         self.return_to_host()
-        if options.get("load_optimizer_states", True):
+        if loads_state:
             for block, counts in zip(self.optimizers, saved["counts"], strict=True):
                 block.block_state.load_step_counts(counts)
             for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
                 group.update(settings)
         self._share_between_blocks()
+
+    def _encoded_state(self, saved: dict[str, Any], of_ranks: Any) -> list[Any]:
+        """Return the encoded state of this rank for each block, and log if this run keeps state in other formats."""
+        if of_ranks is not None:
+            saved = of_ranks[dist.get_rank(group=self._active_optimizer.dp_process_group)] or saved
+        before, now = saved.get("formats", []), self._formats()
+        if before != now:
+            log_dist(
+                f"the checkpoint keeps {_named(before)} in fewer bits, this run {_named(now)}: converted",
+                ranks=[0],
+                level=logging.WARNING,
+            )
+        return saved.get("encoded") or [[] for _ in self.optimizers]
+
+    def _formats(self) -> list[str]:
+        """Return the names of the state that a checkpoint holds in another format. Masters are in fp32 there."""
+        return sorted(name for name in self._codecs if name is not None)
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names) or "no optimizer state"
+
+
+def _snapshot(state: Any) -> Any:
+    """Return state with tensors that keep their values when a parameter's ``data`` is replaced."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, state)
 
 
 def _masters_of_all(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:

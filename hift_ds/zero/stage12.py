@@ -138,9 +138,9 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
                     setattr(parameter, name, functools.partial(self._settled, getattr(parameter, name)))
 
     def _settled(self, access: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Wait until the state is in host memory before it is read or changed."""
-        self.block_state.settle()
-        return access(*args, **kwargs)
+        """Let masters and state be in host memory, as fp32 tensors, while they are read or changed."""
+        with self.decoded(with_state=True):
+            return access(*args, **kwargs)
 
     def held(self) -> Iterator[Held]:
         """Yield all tensors that this optimizer keeps, except the weights."""

@@ -93,13 +93,13 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     @contextmanager
     def _trainable(self, param: Any) -> Iterator[None]:
-        self.block_state.settle()
         before = param.requires_grad
-        param.requires_grad_(before or self.get_param_id(param) in self.grad_position)
-        try:
-            yield
-        finally:
-            param.requires_grad_(before)
+        with self.decoded(with_state=True):
+            param.requires_grad_(before or self.get_param_id(param) in self.grad_position)
+            try:
+                yield
+            finally:
+                param.requires_grad_(before)
 
     def initialize_optimizer_states(self) -> None:
         """Let DeepSpeed make state, but keep Adagrad's settings."""

@@ -39,6 +39,8 @@ class Way:
     folder: str | None = None
     aio: bool = True  # where it is available
     chunk: int | None = None  # elements of a chunk that the host steps; None: as ever
+    master: str = "auto"
+    moments: str = "fp32"
     meddle: Callable[[Any], None] | None = None  # before some steps
 
 
@@ -57,6 +59,7 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
     config = tiny.ds_config(case)
     offload = config["hift"]["offload"] = {"device": way.place, "step": way.step, "prefetch": way.prefetch}
     offload |= {"buffer_size": 65536, "defer": way.defer} | ({"nvme_path": way.folder} if way.folder else {})
+    offload |= {"master": way.master, "moments": way.moments}
     with contextlib.ExitStack() as stack:
         if way.lazy:
             stack.enter_context(LazyStreams())
@@ -105,8 +108,21 @@ TABLE = [case for case in CASES if (case.stage % 2 == 1) == (case.dtype == "bf16
 
 @pytest.mark.parametrize("case", others_slow(CASES, TABLE), ids=str)
 def test_the_place_of_state_does_not_matter(case: Case) -> None:
-    ways = Way("none"), Way(step="streamed"), Way(step="block"), Way(step="block", prefetch=False)
+    ways = Way("none"), Way(step="streamed"), Way(step="block"), Way(step="block", prefetch=False), Way(master="fp32")
     assert run_on_ranks(1, different, case, *ways) == [[]]
+
+
+EIGHT_BITS = [Case(stage=stage, dtype="bf16", layers_per_block=2) for stage in STAGES]
+EIGHT_BITS += [Case(stage=stage, layers_per_block=2) for stage in STAGES]
+EIGHT_BITS += [Case(stage=2, dtype="bf16", optimizer="Lion"), Case(optimizer="momentum")]
+
+
+@pytest.mark.parametrize("case", others_slow(EIGHT_BITS, [EIGHT_BITS[0], EIGHT_BITS[3], *EIGHT_BITS[-2:]]), ids=str)
+def test_moments_in_8_bits_are_the_same_in_all_chunks(case: Case, tmp_path: Path) -> None:
+    ways = [Way(moments="8bit", step=step) for step in ("streamed", "block")]
+    ways.append(Way("nvme", folder=str(tmp_path), moments="8bit"))
+    assert run_on_ranks(1, different, case, *ways) == [[]]
+    assert run_on_ranks(1, different, case, ways[0], Way()) == [[Way()]]
 
 
 def aio_is_there() -> bool:
@@ -158,11 +174,12 @@ def change_masters_and_moments(engine: Any) -> None:
 )
 def test_what_is_set_between_steps_is_what_is_stepped(case: Case, tmp_path: Path) -> None:
     aio_is_there()
-    changed = [Way(place, meddle=change_masters_and_moments) for place in ("none", "cpu")]
-    changed.append(Way(step="block", meddle=change_masters_and_moments))
-    changed.append(Way("nvme", folder=str(tmp_path), meddle=change_masters_and_moments))
-    assert run_on_ranks(1, different, case, *changed) == [[]]
-    assert run_on_ranks(1, different, replace(case, cycles=1), Way(), changed[1]) == [[changed[1]]]
+    on_device = Way("none", meddle=change_masters_and_moments)
+    changed = [replace(on_device, place="cpu"), replace(on_device, place="cpu", step="block")]
+    changed.append(replace(on_device, place="nvme", folder=str(tmp_path)))
+    assert run_on_ranks(1, different, case, on_device, *(replace(way, master="fp32") for way in changed)) == [[]]
+    assert run_on_ranks(1, different, case, *changed) == [[]]  # the weights change at once
+    assert run_on_ranks(1, different, replace(case, cycles=1), Way(), changed[0]) == [[changed[0]]]
 
 
 @pytest.mark.parametrize("step", ("streamed", "block"))
