@@ -139,33 +139,36 @@ class EncodedState:
                 part.copy_(result)
         self._known.add((number, name))
 
-    @torch.no_grad()
-    def read(self, number: int, name: str | None, result: torch.Tensor, weights: torch.Tensor | None) -> None:
-        """Decode a value of a master into ``result``, a tensor of the master's size in host memory.
+    def read(
+        self, number: int, name: str | None, shape: torch.Size, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return a value of a master, decoded: a new fp32 tensor in host memory. What no block trains is zero.
 
         Args:
             number: of the master.
             name: of the value.
-            result: receives the values.
-            weights: those of the master, on any device; None: it has none.
+            shape: of the master.
+            weights: those of the master, on any device, if the value is the master.
         """
-        codec = self.codecs[name]
-        self._decode(number, codec, self._parts(number, name), result, weights)
+        return self._decode(number, self.codecs[name], shape, self._parts(number, name), weights)
 
+    @torch.no_grad()
     def _decode(
         self,
         number: int,
         codec: Codec,
+        shape: torch.Size,
         stored: Sequence[torch.Tensor],
-        result: torch.Tensor,
         weights: torch.Tensor | None = None,
-    ) -> None:
+    ) -> torch.Tensor:
+        result = stored[0].new_zeros(shape, dtype=torch.float32)
         for cut in self._cut(number):
-            values, size = torch.zeros(cut.room), cut.stop - cut.start
+            values, size = stored[0].new_zeros(cut.room, dtype=torch.float32), cut.stop - cut.start
             if weights is not None:
-                values[:size] = weights.reshape(-1)[cut.start : cut.stop]
+                values[:size].copy_(weights.reshape(-1)[cut.start : cut.stop])
             codec.decode(_pieces(codec, stored, cut), values)
             result.view(-1)[cut.start : cut.stop] = values[:size]
+        return result
 
     def load(self, number: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load an encoded value of a master, as :meth:`parts_of` returned it."""
@@ -173,9 +176,9 @@ class EncodedState:
             held.copy_(tensors[part.name])
         self._known.add((number, name))
 
-    def decode(self, number: int, codec: Codec, tensors: Mapping[str, torch.Tensor], result: torch.Tensor) -> None:
-        """Decode a value that :meth:`parts_of` returned and this run does not encode into ``result``."""
-        self._decode(number, codec, [tensors[part.name] for part in codec.parts], result)
+    def decode(self, number: int, codec: Codec, shape: torch.Size, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a value that :meth:`parts_of` returned and this run does not encode, decoded, as :meth:`read` does."""
+        return self._decode(number, codec, shape, [tensors[part.name] for part in codec.parts])
 
     def parts_of(self, number: int) -> dict[str, dict[str, torch.Tensor]]:
         """Return the encoded state of a master by name and part, for a checkpoint."""

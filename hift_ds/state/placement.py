@@ -79,8 +79,8 @@ def place_state(
         return {"slices": slices, "host": host, "on_host": through, "state": traits.state}
     if offload.step == "streamed" and traits.shaped:
         raise ValueError(
-            f"hift.offload.step='streamed' cuts tensors, and {name_of_optimizer} is not element-wise ({traits.shaped}); "
-            "use 'block' or 'auto', or an element-wise optimizer such as AdamW"
+            f"hift.offload.step='streamed' cuts tensors, and {name_of_optimizer} is not element-wise "
+            f"({traits.shaped}); use 'block' or 'auto', or an element-wise optimizer such as AdamW"
         )
     codecs = choose_codecs(offload, optimizer, traits, dtypes[0], has_masters)
     decoded, stored = 4 + int(traits.state_bytes), bytes_in_store(codecs, traits)

@@ -269,13 +269,9 @@ class BlockState:
         for index, master in enumerate(self._masters):
             for name in self._encoded.names(index):
                 if name is None:
-                    values = torch.empty(master.shape)
-                    self._encoded.read(index, None, values, self._owner.weights(index))
-                    master.data = values
+                    master.data = self._encoded.read(index, None, master.shape, self._owner.weights(index))
                 elif with_state:
-                    values = torch.empty(master.shape)
-                    self._encoded.read(index, name, values, None)
-                    self._owner.optimizer.state[master][name] = values
+                    self._owner.optimizer.state[master][name] = self._encoded.read(index, name, master.shape)
 
     def discard_decoded(self) -> None:
         """Undo :meth:`decode`, without any change of what the store has."""
@@ -298,9 +294,9 @@ class BlockState:
                 if name in self._encoded.codecs:
                     self._encoded.load(index, name, tensors)
                     continue
-                values = torch.empty(self._masters[index].shape)
-                self._encoded.decode(index, SECOND_MOMENT if name.endswith("_sq") else FIRST_MOMENT, tensors, values)
-                self._owner.optimizer.state[self._masters[index]][name] = values
+                codec = SECOND_MOMENT if name.endswith("_sq") else FIRST_MOMENT
+                master = self._masters[index]
+                self._owner.optimizer.state[master][name] = self._encoded.decode(index, codec, master.shape, tensors)
 
     def masters_in_store(self) -> list[torch.Tensor]:
         """Return the tensors that hold the masters between two steps, and that are not weights at the same time."""
@@ -446,7 +442,12 @@ class BlockState:
         return _StagedChunk(slot, masters, states, new, encoded, next(remaining, None), ready)
 
     def _rooms(self, chunk: list[Slice], known: list[dict[str | None, Any]]) -> list[tuple[int, str, torch.Tensor]]:
-        """Return position, name, and a tensor without memory, for the state that the optimizer will make of a chunk."""
+        """Return position, name, and a tensor without memory, for the state that the optimizer will make of a chunk.
+
+        An area that is allocated for one chunk has no room for it: the state would exist twice.
+        """
+        if self._staging.slot_bytes is None:
+            return []
         return [
             (position, name, torch.empty(_shape_of(self._masters[cut.number], cut), dtype=dtype, device="meta"))
             for position, cut in enumerate(chunk)

@@ -105,8 +105,9 @@ def fetched(defer: bool, prefetch: Any) -> list[int]:
     """In a rank: the bytes fetched in each step of the third cycle."""
     engine, fill, found = trained(make(defer, prefetch), 2 * CASE.k), Staging.fill, []
 
-    def count(staging: Staging, sources: list[torch.Tensor], written: Any) -> Any:
-        found[-1] += sum(source.nbytes for source in sources)
+    def count(staging: Staging, sources: list[Any], written: Any) -> Any:
+        tensors = [tensor for source in sources for tensor in getattr(source, "pieces", [source])]
+        found[-1] += sum(tensor.nbytes for tensor in tensors)
         return fill(staging, sources, written)
 
     with mock.patch.object(Staging, "fill", count):

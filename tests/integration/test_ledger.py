@@ -28,12 +28,18 @@ def ledgers(case: Case) -> dict[str, Any]:
             "peak": engine.memory_ledger(peak=True),
             "numel": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()),
             "largest": max(block.numel for block in engine.blocks),
+            "tensors": sum(1 for _ in engine.module.parameters()),
             "widest": max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()),
             "slots": sum(slot.area.nbytes for slot in staging.slots if slot.area is not None) if staging else 0,
             "model_buffers": sum(buffer.untyped_storage().nbytes() for buffer in engine.module.buffers()),
         }
     finally:
         engine.destroy()
+
+
+def is_split(case: Case) -> bool:
+    """Whether the store has only what bf16 weights lack of their masters."""
+    return case.dtype == "bf16" and case.place == "cpu" and not case.offload
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,10 @@ def test_one_rank(case: Case) -> None:
     where, other = ("device", "host") if case.place == "none" else ("host", "device")
     for ledger in (seen["start"], seen["now"]):
         assert ledger["device"]["parameters"] == weight * numel
-        assert ledger[where]["master_weights"] == own
+        if is_split(case):  # 2 bytes and a bit of each element, and room for a multiple of 1,024 of each tensor
+            assert 2.125 * numel <= ledger[where]["master_weights"] <= 2.125 * (numel + 1024 * seen["tensors"])
+        else:
+            assert ledger[where]["master_weights"] == own
         assert ledger[other]["master_weights"] == ledger[other]["optimizer_state"] == 0
         assert not any(ledger["nvme"].values())
     # In host memory, its buffers are there before the first step makes the state.
@@ -79,7 +88,9 @@ def test_one_rank(case: Case) -> None:
             assert peak["master_weights"] + peak["optimizer_state"] > 0
     if case.step == "block":
         assert peak["optimizer_state"] == 8 * seen["largest"]
-        assert peak["master_weights"] == (4 * seen["largest"] if own else 0)
+        of_master = 2.125 if is_split(case) else 4
+        assert peak["master_weights"] >= (of_master * seen["largest"] if own else 0)
+        assert peak["master_weights"] <= (of_master * (seen["largest"] + 1024 * seen["tensors"]) if own else 0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -112,6 +123,7 @@ def test_state_in_files_is_counted_there() -> None:
     numel = sum(p.numel() for p in tiny.model().parameters())
     with tempfile.TemporaryDirectory() as folder:
         (ledger,) = run_on_ranks(1, in_files, Case(stage=2, dtype="bf16"), folder)
-    assert ledger["nvme"]["master_weights"] == 4 * numel and ledger["nvme"]["optimizer_state"] == 8 * numel
+    assert 2.125 * numel <= ledger["nvme"]["master_weights"] < 2.5 * numel
+    assert ledger["nvme"]["optimizer_state"] == 8 * numel
     assert ledger["host"]["master_weights"] == ledger["host"]["optimizer_state"] == 0
     assert ledger["host"]["buffers"] == (AIO_CHUNK * AIO_BUFFERS if library()[0] is not None else 0)
