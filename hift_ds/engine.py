@@ -250,6 +250,11 @@ class HiFTEngine(CheckpointingEngine):
         self._gates = UpdateGates(
             self.module, [block.parameter_names for block in self.blocks], self.block_optimizers.staging
         )
+        self._load_hooks = [
+            owner.register_load_state_dict_post_hook(functools.partial(self._after_loading, index))
+            for index, block in enumerate(self.blocks)
+            for owner in {self.module.get_submodule(name.rpartition(".")[0]) for name in block.parameter_names}
+        ]
         self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
         self._warn_of_long_schedule()
         self._configure_python_gc()
@@ -339,8 +344,12 @@ class HiFTEngine(CheckpointingEngine):
             if self._host_weights is not None:
                 self._host_weights.release()
             del self._owners[self.module]
-        for hook in self._row_hooks:
+        for hook in (*self._row_hooks, *self._load_hooks):
             hook.remove()
+
+    def _after_loading(self, block: int, *_: Any) -> None:
+        """After weights of a block were loaded."""
+        self.block_optimizers.weights_changed(block)
 
     def log_values(self) -> dict[str, float]:
         """Return the learning rate, block and cycle of the last applied step, for a log; empty before the first.

@@ -89,6 +89,12 @@ class EncodedState:
                 end = cut.place + cut.room
                 values[(end - ALIGNMENT) // part.grain : end // part.grain].zero_()
 
+    def clear(self, name: str | None) -> None:
+        """Zero all parts of a value: masters are then their weights."""
+        for number in self._slices:
+            for values in self._parts(number, name):
+                values.zero_()
+
     def pieces(self, name: str | None, cut: Slice) -> list[torch.Tensor]:
         """Return the encoded parts of a slice in the store, room included."""
         return _pieces(self.codecs[name], self._parts(cut.number, name), cut)

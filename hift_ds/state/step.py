@@ -169,6 +169,7 @@ class BlockState:
         self._nothing = torch.full((), torch.nan)
         self._new_state = dict(state) if self._moves_state else {}
         self._encoded = EncodedState(codecs or {}, [cut for of_block in owned for cut in of_block], self._buffer)
+        self._has_new_weights = False  # the remainders in the store belong to earlier ones
         self._encoded.reserve()
         self._fetched: dict[int, _StagedChunk] = {}
         self._made: set[str] = set()  # names of encoded state that the optimizer has made
@@ -248,12 +249,24 @@ class BlockState:
         master, weights = self._masters[index], self._owner.weights(index)
         assert weights is not None
         self._encoded.write(index, None, master.data)
+        self._has_new_weights = False
         weights.data.copy_(master.data.view_as(weights))
         master.data = self._nothing.expand(master.shape)
 
     def _is_away(self, master: torch.Tensor) -> bool:
         """Whether a master's values are encoded in the store, and not in the tensor."""
         return master.data_ptr() == self._nothing.data_ptr()
+
+    def weights_changed(self) -> None:
+        """Let the masters be the weights, which something else than a step changed, such as ``load_state_dict``."""
+        if None in self._encoded.codecs and not self._has_new_weights:
+            self.settle()
+            self._has_new_weights = True
+
+    def _forget_remainders(self) -> None:
+        if self._has_new_weights:
+            self._encoded.clear(None)
+            self._has_new_weights = False
 
     @property
     def is_encoded(self) -> bool:
@@ -266,6 +279,7 @@ class BlockState:
         Args:
             with_state: decode the state, too, into ``optimizer.state``.
         """
+        self._forget_remainders()
         for index, master in enumerate(self._masters):
             for name in self._encoded.names(index):
                 if name is None:
@@ -381,6 +395,7 @@ class BlockState:
 
         For what is encoded, the master itself (None) included, the value is the codec.
         """
+        self._forget_remainders()
         state, plan = self._owner.optimizer.state, self._active
         is_first = self._is_shared and plan.is_new
         known: list[dict[str | None, Any]] = []

@@ -276,6 +276,10 @@ class BlockOptimizers:
         for block in self.optimizers:
             yield from ((name, t.nbytes) for name, t in block.block_state.staged if name != "gradients")
 
+    def weights_changed(self, index: int) -> None:
+        """Let a block's masters be its weights, if the store keeps only what the weights lack of them."""
+        self.optimizers[self._places[index][0]].block_state.weights_changed()
+
     def finish_update(self) -> None:
         """Let what the device computes next wait for the last step's update."""
         self.staging.finish_update()

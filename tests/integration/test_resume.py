@@ -4,11 +4,13 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
 import torch
 
+import hift_ds.zero.block_optimizers
 from tests.support import tiny
 from tests.support.pairwise import Row, others_slow, pairwise
 from tests.support.parity import FINER, STAGES, cases, check_update
@@ -209,3 +211,66 @@ def check_stops(case: Case, tmp_path: Path, stops: tuple[int, ...]) -> None:
         assert not differences, f"rank {rank}: " + "\n".join(differences[:20])
     if case.ranks == 1 or case.dtype == "fp32":
         check_update(case, results[0][0])  # saving changed nothing either
+
+
+EIGHT_BITS = [
+    Case(stage=stage, ranks=ranks, dtype=dtype, moments="8bit", max_block_numel=finer)
+    for stage in STAGES
+    for ranks, dtype, finer in ((1, "bf16", None), (2, "fp32", None), (1, "bf16", FINER), (2, "bf16", FINER))
+]
+
+
+@pytest.mark.parametrize("case", others_slow(EIGHT_BITS, [EIGHT_BITS[i] for i in (0, 3, 9, 15)]), ids=str)
+def test_with_moments_in_8_bits(case: Case, tmp_path: Path) -> None:
+    for rank, (_, differences) in enumerate(run_on_ranks(case.ranks, interrupted, case, str(tmp_path), (1, LATER))):
+        assert not differences, f"rank {rank}: " + "\n".join(differences[:20])
+
+
+def saved_and_loaded(case: Case, other: Case, folder: str) -> tuple[list[str], float, float, list[str]]:
+    """In a rank: what differs in masters, the error of the moments, that of one more step, and what was logged."""
+    engine = tiny.initialize(case)
+    for step in range(case.k):
+        tiny.optimizer_step(engine, step)
+    engine.save_checkpoint(folder)
+    masters, moments = tiny.masters(engine), everything(engine)
+    tiny.optimizer_step(engine, case.k)
+    truth = tiny.weights(engine)
+    engine.destroy()
+    engine = tiny.initialize(other)
+    try:
+        logged: list[str] = []
+        keep = lambda message, **_: logged.append(message)  # noqa: E731
+        with mock.patch.object(hift_ds.zero.block_optimizers, "log_dist", keep):
+            engine.load_checkpoint(folder)
+        ours = tiny.masters(engine)
+        differing = [name for name, values in masters.items() if not torch.equal(values, ours[name])]
+        error = relative(everything(engine), moments)
+        tiny.optimizer_step(engine, case.k)
+        return differing, error, relative(tiny.weights(engine), truth), logged
+    finally:
+        engine.destroy()
+
+
+def everything(engine: Any) -> dict[str, torch.Tensor]:
+    """The first moments, through DeepSpeed's own function."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return {n: safe_get_full_optimizer_state(p, "exp_avg").clone() for n, p in engine.module.named_parameters()}
+
+
+def relative(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    difference = sum(float((ours[name].float() - values.float()).square().sum()) for name, values in truth.items())
+    return (difference / sum(float(values.float().square().sum()) for values in truth.values())) ** 0.5
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_another_format_of_moments_on_resume(stage: int, tmp_path: Path) -> None:
+    fp32, eight_bit = Case(stage=stage, dtype="bf16"), Case(stage=stage, dtype="bf16", moments="8bit")
+    for case, other in ((fp32, eight_bit), (eight_bit, fp32)):
+        ((differing, error, after, logged),) = run_on_ranks(1, saved_and_loaded, case, other, str(tmp_path))
+        assert not differing
+        assert error < (0.03 if other is eight_bit else 1e-7)
+        assert after < 1e-3
+        assert any("exp_avg, exp_avg_sq" in line and "converted" in line for line in logged), logged
+    ((_, error, after, logged),) = run_on_ranks(1, saved_and_loaded, eight_bit, eight_bit, str(tmp_path))
+    assert error == after == 0 and not logged

@@ -14,6 +14,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 import hift_ds.state.allocator
+import hift_ds.state.codec
 import hift_ds.state.direct_io
 import hift_ds.state.step
 import hift_ds.state.transfer
@@ -41,6 +42,7 @@ class Way:
     chunk: int | None = None  # elements of a chunk that the host steps; None: as ever
     master: str = "auto"
     moments: str = "fp32"
+    without_ties: bool = False  # a mutation
     meddle: Callable[[Any], None] | None = None  # before some steps
 
 
@@ -69,6 +71,10 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
             logger = stack.enter_context(mock.patch.object(hift_ds.state.arena, "logger"))
         if way.chunk:
             stack.enter_context(mock.patch.object(hift_ds.state.step, "CHUNK", way.chunk))
+        if way.without_ties:
+            join = hift_ds.state.codec.join
+            no_ties = lambda weights, remainder, ties, out: join(weights, remainder, ties * 0, out)  # noqa: E731
+            stack.enter_context(mock.patch.object(hift_ds.state.codec, "join", no_ties))
         if not way.aio:
             stack.enter_context(mock.patch.object(hift_ds.state.direct_io, "library", lambda: (None, "a test")))
         engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
@@ -123,6 +129,38 @@ def test_moments_in_8_bits_are_the_same_in_all_chunks(case: Case, tmp_path: Path
     ways.append(Way("nvme", folder=str(tmp_path), moments="8bit"))
     assert run_on_ranks(1, different, case, *ways) == [[]]
     assert run_on_ranks(1, different, case, ways[0], Way()) == [[Way()]]
+
+
+@pytest.mark.parametrize("stage", (0, 2, 3))
+def test_masters_half_way_between_two_weights(stage: int) -> None:
+    case = Case(stage=stage, dtype="bf16", optimizer="ties", cycles=4)
+    assert run_on_ranks(1, different, case, Way("none"), Way(), Way(step="block"), Way(master="fp32")) == [[]]
+    assert run_on_ranks(1, different, case, Way("none"), Way(without_ties=True)) == [[Way(without_ties=True)]]
+
+
+def loaded_from_outside() -> list[str]:
+    """In a rank: masters that are not the weights, after the model loaded other weights, and after a step."""
+    import hift_ds
+
+    engine = hift_ds.initialize(model=tiny.model("bf16"), config=tiny.ds_config(Case(stage=2, dtype="bf16")))[0]
+    for step in range(7):
+        tiny.optimizer_step(engine, step)
+    before = {name: weights.clone() for name, weights in engine.module.state_dict().items()}
+    engine.module.load_state_dict({name: weights * 1.25 for name, weights in before.items()})
+    masters, weights = tiny.masters(engine), dict(engine.module.named_parameters())
+    found = [name for name in masters if not torch.equal(masters[name], weights[name].float().view_as(masters[name]))]
+    for step in range(7, 13):
+        tiny.optimizer_step(engine, step)
+    masters = tiny.masters(engine)
+    for name, values in masters.items():
+        if not torch.allclose(values, 1.25 * before[name].float().view_as(values), rtol=0.02, atol=0.02):
+            found.append(f"{name}: the step began elsewhere")
+    engine.destroy()
+    return found
+
+
+def test_weights_that_are_loaded_become_the_masters() -> None:
+    assert run_on_ranks(1, loaded_from_outside) == [[]]
 
 
 def aio_is_there() -> bool:

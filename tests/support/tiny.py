@@ -35,6 +35,7 @@ class Case:
     place: str = "cpu"  # hift.offload.device
     step: str = "auto"  # hift.offload.step
     waiting: str = "device"  # hift.offload.weights
+    moments: str = "fp32"  # hift.offload.moments
     strategy: str = "bottom2up"
     layers_per_block: int = 1
     max_block_numel: int | None = None
@@ -113,6 +114,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any], Callable[..., torch.optim.Optim
     "momentum": ("SGD", {"lr": 0.5, "momentum": 0.9}, torch.optim.SGD),
     "Adagrad": ("Adagrad", {"eps": 1e-6}, torch.optim.Adagrad),
     "Lion": ("Lion", {"betas": [0.9, 0.99]}, Lion),
+    "ties": ("Lion", {"lr": 2.0**-14, "weight_decay": 0.0}, Lion),  # most masters end half way between two bf16 numbers
     "RMSprop": ("RMSprop", {"alpha": 0.9, "eps": 1e-6}, torch.optim.RMSprop),
     "NAdam": ("NAdam", {"eps": 1e-6}, torch.optim.NAdam),
     "Adafactor": ("Adafactor", {"lr": 1e-2}, torch.optim.Adafactor),
@@ -252,7 +254,7 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
         }
         if not case.offload:  # the smallest slices: several to a block
             config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
-            config["hift"]["offload"]["weights"] = case.waiting
+            config["hift"]["offload"] |= {"weights": case.waiting, "moments": case.moments}
     return config
 
 
@@ -416,7 +418,9 @@ def tensors(state: Any, path: str = "") -> dict[str, Tensor]:
 
 def block_states(engine: Any) -> list[dict[str, Tensor]]:
     """All that each block's optimizer keeps on this rank (masters, moments, step counts), copied."""
-    return [tensors(state) for state in engine.block_optimizers.state_dict()["blocks"]]
+    state = engine.block_optimizers.state_dict()
+    pairs = zip(state["blocks"], state["encoded"], strict=True)
+    return [tensors({"block": block, "encoded": encoded}) for block, encoded in pairs]
 
 
 def identical(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
