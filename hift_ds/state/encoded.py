@@ -37,6 +37,11 @@ def view(tensor: torch.Tensor, cut: Slice) -> torch.Tensor:
     return tensor if cut.whole else tensor.view(-1)[cut.start : cut.stop]
 
 
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the meta device like another one, which is not read."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 class EncodedState:
     """The encoded values of one block, in the store.
 
@@ -103,7 +108,10 @@ class EncodedState:
         """Return, for each part of a value, what to copy to a slot for a chunk; only the room if nothing is known."""
         of_parts = zip(*(self.pieces(name, cut) for cut in chunk), strict=True)
         return [
-            Run([piece if is_known else piece.to("meta") for piece in pieces], [piece.numel() for piece in pieces])
+            Run(
+                [piece if is_known else without_memory(piece) for piece in pieces],
+                [piece.numel() for piece in pieces],
+            )
             for pieces in of_parts
         ]
 

@@ -22,7 +22,7 @@ from hift_ds.config import SLOT_OVERHEAD
 from hift_ds.optim.properties import assembled, has_elements, parts
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.codec import ALIGNMENT, FIRST_MOMENT, SECOND_MOMENT, Codec
-from hift_ds.state.encoded import EncodedState, Slice, view
+from hift_ds.state.encoded import EncodedState, Slice, view, without_memory
 from hift_ds.state.gradients import fp32_slice
 from hift_ds.state.host_step import CHUNK, HostStep
 from hift_ds.state.transfer import Run, Slot, Staging, wait
@@ -479,7 +479,7 @@ class BlockState:
             return []
         pieces = self._weights_of(chunk)
         if None not in self._encoded.codecs:
-            pieces = [piece.to("meta") for piece in pieces]
+            pieces = [without_memory(piece) for piece in pieces]
         return [Run(pieces, [cut.room for cut in chunk])]
 
     def _weights_of(self, chunk: list[Slice]) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import hift_ds.state.allocator
+import hift_ds.state.codec
 import hift_ds.state.direct_io
 import hift_ds.state.step
 import hift_ds.state.transfer
 from hift_ds.state.allocator import HostMemory
+from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Split
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Lane, Slot, Staging
 from tests.support.device_memory import DeviceMemory
@@ -56,9 +58,41 @@ class Owner:
         state = [value for tensor in self._tensors for value in self.optimizer.state[tensor].values()]
         return [value.detach().clone() for value in [*self._weights, *self._tensors, *state]]
 
+    def to_host(self, host: HostMemory) -> None:
+        """Keep the weights in host memory."""
+        kept = [host.empty(weights) for weights in self._weights]
+        for buffer, weights in zip(kept, self._weights, strict=True):
+            buffer.copy_(weights)
+        self._weights = kept
+
+
+@contextlib.contextmanager
+def tables_on_host() -> Iterator[None]:
+    """Masters and state are read and changed on the host, and so are the codec's tables then."""
+    tables = hift_ds.state.codec.tables
+
+    def on_host(*args: Any) -> list[torch.Tensor]:
+        found = tables(*args)
+        copies = [HostMemory().empty(table) for table in found]
+        for copy, table in zip(copies, found, strict=True):
+            copy.copy_(table)
+        return copies
+
+    with mock.patch.object(hift_ds.state.codec, "tables", on_host):
+        yield
+
+
+FORMATS: dict[str | None, Any] = {None: Split(), "exp_avg": FIRST_MOMENT, "exp_avg_sq": SECOND_MOMENT}
+
 
 def random_steps(
-    seed: int, steps: int, slot_bytes: int | None, prefetch: bool, folder: str | None = None
+    seed: int,
+    steps: int,
+    slot_bytes: int | None,
+    prefetch: bool,
+    folder: str | None = None,
+    encodes: bool = False,
+    weights_on_host: bool = False,
 ) -> list[torch.Tensor]:
     """Blocks of random sizes, stepped in random order; between the steps their state is read, changed and refetched.
 
@@ -70,8 +104,15 @@ def random_steps(
     owners, states = [], []
     for number in range(4):
         sizes = [chance.randrange(1, 4000) for _ in range(chance.randrange(1, 4))]
-        owners.append(Owner(sizes, number != 1, generator))
-        states.append(BlockState(owners[-1], host, staging, bytes_per_element=12))
+        has_masters = number != 1
+        owner = Owner(sizes, has_masters, generator)
+        waits = weights_on_host and has_masters
+        if waits:
+            owner.to_host(host)
+        codecs = {name: codec for name, codec in FORMATS.items() if encodes and (has_masters or name is not None)}
+        per_element = (2.125 if has_masters else 4) + 2 * 260 / 256 + 2 * waits if encodes else 12 + 2 * waits
+        owners.append(owner)
+        states.append(BlockState(owner, host, staging, per_element, (), ADAMW, codecs=codecs, weights_on_host=waits))
     seen: list[torch.Tensor] = []
     for _ in range(steps):
         block = chance.randrange(len(owners))
@@ -87,32 +128,38 @@ def random_steps(
         elif action < 0.2:
             for other in states:
                 other.settle()
-            seen += owner.everything()
-            master, _ = owner.masters()[0]
-            master.data.mul_(0.5)
+            with tables_on_host():
+                state.decode(with_state=True)
+                seen += owner.everything()
+                master, _ = owner.masters()[0]
+                master.data.mul_(0.5)
+                state.to_host()
         for gradient in owner.gradients:
             gradient.normal_(generator=generator)
         state.step()
     for state in states:
         state.settle()
-    assert host.nbytes == sum(buffer.nbytes for state in states for buffer in state._buffers.values())
+        with tables_on_host():
+            state.decode(with_state=True)
     return seen + [tensor for owner in owners for tensor in owner.everything()]
 
 
 # Of blocks of up to 12,000 elements, whose masters and moments take 12 bytes each, 1,500 fit into a slot.
 SLOTS = {"streamed": 18_000, "block": None}
+ADAMW = [("exp_avg", torch.float32), ("exp_avg_sq", torch.float32)]
 
 
 def same(ours: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
     return len(ours) == len(truth) and all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
 
 
-def check_lazy_steps(seed: int, steps: int, step: str) -> int:
+def check_lazy_steps(seed: int, steps: int, step: str, **options: bool) -> int:
     """Random steps under lazy streams with prefetch, against the same without either; returns the copies made."""
-    truth = random_steps(seed, steps, SLOTS[step], prefetch=False)
+    slot_bytes = SLOTS[step] and 2 * SLOTS[step] if options else SLOTS[step]
+    truth = random_steps(seed, steps, slot_bytes, prefetch=False, **options)
     assert all(tensor.isfinite().all() for tensor in truth)
     with LazyStreams() as machine:
-        ours = random_steps(seed, steps, SLOTS[step], prefetch=True)
+        ours = random_steps(seed, steps, slot_bytes, prefetch=True, **options)
     assert same(ours, truth)
     return machine.copies
 
@@ -120,6 +167,23 @@ def check_lazy_steps(seed: int, steps: int, step: str) -> int:
 @pytest.mark.parametrize("step", SLOTS)
 def test_lazy_streams_change_nothing(step: str) -> None:
     assert check_lazy_steps(seed=1, steps=60, step=step) > 400
+
+
+@pytest.mark.parametrize(
+    "options", [{"encodes": True}, {"weights_on_host": True, "encodes": True}, {"weights_on_host": True}]
+)
+@pytest.mark.parametrize("step", SLOTS)
+def test_lazy_streams_change_nothing_in_other_formats(step: str, options: dict[str, bool]) -> None:
+    assert check_lazy_steps(seed=3, steps=60, step=step, **options) > 300
+
+
+def test_formats_and_chunks_change_no_bit() -> None:
+    """Masters are exact in every format, moments in 8 bits are the same in all chunks."""
+    truth = random_steps(4, 60, SLOTS["streamed"], prefetch=True)
+    assert same(random_steps(4, 60, 36_000, prefetch=True, weights_on_host=True), truth)
+    truth = random_steps(4, 60, SLOTS["block"], prefetch=True, encodes=True)
+    assert same(random_steps(4, 60, 36_000, prefetch=True, encodes=True), truth)
+    assert same(random_steps(4, 60, 2**20, prefetch=True, encodes=True, weights_on_host=True), truth)
 
 
 @pytest.mark.slow
