@@ -91,6 +91,9 @@ CONFIGURATIONS: list[tuple[Case, dict[str, bool], int]] = [
     (Case(3, dtype="fp16", step="streamed"), {}, 1),
     (Case(3, place="none"), {"offload_activations": True}, 1),
     (Case(3, dtype="bf16", offload=True), {}, 1),
+    (Case(0, moments="8bit"), {}, 1),
+    (Case(2, dtype="bf16", step="streamed", moments="8bit"), {}, 1),
+    (Case(3, dtype="bf16", moments="8bit", ranks=2), {}, 1),
 ]
 
 
