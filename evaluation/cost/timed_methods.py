@@ -129,11 +129,17 @@ class TimedMethod:
             self.engine.destroy()
 
 
-def make_model(shape: str, dtype: str) -> PreTrainedModel:
-    """Make a model on the device, with the same weights in every call; its buffers stay in fp32."""
+def make_model(shape: str, dtype: str, on_host: bool = False, layers: int | None = None) -> PreTrainedModel:
+    """Make a model with the same weights in every call; its buffers stay in fp32.
+
+    Args:
+        on_host: in host memory, and not on the device.
+        layers: number of its hidden layers; None: as the shape has them.
+    """
     torch.manual_seed(0)
-    with torch.device(get_accelerator().current_device_name()):
-        model = AutoModelForCausalLM.from_config(load_config(SHAPES[shape]), dtype=DTYPES[dtype])
+    values = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
+    with torch.device("cpu" if on_host else get_accelerator().current_device_name()):
+        model = AutoModelForCausalLM.from_config(load_config(values), dtype=DTYPES[dtype])
     model.config.use_cache = False
     return model.train()
 

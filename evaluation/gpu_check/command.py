@@ -32,12 +32,13 @@ from deepspeed.accelerator import get_accelerator
 from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.cost.step_time import comma_separated, markdown
 from hift_ds.evaluation.cost.timed_methods import SHAPES
-from hift_ds.evaluation.gpu_check.promises import GIB, promises
+from hift_ds.evaluation.gpu_check.promises import GIB, ON_HOST, promises
 from hift_ds.evaluation.gpu_check.task import PARTS, Task, arguments
 from hift_ds.evaluation.gpu_check.training import Workload
 
 SHORT, LONG = 512, 8192  # tokens in a sequence
 COMPILE_SECONDS = 240.0
+STREAMED = f"hift large, {ON_HOST}"
 PREFETCHED = {"prefetch": 3 * GIB, "defer": True}  # slots for the state of LLaMA-7B's largest block
 
 
@@ -66,6 +67,8 @@ def tasks(small: str, large: str, on_device: bool) -> list[Task]:
         Task("lora large", ("methods",), 45, True, method("lora", large, 20)),
         Task("hift large, two slots", both[:2], 110, True, Workload(
             "hift", large, lengths=(short,), offload=slots, profiled=profiled)),
+        Task(STREAMED, both[:2], 120, True, Workload(
+            "hift", large, lengths=(short, long), offload={"weights": "cpu"}, profiled=profiled)),
         Task("hift small", ("memory", "methods"), 60, True, Workload("hift", small, lengths=(short,), offload=slots)),
         Task("full small", ("methods",), 45, True, method("full", small, 10)),
     ]  # fmt: skip

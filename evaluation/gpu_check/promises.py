@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-PLANNED = 0.05  # allowed difference of the planned and the measured peak, as a fraction of the measured one
+# Allowed difference of the planned and the measured peak, as a fraction of the measured one; with weights on the host,
+# where the peak is small, less.
+PLANNED, PLANNED_STREAMED = 0.05, 0.03
 HOST, HOST_BYTES = 0.02, GIB  # allowed growth above what the engine counts, whichever is more
 SETUP_SECONDS = 45.0
 FIRST_CYCLE = 1.25  # allowed time of the first cycle, as a multiple of a later one
 BADAM, LORA = 1.05, 0.6  # allowed time of a step, as a multiple of that of another method
+ON_HOST = "weights on the host"  # end of the name of a task whose weights wait there
 WAITS = 1  # in a step, outside the model's forward
 
 Results = Mapping[str, Mapping[str, Any]]  # by task
@@ -52,10 +55,11 @@ def _of_a_device(results: Results) -> Iterator[Promise]:
             found = result[length]
             if name.startswith("hift") and found.get("planned") and "peak" in found:
                 planned, peak = found["planned"], found["peak"]
+                allowed = PLANNED_STREAMED if name.endswith(ON_HOST) else PLANNED
                 yield Promise(
-                    f"{name}, {length} tokens: planned device peak within {PLANNED:.0%}",
+                    f"{name}, {length} tokens: planned device peak within {allowed:.0%}",
                     f"{planned / GIB:.2f} planned, {peak / GIB:.2f} GiB measured",
-                    abs(planned - peak) <= PLANNED * peak,
+                    abs(planned - peak) <= allowed * peak,
                 )
             if name.startswith("hift") and "trace" in found:
                 waits = found["trace"]["waits"] - found["trace"]["waits_in_forward"]
@@ -87,7 +91,7 @@ def _ratios(results: Results) -> Iterator[Promise]:
     }
     for name, result in results.items():
         seconds = _first_length(result).get("seconds")
-        if not name.startswith("hift large") or seconds is None:
+        if not name.startswith("hift large") or name.endswith(ON_HOST) or seconds is None:
             continue
         for other, (theirs, bound) in others.items():
             ratio = seconds / theirs if theirs else None
