@@ -5,7 +5,7 @@ sequence. Everything that such a step allocates has a size of the form
 
     a + b * batch + c * length + d * batch * length + e * chunk
 
-where ``chunk`` is the length of the longest chunk of logits. The total at an instant is such a sum, too, and the peak
+where ``chunk`` is the number of tokens in a chunk of logits. The total at an instant is such a sum, too, and the peak
 is the largest one. Which one it is depends mostly on the number of tokens. A few short sequences in large batches, with
 as many tokens as are asked for, therefore give its coefficients exactly, and one more simulation verifies them. To be
 sure of the right sum, this is done for the highest total of each kind of operation.
@@ -31,7 +31,7 @@ class Point(NamedTuple):
     Attributes:
         batch_size: sequences in the batch.
         seq_len: tokens in each sequence.
-        chunk: length of the longest chunk of logits; 0: the logits of all tokens at once.
+        chunk: tokens in a chunk of logits; 0: the logits of all tokens at once.
     """
 
     batch_size: int
@@ -71,11 +71,10 @@ class Extrapolation:
         simulate: returns the memory at a point.
         length: length of the shortest sequence to simulate, at least 2.
         step: tokens by which longer sequences are longer. Both are doubled until the sizes extrapolate.
-        chunks: number of chunks of logits that a simulation runs.
     """
 
-    def __init__(self, simulate: Callable[[Point], LiveMemory], length: int, step: int, chunks: int):
-        self._simulate, self._length, self._step, self._chunks = simulate, length, step, chunks
+    def __init__(self, simulate: Callable[[Point], LiveMemory], length: int, step: int):
+        self._simulate, self._length, self._step = simulate, length, step
         self._fits: list[_Fit] = []
 
     def at(self, point: Point) -> Extrapolated:
@@ -93,9 +92,9 @@ class Extrapolation:
         return Extrapolated(sizes, host, tuple(self._length + self._step * steps for steps in (0, 1, 2)))
 
     def _near(self, point: Point, steps: int = 0, more: int = 0, longer: int = 0) -> Point:
-        """Return a point with short sequences and as many tokens, and enough for the chunks."""
+        """Return a point with short sequences and as many tokens, and enough for two chunks."""
         length, chunk = self._length + self._step * steps, point.chunk and point.chunk + longer
-        batch = max(-(-point.batch_size * point.seq_len // length), -(-self._chunks * (chunk + 2) // (length - 1)))
+        batch = max(-(-point.batch_size * point.seq_len // length), -(-2 * chunk // (length - 1)))
         return Point(batch + more, length, chunk)
 
     def _largest(self, point: Point) -> dict[str, dict[str, int]]:

@@ -40,7 +40,6 @@ from hift_ds.planner.extrapolation import Extrapolated, Extrapolation, NotLinear
 from hift_ds.planner.request import PRECISIONS, Request
 from hift_ds.planner.simulation import (
     CATEGORIES,
-    FEW_CHUNKS,
     ForwardStep,
     LiveMemory,
     Simulator,
@@ -309,7 +308,7 @@ class Planner:
         self._simulated: dict[tuple[Request, int], Memory] = {}
         self._forward: dict[tuple[Request, int], int] = {}
         self._traces: dict[tuple[Request, int], dict[str, list[Operation]]] = {}
-        self._extrapolations: dict[tuple[Request, int, int], Extrapolation] = {}
+        self._extrapolations: dict[tuple[Request, int, bool], Extrapolation] = {}
         self._loop: TokenLoop | None = None
         self._missed: list[str] | None = None
         self.operations = 0
@@ -487,8 +486,7 @@ class Planner:
         if 4 * self._loop.operations(length) < _MANY_OPERATIONS:
             return None
         targets = request.batch_size * (length - (self.task == "causal-lm"))
-        chunks, longest = simulator.longest_chunk(targets, loss_chunk)
-        few = min(chunks, FEW_CHUNKS) if chunks > 1 else 0
+        chunk = simulator.chunk(targets, loss_chunk)
 
         def simulate(point: Point) -> LiveMemory:
             if self.limit is None and self.operations > _MOST_OPERATIONS_OF_A_PLAN:
@@ -499,17 +497,15 @@ class Planner:
                         f"{_FEW_TOKENS} tokens, or fewer and larger blocks (--layers-per-block)"
                     ]
                 )
-            batch_size, seq_len, longest = point
-            first = (few, longest) if longest else None
-            return self._run(request, block, batch_size, seq_len, longest, first_chunks=first, by_kind=True)
+            return self._run(request, block, *point, by_kind=True)
 
-        key = (replace(request, model=None, batch_size=1, seq_len=1), block, few)
+        key = (replace(request, model=None, batch_size=1, seq_len=1), block, chunk > 0)
         if key not in self._extrapolations:
-            self._extrapolations[key] = Extrapolation(simulate, self._loop.length, self._loop.step, few)
+            self._extrapolations[key] = Extrapolation(simulate, self._loop.length, self._loop.step)
         try:
             if length > (window := models.attention_window(self.config)):
                 raise NotLinearError  # short sequences have no mask
-            return self._extrapolations[key].at(Point(request.batch_size, length, longest if few else 0))
+            return self._extrapolations[key].at(Point(request.batch_size, length, chunk))
         except NotLinearError as error:
             if self.limit is not None:
                 raise TooManyOperationsError from error

@@ -14,7 +14,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,19 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from hift_ds.blocks.layers import find_hidden_layers
 from hift_ds.config import noise_chunk
 from hift_ds.model.activations import HostCheckpoints
 from hift_ds.model.loss import (
-    ChunkLoss,
+    SMALLER,
+    Pieces,
     Targets,
-    chunk_length,
     chunking_problem,
     classification_loss,
     default_chunk,
-    sum_chunks,
     summed_loss,
 )
 from hift_ds.model.reach import give_fake_tensors
@@ -199,7 +197,7 @@ class Simulator:
     def operations(self, seq_len: int) -> int:
         """Return the number of operations in a forward pass of one sequence of ``seq_len`` tokens."""
         with self.mode, LiveMemory() as memory, torch.no_grad():
-            self._loss(1, seq_len, 0, _sum_few_chunks)
+            self._loss(1, seq_len, 0, Pieces)
         return memory.operations
 
     def token_loop(self, seq_len: int) -> TokenLoop:
@@ -215,17 +213,17 @@ class Simulator:
                     return TokenLoop(length, step, few, (many - few) / (longest - length))
         return TokenLoop(3, 1, 0, 0)
 
-    def longest_chunk(self, tokens: int, loss_chunk: int | None) -> tuple[int, int]:
-        """Return the number of chunks of logits for ``tokens`` targets, and the length of the longest.
+    def chunk(self, tokens: int, loss_chunk: int | None) -> int:
+        """Return the tokens in a chunk of logits for ``tokens`` targets; 0: the logits of all tokens exist at once.
 
         Args:
             tokens: number of targets.
             loss_chunk: as in :meth:`run`.
         """
-        if self.task != "causal-lm" or loss_chunk == 0:
-            return 1, tokens
-        chunks = -(-tokens // (loss_chunk or default_chunk(self.model)))
-        return (1, tokens) if chunks > 1 and self.chunking_problem() else (chunks, -(-tokens // max(1, chunks)))
+        if self.task != "causal-lm":
+            return 0
+        chunk = default_chunk(self.model) if loss_chunk is None else loss_chunk
+        return chunk if chunk and tokens > chunk and not self.chunking_problem() else 0
 
     def chunking_problem(self) -> str | None:
         """Return why the model cannot compute its logits in chunks: see :func:`hift_ds.model.loss.chunking_problem`."""
@@ -241,7 +239,6 @@ class Simulator:
         step: StepBase,
         loss_chunk: int | None = None,
         *,
-        first_chunks: tuple[int, int] | None = None,
         by_kind: bool = False,
         trace: Trace | None = None,
     ) -> LiveMemory:
@@ -254,15 +251,13 @@ class Simulator:
             held: bytes of each category that exist throughout the step, including the weights.
             step: what the method does with gradients and optimizer state.
             loss_chunk: tokens in a chunk of logits: see :func:`hift_ds.model.loss.summed_loss`.
-            first_chunks: number and length of the first chunks, if the chunks are not to be of equal length.
             by_kind: see :class:`LiveMemory`.
-            trace: collects the operations. All chunks of logits are then run.
+            trace: collects the operations. All pieces of the logits are then computed.
 
         Returns:
             The memory of the step, with its peaks.
         """
-        if self.task == "causal-lm" and batch_size * (seq_len - 1) > (loss_chunk or default_chunk(self.model)):
-            self.chunking_problem()  # the first call runs the model, which must not count
+        self.chunk(batch_size * (seq_len - 1), loss_chunk)  # the first call runs the model, which must not count
         parameters = dict(self.model.named_parameters())
         memory = LiveMemory((batch_size, seq_len) if by_kind else None)
         memory.ignore([*parameters.values(), *self.model.buffers()])
@@ -278,12 +273,11 @@ class Simulator:
         if self.offload:
             HostCheckpoints(_Host(memory), _Transfers).install(self.model)
         linear: Any = _input_saving_linear if step.linear_saves_input else F.linear
-        sum_up = partial(_sum_few_chunks, first=first_chunks) if trace is None else sum_chunks
         watched = self.mode, memory, trace or nullcontext()
         with ExitStack() as stack:
             for context in (*watched, torch.set_grad_enabled(bool(trained)), _replaced_linear(linear)):
                 stack.enter_context(context)
-            loss = self._loss(batch_size, seq_len, loss_chunk, sum_up)
+            loss = self._loss(batch_size, seq_len, loss_chunk, _FewPieces if trace is None else Pieces)
             if trained:
                 memory.phase = "backward"
                 if trace is not None:
@@ -350,7 +344,7 @@ class Simulator:
                 handles.append(modules[path].register_forward_hook(watch(number)))
         return handles
 
-    def _loss(self, batch_size: int, seq_len: int, chunk: int | None, sum_up: Callable[..., Tensor]) -> Tensor:
+    def _loss(self, batch_size: int, seq_len: int, chunk: int | None, pieces: Callable[[int], Pieces]) -> Tensor:
         """Compute the loss of ``launch/train.py`` on a batch in which every position but the last has a target.
 
         The batch has no padding and therefore no mask. A padded batch needs a mask of batch x length x length.
@@ -360,50 +354,21 @@ class Simulator:
             return classification_loss(self.model, inputs, torch.zeros(batch_size, dtype=torch.long))
         rows = torch.arange(batch_size * (seq_len - 1))
         targets = Targets(torch.arange(seq_len - 1), rows, torch.zeros_like(rows))
-        return summed_loss(self.model, self.model, inputs, targets, chunk, sum_chunks=sum_up)
+        return summed_loss(self.model, self.model, inputs, targets, chunk, pieces=pieces)
 
 
-FEW_CHUNKS = 4
+class _FewPieces(Pieces):
+    """The first pieces. They write to tensors that hold the results of all pieces, so the peaks are those of a run."""
 
+    def of_tokens(self, tokens: int) -> Iterable[slice]:
+        return islice(super().of_tokens(tokens), 2)
 
-def _sum_few_chunks(
-    loss: ChunkLoss, rows: Tensor, values: Tensor, chunks: int, first: tuple[int, int] | None = None
-) -> Tensor:
-    """Replace :func:`hift_ds.model.loss.sum_chunks`: run the first chunks, and let one step stand for all others.
+    def of_gradient(self, tokens: int, vocabulary: int) -> Iterable[tuple[slice, slice]]:
+        """Return pieces of as many logits, in a shape that does not depend on the number of tokens.
 
-    All chunks do the same, and the first ones are the longest. The others keep nothing in the forward pass. In the
-    backward pass they come first, and leave the gradients of their hidden states. The peaks are therefore the same.
-
-    Args:
-        loss, rows, values, chunks: as for :func:`hift_ds.model.loss.sum_chunks`.
-        first: number and length of the first chunks.
-    """
-    if first is not None:
-        lengths = [first[1]] * first[0]
-    elif chunks <= FEW_CHUNKS + 1:
-        return sum_chunks(loss, rows, values, chunks)
-    else:
-        lengths = [chunk_length(len(rows), chunks, index) for index in range(FEW_CHUNKS)]
-    lengths.append(len(rows) - sum(lengths))
-    *whole, others = rows.split(lengths)
-    total = rows.new_zeros((), dtype=torch.float32)
-    for chunk, targets in zip(whole, values.split(lengths), strict=False):
-        total = total + checkpoint(loss, chunk, targets, use_reentrant=False)
-    return total + _OtherChunks.apply(others)
-
-
-class _OtherChunks(torch.autograd.Function):
-    """A loss that keeps nothing, and whose backward pass makes the gradient of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.like = rows.shape, rows.dtype
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        shape, dtype = ctx.like
-        return torch.empty(shape, dtype=dtype)
+        One more token stands for the few numbers that a piece has for each token.
+        """
+        return [(slice(0, self.chunk + 1), slice(0, -(-vocabulary // SMALLER)))] * 2
 
 
 class _Host:

@@ -109,7 +109,7 @@ def test_sizes_of_another_form_are_not_extrapolated() -> None:
         return memory
 
     with pytest.raises(NotLinearError):
-        Extrapolation(simulate, 3, 1, 0).at(Point(1, 1000, 0))
+        Extrapolation(simulate, 3, 1).at(Point(1, 1000, 0))
 
 
 def test_local_attention_beyond_its_window_is_refused() -> None:
