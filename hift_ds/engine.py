@@ -603,13 +603,16 @@ class HiFTEngine(CheckpointingEngine):
     # ---- initialization ----------------------------------------------------------------------------------------
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        # Partitioning moves weights to the device one by one. DeepSpeed moves the whole model before, unless it was made
+        # inside `deepspeed.zero.Init`.
+        self.dont_change_device |= self.zero_optimization_partition_weights()
         super()._configure_distributed_model(model)
         if self.dont_change_device:  # the weights stay where they are, and only they do
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(self.device)
 
     def _broadcast_model(self) -> None:
-        if not self.dont_change_device:  # there is one rank, and no backend for host memory
+        if not self.dont_change_device:  # there is one rank, and no backend for host memory; or partitioning does it
             super()._broadcast_model()
 
     def zero_allow_untested_optimizer(self) -> bool:
