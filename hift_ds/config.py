@@ -373,7 +373,6 @@ def _above(limit: int) -> Callable[[Any], bool]:
 # Keys of DeepSpeed that change which parameters train, where their state is, or how gradients are computed. No test
 # shows that HiFT equals Algorithm 1 with them, so HiFT refuses them.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "zero_optimization.offload_param.device": (_on, "set it to none"),
     "zero_optimization.zenflow": (_on, "remove it"),
     "zero_optimization.super_offload": (_on, "remove it"),
     "zero_optimization.elastic_checkpoint": (_on, "remove it"),
@@ -460,6 +459,17 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
         found += _host_weight_conflicts(config, stage, offload)
     if stage != 0 and offload == "nvme":
         found.append("zero_optimization.offload_optimizer.device='nvme' is not available with HiFT; use cpu")
+    weights = _get(config, "zero_optimization.offload_param.device")
+    if weights == "nvme":
+        found.append(
+            "zero_optimization.offload_param.device='nvme': HiFT does not read weights from files in each step; use "
+            "cpu, and hift.offload.device='nvme' for masters and optimizer state"
+        )
+    elif _on(weights) and stage != 3:
+        found.append(
+            f"zero_optimization.offload_param.device={weights!r} needs zero_optimization.stage=3, found {stage}; set "
+            "the stage to 3, or remove offload_param"
+        )
     for path, (is_refused, remedy) in _REFUSED.items():
         value = _get(config, path)
         if is_refused(value):

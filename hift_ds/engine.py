@@ -31,10 +31,12 @@ from deepspeed.runtime.config import (
     DeepSpeedConfig,
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 
 from hift_ds.blocks.block import numel_of
+from hift_ds.blocks.layers import largest_hidden_layer
 from hift_ds.blocks.partition import partition_model
 from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.checkpoint.engine import SavingEngine
@@ -45,6 +47,7 @@ from hift_ds.model.reach import freeze_patterns
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.properties import has_fused, optimizer_class
 from hift_ds.optim.rates import needs_metrics, rates_of_cycle
+from hift_ds.state.allocator import HostMemory
 from hift_ds.state.free_memory import return_freed_memory
 from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
@@ -52,6 +55,7 @@ from hift_ds.state.trial import examine
 from hift_ds.weights.host import HostWeights
 from hift_ds.zero.block_optimizers import BlockOptimizers
 from hift_ds.zero.gates import UpdateGates, has_compiled
+from hift_ds.zero.gathering import Gathering
 from hift_ds.zero.stage0_bf16 import UnfusedBlockOptimizer
 from hift_ds.zero.stage0_fp32 import PlainBlockOptimizer
 from hift_ds.zero.stage3 import Stage3BlockOptimizer
@@ -224,6 +228,7 @@ class HiFTEngine(CheckpointingEngine):
             named[name].register_post_accumulate_grad_hook(functools.partial(self._clear_other_rows, name))
             for name in {name: None for block in self.blocks for name in block.slices}
         ]
+        self._gathering = Gathering(None)
         self._schedule = BlockSchedule(len(self.blocks), hift.strategy, hift.steps_per_block, hift.seed)
         if hift.offload.weights == "cpu":
             kwargs["dont_change_device"] = True
@@ -458,7 +463,8 @@ class HiFTEngine(CheckpointingEngine):
     def _held(self) -> Iterator[Held]:
         for parameter in self.module.parameters():
             yield Held("parameters", parameter.data)
-            yield Held("parameters", getattr(parameter, "ds_tensor", None))
+            if hasattr(parameter, "ds_tensor"):
+                yield Held("parameters", parameter.ds_tensor, self._gathering.is_on_host(parameter.ds_tensor))
             yield Held("gradients", parameter.grad)
             yield Held("gradients", getattr(parameter, "grad_accum", None))
         yield from self.block_optimizers.held()
@@ -603,8 +609,8 @@ class HiFTEngine(CheckpointingEngine):
     # ---- initialization ----------------------------------------------------------------------------------------
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
-        # Partitioning moves weights to the device one by one. DeepSpeed moves the whole model before, unless it was made
-        # inside `deepspeed.zero.Init`.
+        # At ZeRO 3, partitioning moves weights to the device one by one. DeepSpeed would move the whole model before,
+        # unless it was made inside `deepspeed.zero.Init`.
         self.dont_change_device |= self.zero_optimization_partition_weights()
         super()._configure_distributed_model(model)
         if self.dont_change_device:  # the weights stay where they are, and only they do
@@ -722,6 +728,7 @@ class HiFTEngine(CheckpointingEngine):
 
         else:
             first: Stage3BlockOptimizer | None = None
+            options = self._gathering_options()
 
             def make_optimizer(inner: torch.optim.Optimizer) -> Any:
                 nonlocal first
@@ -730,10 +737,8 @@ class HiFTEngine(CheckpointingEngine):
                     inner,
                     self.param_names,
                     first=first,
-                    ds_config=self.config,
+                    gathering=self._gathering,
                     prefetch_bucket_size=min(self.zero_prefetch_bucket_size(), largest),
-                    max_reuse_distance=self.zero_max_reuse_distance(),
-                    max_live_parameters=self.zero_max_live_parameters(),
                     param_persistence_threshold=self.zero_param_persistence_threshold(),
                     model_persistence_threshold=self.zero_model_persistence_threshold(),
                     sub_group_size=self.zero_sub_group_size(),
@@ -743,12 +748,39 @@ class HiFTEngine(CheckpointingEngine):
                     log_trace_cache_warnings=self.zero_log_trace_cache_warnings(),
                     enable_sanity_checks=self.is_sanity_checks_enabled(),
                     cpuadam_cores_perc=self.cpuadam_cores_perc(),
+                    **options,
                     **common,
                 )
                 first = first or block
                 return block
 
-        return self._per_block(optimizer, make_optimizer, flattens=True)
+        made = self._per_block(optimizer, make_optimizer, flattens=True)
+        trained = {id(parameter) for parameters in self._block_parameters for parameter in parameters}
+        self._gathering.keep(parameter for parameter in self.module.parameters() if id(parameter) not in trained)
+        return made
+
+    def _gathering_options(self) -> dict[str, Any]:
+        """Return the arguments of ZeRO 3 that say where weights wait, and how many of them are gathered.
+
+        Of weights that wait on the host, two hidden layers are on the device, unless the config says how many.
+        """
+        weights, zero = self.zero_offload_param(), self._config.zero_config
+        options = {
+            "ds_config": self.config,
+            "offload_param_config": weights,
+            "max_reuse_distance": self.zero_max_reuse_distance(),
+            "max_live_parameters": self.zero_max_live_parameters(),
+        }
+        if weights is None or weights.device != OffloadDeviceEnum.cpu:
+            return options
+        self._gathering = Gathering(HostMemory(weights.pin_memory))
+        layers = 2 * largest_hidden_layer(self.module)
+        limits = {"max_reuse_distance", "max_live_parameters"} - zero.model_fields_set
+        options |= dict.fromkeys(limits, layers)
+        # `Gathering` page-locks the weights. DeepSpeed would page-lock other copies of them before.
+        section = self.config["zero_optimization"]
+        section = {**section, "offload_param": {**section["offload_param"], "pin_memory": False}}
+        return {**options, "ds_config": {**self.config, "zero_optimization": section}}
 
     def _per_block(self, optimizer: torch.optim.Optimizer, make_optimizer: Any, flattens: bool) -> BlockOptimizers:
         """Make one optimizer for each block from the configured one.

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from hift_ds.blocks.block import shape_of
+from hift_ds.blocks.block import numel_of, shape_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,6 +72,19 @@ def assign_layers(model: nn.Module) -> tuple[list[str], dict[str, int]]:
         by_identity[id(parameter)] = min(layer, by_identity.get(id(parameter), head))
     layer_of = {name: by_identity[id(parameter)] for name, parameter in model.named_parameters()}
     return ["embeddings", *(layer[0] for layer in layers), "head"], layer_of
+
+
+def largest_hidden_layer(model: nn.Module) -> int:
+    """Return the number of elements of the largest hidden layer of a model.
+
+    Raises:
+        ValueError: the model has no hidden layers.
+    """
+    names, layer_of = assign_layers(model)
+    sizes = [0] * len(names)
+    for name, parameter in model.named_parameters():
+        sizes[layer_of[name]] += numel_of(parameter)
+    return max(sizes[1:-1])
 
 
 class _Tree:

@@ -576,25 +576,35 @@ def persistent_numel(setup: Setup, numels: Iterable[int]) -> int:
     return sum(n for n in numels if n <= _PERSISTENCE_THRESHOLD) if is_sharded else 0
 
 
-def gathered_numel(setup: Setup, numels: Sequence[int], reached: Sequence[int]) -> int:
+def gathered_numel(
+    setup: Setup, numels: Sequence[int], reached: Sequence[int], layers: Sequence[int], active: Sequence[int]
+) -> int:
     """Return an upper bound of the elements of gathered weights at ZeRO-3. The exact number depends on timing.
 
     ZeRO-3 keeps weights that it needs again within the reuse distance. Around the turn from forward to backward that is
     at most half of the distance, from the top of the model. It fetches the next weights up to the prefetch bucket,
-    rounded up to a whole parameter, and copies them from a flat buffer.
+    rounded up to a whole parameter. DeepSpeed itself copies them from a flat buffer.
+
+    Of weights that wait in host memory, the engine gathers two hidden layers and one more parameter at most. In a step
+    it has a rank's part of the active block instead.
 
     Args:
         setup: gives the stage, the number of ranks and the bucket.
         numels: elements of each parameter.
         reached: elements of each parameter that the backward pass reaches.
+        layers: elements of each hidden layer.
+        active: elements of each parameter of the active block.
     """
     if setup.stage < 3 or setup.ranks == 1 and setup.weights == "device":
         return 0
     partitioned = [n for n in numels if n > _PERSISTENCE_THRESHOLD]
     largest, total = max(partitioned, default=0), sum(partitioned)
+    if setup.weights == "cpu":
+        return max(min(total, 2 * max(layers) + largest), setup.partition(active))
     kept = min(sum(n for n in reached if n > _PERSISTENCE_THRESHOLD), _REUSE_DISTANCE // 2)
     ahead = _PREFETCH if setup.stock else min(_PREFETCH, setup.bucket)  # the engine fetches at most the largest block
-    return min(total, kept + ahead + 2 * largest) + min(total, ahead + largest)
+    flat = min(total, ahead + largest) if setup.stock else 0
+    return min(total, kept + ahead + 2 * largest) + flat
 
 
 def make_step(setup: Setup, shapes: Sequence[Sequence[int]], updated: Sequence[Sequence[int]]) -> Step:

@@ -547,9 +547,8 @@ class Planner:
         }
         optimizers = built.optimizer_shapes()
         if setup.stage == 3:
-            held["buffers"] += request.weight * (
-                setup.bucket + gathered_numel(setup, numels, built.reached_from(block))
-            )
+            gathered = gathered_numel(setup, numels, built.reached_from(block), built.layers(), built.numels(block))
+            held["buffers"] += request.weight * (setup.bucket + gathered)
             if not setup.copies_gradients:
                 held["gradients"] = request.weight * max(setup.partition(_numels(owned)) for owned in optimizers)
         if setup.placement == "resident":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.collectives import gather, on_every_rank
+from hift_ds.collectives import gather
 from hift_ds.state.arena import Arena
 from hift_ds.state.direct_io import PAGE, open_direct_io
 from hift_ds.state.free_memory import available_memory, return_freed_memory
@@ -80,16 +80,11 @@ class HostMemory:
     def reserve(self, nbytes: int) -> None:
         """Allocate the memory of buffers that will be made, alignment included. Files are made with the buffers.
 
-        All ranks call it: between :meth:`check_room` and this call, another process may have taken the memory of one.
-
         Raises:
-            MemoryError: on every rank, if the system does not give that much to one of them.
+            MemoryError: the system does not give that much.
         """
-        if self.folder is not None:
-            return
-        _, problems = on_every_rank(lambda: self._arena.reserve(nbytes), MemoryError)
-        if problems:
-            raise MemoryError("\n".join(f"rank {i}: {text}" for i, text in problems.items()))
+        if self.folder is None:
+            self._arena.reserve(nbytes)
 
     def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
         """Return an uninitialized buffer with the shape and dtype of ``like``.

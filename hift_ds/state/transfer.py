@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,11 @@ class Lane:
 def mark() -> Any:
     """Return an event that passes when all work issued on the device's current stream so far is done."""
     return _record(get_accelerator().current_stream())
+
+
+def on_main_stream() -> AbstractContextManager[None]:
+    """Return a context whose work is issued on the stream on which models compute, the device's default stream."""
+    return get_accelerator().stream(get_accelerator().default_stream())
 
 
 def wait(event: Any) -> None:

@@ -94,6 +94,10 @@ class BlockOptimizer:
     def set_active(self, is_active: bool) -> None:
         """Activate or deactivate the block, between two steps."""
 
+    def settle(self) -> None:
+        """Wait until the host may read and change all that it keeps of the block."""
+        self.block_state.settle()
+
     @contextmanager
     def decoded(self, with_state: bool = False, changes: bool = True) -> Iterator[None]:
         """Let DeepSpeed read masters and state as fp32 tensors in host memory.
@@ -102,7 +106,7 @@ class BlockOptimizer:
             with_state: the state, too, and not only the masters.
             changes: keep what is changed meanwhile.
         """
-        self.block_state.settle()
+        self.settle()
         if not self.block_state.is_encoded:
             yield
             return

@@ -287,7 +287,7 @@ class BlockOptimizers:
     def settle(self) -> None:
         """Wait until the state of all blocks is in host memory, and discard prefetched chunks."""
         for block in self.optimizers:
-            block.block_state.settle()
+            block.settle()
 
     def return_to_host(self) -> None:
         """Restore the placement of state after DeepSpeed moved or replaced tensors."""

@@ -1,6 +1,5 @@
 """ZeRO stage 3: weights, gradients, masters and state are sharded over the ranks."""
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +7,15 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from hift_ds.optim.properties import with_initial_state
 from hift_ds.state.ledger import Held
+from hift_ds.state.transfer import mark, wait
 from hift_ds.zero.base import BlockOptimizer
+from hift_ds.zero.gathering import Gathering, new_trace
 from hift_ds.zero.gradients import squared_norm, sum_over
 
 
@@ -23,30 +25,51 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
     Args:
         first: the first block's optimizer, whose hooks gather and partition the weights of the whole model; None: this
             is the first block.
+        gathering: gathers the weights of all blocks, and keeps them in host memory if ``offload_param`` says so.
+
+    Attributes:
+        written: event after which this rank's weights have the values of the last step, in their place.
     """
 
     grad_partitions_flat_buffer: torch.Tensor
     averaged_gradients: dict[int, Any]
     module: torch.nn.Module
+    written: Any = None
 
-    def __init__(self, *args: Any, first: "Stage3BlockOptimizer | None", **kwargs: Any):
+    def __init__(self, *args: Any, first: "Stage3BlockOptimizer | None", gathering: Gathering, **kwargs: Any):
         self._first = first
+        self._gathering = gathering
         super().__init__(*args, **kwargs)
+        self._gathering.settle()  # DeepSpeed's hooks were made on gathered weights
+        self.param_groups_fp16_flat_cpu_memory: list[torch.Tensor] = []  # not for DeepSpeed to unpin
+        if (reducing := self.reduce_and_partition_stream) is not None:
+            # After each backward pass, DeepSpeed lets the host wait for its reductions, which only the device reads.
+            reducing.synchronize = lambda: get_accelerator().current_stream().wait_stream(reducing)
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's hooks that gather weights; the first block's optimizer makes them."""
-        hooks = self._first.parameter_offload if self._first else super().initialize_ds_offload(*args, **kwargs)
+        if self._first:
+            hooks = self._first.parameter_offload
+        else:
+            hooks = super().initialize_ds_offload(*args, **kwargs)
+            self._gathering.take_over(hooks)
         # Backward ends at the active block, so DeepSpeed's trace of which weights to keep after forward differs from
-        # block to block. With another block's trace, DeepSpeed would keep weights that no backward hook releases. No
-        # module has run yet.
-        self._coordinator = copy.copy(hooks.param_coordinator)
-        self._coordinator._clear_trace_structures()
+        # block to block. With another block's trace, DeepSpeed would keep weights that no backward hook releases.
+        self._trace = new_trace(hooks)
         return hooks
+
+    def _create_param_groups_fp16_flat_cpu_memory(self) -> None:
+        """Allocate the memory of weights that wait on the host, in place of DeepSpeed, which page-locks more."""
+        assert self._gathering.host is not None
+        for group in self.trainable_param_groups:
+            numel = sum(parameter.partition_numel() for parameter in group["params"])
+            flat = torch.empty(numel, dtype=self.dtype, device="meta")
+            self.param_groups_fp16_flat_cpu_memory.append(self._gathering.host.empty(flat))
 
     def set_active(self, is_active: bool) -> None:
         """Use the trace that was recorded while this block was active to gather weights."""
         if is_active:
-            self.parameter_offload.param_coordinator = self._coordinator
+            self._gathering.trace = self.parameter_offload.param_coordinator = self._trace
 
     def _link_all_hp_params(self) -> None:
         if self._first is None:
@@ -155,7 +178,44 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
         """Step the block, unless the loss or a gradient is non-finite."""
         self._pre_step()
         self._partition_all_parameters()
-        super().step(closure)
+        with self._weights_on_device():
+            super().step(closure)
+
+    def settle(self) -> None:
+        """Wait until the host may read and change all that it keeps of the block."""
+        super().settle()
+        self._gathering.settle()
+
+    @contextmanager
+    def _weights_on_device(self) -> Iterator[None]:
+        """Bring weights that wait on the host to the device, and back if they are updated."""
+        if self._gathering.host is None or self.block_state.is_on_host:
+            yield
+            return
+        on_host = list(self.fp16_partitioned_groups_flat)
+        device = get_accelerator().current_device_name()
+        wait(self.written)
+        here = [torch.empty(weights.shape, dtype=weights.dtype, device=device) for weights in on_host]
+        for target, weights in zip(here, on_host, strict=True):
+            target.copy_(weights, non_blocking=True)
+        self._place_weights(here)
+        try:
+            yield
+            if not self.overflow:
+                storing = self._gathering.storing
+                with storing.after(mark()):
+                    for weights, updated in zip(on_host, self.fp16_partitioned_groups_flat, strict=True):
+                        weights.copy_(updated, non_blocking=True)
+                        storing.outlives(updated)
+                self.written = storing.mark()
+        finally:
+            self._place_weights(on_host)
+
+    def _place_weights(self, flat: list[torch.Tensor]) -> None:
+        """Use these tensors as this rank's weights."""
+        self.fp16_partitioned_groups_flat = flat
+        for sub_group in range(len(flat)):
+            self._unflatten_partitioned_parameters(sub_group)
 
     def gradient_norm(self) -> torch.Tensor:
         """Return the norm of the block's gradients, scaled, over all ranks."""
@@ -175,15 +235,21 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def publish_weights(self) -> None:
         """Gather the weights that all ranks keep whole."""
-        for sub_group in range(len(self.fp16_groups)):
-            self._unflatten_partitioned_parameters(sub_group)
+        self.written = mark()
+        if self._gathering.host is None:
+            self._place_weights(self.fp16_partitioned_groups_flat)
         if self.persistent_parameters:
-            self.persistent_parameters[0].all_gather(self.persistent_parameters)
+            self._gathering.gather(None, self.persistent_parameters)
 
     def release_gradients(self) -> None:
         """Free the gradients of single parameters. Those of the block stay in their shared buffer."""
         self.zero_grad(set_to_none=True)
         self.averaged_gradients = {}
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks, and ours."""
+        self._gathering.end()
+        super().destroy()
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's ``offload_states`` for this block."""

@@ -57,11 +57,12 @@ def make_batch(name: str, rank: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def make_engine(name: str, stage: int) -> tuple[Any, Any]:
+def make_engine(name: str, stage: int, weights: str = "none") -> tuple[Any, Any]:
     import hift_ds
 
     model, auto = make_model(name)
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {})
+    zero: dict[str, Any] = {"stage": stage} | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {})
+    zero["offload_param"] = {"device": weights}
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
@@ -85,14 +86,14 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def export_after_each_block(name: str, stage: int, folder: Path) -> dict[str, Any]:
+def export_after_each_block(name: str, stage: int, folder: Path, weights: str = "none") -> dict[str, Any]:
     """What is wrong with each export, on rank 0; and how many parameters each step changed."""
     from deepspeed import comm as dist
 
     from hift_ds.launch.model.tokenizer import byte_tokenizer
     from hift_ds.launch.runtime.export import export_model
 
-    engine, auto = make_engine(name, stage)
+    engine, auto = make_engine(name, stage, weights)
     wrong: list[str] = []
     changed = []
     before = whole_state(engine)
@@ -128,6 +129,15 @@ def test_after_each_blocks_update(name: str, stage: int, ranks: int, tmp_path: P
     result = run_on_ranks(ranks, export_after_each_block, name, stage, tmp_path / "model")[0]
     assert result["wrong"] == []
     assert result["blocks"] >= 4 and all(result["changed"])  # each export is of other weights than the one before
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "t5, tied" else name for name in MODELS]
+)
+def test_after_each_blocks_update_of_weights_on_the_host(name: str, tmp_path: Path) -> None:
+    result = run_on_ranks(2, export_after_each_block, name, 3, tmp_path / "model", "cpu")[0]
+    assert result["wrong"] == []
+    assert result["blocks"] >= 4 and all(result["changed"])
 
 
 KILLED = """

@@ -104,6 +104,18 @@ def test_a_rank_counts_its_own_partition(stage: int) -> None:
         assert weights <= seen["now"]["device"]["parameters"] <= weights + 2048
 
 
+def test_weights_that_wait_on_the_host_are_counted_there() -> None:
+    """With 16-bit weights on two ranks: half of them, and nothing on the device but small vectors, which stay whole."""
+    first, second = run_on_ranks(2, ledgers, Case(stage=3, ranks=2, dtype="bf16", waiting="cpu"))
+    small = sum(p.numel() for p in tiny.model().parameters() if p.numel() <= 1000)
+    for seen in (first, second):
+        for ledger in (seen["start"], seen["now"], seen["peak"]):
+            ours = seen["largest"] if ledger is seen["peak"] else 0  # in a step, the active block's share is on both
+            assert ledger["host"]["parameters"] + ours >= seen["numel"]
+            assert ledger["host"]["parameters"] <= seen["numel"] + 2048  # partitions are padded
+            assert ledger["device"]["parameters"] <= 2 * small + ours + 2048
+
+
 def in_files(case: Case, folder: str) -> dict[str, Any]:
     """In a rank: the ledger of a run whose state lives in files."""
     import hift_ds

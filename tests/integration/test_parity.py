@@ -54,6 +54,7 @@ BLOCKS = {
         [Case(**row) for row in pairwise(DISTRIBUTED | BLOCKS, possible)],
         # The two that share a file of gradients; a tensor that two blocks share, and that is tied.
         [Case(stage=3, ranks=2, offload=True), Case(stage=2, ranks=2, offload=True)],
+        [Case(stage=3, ranks=2, waiting="cpu", layers_per_block=2), Case(stage=3, waiting="cpu", dtype="bf16")],
         [Case(stage=2, max_block_numel=FINER, tied=True, steps_per_block=2)],
         [Case(stage=2, max_block_numel=FINER, step="block", optimizer="momentum")],
         [

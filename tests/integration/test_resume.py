@@ -109,7 +109,10 @@ FACTORS = {
 }
 
 
-@pytest.mark.parametrize("case", [built(row) for row in pairwise(FACTORS, possible)], ids=str)
+ON_HOST = Case(stage=3, ranks=2, dtype="bf16", scheduler="torch", waiting="cpu")
+
+
+@pytest.mark.parametrize("case", [*(built(row) for row in pairwise(FACTORS, possible)), ON_HOST], ids=str)
 def test_a_stopped_run_continues_bit_for_bit(case: Case, tmp_path: Path) -> None:
     assert case.steps == 12
     check_stops(case, tmp_path, (FIRST_CYCLE, LATER))
@@ -140,6 +143,7 @@ def test_cpu_adam_continues_bit_for_bit_after_many_updates(tmp_path: Path) -> No
         [Case(stage=stage, optimizer="momentum", tied=True) for stage in STAGES],
         [Case(stage=stage, optimizer="Adagrad") for stage in STAGES],
         [Case(stage=stage, ranks=2, dtype="bf16", offload=True) for stage in (2, 3)],
+        [Case(stage=3, waiting="cpu", ranks=r, offload=o, strategy="random") for r in (1, 2) for o in (False, True)],
         [Case(stage=stage, optimizer="Adafactor", client_optimizer=True) for stage in (0,)],
         [Case(stage=stage, optimizer="NAdam", client_optimizer=True, scheduler="torch") for stage in (0, 2, 3)],
     ),

@@ -94,6 +94,10 @@ CONFIGURATIONS: list[tuple[Case, dict[str, bool], int]] = [
     (Case(0, moments="8bit"), {}, 1),
     (Case(2, dtype="bf16", step="streamed", moments="8bit"), {}, 1),
     (Case(3, dtype="bf16", moments="8bit", ranks=2), {}, 1),
+    (Case(3, dtype="bf16", waiting="cpu"), {}, 1),
+    (Case(3, dtype="bf16", waiting="cpu", ranks=2, checkpointing=True), {"chunked": True}, 1),
+    (Case(3, waiting="cpu", ranks=2, place="none"), {}, 1),
+    (Case(3, dtype="bf16", waiting="cpu", ranks=2, offload=True), {"offload_activations": True}, 1),
 ]
 
 

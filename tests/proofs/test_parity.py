@@ -58,6 +58,25 @@ def test_cpu_offload(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
+    cases(
+        [
+            Case(stage=3, waiting="cpu", ranks=ranks, strategy=strategy, layers_per_block=m)
+            for ranks in (1, 2)
+            for strategy in STRATEGIES
+            for m in (1, 2)
+        ],
+        [Case(stage=3, waiting="cpu", dtype=dtype, strategy=s) for dtype in ("bf16", "fp16") for s in STRATEGIES],
+        [Case(stage=3, waiting="cpu", ranks=ranks, checkpointing=True, tied=True) for ranks in (1, 2)],
+        [Case(stage=3, waiting="cpu", offload=True, dtype=dtype) for dtype in ("fp32", "bf16")],
+    ),
+    ids=str,
+)
+def test_weights_on_the_host(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
     [
         Case(stage=stage, offload=True, strategy="random", layers_per_block=m, optimizer=optimizer)
         for stage in (1, 2, 3)

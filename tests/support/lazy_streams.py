@@ -219,6 +219,9 @@ class Accelerator(CPU_Accelerator):
     def current_stream(self, device_index: Any = None) -> Stream:
         return self._machine.current
 
+    def default_stream(self, device_index: Any = None) -> Stream:
+        return self._machine.streams[0]
+
     def synchronize(self, device_index: Any = None) -> None:
         for stream in self._machine.streams:
             stream.synchronize()

@@ -49,7 +49,7 @@ def truth_for(case: Case) -> Outcome:
     """The plain loop's run, shared by all cases that differ only in how DeepSpeed distributes the work."""
     stage = case.stage if case.dtype != "fp32" else 0
     offload = case.offload and case.optimizer == "Lion"
-    same = replace(case, stage=stage, strategy="bottom2up", offload=offload, place="cpu", step="auto")
+    same = replace(case, stage=stage, strategy="bottom2up", offload=offload, place="cpu", step="auto", waiting="device")
     return tiny.reference(same, expected_order(case))
 
 

@@ -34,7 +34,7 @@ class Case:
     offload: bool = False  # DeepSpeed's: the step runs on the host
     place: str = "cpu"  # hift.offload.device
     step: str = "auto"  # hift.offload.step
-    waiting: str = "device"  # hift.offload.weights
+    waiting: str = "device"  # hift.offload.weights, or DeepSpeed's offload_param at stage 3
     moments: str = "fp32"  # hift.offload.moments
     strategy: str = "bottom2up"
     layers_per_block: int = 1
@@ -234,6 +234,8 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
     if case.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if case.waiting == "cpu" and case.stage == 3:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if case.dtype != "fp32":
         config[case.dtype] = {"enabled": True}
     if stock and kind in ("Adam", "AdamW") and not case.offload:
@@ -254,7 +256,8 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
         }
         if not case.offload:  # the smallest slices: several to a block
             config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
-            config["hift"]["offload"] |= {"weights": case.waiting, "moments": case.moments}
+            weights = case.waiting if case.stage < 3 else "device"
+            config["hift"]["offload"] |= {"weights": weights, "moments": case.moments}
     return config
 
 

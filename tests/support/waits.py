@@ -228,6 +228,10 @@ class Waits:
             "current_device_name": lambda _: str(DEVICE),
             "on_accelerator": lambda _, tensor: waits.place(tensor) == "device",
             **{name: property(lambda _, kind=name: waits.legacy(kind)) for name in _LEGACY},
+            # What DeepSpeed asks whether it must order what runs on several streams; a GPU answers so.
+            "is_synchronized_device": lambda _: False,
+            "resolves_data_dependency": lambda _: False,
+            "handles_memory_backpressure": lambda _: False,
             "synchronize": synchronize,
             "pin_memory": pin_memory,
             "is_pinned": lambda _, tensor: waits.place(tensor) == "pinned",
@@ -240,6 +244,7 @@ class Waits:
         for name, value in replaced.items():
             self._contexts.enter_context(mock.patch.object(CPU_Accelerator, name, value))
         self._contexts.enter_context(mock.patch.object(HostMemory, "empty", empty))
+        self._contexts.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
         for name in _HOST_COLLECTIVES:
             original = getattr(torch.distributed, name)
 
@@ -530,7 +535,6 @@ class _Calls(TorchFunctionMode):
         torch.Tensor.__array__: lambda self, *args: self._to_python(torch.Tensor.__array__, "numpy", *args),
         _TENSOR.pin_memory: lambda self, tensor, *_: self._waits.pinned(tensor),
         _TENSOR.is_pinned: lambda self, tensor, *_: self._waits.place(tensor) == "pinned",
-        _TENSOR.record_stream: lambda self, *_: None,
         torch.Tensor.backward: _backward,
     }
 
