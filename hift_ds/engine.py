@@ -113,7 +113,7 @@ def _make_on_host(host: HostWeights, make_optimizer: Any, inner: torch.optim.Opt
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     with host.on_device(parameters):
         block = make_optimizer(inner)
-        block.keep_weights_on_host(host)
+        block.keep_weights_on_host(host, parameters)
         return block
 
 

@@ -84,9 +84,13 @@ def place_state(
         )
     codecs = choose_codecs(offload, optimizer, traits, dtypes[0], has_masters)
     decoded, stored = 4 + int(traits.state_bytes), bytes_in_store(codecs, traits)
+    weights_on_host = offload.weights == "cpu"
+    if weights_on_host and has_masters:
+        stored += dtypes[0].itemsize  # the weights travel with the state
     chunk_bytes, slots = None, 1
     if not traits.shaped and offload.step != "block":
-        chunk_bytes, slots = offload.slots(numels, ranks, decoded, stored if codecs else None)
+        is_other = bool(codecs) or weights_on_host
+        chunk_bytes, slots = offload.slots(numels, ranks, decoded, stored if is_other else None)
     host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
     needed = _host_bytes(parameters, ranks, traits, has_masters, codecs)
     host.check_room(needed)
@@ -97,6 +101,7 @@ def place_state(
         "chunk_bytes": chunk_bytes,
         "bytes_per_element": stored,
         "codecs": codecs,
+        "weights_on_host": weights_on_host,
         "prefetch": bool(offload.prefetch),
         "slots": slots,
         "defer": offload.defers and offload.device == "cpu",

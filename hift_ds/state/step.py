@@ -156,7 +156,9 @@ class BlockState:
         self._staging = staging
         self._masters = [master for master, _ in owner.masters()]
         self._groups = [group for _, group in owner.masters()]
-        self._off_device = [host is not None and owner.weights(i) is not None for i in range(len(self._masters))]
+        # fp32 weights at stage 0 are their own masters: on the device, or in host memory that is not this store's.
+        self._are_weights = [owner.weights(i) is None for i in range(len(self._masters))]
+        self._off_device = [host is not None and (weights_on_host or not own) for own in self._are_weights]
         limit = CHUNK if on_host is not None else None
         if self._moves_state and staging.slot_bytes is not None and bytes_per_element:
             limit = int((staging.slot_bytes - (SLOT_OVERHEAD if codecs or weights_on_host else 0)) // bytes_per_element)
@@ -232,7 +234,9 @@ class BlockState:
         if self._host is None:
             return
         for index, master in enumerate(self._masters):
-            if self._off_device[index] and None not in self._encoded.codecs:
+            if self._off_device[index] and self._are_weights[index]:
+                pass
+            elif self._off_device[index] and None not in self._encoded.codecs:
                 master.data = self._in_buffer((index, None, 0), master.data)
             elif self._off_device[index] and not self._is_away(master):
                 self._encode_master(index)
@@ -382,6 +386,10 @@ class BlockState:
         if self._host is not None and self._host.direct is not None:
             self._host.direct.release(self._buffers.values())
 
+    def written(self) -> list[Any]:
+        """Return the events after which the store and weights on the host have what the last step changed."""
+        return [event for event in self._active.written if event is not None]
+
     def discard_prefetched(self) -> None:
         """Discard chunks that were fetched and not stepped."""
         for chunk in self._fetched.values():
@@ -475,7 +483,7 @@ class BlockState:
 
         They are sources only if the masters are encoded: the step makes the weights from the masters.
         """
-        if not self._weights_on_host:
+        if not self._weights_on_host or all(self._are_weights):
             return []
         pieces = self._weights_of(chunk)
         if None not in self._encoded.codecs:

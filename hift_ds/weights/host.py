@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
-from hift_ds.state.transfer import Lane, Staging, mark
+from hift_ds.state.transfer import Lane, Staging
 from hift_ds.weights.turns import Slot, Turns, Way
 from hift_ds.weights.units import Unit, find_units
 
@@ -165,13 +165,15 @@ class HostWeights:
         assert self._turns is not None
         self._turns.before_change(self._units_of(parameters))
 
-    def changed(self, parameters: Iterable[nn.Parameter]) -> None:
+    def changed(self, parameters: Iterable[nn.Parameter], *written: Any) -> None:
         """After an update of the weights of parameters is issued: fetch them again when they are needed.
 
-        What is issued so far on the device's current stream and on the lane to the host has written the new weights.
+        Args:
+            parameters: the parameters.
+            written: events after which the new weights are in host memory.
         """
         assert self._turns is not None
-        self._turns.changed(self._units_of(parameters), (mark(), self._staging.storing.mark()))
+        self._turns.changed(self._units_of(parameters), written)
 
     def unchanged(self, parameters: Iterable[nn.Parameter]) -> None:
         """After an update that did not take place."""

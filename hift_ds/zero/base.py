@@ -6,7 +6,7 @@ model, and its steps need no changes. The subclasses hold the few places where s
 blocks exist. ``block_optimizers.py`` manages all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from hift_ds.optim.properties import parts
 from hift_ds.state.ledger import Held
 from hift_ds.state.step import BlockState, SteppedOptimizer
+from hift_ds.weights.host import HostWeights
 
 
 class BlockOptimizer:
@@ -30,6 +31,7 @@ class BlockOptimizer:
         following: the state of the block that is stepped next, to be fetched in this block's step; None: not yet.
         factor: in a step, what the gradients are multiplied by, where the optimizer computes; None: by nothing.
         clip_grad: largest norm of the gradients; 0: any.
+        host_weights: keeps the weights in host memory; None: they are on the device.
     """
 
     optimizer: Any
@@ -39,7 +41,9 @@ class BlockOptimizer:
     overflow = False
     factor: torch.Tensor | float | None = None
     clip_grad: float = 0.0
+    host_weights: HostWeights | None = None
     _global_grad_norm: Any = None
+    _trained: Sequence[torch.nn.Parameter] = ()
 
     def step(self: Any, closure: Any = None) -> None:
         """Step the block, unless the loss or a gradient is non-finite."""
@@ -63,6 +67,7 @@ class BlockOptimizer:
                 if self.block_state.step(following):
                     self.relink()
                 self.publish_weights()
+                self._announce_weights()
 
             self.block_state.update(update, following is not None and self.updates_alone)
         self.release_gradients()
@@ -91,6 +96,15 @@ class BlockOptimizer:
     def publish_weights(self) -> None:
         """Give the other ranks the weights that this rank updated."""
 
+    def keep_weights_on_host(self, host: HostWeights, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Update the weights of the block's parameters in host memory. Call it before ``block_state`` is made."""
+        self.host_weights, self._trained = host, parameters
+
+    def _announce_weights(self) -> None:
+        """Let the layers use weights that changed in host memory."""
+        if self.host_weights is not None:
+            self.host_weights.changed(self._trained, *self.block_state.written())
+
     def set_active(self, is_active: bool) -> None:
         """Activate or deactivate the block, between two steps."""
 
@@ -110,6 +124,8 @@ class BlockOptimizer:
         if not self.block_state.is_encoded:
             yield
             return
+        if self.host_weights is not None:
+            self.host_weights.settle()
         self.block_state.decode(with_state)
         self.relink()
         try:
@@ -119,6 +135,8 @@ class BlockOptimizer:
                 self.block_state.discard_decoded()
             self.block_state.to_host()
             self.relink()
+            if changes:
+                self._announce_weights()
 
     def relink(self: Any) -> None:
         """Point DeepSpeed's references to state at the current tensors."""

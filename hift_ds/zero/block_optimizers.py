@@ -50,6 +50,7 @@ class BlockOptimizers:
         on_host: the torch optimizer computes on the host, through these areas; None: it computes on the device.
         counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
         codecs: the format in the store of the masters (None) and of state by name; all others are kept as they are.
+        weights_on_host: the weights are in host memory, and travel with the state.
 
     Attributes:
         optimizer: the configured optimizer.
@@ -76,6 +77,7 @@ class BlockOptimizers:
         on_host: HostStep | None = None,
         counted: Collection[str] = (),
         codecs: Mapping[str | None, Codec] | None = None,
+        weights_on_host: bool = False,
     ):
         self.optimizer = configured
         configured.state.clear()  # Adagrad makes its state at construction, here for the whole model
@@ -111,7 +113,9 @@ class BlockOptimizers:
             for parameter in members:
                 parameter.requires_grad_(False)
             stepped: Any = block
-            block.block_state = BlockState(stepped, host, self.staging, bytes_per_element, cuts, state, on_host, codecs)
+            block.block_state = BlockState(
+                stepped, host, self.staging, bytes_per_element, cuts, state, on_host, codecs, weights_on_host
+            )
             block.relink()
             self.optimizers.append(block)
             self._sources.append(sources)

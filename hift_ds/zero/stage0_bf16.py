@@ -7,18 +7,11 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
 
 from hift_ds.optim.properties import with_initial_state
-from hift_ds.weights.host import HostWeights
 from hift_ds.zero.base import BlockOptimizer
 
 
 class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
     """One block's optimizer at stage 0 in bf16."""
-
-    _host: HostWeights | None = None
-
-    def keep_weights_on_host(self, host: HostWeights) -> None:
-        """Update the weights in host memory."""
-        self._host = host
 
     def initialize_optimizer_states(self) -> None:
         """Make state only where the optimizer's class makes it at construction.
@@ -62,12 +55,7 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
     def weights(self, index: int) -> torch.Tensor:
         """Return the bf16 weights of a master."""
         weights = self._weights[index]
-        return weights if self._host is None else self._host.of(weights)
-
-    def publish_weights(self) -> None:
-        """Give the layers the updated weights."""
-        if self._host is not None:
-            self._host.changed(self._weights)
+        return weights if self.host_weights is None else self.host_weights.of(weights)
 
     def refresh_fp32_params(self) -> None:
         """Let the masters have the values of the weights."""

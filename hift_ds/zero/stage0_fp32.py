@@ -1,6 +1,6 @@
 """Stage 0 in fp32: DeepSpeed uses the torch optimizer unchanged, and the weights are their own masters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ class PlainBlockOptimizer(BlockOptimizer):
     """
 
     loss_scale = 1.0
-    _host: HostWeights | None = None
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, clip_grad: float, mpu: Any, order: Iterable[torch.nn.Parameter]
@@ -35,9 +34,9 @@ class PlainBlockOptimizer(BlockOptimizer):
         own = set(map(id, self._weights))
         self._in_order = [weights for weights in order if id(weights) in own]
 
-    def keep_weights_on_host(self, host: HostWeights) -> None:
+    def keep_weights_on_host(self, host: HostWeights, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Take the weights in host memory for the masters."""
-        self._host = host
+        super().keep_weights_on_host(host, parameters)
         self._masters = [(host.of(weights), g) for weights, (_, g) in zip(self._weights, self._masters, strict=True)]
         for group in self.param_groups:
             group["params"] = [host.of(weights) for weights in group["params"]]
@@ -90,11 +89,6 @@ class PlainBlockOptimizer(BlockOptimizer):
 
     def weights(self, index: int) -> None:
         """Return None: the masters are the weights."""
-
-    def publish_weights(self) -> None:
-        """Give the layers the updated weights."""
-        if self._host is not None:
-            self._host.changed(self._weights)
 
     def first_element(self) -> int:
         """Return 0: each rank steps whole parameters."""

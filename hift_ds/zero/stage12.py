@@ -1,7 +1,7 @@
 """ZeRO stages 1 and 2: masters and state are sharded over the ranks, at stage 2 gradients too."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,10 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
     """One block's optimizer at ZeRO stage 1 or 2."""
 
     ready_for_gradients: bool
-    _host: HostWeights | None = None
 
-    def keep_weights_on_host(self, host: HostWeights) -> None:
+    def keep_weights_on_host(self, host: HostWeights, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Keep the flat weights of each parameter group in host memory. They are on the device now."""
-        self._host = host
+        super().keep_weights_on_host(host, parameters)
         for group, flat in enumerate(self.bit16_groups_flat):
             self.bit16_groups_flat[group] = kept = host.keep(flat, self.bit16_groups[group])
             self.parallel_partitioned_bit16_groups[group] = self.get_data_parallel_partitions(kept, group)
@@ -91,9 +90,7 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         return self._alone
 
     def publish_weights(self) -> None:
-        """Give the other ranks, or the layers, the weights that this rank updated."""
-        if self._host is not None:
-            self._host.changed(parameter for group in self.bit16_groups for parameter in group)
+        """Give the other ranks the weights that this rank updated."""
         all_gather_dp_groups(
             groups_flat=self.bit16_groups_flat,
             partitioned_param_groups=self.parallel_partitioned_bit16_groups,

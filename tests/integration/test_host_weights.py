@@ -83,7 +83,7 @@ def different(case: Case, **how: Any) -> list[str]:
 WAITING = {"waiting": "cpu"}
 CASES = [
     Case(stage=stage, dtype=dtype, strategy=strategy, **WAITING)
-    for stage, dtypes in ((0, ("bf16",)), (1, ("bf16", "fp16", "fp32")), (2, ("bf16", "fp16", "fp32")))
+    for stage, dtypes in ((0, ("bf16", "fp32")), (1, ("bf16", "fp16", "fp32")), (2, ("bf16", "fp16", "fp32")))
     for dtype in dtypes
     for strategy in STRATEGIES
 ]
@@ -97,8 +97,10 @@ CASES += [
     Case(stage=0, dtype="bf16", max_block_numel=1500, steps_per_block=2, **WAITING),
     Case(stage=2, dtype="bf16", max_block_numel=1500, **WAITING),
     Case(stage=2, dtype="bf16", balance=True, optimizer="Adagrad", **WAITING),
+    Case(stage=0, optimizer="Adafactor", tied=True, **WAITING),
+    Case(stage=0, max_block_numel=1500, step="block", **WAITING),
 ]
-TABLE = [CASES[0], CASES[4], CASES[8], CASES[11], CASES[16], *CASES[-8:]]
+TABLE = [CASES[0], CASES[4], CASES[7], CASES[11], CASES[14], CASES[19], *CASES[-10:]]
 
 
 @pytest.mark.parametrize("case", others_slow(CASES, TABLE), ids=str)
@@ -108,12 +110,13 @@ def test_the_place_of_weights_does_not_matter(case: Case) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_with_deferred_updates(strategy: str) -> None:
-    case = Case(stage=2, dtype="bf16", strategy=strategy, layers_per_block=2, **WAITING)
-    assert run_on_ranks(1, different, case, defer=True) == [[]]
+    for stage, dtype in ((0, "fp32"), (2, "bf16")):
+        case = Case(stage=stage, dtype=dtype, strategy=strategy, layers_per_block=2, **WAITING)
+        assert run_on_ranks(1, different, case, defer=True) == [[]]
 
 
 @pytest.mark.parametrize("defer", (False, True))
-@pytest.mark.parametrize("case", (CASES[0], CASES[-1], CASES[-5]), ids=str)
+@pytest.mark.parametrize("case", (CASES[0], CASES[5], CASES[-3], CASES[-7]), ids=str)
 def test_nothing_is_read_or_overwritten_too_early(case: Case, defer: bool) -> None:
     assert run_on_ranks(1, different, case, lazy=True, defer=defer) == [[]]
 
@@ -142,7 +145,7 @@ def cycles_with_a_save(case: Case, folder: str) -> tuple[Result, Result, Any]:
         return results[0], results[1], loss
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[5], replace(CASES[16], layers_per_block=1)], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], replace(CASES[19], layers_per_block=1)], ids=str)
 def test_a_run_continues_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
     ((ours, continued, loaded),) = run_on_ranks(1, cycles_with_a_save, case, str(tmp_path / "cpu"))
     assert same(continued, ours)

@@ -77,7 +77,6 @@ CASES = [
     for stage in (0, 1, 2)
     for dtype in ("bf16", "fp32")
     for step in ("streamed", "block")
-    if (stage, dtype) != (0, "fp32")
 ]
 
 

@@ -222,7 +222,7 @@ def trained(model: Any, host: HostWeights | None, order: list[int]) -> list[torc
                     update_in_host_memory(host, parameter)
                 found.append(parameter.grad.clone())
         if host is not None:
-            host.changed(active)
+            host.changed(active, host._staging.storing.mark())
             host.prepare()
         if step % 3 == 1:
             with torch.no_grad():
