@@ -33,7 +33,7 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-def make(case: Case, defer: bool = False, freeze: tuple[str, ...] = ()) -> Any:
+def make(case: Case, defer: bool = False, freeze: tuple[str, ...] = (), **offload: Any) -> Any:
     import hift_ds
 
     llama = tiny.model(case.dtype, case.tied)
@@ -41,7 +41,7 @@ def make(case: Case, defer: bool = False, freeze: tuple[str, ...] = ()) -> Any:
         hift_ds.checkpoint_activations(llama)
     config = tiny.ds_config(case)
     config["hift"] |= {"freeze": list(freeze)}
-    config["hift"]["offload"] |= {"defer": defer}
+    config["hift"]["offload"] |= {"defer": defer, **offload}
     params = tiny.decay_groups(llama.named_parameters()) if case.decay_groups else None
     return hift_ds.initialize(model=llama, config=config, model_parameters=params)[0]
 
@@ -49,16 +49,16 @@ def make(case: Case, defer: bool = False, freeze: tuple[str, ...] = ()) -> Any:
 Result = tuple[list[Any], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]
 
 
-def trained(case: Case, defer: bool = False, lazy: bool = False, steps: int | None = None) -> Result:
+def trained(case: Case, lazy: bool = False, **offload: Any) -> Result:
     """In a rank: losses and gradient norms, weights, and all blocks' state; an evaluation after every third step."""
     with contextlib.ExitStack() as stack:
         if lazy:
             stack.enter_context(LazyStreams())
         else:
             stack.enter_context(poisoned())
-        engine, seen = make(case, defer), []
+        engine, seen = make(case, **offload), []
         stack.callback(engine.destroy)
-        for step in range(steps or case.steps):
+        for step in range(case.steps):
             seen.append((tiny.optimizer_step(engine, step), float(engine.get_global_grad_norm())))
             if step % 3 == 2:
                 engine.eval()
@@ -74,10 +74,10 @@ def same(ours: Result, truth: Result) -> bool:
     return ours[0] == truth[0] and tiny.identical(ours[1], truth[1]) and all(tiny.identical(a, b) for a, b in states)
 
 
-def different(case: Case, **how: Any) -> list[str]:
+def different(case: Case, lazy: bool = False, defer: bool = False, **offload: Any) -> list[str]:
     """In a rank: what is not as with the weights on the device."""
-    truth = trained(replace(case, waiting="device"))
-    return [] if same(trained(case, **how), truth) else [str(case)]
+    truth = trained(replace(case, waiting="device"), **offload)
+    return [] if same(trained(case, lazy, defer=defer, **offload), truth) else [str(case)]
 
 
 WAITING = {"waiting": "cpu"}
@@ -113,6 +113,19 @@ def test_with_deferred_updates(strategy: str) -> None:
     for stage, dtype in ((0, "fp32"), (2, "bf16")):
         case = Case(stage=stage, dtype=dtype, strategy=strategy, layers_per_block=2, **WAITING)
         assert run_on_ranks(1, different, case, defer=True) == [[]]
+
+
+@pytest.mark.parametrize("lazy", (False, True))
+@pytest.mark.parametrize("offload", ({"master": "fp32"}, {"moments": "8bit"}, {"prefetch": 2**20}), ids=str)
+def test_with_each_format_of_state(offload: dict[str, Any], lazy: bool) -> None:
+    case = Case(stage=2, dtype="bf16", layers_per_block=2, decay_groups=True, **WAITING)
+    assert run_on_ranks(1, different, case, lazy=lazy, **offload) == [[]]
+
+
+@pytest.mark.parametrize("stage", (0, 2))
+def test_with_state_in_files(stage: int, tmp_path: Path) -> None:
+    case = Case(stage=stage, dtype="bf16", place="nvme", **WAITING)
+    assert run_on_ranks(1, different, case, nvme_path=str(tmp_path)) == [[]]
 
 
 @pytest.mark.parametrize("defer", (False, True))
@@ -255,6 +268,7 @@ def without(case: Case, name: str) -> bool:
         "wait": mock.patch.object(hift_ds.weights.turns, "wait", lambda event: None),
         "mark of a fill": mock.patch.object(hift_ds.weights.turns, "mark", lambda: None),
         "changed": mock.patch.object(Turns, "changed", lambda *_: None),
+        "events of an update": mock.patch.object(Turns, "changed", _changed_at_once(Turns.changed)),
     }[name]
     truth = trained(replace(case, waiting="device"))
     try:
@@ -264,7 +278,11 @@ def without(case: Case, name: str) -> bool:
         return True
 
 
-@pytest.mark.parametrize("name", ("wait", "mark of a fill", "changed"))
+def _changed_at_once(changed: Any) -> Any:
+    return lambda turns, units, _: changed(turns, units, ())
+
+
+@pytest.mark.parametrize("name", ("wait", "mark of a fill", "changed", "events of an update"))
 def test_each_wait_is_noticed_if_it_is_missing(name: str) -> None:
     case = Case(stage=2, dtype="bf16", strategy="random", waiting="cpu")
     assert run_on_ranks(1, without, case, name) == [True]
