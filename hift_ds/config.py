@@ -305,6 +305,9 @@ def _slot_problems(offload: Mapping[str, Any]) -> list[str]:
     return found
 
 
+_FORMATS = (("master", "split"), ("moments", "8bit"))  # of state off the device, if a step decodes them there
+
+
 def _format_problems(offload: Mapping[str, Any]) -> list[str]:
     """Check that formats of state off the device are given only if state leaves the device."""
     if offload.get("device") != "none":
@@ -313,7 +316,7 @@ def _format_problems(offload: Mapping[str, Any]) -> list[str]:
         f"{SECTION}.offload.{key}={value!r} has no effect with device='none', which keeps state on the device; set "
         "device to cpu or nvme, or remove it"
         for key, value in offload.items()
-        if (key, value) in (("master", "split"), ("moments", "8bit"))
+        if (key, value) in _FORMATS
     ]
 
 
@@ -449,6 +452,12 @@ def conflicts(config: Mapping[str, Any]) -> list[str]:
             f"{setting} has no effect with zero_optimization.offload_optimizer.device={offload!r}: the step on the "
             f"host has no slots and is not deferred; {remedy}"
             for setting, remedy in needs_streamed_step(own).items()
+        ]
+        found += [
+            f"{SECTION}.offload.{key}={value!r} has no effect with zero_optimization.offload_optimizer.device="
+            f"{offload!r}: the step on the host keeps fp32 numbers; remove one of them"
+            for key, value in own.items()
+            if (key, value) in _FORMATS
         ]
     if stage == 3 and _get(config, f"{SECTION}.offload.defer") is True:
         found.append(

@@ -78,6 +78,13 @@ def test_values_arrive() -> None:
             {"offload": {"defer": True, "device": "nvme", "nvme_path": "."}},
             ("offload.defer=true ", "device='nvme'", "to auto"),
         ),
+        ({"offload": {"master": "bf16"}}, ("offload.master='bf16'", "auto, fp32 or split")),
+        ({"offload": {"moments": 8}}, ("offload.moments=8", "fp32 or 8bit")),
+        ({"offload": {"master": "split", "device": "none"}}, ("offload.master='split' ", "device='none'", "remove it")),
+        (
+            {"offload": {"moments": "8bit", "device": "none"}},
+            ("offload.moments='8bit' ", "device='none'", "cpu or nvme"),
+        ),
         ({"offload": {"weights": "host"}}, ("offload.weights='host'", "device or cpu")),
         (
             {"offload": {"weights": "cpu", "device": "none"}},
@@ -137,6 +144,13 @@ def test_problems_of_the_section_hide_none_of_the_rest(offload: Any, count: int)
                 "hift": {"offload": {"defer": True}},
             },
             ("offload.defer=true ", "offload_optimizer.device='cpu'", "to auto"),
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "hift": {"offload": {"moments": "8bit"}},
+            },
+            ("offload.moments='8bit' ", "offload_optimizer.device='cpu'", "remove one"),
         ),
         (
             {"zero_optimization": {"stage": 3}, "hift": {"offload": {"defer": True}}},
