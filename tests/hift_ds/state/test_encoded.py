@@ -62,3 +62,19 @@ def test_codes_are_loaded_as_they_are_or_decoded_for_a_run_without_them() -> Non
     assert torch.equal(decoded, state.read(0, "exp_avg", values.shape))
     other.forget_state()
     assert other.names(0) == []
+
+
+def test_values_that_are_read_and_written_again_keep_their_codes() -> None:
+    """To encode what was decoded changes one code in ten thousand."""
+    values = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    state = encoded([Slice(0, 0, values.numel(), True)], {"exp_avg": FIRST_MOMENT})
+    state.write(0, "exp_avg", values)
+    codes = state.parts_of(0)["exp_avg"]["codes"].clone()
+    state.write(0, "exp_avg", state.read(0, "exp_avg", values.shape))
+    assert torch.equal(state.parts_of(0)["exp_avg"]["codes"], codes)
+
+
+def test_rows_that_no_step_has_trained_are_zero() -> None:
+    state = encoded([Slice(0, 0, 1500, False, 0), Slice(0, 1500, 3000, False, 2048)], {"exp_avg": FIRST_MOMENT})
+    state.set_known(0, "exp_avg")
+    assert not state.read(0, "exp_avg", torch.Size([3000])).any()
