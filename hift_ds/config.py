@@ -22,8 +22,8 @@ MIN_BUFFER = 65536
 SLOT_OVERHEAD = 4096
 # Elements of a gradient in one chunk of its norm, which DeepSpeed copies to fp64.
 NORM_CHUNK = 2**22
-# Page-locked buffers between the device and files: bytes of each, and their smallest number (half for each direction).
-AIO_CHUNK, AIO_BUFFERS = 2**23, 4
+# Bytes that are read from files, or written to them, at a time.
+AIO_CHUNK = 2**23
 
 
 def noise_chunk(device: str) -> int:
@@ -37,6 +37,17 @@ def noise_chunk(device: str) -> int:
         device: the device's type, such as ``cpu``.
     """
     return 2**17 if device == "cpu" else 2**22
+
+
+def file_buffer_bytes(largest: int) -> int:
+    """Return the bytes of page-locked host memory between the device and files: room for the state of two blocks.
+
+    While one is stepped, the next one's is read, and the one before is written.
+
+    Args:
+        largest: the most bytes that one block has in files, on one rank.
+    """
+    return 2 * (-(-largest // AIO_CHUNK) + 1) * AIO_CHUNK  # a block's state begins and ends inside of a piece
 
 
 class ConfigError(ValueError):
@@ -77,6 +88,8 @@ class OffloadConfig:
             element-wise, and it computes on the device.
         moments: the format of optimizer state off the device: ``fp32``: as the optimizer makes it; ``8bit``: codes of
             8 bits with a scale for each 256 elements, which is not exact.
+        nvme: what is in files with ``device: nvme``: ``all`` state, or the ``moments`` alone, with the masters in host
+            memory.
     """
 
     device: str = "cpu"
@@ -89,6 +102,7 @@ class OffloadConfig:
     weights: str = "device"
     master: str = "auto"
     moments: str = "fp32"
+    nvme: str = "all"
 
     @property
     def defers(self) -> bool:
@@ -247,15 +261,21 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
     "master": (lambda v: v in ("auto", "fp32", "split"), "auto, fp32 or split"),
     "moments": (lambda v: v in ("fp32", "8bit"), "fp32 or 8bit"),
     "nvme_path": (lambda v: v is None or isinstance(v, str) and bool(v.strip()), "the path of a folder, or null"),
+    "nvme": (lambda v: v in ("all", "moments"), "all or moments"),
 }
 
 
 def _place_problems(offload: Mapping[str, Any]) -> list[str]:
-    """Check that ``nvme_path`` is given exactly if ``device`` needs it, and that it can be written."""
+    """Check that what is for files is given only with ``device: nvme``, and that ``nvme_path`` can be written."""
     device, folder = offload.get("device", OffloadConfig.device), offload.get("nvme_path")
     prefix = f"{SECTION}.offload"
     if device != "nvme":
-        return [f"{prefix}.nvme_path={folder!r} has no effect with device={device!r}; remove it"] if folder else []
+        return [
+            f"{prefix}.{key}={offload[key]!r} has no effect with device={device!r}; remove it, or set {prefix}.device "
+            "to nvme"
+            for key, default in (("nvme_path", None), ("nvme", OffloadConfig.nvme))
+            if offload.get(key, default) != default
+        ]
     if not folder:
         return [f"{prefix}.device='nvme' needs {prefix}.nvme_path, an existing folder on the drive"]
     if reason := paths.fault(folder):

@@ -390,6 +390,15 @@ class HiFTEngine(CheckpointingEngine):
         with self._all_blocks():
             return super().save_checkpoint(*args, **kwargs)
 
+    @contextmanager
+    def saving_into(self, folder: str) -> Iterator[None]:
+        """While inside, masters are decoded into files in this folder, which take no anonymous memory."""
+        self.block_optimizers.scratch_folder = folder
+        try:
+            yield
+        finally:
+            self.block_optimizers.scratch_folder = None
+
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
         """DeepSpeed's ``load_checkpoint``. Training continues at the saved step of the saved cycle.
 

@@ -2,6 +2,7 @@
 
     python -m evaluation.efficiency --model-shape smollm2-135m --batch 4 --length 256 --stages 0,1,2,3 --cycles 3
     python -m evaluation.efficiency --memory          peak memory instead of time (peak_memory.py)
+    python -m evaluation.efficiency --files FOLDER    state in files under a limit of memory (file_state.py)
     python -m evaluation.efficiency --methods all --memory          time, tokens/s and memory of each method
 
 All methods train the same model from the same weights on the same batches, with AdamW or the method's own optimizer, in
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.evaluation.cost import peak_memory
+from hift_ds.evaluation.cost import file_state, peak_memory
 from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.cost.timed_methods import (
     DTYPES,
@@ -269,6 +270,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def section(text: str) -> dict:
+    """Parse a JSON object (argparse type)."""
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
+
+
 def methods(text: str) -> list[str]:
     """Parse "all" or a comma-separated list of training methods (argparse type)."""
     return list(TRAINED) if text == "all" else comma_separated(list(TRAINED))(text)
@@ -300,10 +309,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=8, help="with --methods: measured steps of methods without cycles")
     add("--stock-every", type=positive, default=4, help="time full fine-tuning only in every N-th step of a cycle")
     add("--memory", action="store_true", help="peak memory instead of step time; with --methods both (Linux)")
+    add("--files", type=Path, metavar="FOLDER", help="state in files in this folder, under a limit, beside host memory")
+    add("--hift", type=section, default={}, help="with --files: the config's section hift, as JSON")
     add("--json", type=Path, help="also write all numbers to this file")
     options = parser.parse_args(arguments)
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}; create it first")
+    if options.files and not options.files.is_dir():
+        parser.error(f"--files {options.files}: not a folder; create it first")
     if options.methods and options.against:
         parser.error(
             "--against: not with --methods, which compares all methods with full fine-tuning; remove one of them"
@@ -327,6 +340,13 @@ def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
         peaks = peak_memory.compare(Setup(shape, "fp32", 0, *size))
         write_json(options.json, [origin], peaks=[asdict(p) for p in peaks])
         print("\n" + peak_memory.table(peaks))
+        return []
+    if options.files:
+        print(f"State in files on {machine()}\n{origin}\n{sizes}, bf16, AdamW, ZeRO 2", flush=True)
+        setup = Setup(shape, "bf16", 2, *size)
+        runs = file_state.compare(setup, options.cycles, str(options.files), options.hift)
+        write_json(options.json, [origin], runs=[asdict(run) for run in runs])
+        print("\n" + file_state.table(runs))
         return []
     join_world()
     units = f"{options.cycles} cycles" + (f" or {options.steps} steps" if options.methods else "")

@@ -1,6 +1,8 @@
 """How an engine saves and loads: DeepSpeed writes the files, and :mod:`hift_ds.checkpoint.store` commits them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -52,7 +54,8 @@ class SavingEngine(DeepSpeedEngine):
 
         def write(folder: str, name: str) -> Files:
             state = {**(client_state or {}), **self.position()}
-            super(SavingEngine, self).save_checkpoint(folder, name, state, False, exclude_frozen_parameters)
+            with self.saving_into(folder):
+                super(SavingEngine, self).save_checkpoint(folder, name, state, False, exclude_frozen_parameters)
             self.checkpoint_engine.save(generator_states(), os.path.join(folder, name, self._generators_file()))
             return self.checkpoint_engine.finish()
 
@@ -131,6 +134,11 @@ class SavingEngine(DeepSpeedEngine):
     def place(self) -> dict[str, Any]:
         """Return the position of the run for the manifest; here none."""
         return {}
+
+    @contextmanager
+    def saving_into(self, folder: str) -> Iterator[None]:
+        """While inside, DeepSpeed saves a checkpoint in this folder; here nothing depends on it."""
+        yield
 
     def position(self) -> dict[str, Any]:
         """Return entries for the client state in addition to the caller's; here none."""

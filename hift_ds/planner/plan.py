@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hift_ds.blocks.block import Block
 from hift_ds.blocks.partition import partition_model
-from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError
+from hift_ds.config import ConfigError, file_buffer_bytes
 from hift_ds.model.activations import checkpoint_activations
 from hift_ds.model.loss import unwrapped
 from hift_ds.model.positions import PositionLimit, position_limit
@@ -179,6 +179,10 @@ class BuiltModel:
     def numels(self, block: int) -> list[int]:
         """Return the elements of each gradient of a block."""
         return _numels(self.gradient_shapes(block))
+
+    def updated_numels(self) -> list[list[int]]:
+        """Return for each block the elements of each parameter that it updates."""
+        return [[one.numel] if one.slices else self.numels(block) for block, one in enumerate(self.blocks)]
 
     def layer_of(self) -> dict[str, int]:
         """Return the number of the hidden layer of each parameter in one, by name; the first layer is 0."""
@@ -620,7 +624,7 @@ class Planner:
     def setup(self, request: Request, built: BuiltModel) -> Setup:
         """Return what determines the memory of a request's steps, besides the model and the batch."""
         numels = [built.numels(block) for block in range(len(built.blocks))]
-        updated = [[b.numel] if b.slices else own for b, own in zip(built.blocks, numels, strict=True)]
+        updated = built.updated_numels()
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
@@ -684,7 +688,11 @@ class Planner:
         if place == "nvme":
             return sizes
         if any(request.in_files):
-            sizes["buffers"] = AIO_CHUNK * AIO_BUFFERS
+            each = zip(setup.encoding.per_element, request.in_files, strict=True)
+            per_element = sum(size for size, in_files in each if in_files)
+            ranks = request.ranks if request.stage > 0 else 1
+            largest = max(sum(-(-numel // ranks) for numel in block) for block in built.updated_numels())
+            sizes["buffers"] = file_buffer_bytes(math.ceil(largest * per_element))
         partitions = [setup.partition(_numels(shapes)) for shapes in optimizers]
         if setup.copies_gradients:
             sizes["gradients"] = FP32 * sum(partitions)

@@ -1,20 +1,23 @@
 """Host memory and files for the state of inactive blocks: the one allocator of what is kept off the device."""
 
+import functools
 import math
+import mmap
 import os
 import shutil
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.collectives import gather
+from hift_ds.collectives import gather, on_every_rank
+from hift_ds.config import file_buffer_bytes
 from hift_ds.state.arena import Arena
-from hift_ds.state.direct_io import PAGE, open_direct_io
+from hift_ds.state.direct_io import PAGE, DirectIO, open_direct_io
 from hift_ds.state.free_memory import available_memory, return_freed_memory
 
 
@@ -23,102 +26,169 @@ class HostMemory:
 
     Args:
         pin_memory: page-lock the buffers, through DeepSpeed's accelerator; see :class:`~hift_ds.state.arena.Arena`.
-        folder: keep the buffers in memory-mapped files in this folder instead. The kernel writes their pages to the
-            drive and frees them when it needs memory. The files are unlinked, so nothing remains when the process
-            ends, however it ends.
+        folder: keep buffers in memory-mapped files in this folder. The kernel writes their pages to the drive and
+            frees them when it needs memory. The files have no name, so nothing remains when the process ends, however
+            it ends. None: all buffers are in host memory.
         aio: DeepSpeed's ``aio`` section with all its keys; None: the defaults of :mod:`hift_ds.state.direct_io`.
+        masters_in_files: if there is a folder, keep masters there as well, and not only the rest of the state.
+        largest: the most bytes that one block will have in files. The memory between files and the device has room for
+            twice as many.
 
     Attributes:
-        folder: as given; None: the buffers are in host memory.
+        folder: as given.
         buffers: every buffer handed out. They live as long as the run.
-        direct: moves state between the files and the device, if DeepSpeed's asynchronous I/O works here; else None.
-            The buffers are then only for reading and changing state between steps.
     """
 
-    def __init__(self, pin_memory: bool = True, folder: str | None = None, aio: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        pin_memory: bool = True,
+        folder: str | None = None,
+        aio: Mapping[str, Any] | None = None,
+        masters_in_files: bool = True,
+        largest: int = 1,
+    ):
         self._arena = Arena(pin_memory and get_accelerator().device_name() != "cpu")
+        self._files = Arena(map_file=self._map_file)
+        self._masters_in_files = masters_in_files
+        self._aio = aio
+        self._between = file_buffer_bytes(largest) if folder is not None else 0
         self.folder = folder
-        self.direct = open_direct_io(folder, aio) if folder is not None else None
         self.buffers: list[torch.Tensor] = []
+        self._in_files: set[int] = set()  # addresses of buffers
+
+    @functools.cached_property
+    def direct(self) -> DirectIO | None:
+        """What moves state between the files and the device; None: there are no files, or DeepSpeed's asynchronous I/O
+        does not work here. With it, the buffers in files are only for reading and changing state between steps."""
+        return open_direct_io(self.folder, self._aio, self._between) if self.folder is not None else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def check_room(self, nbytes: int) -> None:
+    def place(self, buffer: torch.Tensor) -> str:
+        """Return where a buffer is: ``host`` or ``nvme``."""
+        return "nvme" if buffer.data_ptr() in self._in_files else "host"
+
+    def _is_in_files(self, of_master: bool) -> bool:
+        return self.folder is not None and (self._masters_in_files or not of_master)
+
+    def _split(self, nbytes: int, of_masters: int) -> tuple[int, int]:
+        """Return the bytes in host memory and in files, of all bytes and those of masters among them."""
+        parts = ((of_masters, True), (nbytes - of_masters, False))
+        in_files = sum(size for size, of_master in parts if self._is_in_files(of_master))
+        return nbytes - in_files, in_files
+
+    def check_room(self, nbytes: int, of_masters: int = 0) -> None:
         """Check for enough free space before anything is allocated. All ranks call it, and all get the same answer.
 
         Args:
             nbytes: bytes that this rank will allocate.
+            of_masters: how many of them are for masters.
 
         Raises:
             ValueError: on every rank, if less is free on any machine than its ranks need.
         """
         return_freed_memory()
         host = socket.gethostname()
+        in_memory, in_files = self._split(nbytes, of_masters)
+        remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
+        if self.folder is not None:
+            remedy = "cut the largest blocks (hift.max_block_numel), because two blocks' state passes through it"
+            remedy += ", or set hift.offload.nvme='all'" if in_memory else ""
+        wanted = [(f"host memory on {host}", remedy, in_memory + self._between, available_memory())]
         if self.folder is not None:
             place = f"the drive of hift.offload.nvme_path={self.folder!r} on {host}"
-            free = shutil.disk_usage(self.folder).free
             remedy = "free some space there, or choose a folder on a larger drive"
-        else:
-            place, free = f"host memory on {host}", available_memory()
-            remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
-        needed, least = Counter[str](), dict[str, int]()
-        for at, wanted, left in gather((place, nbytes, free)):
-            needed[at] += wanted
-            least[at] = min(left, least.get(at, left))
+            wanted.append((place, remedy, in_files, shutil.disk_usage(self.folder).free))
+        needed, least, remedies = Counter[str](), dict[str, int](), dict[str, str]()
+        for place, remedy, size, free in (entry for of_rank in gather(wanted) for entry in of_rank):
+            needed[place] += size
+            least[place] = min(free, least.get(place, free))
+            remedies[place] = remedy
         problems = [
-            f"fp32 masters and optimizer state of all blocks need {needed[at] / 2**30:.2f} GiB of {at}, and "
-            f"{least[at] / 2**30:.2f} GiB are free"
-            for at in needed
-            if needed[at] > least[at]
+            f"masters and optimizer state of all blocks need {needed[place] / 2**30:.2f} GiB of {place}, and "
+            f"{least[place] / 2**30:.2f} GiB are free; {remedies[place]}"
+            for place in needed
+            if needed[place] > least[place]
         ]
         if problems:
-            raise ValueError("; ".join([*problems, remedy]))
+            raise ValueError(". ".join(problems))
 
-    def reserve(self, nbytes: int) -> None:
-        """Allocate the memory of buffers that will be made, alignment included. Files are made with the buffers.
+    def reserve(self, nbytes: int, of_masters: int = 0) -> None:
+        """Allocate memory and files for buffers that will be made, alignment included; arguments as for `check_room`.
 
         Raises:
-            MemoryError: the system does not give that much.
+            MemoryError: on every rank, if the system does not give that much memory to one of them.
+            OSError: on every rank, if a folder's file system is full or not writable.
         """
-        if self.folder is None:
-            self._arena.reserve(nbytes)
+        in_memory, in_files = self._split(nbytes, of_masters)
+        for reserve, size, error in (
+            (self._arena.reserve, in_memory, MemoryError),
+            (self._files.reserve, in_files, OSError),
+        ):
+            _, problems = on_every_rank(functools.partial(reserve, size), error)
+            if problems:
+                raise error("\n".join(f"rank {i}: {text}" for i, text in problems.items()))
 
-    def empty(self, like: torch.Tensor, direct: bool = True) -> torch.Tensor:
+    def empty(self, like: torch.Tensor, of_master: bool = False) -> torch.Tensor:
         """Return an uninitialized buffer with the shape and dtype of ``like``.
 
         Args:
             like: a tensor on any device, ``meta`` included.
-            direct: allow direct I/O for this buffer. It requires that slices of the buffer that travel to the device
-                begin at multiples of 1,024 elements.
+            of_master: it is for a master, or a part of one.
 
         Raises:
             OSError: the folder's file system is full or not writable.
             MemoryError: the system does not give that much memory.
         """
-        buffer = self._mapped(like, direct) if self.folder is not None else self._arena.empty(like)
+        is_in_files = self._is_in_files(of_master)
+        buffer = (self._files if is_in_files else self._arena).empty(like)
         self.buffers.append(buffer)
+        if is_in_files:
+            self._in_files.add(buffer.data_ptr())
         return buffer
 
-    def _mapped(self, like: torch.Tensor, direct: bool) -> torch.Tensor:
-        """Return a buffer backed by an unlinked file."""
+    def _map_file(self, nbytes: int) -> mmap.mmap:
         assert self.folder is not None
-        if not like.nbytes:
-            return torch.empty(like.shape, dtype=like.dtype)
         try:
-            with tempfile.NamedTemporaryFile(prefix="hift-", dir=self.folder) as file:
-                # Reserve the space now: if the disk were full at a later page fault, the kernel would kill the process.
-                os.posix_fallocate(file.fileno(), 0, math.ceil(like.nbytes / PAGE) * PAGE)
-                flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
-                if direct and self.direct is not None:
-                    self.direct.add_file(flat, file.name)
+            with tempfile.TemporaryFile(prefix="hift-", dir=self.folder) as file:
+                mapped = _mapped(file.fileno(), nbytes)
+                if self.direct is not None:
+                    self.direct.add_file(torch.frombuffer(mapped, dtype=torch.uint8), file.fileno())
         except OSError as error:
+            there = sum(buffer.nbytes for buffer in self.buffers if self.place(buffer) == "nvme")
             raise OSError(
                 error.errno,
-                f"{error.strerror}: hift.offload.nvme_path={self.folder!r} needs {like.nbytes} more bytes for fp32 "
-                f"masters and optimizer state, in addition to {self.nbytes} bytes already there; free some space, "
-                "choose another folder, or set hift.offload.device='cpu'",
+                f"{error.strerror}: hift.offload.nvme_path={self.folder!r} needs {nbytes} more bytes for masters and "
+                f"optimizer state, in addition to {there} bytes already there; free some space, choose another "
+                "folder, or set hift.offload.device='cpu'",
             ) from error
-        return flat.view(like.shape)
+        return mapped
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, folder: str) -> torch.Tensor:
+    """Return an uninitialized tensor in a memory-mapped file without a name, which takes no anonymous memory.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        folder: where the file is.
+
+    Raises:
+        OSError: the folder's file system is full or not writable.
+    """
+    numel = math.prod(shape)
+    if not numel:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile(prefix="hift-", dir=folder) as file:
+        return torch.frombuffer(_mapped(file.fileno(), numel * dtype.itemsize), dtype=dtype, count=numel).view(shape)
+
+
+def _mapped(fd: int, nbytes: int) -> mmap.mmap:
+    """Make a file of at least this many bytes, in whole pages, and map it."""
+    size = math.ceil(nbytes / PAGE) * PAGE
+    # Reserve the space now: if the disk were full at a later page fault, the kernel would kill the process.
+    os.posix_fallocate(fd, 0, size)
+    return mmap.mmap(fd, size)

@@ -112,11 +112,14 @@ class Arena:
         pin_memory: page-lock the regions. Where the accelerator cannot register memory or the system refuses, torch
             page-locks slabs whose sizes are powers of two, which it does not round up. If it fails as well, memory
             stays pageable and a warning is logged once.
+        map_file: returns a memory-mapped file of a number of bytes; the regions are such files.
     """
 
-    def __init__(self, pin_memory: bool):
+    def __init__(self, pin_memory: bool = False, map_file: Callable[[int], mmap.mmap] | None = None):
         self._ways: list[Callable[[int, int], _Space]] = [_pageable]
-        if pin_memory:
+        if map_file is not None:
+            self._ways = [lambda nbytes, least: _Space(map_file(nbytes), 0, nbytes)]
+        elif pin_memory:
             self._ways = [_registered, _slab, _pageable]
         self._spaces: list[_Space] = []
         self._planned = 0

@@ -1,21 +1,20 @@
 """State between files and the device, by DeepSpeed's asynchronous I/O, which bypasses the kernel's page cache.
 
-The data passes through page-locked buffers of a fixed size. Reads run ahead of the copies to the device, and copies
-from the device run ahead of writes. DeepSpeed's handle does not report whether an operation succeeded (``wait`` counts
-failed operations like others). So this module computes a checksum of everything it writes, and checks it at the next
-read.
+The data passes through page-locked memory with room for the state of two blocks, in pieces. The state of the block that
+comes next is read ahead, and what comes back from the device is written behind, so that the drive works while the
+device computes. DeepSpeed's handle does not report whether an operation succeeded (it counts failed operations like
+others). So this module computes a checksum of everything it writes, and checks it at the next read.
 """
 
+import bisect
 import ctypes
 import errno
 import functools
-import itertools
-import math
 import os
-import resource
+import queue
+import sys
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -25,13 +24,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import logger
 
-from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
+from hift_ds.config import AIO_CHUNK
+from hift_ds.state.arena import Arena
 
 # Direct I/O needs offsets, sizes and addresses that are multiples of the drive's logical block size, which is at most
 # this many bytes.
 PAGE = 4096
 
-# Used if the config has no ``aio`` section. The requests that one handle has in flight make up one chunk.
+# Used if the config has no ``aio`` section. The requests that one handle has in flight make up one piece.
 _DEFAULTS = {
     "block_size": 2**20,
     "queue_depth": AIO_CHUNK // 2**20,
@@ -58,30 +58,25 @@ def library() -> tuple[Any, str]:
         return None, f"it cannot be compiled or loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
-def open_direct_io(folder: str, settings: Mapping[str, Any] | None) -> "DirectIO | None":
+def open_direct_io(folder: str, settings: Mapping[str, Any] | None, nbytes: int) -> "DirectIO | None":
     """Return a :class:`DirectIO` for the files of a folder. If asynchronous I/O does not work, log why and return None.
 
     Args:
         settings: DeepSpeed's ``aio`` section with all its keys; None: the defaults of this module.
+        nbytes: page-locked memory that it takes.
     """
     module, reason = library()
-    settings = settings or _DEFAULTS
-    nbytes = AIO_CHUNK * 2 * _channels(settings)
     if module is not None and not _can_lock(nbytes):
         reason = f"the system refuses to page-lock {nbytes} bytes; raise the limit (ulimit -l)"
     elif module is not None:
         try:
-            direct = DirectIO(module, settings)
+            direct = DirectIO(module, settings or _DEFAULTS, nbytes)
             direct.check_folder(folder)
             return direct
         except OSError as error:
             reason = f"it does not work in hift.offload.nvme_path={folder!r}: {error.strerror}"
     logger.warning(f"state uses memory-mapped files instead of DeepSpeed's asynchronous I/O: {reason}")
     return None
-
-
-def _channels(settings: Mapping[str, Any]) -> int:
-    return max(AIO_BUFFERS // 2, settings["intra_op_parallelism"])
 
 
 def _can_lock(nbytes: int) -> bool:
@@ -120,78 +115,129 @@ def _synchronize(event: Any) -> None:
         event.synchronize()
 
 
-class _Channel:
-    """A page-locked buffer, and a handle that moves one chunk between this buffer and a file."""
+_DONE: "Future[None]" = Future()
+_DONE.set_result(None)
+
+
+class _Handles:
+    """Threads with a handle of DeepSpeed's each, for one direction."""
 
     def __init__(self, module: Any, settings: Mapping[str, Any]):
-        self._handle = module.aio_handle(
-            settings["block_size"],
-            settings["queue_depth"],
-            settings["single_submit"],
-            settings["overlap_events"],
-            1,
-        )
-        if get_accelerator().device_name() == "cpu":
-            self.buffer = self._handle.new_cpu_locked_tensor(AIO_CHUNK, torch.empty(0, dtype=torch.uint8))
-            weakref.finalize(self, self._handle.free_cpu_locked_tensor, self.buffer)
-        else:
-            self.buffer = get_accelerator().pin_memory(torch.empty(AIO_CHUNK, dtype=torch.uint8))
-        self.free: Any = None  # event after which the device no longer reads the buffer
-        self._pending = False
+        count = max(2, settings["intra_op_parallelism"])
+        keys = ("block_size", "queue_depth", "single_submit", "overlap_events")
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(count):
+            self._idle.put(module.aio_handle(*(settings[key] for key in keys), 1))
+        self._threads = ThreadPoolExecutor(count, initializer=_use, initargs=(_device(),))
 
-    def read(self, fd: int, offset: int, nbytes: int) -> None:
-        self._begin(self._handle.async_pread, fd, offset, nbytes)
+    def submit(self, work: Callable[..., None], *args: Any) -> "Future[None]":
+        return self._threads.submit(work, *args)
 
-    def write(self, fd: int, offset: int, nbytes: int) -> None:
-        self._begin(self._handle.async_pwrite, fd, offset, nbytes)
+    def read(self, buffer: torch.Tensor, fd: int, offset: int) -> None:
+        """Fill a buffer from a file by an idle handle, which reports no error."""
+        self._move("sync_pread", buffer, fd, offset)
 
-    def _begin(self, operation: Callable[..., int], fd: int, offset: int, nbytes: int) -> None:
-        # The handle opens files by name, and the files of `HostMemory` are unlinked.
-        if operation(self.buffer[: _whole_pages(nbytes)], f"/proc/self/fd/{fd}", offset):
-            raise OSError(errno.EIO, "DeepSpeed's asynchronous I/O refuses a file of hift.offload.nvme_path")
-        self._pending = True
+    def write(self, buffer: torch.Tensor, fd: int, offset: int) -> None:
+        """Write a buffer to a file by an idle handle, which reports no error."""
+        self._move("sync_pwrite", buffer, fd, offset)
 
-    def finish(self) -> None:
-        if self._pending:
-            self._pending = False
-            self._handle.wait()
+    def _move(self, method: str, buffer: torch.Tensor, fd: int, offset: int) -> None:
+        handle = self._idle.get()
+        try:
+            # The handle opens files by name, and the files of `HostMemory` have none.
+            if getattr(handle, method)(buffer, f"/proc/self/fd/{fd}", offset) != 1:
+                raise OSError(errno.EIO, "DeepSpeed's asynchronous I/O refuses a file of hift.offload.nvme_path")
+        finally:
+            self._idle.put(handle)
 
 
-class _Chunk(NamedTuple):
-    """At most ``AIO_CHUNK`` bytes of a tensor: on the device, and in a file."""
+class _File(NamedTuple):
+    """A file, and its mapping into memory as bytes."""
 
-    device: torch.Tensor
     fd: int
-    offset: int  # in the file, in bytes
-    sums: list[int]  # checksums of all chunks of its tensor at their last write; empty: written through the mapping
-    number: int  # index into `sums`
+    mapped: torch.Tensor
+
+
+class _Place(NamedTuple):
+    """What a piece holds: bytes of a file (a number) from ``offset`` on."""
+
+    file: int
+    offset: int
+
+
+class _Piece:
+    """A part of the page-locked memory, which holds a part of a file.
+
+    Attributes:
+        memory: at most as many bytes of the file.
+        is_dirty: it was changed, and no write of it has begun.
+        filled: the read of the file.
+        written: the last write of the file.
+        fetched: event after the last copy to the device.
+        stored: event after the last copy from the device.
+    """
+
+    def __init__(self, memory: torch.Tensor):
+        self.memory = memory
+        self.is_dirty = False
+        self.filled: Future[None] = _DONE
+        self.written: Future[None] = _DONE
+        self.fetched: Any = None
+        self.stored: Any = None
 
 
 class DirectIO:
-    """Reads and writes tensors in files, one file per tensor, in one thread for each direction.
+    """Reads and writes tensors in files, through a cache of parts of these files in page-locked memory.
 
-    After a tensor was passed to :meth:`write` or :meth:`read`, it must not be used through the file's mapping until
-    :meth:`release`: the kernel keeps direct I/O and mappings coherent only if they do not overlap in time.
+    A thread copies between the cache and the device, in the order of calls. It alone decides what the cache holds.
+    Others read and write the files.
+
+    After a tensor was passed to :meth:`write`, :meth:`read` or :meth:`read_ahead`, it must not be used through the
+    file's mapping until :meth:`release`: the kernel keeps direct I/O and mappings coherent only if they do not overlap
+    in time.
 
     Args:
         module: DeepSpeed's asynchronous I/O module (see :func:`library`).
         settings: DeepSpeed's ``aio`` section with all its keys.
+        nbytes: size of the cache, at least two pages.
 
     Attributes:
-        buffers: page-locked, allocated once. No other host memory is used, whatever the size of the state.
+        buffers: the cache's memory, page-locked, allocated once. No other host memory is used.
+
+    Raises:
+        OSError: the system does not page-lock that much.
     """
 
-    def __init__(self, module: Any, settings: Mapping[str, Any]):
-        sides = [[_Channel(module, settings) for _ in range(_channels(settings))] for _ in range(2)]
-        self._reading, self._writing = sides
-        self.buffers = [channel.buffer for side in sides for channel in side]
-        self._threads = [ThreadPoolExecutor(1, initializer=_use, initargs=(_device(),)) for _ in range(2)]
-        self._files: dict[int, int] = {}  # address of the mapping -> file descriptor
-        # address of the mapping -> offset of a slice -> its bytes, and its chunks' checksums at their last write
-        self._sums: dict[int, dict[int, tuple[int, list[int]]]] = {}
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:  # one file per tensor stays open
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    def __init__(self, module: Any, settings: Mapping[str, Any], nbytes: int):
+        self._readers, self._writers = _Handles(module, settings), _Handles(module, settings)
+        self._copies = ThreadPoolExecutor(1, initializer=_use, initargs=(_device(),))
+        memory = self._locked(module, nbytes)
+        self.buffers = [memory]
+        self._spare = [_Piece(part) for part in memory.split(AIO_CHUNK)]
+        self._held: dict[_Place, _Piece] = {}  # least recently used first
+        self._awaited: dict[_Place, None] = {}  # will be needed soon
+        self._files: list[_File] = []
+        self._addresses: list[int] = []  # of the mappings, in ascending order
+        self._numbers: list[int] = []  # of the files, in this order
+        self._sums: dict[_Place, int] = {}  # checksums of what was written since the last `release`
+        self._writes: dict[_Place, Future[None]] = {}  # of places that no piece holds any more
+        self._ahead: Future[None] = _DONE  # the last `read_ahead`
+        # Python's collector calls finalizers of all objects in a cycle, which end threads and free memory, before an
+        # engine in the cycle is destroyed.
+        self._is_open = [True]
+        weakref.finalize(self, self._is_open.clear)
+
+    def _locked(self, module: Any, nbytes: int) -> torch.Tensor:
+        """Return page-locked memory that DeepSpeed's handles use directly."""
+        if get_accelerator().device_name() == "cpu":
+            handle = module.aio_handle()
+            memory: torch.Tensor = handle.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8))
+            weakref.finalize(self, handle.free_cpu_locked_tensor, memory)
+            return memory
+        memory = Arena(pin_memory=True).empty(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        if not memory.is_pinned():
+            raise OSError(errno.ENOMEM, f"{nbytes} bytes of host memory cannot be page-locked")
+        return memory
 
     def check_folder(self, folder: str) -> None:
         """Write one page to a file in the folder, and read it back.
@@ -199,194 +245,244 @@ class DirectIO:
         Raises:
             OSError: direct I/O does not work in this folder.
         """
-        with tempfile.NamedTemporaryFile(prefix="hift-", dir=folder) as file:
+        (memory,) = self.buffers
+        source, target = memory[:PAGE].random_(256), memory[-PAGE:].fill_(0)
+        with tempfile.TemporaryFile(prefix="hift-", dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, PAGE)
-            fd = os.open(file.name, os.O_RDWR | os.O_DIRECT)
+            fd = _reopened(file.fileno())
         try:
-            target, source = self._reading[0], self._writing[0]
-            source.buffer[:PAGE].random_(256)
-            source.write(fd, 0, PAGE)
-            source.finish()
-            target.buffer[:PAGE].fill_(0)
-            target.read(fd, 0, PAGE)
-            target.finish()
-            if not torch.equal(target.buffer[:PAGE], source.buffer[:PAGE]):
+            self._writers.write(source, fd, 0)
+            self._readers.read(target, fd, 0)
+            if not torch.equal(source, target):
                 raise OSError(errno.EIO, "data read back differs from data written")
         finally:
             os.close(fd)
 
-    def add_file(self, mapped: torch.Tensor, path: str) -> None:
-        """Use direct I/O for a tensor from now on.
+    def add_file(self, mapped: torch.Tensor, fd: int) -> None:
+        """Use direct I/O for all tensors in a mapped file from now on.
 
         Args:
-            mapped: the memory-mapped contents of the file.
-            path: the file; its size is a multiple of ``PAGE``.
+            mapped: the whole file as bytes, a multiple of ``PAGE``.
+            fd: a descriptor of the file, which the caller may close.
         """
-        # Slices begin at multiples of 1,024 elements, and must begin at multiples of `PAGE` bytes.
-        if mapped.element_size() % 4:
-            return
-        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
-        weakref.finalize(self, os.close, fd)
-        self._files[_address(mapped)] = fd
+        own = _reopened(fd)
+        weakref.finalize(self, os.close, own)
+        at = bisect.bisect(self._addresses, mapped.data_ptr())
+        self._addresses.insert(at, mapped.data_ptr())
+        self._numbers.insert(at, len(self._files))
+        self._files.append(_File(own, mapped))
 
     def read(self, pairs: Sequence[Pair], lane: Any, *events: Any) -> Job:
-        """Copy tensors from their files to the device.
+        """Copy tensors to the device.
 
         Args:
-            pairs: (device, mapped): a tensor on the device, and the mapped tensor whose contents it gets.
+            pairs: (device, host): a tensor on the device, and a tensor in a file or in host memory that it gets the
+                values of.
             lane: the :class:`~hift_ds.state.transfer.Lane` for copies to the device.
             events: the copies begin after these.
         """
-        return Job(self._threads[0].submit(self._read, pairs, lane, events))
+        return Job(self._copies.submit(self._read, pairs, lane, events, self._ahead))
 
     def write(self, pairs: Sequence[Pair], lane: Any, *events: Any) -> Job:
-        """Copy tensors from the device to their files; arguments as in :meth:`read`.
+        """Copy tensors from the device to the cache and to host memory; arguments as in :meth:`read`.
 
-        After :meth:`write`, pass the same slices of a tensor to :meth:`read` and :meth:`write` until :meth:`release`.
+        The files are written later. Until then the cache has the values.
         """
-        return Job(self._threads[1].submit(self._write, pairs, lane, events))
+        return Job(self._copies.submit(self._write, pairs, lane, events))
+
+    def read_ahead(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Start to read what will be needed soon, as far as the cache has room, and to write what was changed.
+
+        Args:
+            tensors: what will be needed, in order; those in host memory are skipped.
+        """
+        places = [place for tensor in tensors for place, _, _ in self._places(tensor)]
+        self._ahead = self._copies.submit(self._read_ahead, list(dict.fromkeys(places)))
 
     def release(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Allow the use of tensors through their mappings, until the next :meth:`read` or :meth:`write` of them.
-
-        All earlier reads and writes must be done.
+        """Allow the use of tensors through their mappings, until the next call of another method.
 
         Raises:
-            OSError: a file does not hold what was written.
+            OSError: a file could not be written, or does not hold what was written.
         """
-        for buffer in buffers:
-            flat = _bytes(buffer)
-            for offset, (nbytes, sums) in self._sums.pop(_address(buffer), {}).items():
-                chunks = flat[offset : offset + nbytes].split(AIO_CHUNK)
-                for chunk, expected in zip(chunks, sums, strict=True):
-                    _check(chunk, expected)
+        if not self._is_open or sys.is_finalizing():
+            return
+        self._copies.submit(self._empty).result()
+        for place in {place for buffer in buffers for place, _, _ in self._places(buffer)}:
+            if place in self._sums:
+                mapped = self._files[place.file].mapped
+                _check(mapped[place.offset : place.offset + AIO_CHUNK], self._sums.pop(place))
 
-    def _read(self, pairs: Sequence[Pair], lane: Any, events: Sequence[Any]) -> Any:
+    # ---- where a tensor is
+
+    def _places(self, tensor: torch.Tensor) -> list[tuple[_Place, int, int]]:
+        """Return the pieces that a contiguous tensor is in, each with the tensor's first byte there and the one after
+        its last; an empty list: it is in no file."""
+        address = tensor.data_ptr()
+        at = bisect.bisect(self._addresses, address) - 1
+        if at < 0 or not tensor.nbytes:
+            return []
+        begin, number = address - self._addresses[at], self._numbers[at]
+        end = begin + tensor.nbytes
+        if end > self._files[number].mapped.nbytes:
+            return []
+        return [
+            (_Place(number, first), max(begin - first, 0), min(end - first, AIO_CHUNK))
+            for first in range(begin // AIO_CHUNK * AIO_CHUNK, end, AIO_CHUNK)
+        ]
+
+    def _by_place(self, pairs: Sequence[Pair]) -> tuple[dict[_Place, list[tuple[torch.Tensor, slice]]], list[Pair]]:
+        """Return for each place the parts of tensors on the device that belong there, and the pairs in no file."""
+        found: dict[_Place, list[tuple[torch.Tensor, slice]]] = {}
+        others = []
+        for device, host in pairs:
+            places = self._places(host)
+            if not places:
+                others.append((device, host))
+                continue
+            done, flat = 0, device.view(-1).view(torch.uint8)
+            for place, begin, end in places:
+                found.setdefault(place, []).append((flat[done : done + end - begin], slice(begin, end)))
+                done += end - begin
+        return found, others
+
+    # ---- in the thread of the copies
+
+    def _read(self, pairs: Sequence[Pair], lane: Any, events: Sequence[Any], ahead: "Future[None]") -> Any:
+        ahead.result()  # raises its error
+        found, others = self._by_place(pairs)
         with lane.after(*events):
-            pass
-        chunks, others = self._chunks(pairs, self._recorded)
-
-        def begin(channel: _Channel, chunk: _Chunk) -> None:
-            _synchronize(channel.free)
-            if chunk.sums:
-                channel.read(chunk.fd, chunk.offset, chunk.device.numel())
-                return
-            # Last written through the mapping, so there is no checksum that would show a failed read. The system call
-            # does report one.
-            nbytes = _whole_pages(chunk.device.numel())
-            done = os.preadv(chunk.fd, [memoryview(channel.buffer.numpy())[:nbytes]], chunk.offset)
-            if done != nbytes:
-                raise OSError(errno.EIO, f"a file of hift.offload.nvme_path ends after {done} of {nbytes} bytes")
-
-        def end(channel: _Channel, chunk: _Chunk) -> None:
-            channel.finish()
-            arrived = channel.buffer[: chunk.device.numel()]
-            if chunk.sums:
-                _check(arrived, chunk.sums[chunk.number])
-            with lane.after():
-                chunk.device.copy_(arrived, non_blocking=True)
-            channel.free = lane.mark()
-
-        _in_turns(self._reading, chunks, begin, end)
-        with lane.after():
-            for device, mapped in others:
-                device.copy_(mapped, non_blocking=True)
+            _copy([device for device, _ in others], [host for _, host in others])
+        for place, parts in found.items():
+            piece = self._hold(place)
+            piece.filled.result()
+            with lane.after(piece.stored):
+                _copy([device for device, _ in parts], [piece.memory[cut] for _, cut in parts])
+            piece.fetched = lane.mark()
         return lane.mark()
 
     def _write(self, pairs: Sequence[Pair], lane: Any, events: Sequence[Any]) -> Any:
+        found, others = self._by_place(pairs)
         with lane.after(*events):
-            pass
-        chunks, others = self._chunks(pairs, self._record)
+            _copy([host for _, host in others], [device for device, _ in others])
+        for place, parts in found.items():
+            piece = self._hold(place)
+            piece.filled.result()
+            piece.written.result()
+            with lane.after(piece.fetched):
+                _copy([piece.memory[cut] for _, cut in parts], [device for device, _ in parts])
+            piece.stored, piece.is_dirty = lane.mark(), True
+            self._awaited.pop(place, None)
+        for device, _ in pairs:
+            lane.outlives(device)
+        for place, piece in self._held.items():
+            if place not in found:  # the next tensors may lie in the pieces of these
+                self._write_behind(place, piece)
+        return lane.mark()
 
-        def begin(channel: _Channel, chunk: _Chunk) -> None:
-            leaving = channel.buffer[: chunk.device.numel()]
-            with lane.after():
-                leaving.copy_(chunk.device, non_blocking=True)
-            _synchronize(lane.mark())
-            chunk.sums[chunk.number] = _sum(leaving)
-            channel.write(chunk.fd, chunk.offset, chunk.device.numel())
+    def _read_ahead(self, places: Sequence[_Place]) -> None:
+        self._awaited.update(dict.fromkeys(places))
+        for place, piece in self._held.items():
+            self._write_behind(place, piece)
+        for place in places:
+            if place not in self._held:
+                if not self._spare and all(held in self._awaited for held in self._held):
+                    return
+                self._hold(place)
 
-        _in_turns(self._writing, chunks, begin, lambda channel, _: channel.finish())
-        with lane.after():
-            for device, mapped in others:
-                mapped.copy_(device, non_blocking=True)
-        event = lane.mark()
-        _synchronize(event)  # this thread must not free device tensors that copies still read
-        return event
+    def _hold(self, place: _Place) -> _Piece:
+        """Return the piece that holds a place, or will when its transfer is done."""
+        piece = self._held.pop(place, None)
+        if piece is None:
+            piece = self._spare.pop() if self._spare else self._given_up()
+            # Its memory may still be read or written, and the file may not have what another piece had of it.
+            before = piece.filled, piece.written, self._writes.pop(place, _DONE)
+            piece.filled = self._readers.submit(self._read_piece, place, piece, before, piece.fetched)
+            piece.written = _DONE
+        self._held[place] = piece
+        return piece
 
-    def _chunks(
-        self, pairs: Sequence[Pair], sums_of: Callable[[torch.Tensor], list[int]]
-    ) -> tuple[list[_Chunk], list[Pair]]:
-        """Return the chunks of the tensors with direct I/O, and the pairs of the other tensors."""
-        chunks, others = [], []
-        for device, mapped in pairs:
-            fd = self._files.get(_address(mapped))
-            if fd is None:
-                others.append((device, mapped))
-                continue
-            offset, sums = _offset(mapped), sums_of(mapped)
-            assert offset % PAGE == 0
-            for number, values in enumerate(_bytes(device).split(AIO_CHUNK)):
-                chunks.append(_Chunk(values, fd, offset + number * AIO_CHUNK, sums, number))
-        return chunks, others
+    def _given_up(self) -> _Piece:
+        """Give up the least recently used piece, if possible one that is not needed soon."""
+        place = next((place for place in self._held if place not in self._awaited), next(iter(self._held)))
+        piece = self._held.pop(place)
+        self._write_behind(place, piece)
+        self._writes[place] = piece.written
+        return piece
 
-    def _recorded(self, mapped: torch.Tensor) -> list[int]:
-        return self._sums.get(_address(mapped), {}).get(_offset(mapped), (0, []))[1]
+    def _write_behind(self, place: _Place, piece: _Piece) -> None:
+        if piece.is_dirty:
+            piece.is_dirty = False
+            piece.written = self._writers.submit(self._write_piece, place, piece)
 
-    def _record(self, mapped: torch.Tensor) -> list[int]:
-        sums = [0] * math.ceil(mapped.nbytes / AIO_CHUNK)
-        self._sums.setdefault(_address(mapped), {})[_offset(mapped)] = (mapped.nbytes, sums)
-        return sums
+    def _empty(self) -> None:
+        """Write all that was changed, and forget what the cache holds."""
+        for place, piece in self._held.items():
+            self._write_behind(place, piece)
+        held, self._held = list(self._held.values()), {}
+        transfers = [*self._writes.values(), *(one for piece in held for one in (piece.filled, piece.written))]
+        errors = [error for error in (transfer.exception() for transfer in transfers) if error is not None]
+        for piece in held:
+            piece.filled = piece.written = _DONE
+        self._spare += held
+        self._awaited.clear()
+        self._writes.clear()
+        if errors:
+            raise errors[0]
 
+    # ---- in the threads of the files
 
-def _in_turns(
-    channels: Sequence[_Channel],
-    chunks: Sequence[_Chunk],
-    begin: Callable[[_Channel, _Chunk], None],
-    end: Callable[[_Channel, _Chunk], None],
-) -> None:
-    """Begin and end the chunks in order, with as many in flight as there are channels."""
-    in_flight: deque[tuple[_Channel, _Chunk]] = deque()
-    try:
-        for channel, chunk in zip(itertools.cycle(channels), chunks, strict=False):
-            if len(in_flight) == len(channels):
-                end(*in_flight.popleft())
-            begin(channel, chunk)
-            in_flight.append((channel, chunk))
-        while in_flight:
-            end(*in_flight.popleft())
-    finally:
-        for channel in channels:  # a handle must not be freed or reused while an operation is pending
-            channel.finish()
+    def _read_piece(self, place: _Place, piece: _Piece, before: "Iterable[Future[None]]", fetched: Any) -> None:
+        for transfer in before:
+            transfer.result()
+        _synchronize(fetched)
+        fd, memory = self._files[place.file].fd, self._memory_of(place, piece)
+        if place in self._sums:
+            self._readers.read(memory, fd, place.offset)
+            _check(memory, self._sums[place])
+            return
+        # Last written through the mapping, so there is no checksum that would show a failed read. The system call does
+        # report one.
+        done = _read_by_system(memory, fd, place.offset)
+        if done != memory.nbytes:
+            raise OSError(errno.EIO, f"a file of hift.offload.nvme_path ends after {done} of {memory.nbytes} bytes")
 
+    def _write_piece(self, place: _Place, piece: _Piece) -> None:
+        _synchronize(piece.stored)
+        memory = self._memory_of(place, piece)
+        self._sums[place] = _sum(memory)
+        self._writers.write(memory, self._files[place.file].fd, place.offset)
 
-def _whole_pages(nbytes: int) -> int:
-    return math.ceil(nbytes / PAGE) * PAGE
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)
-
-
-def _address(mapped: torch.Tensor) -> int:
-    return mapped.untyped_storage().data_ptr()
+    def _memory_of(self, place: _Place, piece: _Piece) -> torch.Tensor:
+        """Return a piece's memory, without what lies beyond the end of the file."""
+        return piece.memory[: self._files[place.file].mapped.nbytes - place.offset]
 
 
-def _offset(mapped: torch.Tensor) -> int:
-    return int(mapped.storage_offset()) * mapped.element_size()
+def _read_by_system(buffer: torch.Tensor, fd: int, offset: int) -> int:
+    return os.preadv(fd, [memoryview(buffer.numpy())], offset)  # type: ignore[arg-type]
+
+
+def _reopened(fd: int) -> int:
+    """Return a descriptor of the same file for direct I/O."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT)
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Issue the copies of many tensors by one call, which takes the host less time than one call for each."""
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
 
 
 def _sum(values: torch.Tensor) -> int:
-    """Return a checksum of bytes: the sum of their 64-bit words."""
-    eights = values.numel() // 8 * 8
-    return int(values[:eights].view(torch.int64).sum().item()) + int(values[eights:].sum().item())
+    """Return a checksum of bytes: the sum of their 64-bit words. Their number is a multiple of 8."""
+    return int(values.view(torch.int64).sum().item())
 
 
 def _check(values: torch.Tensor, expected: int) -> None:
     if _sum(values) != expected:
         raise OSError(
             errno.EIO,
-            "fp32 masters or optimizer state read from hift.offload.nvme_path are not what was written: a read or a "
+            "masters or optimizer state read from hift.offload.nvme_path are not what was written: a read or a "
             "write failed, or another program changed the file. Check the drive (dmesg), and resume from the last "
             "checkpoint",
         )

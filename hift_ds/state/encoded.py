@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from deepspeed.utils import logger
 
+from hift_ds.state.allocator import scratch
 from hift_ds.state.codec import ALIGNMENT, BLOCK, Codec
 from hift_ds.state.transfer import Run
 
@@ -154,7 +156,12 @@ class EncodedState:
         self._known.add((number, name))
 
     def read(
-        self, number: int, name: str | None, shape: torch.Size, weights: torch.Tensor | None = None
+        self,
+        number: int,
+        name: str | None,
+        shape: torch.Size,
+        weights: torch.Tensor | None = None,
+        folder: str | None = None,
     ) -> torch.Tensor:
         """Return a value of a master, decoded: a new fp32 tensor in host memory. What no block trains is zero.
 
@@ -163,8 +170,9 @@ class EncodedState:
             name: of the value.
             shape: of the master.
             weights: those of the master, on any device, if the value is the master.
+            folder: let the tensor be a file there, which takes no anonymous memory, if there is room.
         """
-        return self._decode(number, self.codecs[name], shape, self._parts(number, name), weights)
+        return self._decode(number, self.codecs[name], shape, self._parts(number, name), weights, folder)
 
     @torch.no_grad()
     def _decode(
@@ -174,8 +182,9 @@ class EncodedState:
         shape: torch.Size,
         stored: Sequence[torch.Tensor],
         weights: torch.Tensor | None = None,
+        folder: str | None = None,
     ) -> torch.Tensor:
-        result = stored[0].new_zeros(shape, dtype=torch.float32)
+        result = _zeros(stored[0], shape, folder)
         for cut in self._cut(number):
             values, size = stored[0].new_zeros(cut.room, dtype=torch.float32), cut.stop - cut.start
             if weights is not None:
@@ -220,3 +229,13 @@ def _pieces(codec: Codec, buffers: Sequence[torch.Tensor], cut: Slice) -> list[t
         values[cut.place // part.grain : (cut.place + cut.room) // part.grain]
         for part, values in zip(codec.parts, buffers, strict=True)
     ]
+
+
+def _zeros(like: torch.Tensor, shape: torch.Size, folder: str | None) -> torch.Tensor:
+    """Return zeros of fp32 in host memory, as ``like``, if possible in a file in the folder."""
+    if folder is not None:
+        try:
+            return scratch(shape, torch.float32, folder)
+        except OSError as error:
+            logger.warning(f"masters are decoded in memory, and not in {folder!r}: {error.strerror}")
+    return like.new_zeros(shape, dtype=torch.float32)

@@ -38,8 +38,7 @@ def count(held: Iterable[Held], host: HostMemory | None) -> Ledger:
         host: the allocator of the buffers; None: there are none.
     """
     ledger = {place: dict.fromkeys(CATEGORIES, 0) for place in PLACES}
-    of_ours = {buffer.data_ptr() for buffer in host.buffers} if host else set()
-    place_of_ours = "nvme" if host and host.folder else "host"
+    of_ours = {buffer.data_ptr(): host.place(buffer) for buffer in host.buffers} if host else {}
     device_is_host = get_accelerator().device_name() == "cpu"
     seen: set[tuple[torch.device, int]] = set()
     for category, tensor, on_host in held:
@@ -51,7 +50,7 @@ def count(held: Iterable[Held], host: HostMemory | None) -> Ledger:
             continue
         seen.add(address)
         if storage.data_ptr() in of_ours:
-            place = place_of_ours
+            place = of_ours[storage.data_ptr()]
         elif on_host or (tensor.device.type == "cpu" and not device_is_host):
             place = "host"
         else:

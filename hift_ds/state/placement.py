@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,10 +92,17 @@ def place_state(
     if not traits.shaped and offload.step != "block":
         is_other = bool(codecs) or weights_on_host
         chunk_bytes, slots = offload.slots(numels, ranks, decoded, stored if is_other else None)
-    host = HostMemory(offload.pin_memory, offload.nvme_path, aio)
+    for_masters: dict[str | None, Codec] = {name: codec for name, codec in codecs.items() if name is None}
+    no_state = replace(traits, state_bytes=0.0, state=())
+    in_files = bytes_in_store(codecs, traits)
+    if not has_masters or offload.nvme == "moments":
+        in_files -= bytes_in_store(for_masters, no_state)
+    largest = math.ceil(max(sum(-(-numel // ranks) for numel in own) for own in numels) * in_files)
+    host = HostMemory(offload.pin_memory, offload.nvme_path, aio, offload.nvme == "all", largest)
     needed = _host_bytes(parameters, ranks, traits, has_masters, codecs)
-    host.check_room(needed)
-    host.reserve(needed)
+    of_masters = _host_bytes(parameters, ranks, no_state, has_masters, for_masters)
+    host.check_room(needed, of_masters)
+    host.reserve(needed, of_masters)
     return {
         "slices": slices,
         "host": host,

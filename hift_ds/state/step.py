@@ -277,17 +277,19 @@ class BlockState:
         """Whether the store keeps anything in another format."""
         return bool(self._encoded.codecs)
 
-    def decode(self, with_state: bool) -> None:
+    def decode(self, with_state: bool, folder: str | None = None) -> None:
         """Decode the masters, and the state if wanted, into tensors of the host. :meth:`to_host` reverses it.
 
         Args:
             with_state: decode the state, too, into ``optimizer.state``.
+            folder: for files that hold the decoded masters; None: they are in memory.
         """
         self._forget_remainders()
         for index, master in enumerate(self._masters):
             for name in self._encoded.names(index):
                 if name is None:
-                    master.data = self._encoded.read(index, None, master.shape, self._owner.weights(index))
+                    weights = self._owner.weights(index)
+                    master.data = self._encoded.read(index, None, master.shape, weights, folder)
                 elif with_state:
                     self._owner.optimizer.state[master][name] = self._encoded.read(index, name, master.shape)
 
@@ -344,7 +346,7 @@ class BlockState:
             if self._host is None:
                 buffer = torch.empty_like(like, device=self._masters[key[0]].device)
             else:
-                buffer = self._host.empty(like, direct=not self._is_shared and key[1] not in self._encoded.codecs)
+                buffer = self._host.empty(like, of_master=key[1] is None)
             self._buffers[key] = buffer
         return buffer
 
@@ -358,9 +360,26 @@ class BlockState:
         return [buffer for (_, name, _), buffer in self._buffers.items() if name is not None]
 
     def prefetch(self) -> None:
-        """Start to copy the first chunks to the device that are not there yet, as many as there are free slots."""
+        """Start to copy the first chunks to the device that are not there yet, as many as there are free slots, and to
+        read the others from their files."""
+        self.read_ahead()
         if self._staging.free and len(self._fetched) < len(self._active.chunks):
             self._fill_slots(self._known_state())
+
+    def read_ahead(self) -> None:
+        """Start to read the selected block's state from its files, in the order of its chunks."""
+        if self._host is None or self._host.direct is None:
+            return
+        of_master: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for (index, _, _), buffer in self._buffers.items():
+            of_master[index].append(buffer.view(-1))
+        slices = []
+        for cut in (cut for chunk in self._active.chunks for cut in chunk):
+            size = self._masters[cut.number].numel()
+            for buffer in of_master[cut.number]:
+                start, stop = (end * buffer.numel() // size for end in (cut.start, cut.stop))
+                slices.append(buffer[start:stop])
+        self._staging.read_ahead(slices)
 
     def _fill_slots(self, known: list[dict[str | None, Any]], begin: int = 0) -> None:
         """Start to copy chunks from number ``begin`` on to the device that are not there yet, into the free slots."""

@@ -115,8 +115,8 @@ class Staging:
         device: where the slots are.
         slot_bytes: allocate slots of this size, once. Chunks use them in turn: while one is stepped, others are filled
             or written back. None: one slot, allocated as large as needed and freed after the step.
-        direct: transfers state that lies in files, in its own threads; None: state lies in host memory or in files
-            that are only memory-mapped.
+        direct: transfers state, some of which lies in files, in its own threads; None: state lies in host memory or in
+            files that are only memory-mapped.
         count: number of slots.
         defer: step on a stream of its own, so that the device can go on with the next forward pass.
 
@@ -200,6 +200,11 @@ class Staging:
         wait(self._updated)
         self._updated = None
 
+    def read_ahead(self, sources: Sequence[torch.Tensor]) -> None:
+        """Start to read tensors from files that will be copied to the device soon, in this order."""
+        if self._direct is not None:
+            self._direct.read_ahead(sources)
+
     def fill(self, sources: Sequence[torch.Tensor | Run], written: Any) -> tuple[Slot, list[torch.Tensor], Any]:
         """Copy host tensors into the next free slot, each with its shape and dtype.
 
@@ -235,12 +240,13 @@ class Staging:
         """Copy pairs (host, device) to the host after all computation issued so far, then free the slot.
 
         Returns:
-            The event after which the host tensors, or their files, hold the values.
+            The event after which the host tensors hold the values; with ``direct``, after which the next :meth:`fill`
+            gets them.
         """
         if self._direct is not None:
             job = self._direct.write([(device, host) for host, device in pairs], self.storing, mark())
             if self.slot_bytes is None:
-                job.synchronize()  # drives are slow: without this the slot would live into the next forward pass
+                job.synchronize()  # without this the slot could live into the next forward pass
                 slot.area = None
             slot.free = job
             self.free.append(slot)

@@ -113,12 +113,13 @@ class BlockOptimizer:
         self.block_state.settle()
 
     @contextmanager
-    def decoded(self, with_state: bool = False, changes: bool = True) -> Iterator[None]:
+    def decoded(self, with_state: bool = False, changes: bool = True, folder: str | None = None) -> Iterator[None]:
         """Let DeepSpeed read masters and state as fp32 tensors in host memory.
 
         Args:
             with_state: the state, too, and not only the masters.
             changes: keep what is changed meanwhile.
+            folder: for files that hold the masters; None: they are in memory.
         """
         self.settle()
         if not self.block_state.is_encoded:
@@ -126,7 +127,7 @@ class BlockOptimizer:
             return
         if self.host_weights is not None:
             self.host_weights.settle()
-        self.block_state.decode(with_state)
+        self.block_state.decode(with_state, folder)
         self.relink()
         try:
             yield

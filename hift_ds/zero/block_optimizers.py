@@ -59,6 +59,7 @@ class BlockOptimizers:
         rates: for each parameter group of ``optimizer``, the learning rate that blocks use instead of its own; None:
             its own.
         staging: the staging memory on the device.
+        scratch_folder: for files that hold decoded masters while a checkpoint is saved; None: they are in memory.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class BlockOptimizers:
             on_host.allocate()
         self.active = 0
         self.rates: list[Any] | None = None
+        self.scratch_folder: str | None = None
 
     def _share_between_blocks(self) -> None:
         """Let all blocks use one loss scale, and the largest block's gradient buffers."""
@@ -194,6 +196,8 @@ class BlockOptimizers:
         self.copy_settings()
         if self._streamed:  # the slots have their memory on the device in any case
             self.prefetch()
+        elif self._prefetch:
+            self._active_optimizer.block_state.read_ahead()
         return self._active_optimizer
 
     def copy_settings(self) -> None:
@@ -304,7 +308,7 @@ class BlockOptimizers:
         self.settle()
         blocks = []
         for block in self.optimizers:
-            with block.decoded(changes=False):
+            with block.decoded(changes=False, folder=self.scratch_folder):
                 blocks.append(_snapshot(block.state_dict()) if block.block_state.is_encoded else block.state_dict())
         encoded = [block.block_state.encoded_state() for block in self.optimizers]
         settings = [

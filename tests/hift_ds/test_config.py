@@ -25,6 +25,7 @@ def test_defaults_are_the_documented_ones() -> None:
             },
             "nvme_path": None,
             "weights": "device",
+            "nvme": "all",
         },
     }
     assert HiFTConfig.from_dict(documented) == HiFTConfig.from_dict({}) == HiFTConfig.from_dict(None) == HiFTConfig()
@@ -63,6 +64,8 @@ def test_values_arrive() -> None:
         ({"offload": {"device": "nvme", "nvme_path": "/nowhere"}}, ("nvme_path='/nowhere'", "create it")),
         ({"offload": {"device": "nvme", "nvme_path": "/proc"}}, ("nvme_path='/proc'", "cannot be written")),
         ({"offload": {"nvme_path": "/tmp"}}, ("nvme_path='/tmp'", "remove it")),
+        ({"offload": {"nvme": "masters"}}, ("offload.nvme='masters'", "all or moments")),
+        ({"offload": {"nvme": "moments"}}, ("offload.nvme='moments'", "device='cpu'", "remove it", "to nvme")),
         ({"offload": {"step": "whole"}}, ("offload.step='whole'", "streamed")),
         ({"offload": {"buffer_size": 1000}}, ("offload.buffer_size=1000", "65536")),
         ({"offload": {"prefetch": 2**18, "step": "block"}}, ("offload.prefetch=262144 ", "step='block'", "remove it")),

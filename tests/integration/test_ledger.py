@@ -1,12 +1,13 @@
 """The ledger against sizes that follow from the model by hand."""
 
+import math
 import tempfile
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from hift_ds.config import AIO_BUFFERS, AIO_CHUNK
+from hift_ds.config import file_buffer_bytes
 from hift_ds.state.direct_io import library
 from tests.support import tiny
 from tests.support.parity import STAGES, cases
@@ -116,26 +117,28 @@ def test_weights_that_wait_on_the_host_are_counted_there() -> None:
             assert ledger["device"]["parameters"] <= 2 * small + ours + 2048
 
 
-def in_files(case: Case, folder: str) -> dict[str, Any]:
-    """In a rank: the ledger of a run whose state lives in files."""
+def in_files(case: Case, folder: str, what: str) -> tuple[dict[str, Any], int]:
+    """In a rank: the ledger of a run whose state lives in files, and the elements of its largest block."""
     import hift_ds
 
     config = tiny.ds_config(replace(case, place="nvme"))
-    config["hift"]["offload"]["nvme_path"] = folder
+    config["hift"]["offload"] |= {"nvme_path": folder, "nvme": what}
     engine = hift_ds.initialize(model=tiny.model(case.dtype), config=config)[0]
     try:
         for step in range(case.k):
             tiny.optimizer_step(engine, step)
-        return engine.memory_ledger()
+        return engine.memory_ledger(), max(block.numel for block in engine.blocks)
     finally:
         engine.destroy()
 
 
-def test_state_in_files_is_counted_there() -> None:
+@pytest.mark.parametrize("what", ("all", "moments"))
+def test_state_in_files_is_counted_there(what: str) -> None:
     numel = sum(p.numel() for p in tiny.model().parameters())
     with tempfile.TemporaryDirectory() as folder:
-        (ledger,) = run_on_ranks(1, in_files, Case(stage=2, dtype="bf16"), folder)
-    assert 2.125 * numel <= ledger["nvme"]["master_weights"] < 2.5 * numel
-    assert ledger["nvme"]["optimizer_state"] == 8 * numel
-    assert ledger["host"]["master_weights"] == ledger["host"]["optimizer_state"] == 0
-    assert ledger["host"]["buffers"] == (AIO_CHUNK * AIO_BUFFERS if library()[0] is not None else 0)
+        ((ledger, largest),) = run_on_ranks(1, in_files, Case(stage=2, dtype="bf16"), folder, what)
+    place, other = ("nvme", "host") if what == "all" else ("host", "nvme")
+    assert 2.125 * numel <= ledger[place]["master_weights"] < 2.5 * numel and ledger[other]["master_weights"] == 0
+    assert ledger["nvme"]["optimizer_state"] == 8 * numel and ledger["host"]["optimizer_state"] == 0
+    between = file_buffer_bytes(math.ceil(largest * (10.125 if what == "all" else 8)))
+    assert ledger["host"]["buffers"] == (between if library()[0] is not None else 0)

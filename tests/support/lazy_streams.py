@@ -25,9 +25,11 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hift_ds.state.direct_io
+import hift_ds.state.encoded
 import hift_ds.state.transfer
 from hift_ds.planner.timeline import HOST, MAIN, TO_DEVICE, TO_HOST, Operation, has_kernel, work_of
-from hift_ds.state.allocator import HostMemory
+from hift_ds.state.allocator import HostMemory, scratch
+from hift_ds.state.direct_io import DirectIO
 from hift_ds.state.transfer import Lane
 from tests.support.device_memory import COPIES, key, skip_on_a_device, tensors
 
@@ -235,6 +237,31 @@ class Accelerator(CPU_Accelerator):
             self._machine.current = before
 
 
+class Late(Future[Any]):
+    """Work of an I/O thread that is done when somebody waits for it."""
+
+    def __init__(self, *work: Any):
+        super().__init__()
+        self._work: tuple[Any, ...] = work
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._run()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._run()
+        return super().exception(timeout)
+
+    def _run(self) -> None:
+        (work, *args), self._work = self._work or (None,), ()
+        if work is None:
+            return
+        try:
+            self.set_result(work(*args))
+        except OSError as error:
+            self.set_exception(error)
+
+
 class LazyStreams(TorchDispatchMode):
     """While inside, ``hift_ds.state.transfer`` has an accelerator with lazy streams; DeepSpeed keeps its own.
 
@@ -281,13 +308,33 @@ class LazyStreams(TorchDispatchMode):
                     if place.key == key(tensor):
                         place.kept = tensor.untyped_storage()
 
-        make = hift_ds.state.direct_io._Channel.__init__
+        files, add_file = hift_ds.state.direct_io, DirectIO.add_file
+        locked, by_handle, by_system = DirectIO._locked, files._Handles.read, files._read_by_system
 
-        def channel(one: hift_ds.state.direct_io._Channel, *args: Any) -> None:
-            make(one, *args)
-            self._declare_host(one.buffer)
+        def host_memory(direct: DirectIO, *args: Any) -> torch.Tensor:
+            memory = locked(direct, *args)
+            self._declare_host(memory)
+            return memory
 
-        def at_once(work: Callable[..., Any], *args: Any) -> Future[Any]:
+        def declared(direct: DirectIO, mapped: torch.Tensor, fd: int) -> None:
+            self._declare_host(mapped)
+            add_file(direct, mapped, fd)
+
+        def in_scratch(*args: Any) -> torch.Tensor:
+            values = scratch(*args)
+            self._declare_host(values)
+            return values
+
+        def overwriting(read_into: Callable[..., Any]) -> Callable[..., Any]:
+            """Nobody sees that the system writes to the memory."""
+
+            def call(*args: Any) -> Any:
+                next(arg for arg in args if torch.is_tensor(arg)).fill_(255)
+                return read_into(*args)
+
+            return call
+
+        def at_once(_: Any, work: Callable[..., Any], *args: Any) -> Future[Any]:
             done: Future[Any] = Future()
             done.set_result(work(*args))
             return done
@@ -302,8 +349,13 @@ class LazyStreams(TorchDispatchMode):
         for patch in (
             mock.patch.object(torch.Tensor, "tolist", read),
             mock.patch.object(HostMemory, "empty", empty),
-            mock.patch.object(hift_ds.state.direct_io._Channel, "__init__", channel),
-            mock.patch.object(hift_ds.state.direct_io.ThreadPoolExecutor, "submit", lambda _, *call: at_once(*call)),
+            mock.patch.object(hift_ds.state.encoded, "scratch", in_scratch),
+            mock.patch.object(DirectIO, "_locked", host_memory),
+            mock.patch.object(DirectIO, "add_file", declared),
+            mock.patch.object(files._Handles, "read", overwriting(by_handle)),
+            mock.patch.object(files, "_read_by_system", overwriting(by_system)),
+            mock.patch.object(files._Handles, "submit", lambda _, *work: Late(*work)),
+            mock.patch.object(files.ThreadPoolExecutor, "submit", at_once),
             mock.patch.object(Lane, "outlives", outlives),  # which otherwise speaks to the allocator of a device
             mock.patch.object(hift_ds.state.transfer, "get_accelerator", lambda: accelerator),
         ):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,7 @@ class Case:
     checkpointing: bool = False  # of activations
     clip: float = 0.02
     cycles: int = 2
+    in_files: str | None = None  # `hift.offload.nvme`, with the files in a temporary folder
 
     @property
     def k(self) -> int:
@@ -258,6 +260,9 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
             config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
             weights = case.waiting if case.stage < 3 else "device"
             config["hift"]["offload"] |= {"weights": weights, "moments": case.moments}
+        if case.in_files:  # they have no names
+            files = {"device": "nvme", "nvme_path": tempfile.gettempdir(), "nvme": case.in_files}
+            config["hift"]["offload"] |= files
     return config
 
 

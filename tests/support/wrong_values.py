@@ -175,6 +175,7 @@ DEEPSPEED: dict[str, Any] = {
             "prefetch": True,
             "defer": "auto",
             "nvme_path": None,
+            "nvme": "all",
         },
     },
 }

@@ -1,8 +1,11 @@
 """The benchmark runs and prints its table. How fast anything is, no test asserts."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from hift_ds.evaluation.cost import peak_memory, step_time
+from hift_ds.evaluation.cost import file_state, peak_memory, step_time
 from hift_ds.evaluation.cost.process_memory import STATUS
 from hift_ds.evaluation.cost.timed_methods import Setup, TimedMethod, time_in_turns
 
@@ -37,6 +40,17 @@ def test_peak_memory_is_of_two_processes_each_with_and_without_checkpointing() -
     assert peak_memory.table(peaks).count("\n| ") == 3
 
 
+@pytest.mark.slow
+@linux
+def test_state_in_files_changes_no_loss_of_a_process_with_a_limit(tmp_path: Path) -> None:
+    in_files, in_memory = file_state.compare(replace(TINY, dtype="bf16", stage=2), 2, str(tmp_path), {"seed": 1})
+    assert in_files.losses == in_memory.losses and len(in_files.seconds) == 2
+    assert in_files.limit == 2**30 > in_files.highest and in_memory.limit is None
+    assert in_files.state == in_memory.state[::-1] and in_files.state[0] == 0 < in_files.state[1]
+    assert not list(tmp_path.iterdir())
+    assert file_state.table([in_files, in_memory]).count("\n| ") == 3
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -48,6 +62,8 @@ def test_peak_memory_is_of_two_processes_each_with_and_without_checkpointing() -
         (["--methods", "zero-shot"], "'zero-shot': expected some of hift,full,lora"),
         (["--methods", "all", "--against", "full"], "--against: not with --methods"),
         (["--steps", "0"], "'0': expected an integer of at least 1"),
+        (["--files", "no/such/folder"], "not a folder"),
+        (["--files", ".", "--hift", "[1]"], "expected a JSON object"),
         (["--json", "no/such/folder/times.json"], "there is no folder"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hift_ds.config import AIO_BUFFERS, AIO_CHUNK, ConfigError, problems
+from hift_ds.config import ConfigError, file_buffer_bytes, problems
 from hift_ds.planner.api import plan_memory
 from hift_ds.planner.command import main
 from hift_ds.planner.models import load_config, skeleton, task_of
@@ -98,7 +98,10 @@ def test_the_json_object(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 def test_where_state_is() -> None:
     in_files = plan_memory(SMALL, offload_device="nvme", seq_len=64)
     assert sum(in_files.nvme.values()) == 12 * TOTAL
-    assert sum(in_files.host.values()) == in_files.host["buffers"] == AIO_CHUNK * AIO_BUFFERS
+    assert sum(in_files.host.values()) == in_files.host["buffers"] == file_buffer_bytes(12 * LAYER)
+    moments = plan_memory(SMALL, offload_device="nvme", nvme="moments", seq_len=64)
+    assert (sum(moments.nvme.values()), moments.host["master_weights"]) == (8 * TOTAL, 4 * TOTAL)
+    assert moments.host["buffers"] == file_buffer_bytes(8 * LAYER)
     kept = plan_memory(SMALL, offload_device="none", seq_len=64)
     assert not any(kept.host.values())
     assert (kept.device["master_weights"], kept.device["optimizer_state"]) == (4 * TOTAL, 8 * TOTAL)

@@ -1,9 +1,13 @@
 """State in files by DeepSpeed's asynchronous I/O: what is looked at through a mapping, and what fails unheard."""
 
+import contextlib
+import gc
 import os
 import random
 import resource
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,16 @@ from unittest import mock
 import pytest
 import torch
 
+import hift_ds.state.allocator
 import hift_ds.state.direct_io
 import hift_ds.state.transfer
 from hift_ds.state.allocator import HostMemory
-from hift_ds.state.direct_io import DirectIO, Job, _Channel
+from hift_ds.state.arena import ALIGNMENT
+from hift_ds.state.direct_io import PAGE, DirectIO, Job, _Handles, _Piece
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Lane, Staging, wait
 from tests.hift_ds.state.test_transfer import CPU, SLOTS, Owner, random_steps, same
-from tests.support.lazy_streams import LazyStreams, MissingWait
+from tests.support.lazy_streams import Late, LazyStreams, MissingWait
 
 needs_aio = pytest.mark.usefixtures("aio")
 
@@ -38,10 +44,28 @@ def direct_memory(folder: Path) -> tuple[HostMemory, DirectIO]:
     return host, host.direct
 
 
+@contextlib.contextmanager
+def pieces(number: int) -> Iterator[None]:
+    """The cache has so many pieces of a page."""
+    with (
+        mock.patch.object(hift_ds.state.direct_io, "AIO_CHUNK", PAGE),
+        mock.patch.object(hift_ds.state.allocator, "file_buffer_bytes", lambda _: number * PAGE),
+    ):
+        yield
+
+
+@pytest.fixture(params=(2, 24, 1000))
+def small_pieces(request: pytest.FixtureRequest) -> Any:
+    """Pieces of a page: tensors of a few thousand elements are in several. The cache holds less than a chunk, less than
+    a block, or everything."""
+    with pieces(request.param):
+        yield
+
+
 @pytest.fixture
-def small_chunks() -> Any:
-    """A page each: tensors of a few thousand elements go in several."""
-    with mock.patch.object(hift_ds.state.direct_io, "AIO_CHUNK", hift_ds.state.direct_io.PAGE):
+def few_pieces() -> Any:
+    """Less than two chunks, so that pieces are given up whose copies may still be under way."""
+    with pieces(6):
         yield
 
 
@@ -54,6 +78,8 @@ def mix(folder: Path, seed: int, rounds: int) -> int:
     host, direct = direct_memory(folder)
     reading, writing = Lane(), Lane()
     truth = [torch.randn(size, generator=generator) for size in (1, 3000, 100_000)]
+    if chance.random() < 0.5:
+        host.reserve(sum(values.nbytes + ALIGNMENT for values in truth))  # one file, not three
     mapped = [host.empty(values) for values in truth]
     for buffer, values in zip(mapped, truth, strict=True):
         buffer.copy_(values)
@@ -61,16 +87,17 @@ def mix(folder: Path, seed: int, rounds: int) -> int:
     compared = 0
 
     def a_slice(size: int) -> slice:
-        start = chance.randrange(-(-size // 1024)) * 1024
-        stop = size if chance.random() < 0.5 else min(size, start + 1024 * chance.randrange(1, 20))
-        return slice(start, stop)
+        start = chance.randrange(size)
+        return slice(start, size if chance.random() < 0.5 else min(size, start + chance.randrange(1, 20_000)))
 
-    # What is written directly is cut as before until it is released: slices of a block's state do not change.
-    cuts = [a_slice(values.numel()) for values in truth]
     for _ in range(rounds):
         which = chance.randrange(len(truth))
-        values, buffer, cut = truth[which], mapped[which], cuts[which]
+        values, buffer = truth[which], mapped[which]
+        cut = a_slice(values.numel())
         action = chance.random()
+        if action > 0.9:
+            direct.read_ahead([buffer[cut] for buffer, cut in ((b, a_slice(b.numel())) for b in mapped)])
+            continue
         if action < 0.3:
             values[cut].normal_(generator=generator)
             last[which] = direct.write([(values[cut].clone(), buffer[cut])], writing, last[which])
@@ -83,7 +110,6 @@ def mix(folder: Path, seed: int, rounds: int) -> int:
             if last[which] is not None:
                 last[which].synchronize()
             direct.release([buffer])
-            cuts[which] = a_slice(values.numel())
             if action < 0.8:
                 some = chance.randrange(values.numel())
                 assert torch.equal(buffer[some:], values[some:])
@@ -95,7 +121,7 @@ def mix(folder: Path, seed: int, rounds: int) -> int:
 
 
 @needs_aio
-def test_mappings_and_direct_io_see_the_same(tmp_path: Path, small_chunks: None) -> None:
+def test_mappings_and_direct_io_see_the_same(tmp_path: Path, small_pieces: None) -> None:
     assert mix(tmp_path, seed=0, rounds=2000) > 700
 
 
@@ -106,13 +132,13 @@ def test_mappings_and_direct_io_see_the_same_in_large_chunks(tmp_path: Path) -> 
 
 @needs_aio
 @pytest.mark.slow
-def test_mappings_and_direct_io_see_the_same_in_50000_rounds(tmp_path: Path, small_chunks: None) -> None:
+def test_mappings_and_direct_io_see_the_same_in_50000_rounds(tmp_path: Path, small_pieces: None) -> None:
     mix(tmp_path, seed=2, rounds=50_000)
 
 
 @needs_aio
 @pytest.mark.parametrize("step", SLOTS)
-def test_random_steps_are_those_in_memory(step: str, tmp_path: Path, small_chunks: None) -> None:
+def test_random_steps_are_those_in_memory(step: str, tmp_path: Path, small_pieces: None) -> None:
     """Between the steps state is read and changed through the mappings."""
     truth = random_steps(3, 200, SLOTS[step], prefetch=False)
     assert same(random_steps(3, 200, SLOTS[step], prefetch=True, folder=str(tmp_path)), truth)
@@ -140,19 +166,33 @@ def lazy_steps(step: str, folder: Path) -> bool:
 
 @needs_aio
 @pytest.mark.parametrize("step", SLOTS)
-def test_lazy_streams_change_nothing(step: str, tmp_path: Path, small_chunks: None) -> None:
+def test_lazy_streams_change_nothing(step: str, tmp_path: Path, small_pieces: None) -> None:
     assert lazy_steps(step, tmp_path)
 
 
+def without(attribute: str) -> Any:
+    """A mutation: what is known of this event is forgotten."""
+    return mock.patch.object(_Piece, attribute, property(lambda _: None, lambda *_: None), create=True)
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "a piece is used by two copies at once: to the device": lambda: without("fetched"),
+    "a piece is used by two copies at once: from the device": lambda: without("stored"),
+    "a file is written before the copies from the device": lambda: mock.patch.object(
+        hift_ds.state.direct_io, "_synchronize", lambda _: None
+    ),
+    "a copy does not wait for what is computed": lambda: mock.patch.object(
+        hift_ds.state.transfer, "mark", lambda: None
+    ),
+    "a copy does not wait for the file": lambda: mock.patch.object(Late, "result", lambda _, timeout=None: None),
+    "what was changed is not written": lambda: mock.patch.object(DirectIO, "_write_behind", lambda *_: None),
+}
+
+
 @needs_aio
-@pytest.mark.parametrize("what", ("free", "written", "mark"))
-def test_no_wait_can_be_taken_out(what: str, tmp_path: Path, small_chunks: None) -> None:
-    broken: Any = {
-        "free": lambda: mock.patch.object(_Channel, "free", property(lambda _: None, lambda *_: None), create=True),
-        "written": lambda: mock.patch.object(hift_ds.state.direct_io, "_synchronize", lambda _: None),
-        "mark": lambda: mock.patch.object(hift_ds.state.transfer, "mark", lambda: None),
-    }[what]
-    with broken():
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_no_wait_can_be_taken_out(mutation: str, tmp_path: Path, few_pieces: None) -> None:
+    with MUTATIONS[mutation]():
         try:
             is_right = lazy_steps("streamed", tmp_path)
         except (MissingWait, OSError):  # an OSError: what was read is not what was written
@@ -176,6 +216,7 @@ class WritesFail:
 
 def one_block(folder: Path, step: str = "streamed") -> tuple[BlockState, Owner]:
     host, direct = direct_memory(folder)
+    host.reserve(12 * 3070 + 6 * ALIGNMENT)
     owner = Owner([3000, 70], True, torch.Generator().manual_seed(0))
     state = BlockState(owner, host, Staging(CPU, SLOTS[step], direct), bytes_per_element=12)
     for _ in range(2):
@@ -185,11 +226,19 @@ def one_block(folder: Path, step: str = "streamed") -> tuple[BlockState, Owner]:
     return state, owner
 
 
+def forget(state: BlockState) -> None:
+    """Let the files have everything, and the cache nothing."""
+    direct = state._host.direct
+    assert direct is not None
+    direct._copies.submit(direct._empty).result()
+
+
 @needs_aio
 def test_a_write_that_fails_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     state, _ = one_block(tmp_path, "block")
     with WritesFail():
         state.step()
+        forget(state)
     with pytest.raises(OSError, match="not what was written"):
         state.step()
 
@@ -199,25 +248,24 @@ def test_a_write_that_fails_is_an_error_when_it_is_looked_at(tmp_path: Path) -> 
     state, _ = one_block(tmp_path, "block")
     with WritesFail():
         state.step()
-    with pytest.raises(OSError, match="not what was written"):
-        state.settle()
+        with pytest.raises(OSError, match="not what was written"):
+            state.settle()
 
 
 @needs_aio
 @pytest.mark.parametrize("settled", (False, True))
 def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path, settled: bool) -> None:
     state, _ = one_block(tmp_path)
-    for event in state._active.written:
-        event.synchronize()
+    forget(state)
     if settled:
         state.settle()  # the next read is not DeepSpeed's
     host = state._host
     assert host.direct is not None
-    for fd in host.direct._files.values():
-        size = os.fstat(fd).st_size
-        os.ftruncate(fd, 0)
+    for file in host.direct._files:
+        size = os.fstat(file.fd).st_size
+        os.ftruncate(file.fd, 0)
         if not settled:
-            os.ftruncate(fd, size)
+            os.ftruncate(file.fd, size)
     with pytest.raises(OSError, match="ends after 0 of" if settled else "not what was written"):
         state.step()
 
@@ -225,28 +273,59 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path, settled: bool) -> No
 @needs_aio
 def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     state, _ = one_block(tmp_path)
-    state._staging.slots[0].free.synchronize()
-    state._staging.slots[1].free.synchronize()
+    forget(state)
     assert state._host.direct is not None
     files = state._host.direct._files
-    files.update(dict.fromkeys(files, 10**8))  # no such descriptor
+    files[:] = [file._replace(fd=10**8) for file in files]  # no such descriptor
     with pytest.raises(OSError, match="refuses a file"):
         state.step()
+
+
+@needs_aio
+def test_an_owner_that_is_collected_may_release(tmp_path: Path) -> None:
+    """As DeepSpeed's engine does. The threads are gone by then."""
+    released = []
+
+    class Owner:
+        def __init__(self) -> None:
+            self.host, self.direct = direct_memory(tmp_path)
+            self.buffer = self.host.empty(torch.empty(3000))
+            self.cycle = self
+
+        def __del__(self) -> None:
+            self.direct.release([self.buffer])
+            released.append(True)
+
+    owner = Owner()
+    owner.direct.write([(torch.ones(3000), owner.buffer)], Lane()).synchronize()
+    owner.direct._copies.submit(lambda: None).result()
+    time.sleep(0.1)  # for the threads to wait
+    del owner
+    gc.collect()
+    assert released
 
 
 # ---- it is asynchronous, and takes no memory ------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def held_up(method: str) -> Iterator[threading.Event]:
+    """Files are not read or written until the event is set."""
+    gate, move = threading.Event(), getattr(_Handles, method)
+
+    def at_the_gate(*args: Any) -> None:
+        assert gate.wait(20)
+        move(*args)
+
+    with mock.patch.object(_Handles, method, at_the_gate):
+        yield gate
+
+
 @needs_aio
 def test_a_slot_is_filled_while_others_work(tmp_path: Path) -> None:
     state, owner = one_block(tmp_path)
-    gate, finish = threading.Event(), _Channel.finish
-
-    def at_the_gate(channel: _Channel) -> None:
-        assert gate.wait(10)
-        finish(channel)
-
-    with mock.patch.object(_Channel, "finish", at_the_gate):
+    forget(state)
+    with held_up("read") as gate:
         state.prefetch()
         staged = state._fetched[0]
         assert not staged.ready._future.done()
@@ -258,6 +337,82 @@ def test_a_slot_is_filled_while_others_work(tmp_path: Path) -> None:
     arrived = arrived.clone()
     state.settle()
     assert torch.equal(arrived, master.data.view(-1)[: arrived.numel()])
+
+
+@needs_aio
+@pytest.mark.parametrize("step", SLOTS)
+def test_files_are_written_behind(step: str, tmp_path: Path) -> None:
+    """A step ends, and the next one gets what it wrote, while nothing can be written."""
+    state, owner = one_block(tmp_path, step)
+    state.settle()
+    with held_up("write") as gate:
+        state.step()
+        state.prefetch()
+        arrived = []
+        for chunk in state._fetched.values():
+            wait(chunk.ready)
+            arrived += [master.clone() for master in chunk.masters if master is not None]
+        gate.set()
+        state.settle()
+    masters = torch.cat([master.detach() for master, _ in owner.masters()])
+    found = torch.cat(arrived)
+    assert torch.equal(found, masters[: found.numel()])
+
+
+@needs_aio
+def test_what_is_written_does_not_change_until_it_is(tmp_path: Path) -> None:
+    """Else the file could get a part of what comes later, which the checksum would not fit."""
+    host, direct = direct_memory(tmp_path)
+    first, second = torch.full((3000,), 1.0), torch.full((3000,), 2.0)
+    buffer = host.empty(first)
+    with held_up("write") as gate:
+        direct.write([(first, buffer)], Lane()).synchronize()
+        direct.read_ahead([buffer])  # writes what was changed
+        later = direct.write([(second, buffer)], Lane())
+        time.sleep(0.1)
+        assert not later._future.done()
+        gate.set()
+        later.synchronize()
+    direct.release([buffer])
+    assert torch.equal(buffer, second)
+
+
+@needs_aio
+def test_a_file_is_read_after_it_is_written(tmp_path: Path) -> None:
+    """What a piece held is written behind, and the piece is given to another place, before it is needed again."""
+    with pieces(2):
+        host, direct = direct_memory(tmp_path)
+        values = torch.arange(3000.0)
+        buffer, copy = host.empty(values), torch.zeros(3000)
+        with held_up("write") as gate:
+            direct.write([(values, buffer)], Lane())
+            reading = direct.read([(copy, buffer)], Lane())
+            time.sleep(0.1)
+            gate.set()
+            reading.synchronize()
+    assert torch.equal(copy, values)
+
+
+@needs_aio
+def test_a_block_is_read_ahead_as_a_whole(tmp_path: Path) -> None:
+    """And what is stepped before it stays, even if there is no room for both."""
+    with pieces(60):
+        host, direct = direct_memory(tmp_path)
+        host.reserve(12 * 20_000 * 2)
+        blocks = [host.empty(torch.empty(60_000)) for _ in range(2)]  # 59 pages each
+        places = [[place for place, _, _ in direct._places(block)] for block in blocks]
+        for block, held in ((0, set(places[0])), (1, set(places[0]) | {places[1][0]})):
+            direct.read_ahead([blocks[block]])
+            direct._copies.submit(lambda: None).result()
+            assert set(direct._held) == held
+        for start in range(0, 60_000, 10_000):
+            part = blocks[0][start : start + 10_000]
+            values = torch.empty(10_000)
+            direct.read([(values, part)], Lane())
+            direct.write([(values, part)], Lane())
+        direct.read_ahead([blocks[1]])
+        direct._copies.submit(lambda: None).result()
+        assert set(places[1]) <= set(direct._held)
 
 
 @needs_aio
@@ -292,6 +447,7 @@ def test_state_is_not_in_memory(tmp_path: Path, by_aio: bool) -> None:
     library = hift_ds.state.direct_io.library() if by_aio else (None, "a test")
     with mock.patch.object(hift_ds.state.direct_io, "library", lambda: library):
         host = HostMemory(folder=str(tmp_path))
+        assert (host.direct is not None) == by_aio
     owner = Owner([4 * 2**20], True, torch.Generator().manual_seed(0))
     before = mapped_memory()
     state = BlockState(owner, host, Staging(CPU, 2**20, host.direct), bytes_per_element=12)
@@ -300,6 +456,7 @@ def test_state_is_not_in_memory(tmp_path: Path, by_aio: bool) -> None:
     grown = mapped_memory() - before
     if by_aio:
         assert host.direct is not None and sum(buffer.nbytes for buffer in host.direct.buffers) == 32 * 2**20
+        host.direct._copies.submit(host.direct._empty).result()
         for event in state._active.written:
             event.synchronize()
         assert mapped_memory() - before < 2 * 2**20
@@ -312,9 +469,8 @@ def test_without_it_files_are_mapped(tmp_path: Path) -> None:
         mock.patch.object(hift_ds.state.direct_io, "library", lambda: (None, "no such thing")),
         mock.patch.object(hift_ds.state.direct_io, "logger") as logger,
     ):
-        host = HostMemory(folder=str(tmp_path))
+        assert HostMemory(folder=str(tmp_path)).direct is None
         ours = random_steps(3, 60, SLOTS["streamed"], prefetch=True, folder=str(tmp_path))
-    assert host.direct is None
     first, _ = (call.args[0] for call in logger.warning.call_args_list)
     assert "memory-mapped files" in first and "no such thing" in first
     assert same(ours, random_steps(3, 60, SLOTS["streamed"], prefetch=False))
