@@ -127,7 +127,7 @@ def make_engine(model: Any, settings: Settings, ticks: int, unreached: Sequence[
             config=config,
             lr_scheduler=None if has_scheduler else lambda optimizer: LambdaLR(optimizer, factor),
         )
-    except (ValueError, AssertionError) as error:  # DeepSpeed checks some settings together with assertions
+    except (ValueError, MemoryError, AssertionError) as error:  # DeepSpeed checks some settings with assertions
         raise UserError(f"deepspeed: {error}") from error
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):

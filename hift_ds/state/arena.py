@@ -4,11 +4,13 @@ A region is mapped at once, its pages are made by several threads, and it is pag
 torch's own page-locked memory is slower to make, and each tensor of it is rounded up to a power of two.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,8 +54,9 @@ class Region(mmap.mmap):
             _make_pages(region.address(), nbytes)
         except OSError as error:
             raise MemoryError(
-                f"{nbytes / 2**30:.2f} GiB of host memory for masters and optimizer state: {error.strerror}; use more "
-                "machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
+                f"{nbytes / 2**30:.2f} GiB of host memory for masters and optimizer state: {error.strerror}; free "
+                "memory or raise the limit of this process (ulimit -v), use more machines with ZeRO, or files: "
+                "hift.offload.device='nvme' with hift.offload.nvme_path"
             ) from error
         return region
 
@@ -185,8 +188,17 @@ def _registered(nbytes: int, least: int) -> _Space:
 def _slab(nbytes: int, least: int) -> _Space:
     """Let torch page-lock the largest power of two within ``nbytes``, or the smallest that holds ``least``."""
     size = max(1 << (nbytes.bit_length() - 1), 1 << (least - 1).bit_length() if least else 1)
-    memory = get_accelerator().pin_memory(torch.empty(size, dtype=torch.uint8), make_copy=False)
-    return _Space(memory.numpy(), 0, size)
+    slab = get_accelerator().pin_memory(torch.empty(size, dtype=torch.uint8), make_copy=False).numpy()
+    # torch does not know of copies from and to buffers in the slab. It would reuse the memory while they run.
+    weakref.finalize(slab, _wait_for_copies, os.getpid()).atexit = False
+    return _Space(slab, 0, size)
+
+
+def _wait_for_copies(process: int) -> None:
+    """Wait for the device, unless this is a fork of the process that uses it."""
+    if process == os.getpid():
+        with contextlib.suppress(RuntimeError):  # a device that failed copies nothing more
+            get_accelerator().synchronize()
 
 
 def _clear_error() -> None:

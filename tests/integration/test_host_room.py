@@ -4,6 +4,7 @@ import os
 import socket
 from unittest import mock
 
+import deepspeed
 import pytest
 
 from tests.support.ranks import run_on_ranks
@@ -15,6 +16,7 @@ def check(needed: list[int], free: list[int], hosts: list[str]) -> str | None:
     """In a rank: the error of `HostMemory.check_room`. The launcher's numbers of ranks on a machine are not there."""
     from hift_ds.state import allocator
 
+    deepspeed.init_distributed(verbose=False)
     rank = int(os.environ["RANK"])
     without = {name: value for name, value in os.environ.items() if name not in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")}
     with (
@@ -27,6 +29,25 @@ def check(needed: list[int], free: list[int], hosts: list[str]) -> str | None:
         except ValueError as error:
             return str(error)
     return None
+
+
+def reserve(needed: list[int]) -> str | None:
+    """In a rank: the error of `HostMemory.reserve`."""
+    from hift_ds.state.allocator import HostMemory
+
+    deepspeed.init_distributed(verbose=False)
+    try:
+        HostMemory().reserve(needed[int(os.environ["RANK"])])
+    except MemoryError as error:
+        return str(error)
+    return None
+
+
+def test_all_ranks_raise_the_error_of_one_that_does_not_get_its_memory() -> None:
+    first, second = run_on_ranks(2, reserve, [2**20, 2**62])
+    assert first == second and first.startswith("rank 1: 4294967296.00 GiB of host memory")
+    assert "ulimit -v" in first and "hift.offload.device='nvme'" in first
+    assert run_on_ranks(2, reserve, [2**20, 2**20]) == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 
+import hift_ds
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.make_engine import check_reach, find_blocks, make_engine, schedule_ticks
@@ -46,6 +48,13 @@ def test_the_printed_setting_keeps_what_is_frozen_already() -> None:
     with pytest.raises(UserError) as error:
         checked("gemma3", "deepspeed.hift.freeze=['*norm*', '*.self_attn.q_proj.*']")
     assert "['*norm*', '*.self_attn.q_proj.*', 'model.vision_tower" in remedy(str(error.value))
+
+
+@pytest.mark.parametrize("kind", [ValueError, MemoryError, AssertionError])
+def test_what_the_engine_refuses_is_the_users_error(kind: type[Exception]) -> None:
+    with mock.patch.object(hift_ds, "initialize", side_effect=kind("rank 1: why")):
+        with pytest.raises(UserError, match="deepspeed: rank 1: why"):
+            make_engine(skeleton("llama"), load_settings(TINY), 1)
 
 
 def test_unreached_parameters_among_others_are_a_note() -> None:

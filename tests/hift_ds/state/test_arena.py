@@ -1,9 +1,11 @@
 """The arena of host memory: what it registers, when it lets go, its fallbacks, and what torch's rounding would cost."""
 
+import contextlib
 import ctypes
 import errno
 import gc
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -32,6 +34,7 @@ class Accelerator:
         self.registered: dict[int, int] = {}
         self.released: list[int] = []
         self.pinned: list[int] = []
+        self.slabs: list[torch.UntypedStorage] = []
         self.calls: list[str] = []
         self.breaks = False
 
@@ -62,7 +65,8 @@ class Accelerator:
         if not self._pins:
             raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
         self.pinned.append(1 << (tensor.nbytes - 1).bit_length())
-        return torch.empty_like(tensor)
+        self.slabs.append(slab := torch.empty_like(tensor).untyped_storage())
+        return torch.empty(0, dtype=tensor.dtype).set_(slab)
 
 
 @pytest.fixture
@@ -167,6 +171,21 @@ def test_torch_page_locks_powers_of_two_where_nothing_can_be_registered(device: 
     assert all(end <= begin for (_, end), (begin, _) in zip(ends, ends[1:], strict=False))
     assert sum(device.pinned) <= 1.02 * sum(sizes)
     assert sum(map(torch_rounds, sizes)) > 1.3 * sum(sizes)  # each by itself, as torch would
+
+
+@pytest.mark.parametrize("device", [{"registers": False}], indirect=True)
+@pytest.mark.parametrize("is_fork", [False, True])
+def test_a_slab_is_freed_after_the_copies_that_use_it(device: Accelerator, is_fork: bool) -> None:
+    freed: list[list[str]] = []
+    arena = Arena(pin_memory=True)
+    arena.reserve(2 * ALIGNMENT)
+    first, second = arena.empty(flat(ALIGNMENT)), arena.empty(flat(ALIGNMENT))
+    weakref.finalize(device.slabs.pop(), lambda: freed.append(list(device.calls)))
+    del arena, first
+    assert not freed and not device.calls
+    with mock.patch.object(os, "getpid", lambda: -1) if is_fork else contextlib.nullcontext():
+        del second
+    assert freed == [[] if is_fork else ["synchronize"]]
 
 
 def torch_rounds(nbytes: int) -> int:
