@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hift_ds.weights.host import HostWeights
 from hift_ds.weights.turns import Turns
@@ -18,6 +19,7 @@ from tests.support.pairwise import others_slow
 from tests.support.parity import STRATEGIES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
+from tests.support.training import arguments, records
 
 
 @contextlib.contextmanager
@@ -286,3 +288,25 @@ def _changed_at_once(changed: Any) -> Any:
 def test_each_wait_is_noticed_if_it_is_missing(name: str) -> None:
     case = Case(stage=2, dtype="bf16", strategy="random", waiting="cpu")
     assert run_on_ranks(1, without, case, name) == [True]
+
+
+def launched(argv: list[str]) -> None:
+    """In a rank: a run of the command."""
+    from hift_ds.launch import train
+
+    train.main(argv)
+
+
+def test_a_run_of_the_command(tmp_path: Path) -> None:
+    """With held-out scores, checkpoints, the loss in chunks, and an export."""
+    found = []
+    for waiting in ("device", "cpu"):
+        out = tmp_path / waiting
+        common = ("training.save_every=4", "training.loss_chunk=8", "training.eval_every=4")
+        place = f"deepspeed.hift.offload.weights={waiting}"
+        run_on_ranks(1, launched, arguments(out, "training.max_steps=6", place, *common))
+        model = load_file(out / "model" / "model.safetensors")
+        losses = [(record["loss"], record.get("eval")) for record in records(out)]
+        found.append((losses, model))
+    (truth, weights), (losses, ours) = found
+    assert losses == truth and tiny.identical(ours, weights)
