@@ -139,8 +139,7 @@ class HostWeights:
             for module in unit.modules:
                 hook = partial(_after_forward, turns, unit)
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-        outside = partial(_before_forward, turns, self._outside)
-        self._hooks.append(self._model.register_forward_pre_hook(outside))
+        self._hooks.append(self._model.register_forward_pre_hook(partial(_before_pass, turns, self._outside)))
         for module in self._model.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 self._hooks.append(module.register_state_dict_post_hook(partial(self._show_host)))
@@ -225,6 +224,11 @@ class HostWeights:
 
 def _before_forward(turns: Turns, unit: Unit, *_: Any) -> None:
     turns.enter(unit, Way.FORWARD if torch.is_grad_enabled() else Way.EVALUATION)
+
+
+def _before_pass(turns: Turns, outside: Unit, *_: Any) -> None:
+    turns.begin()
+    _before_forward(turns, outside)
 
 
 def _before_backward(turns: Turns, unit: Unit, _: torch.Tensor) -> None:

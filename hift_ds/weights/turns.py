@@ -70,18 +70,22 @@ class Turns:
         self._way = Way.EVALUATION
         self._last: Unit | None = None
         self._current: Unit | None = None
+        self._in_backward = False
         self.awaited: set[Unit] = set()
         self.fills = 0
 
     def enter(self, unit: Unit, way: Way) -> None:
         """Let what is issued next on the current stream find the weights of a unit in its slot, and fetch the next."""
-        if unit is self._current and way is self._way:
+        is_repeated = self._in_backward and way is Way.FORWARD  # by activation checkpointing
+        if unit is self._current and (is_repeated or way is self._way):
             return
         # A script may read these weights without calling their modules, so any call brings them.
         self._bring(self._outside)
         if unit is self._outside:
             return
-        self._learn(unit, way)
+        self._in_backward |= way is Way.BACKWARD
+        if not is_repeated:
+            self._learn(unit, way)
         self._bring(unit)
         self._current = unit
         following = self._follows[way].get(unit)
@@ -100,8 +104,14 @@ class Turns:
             self._follows[Way.FORWARD].pop(last, None)  # the pass ended there
         if way is Way.FORWARD:
             self._first = unit
-            self.awaited.clear()
         self._way = way
+
+    def begin(self) -> None:
+        """Before a forward pass of the whole model, or when no backward pass will follow."""
+        self._current = None
+        if self._in_backward:
+            self._in_backward = False
+            self.awaited.clear()
 
     def _fetch(self, unit: Unit) -> None:
         if unit.slot.holds is not unit and not unit.is_changing:
@@ -130,7 +140,7 @@ class Turns:
 
     def prepare(self) -> None:
         """Fetch what the next forward pass with gradients needs first. Call it when no backward pass will follow."""
-        self._current = None
+        self.begin()
         self._fetch(self._outside)
         self._fetch(self._first)
         second = self._follows[Way.FORWARD].get(self._first)

@@ -262,12 +262,19 @@ def test_the_bits_are_those_of_weights_on_the_device(name: str) -> None:
         assert same(trained(model, made(model), 2 * order), truth), order
 
 
-def test_a_layer_is_copied_once_on_its_way_up_and_once_on_its_way_down() -> None:
-    model = llama()
+@pytest.mark.parametrize("checkpoints", ("", "ours", "offloaded"))
+def test_a_layer_is_copied_ahead_once_on_its_way_up_and_once_on_its_way_down(checkpoints: str) -> None:
+    model = llama(checkpoints)
     host = made(model)
     turns = host._turns
     assert turns is not None
     layers = [[name for name in names if "layers" in name] for names in tiny.block_names()][1:-1]
+
+    bring = Turns._bring
+
+    def in_time(turns: Turns, unit: Any) -> None:
+        assert unit.slot.holds is unit, "it is fetched when it is needed, and not before"
+        bring(turns, unit)
 
     def step(lowest: int) -> int:
         before = turns.fills
@@ -279,7 +286,8 @@ def test_a_layer_is_copied_once_on_its_way_up_and_once_on_its_way_down() -> None
 
     for _ in range(2):
         # Up: 2 and 3, because 0 and 1 were prepared. Down to the lowest: 1 and 0. Then 0 and 1, unless they are there.
-        assert [step(lowest) for lowest in (3, 2, 1, 0)] == [4, 4, 4, 4]
+        with mock.patch.object(Turns, "_bring", in_time):
+            assert [step(lowest) for lowest in (3, 2, 1, 0)] == [4, 4, 4, 4]
     before = turns.fills
     with torch.no_grad():
         model(**batch(0))
