@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,8 +124,8 @@ def measure(name: str, setup: Setup, cycles: int, hift: Mapping[str, Any], is_li
     return Run(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(setup: Setup, cycles: int, folder: str, hift: Mapping[str, Any]) -> list[Run]:
-    """Train with state in files under the limit, then in host memory without one.
+def compare(setup: Setup, cycles: int, folder: str, hift: Mapping[str, Any]) -> Iterator[Run]:
+    """Train with state in files under the limit, then in host memory without one; yield each run when it has ended.
 
     Args:
         folder: for the files.
@@ -133,10 +133,8 @@ def compare(setup: Setup, cycles: int, folder: str, hift: Mapping[str, Any]) -> 
     """
     offload = hift.get("offload", {})
     in_files = {**hift, "offload": {**offload, "device": "nvme", "nvme_path": folder}}
-    return [
-        measure("state in files", setup, cycles, in_files, True),
-        measure("state in host memory", setup, cycles, hift, False),
-    ]
+    yield measure("state in files", setup, cycles, in_files, True)
+    yield measure("state in host memory", setup, cycles, hift, False)
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -344,9 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
     if options.files:
         print(f"State in files on {machine()}\n{origin}\n{sizes}, bf16, AdamW, ZeRO 2", flush=True)
         setup = Setup(shape, "bf16", 2, *size)
-        runs = file_state.compare(setup, options.cycles, str(options.files), options.hift)
-        write_json(options.json, [origin], runs=[asdict(run) for run in runs])
-        print("\n" + file_state.table(runs))
+        runs: list[file_state.Run] = []
+        for run in file_state.compare(setup, options.cycles, str(options.files), options.hift):
+            runs.append(run)
+            write_json(options.json, [origin], runs=[asdict(one) for one in runs])
+            print("\n" + file_state.table(runs), flush=True)
         return []
     join_world()
     units = f"{options.cycles} cycles" + (f" or {options.steps} steps" if options.methods else "")

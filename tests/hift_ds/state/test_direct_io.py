@@ -380,12 +380,15 @@ def test_what_is_written_does_not_change_until_it_is(tmp_path: Path) -> None:
 @needs_aio
 def test_a_file_is_read_after_it_is_written(tmp_path: Path) -> None:
     """What a piece held is written behind, and the piece is given to another place, before it is needed again."""
-    with pieces(2):
+    with pieces(3):
         host, direct = direct_memory(tmp_path)
-        values = torch.arange(3000.0)
-        buffer, copy = host.empty(values), torch.zeros(3000)
+        host.reserve(4 * PAGE)
+        values = torch.arange(1024.0)
+        buffer, *others = (host.empty(values) for _ in range(4))
+        copy = torch.zeros_like(values)
         with held_up("write") as gate:
             direct.write([(values, buffer)], Lane())
+            direct.read_ahead(others)
             reading = direct.read([(copy, buffer)], Lane())
             time.sleep(0.1)
             gate.set()
