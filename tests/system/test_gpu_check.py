@@ -34,7 +34,7 @@ def test_all_parts_run_on_a_tiny_model(
         *PARTS
     }
     assert not [name for name, result in results.items() if "reason" in result]
-    assert len(results["weights"]["cases"]) == 10 and all(promise["holds"] for promise in found["promises"])
+    assert len(results["weights"]["cases"]) == 13 and all(promise["holds"] for promise in found["promises"])
     hift = results["hift large, prefetch"]
     for length in ("16", "32"):
         assert hift[length]["planned"] > 0 and hift[length]["trace"]["operations"] > 100
