@@ -40,7 +40,9 @@ def check(offload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         ``cases``: the error and the bound of each case by name, and why a case failed.
     """
     cases: dict[str, dict[str, Any]] = {}
-    todo = [(f"{dtype} ZeRO {stage}", dtype, stage, False, {}) for dtype in BOUNDS for stage in (0, 1, 2, 3)]
+    todo: list[tuple[str, str, int, bool, dict[str, str]]] = [
+        (f"{dtype} ZeRO {stage}", dtype, stage, False, {}) for dtype in BOUNDS for stage in (0, 1, 2, 3)
+    ]
     todo += [(f"{dtype} ZeRO 2, AdamW of the config", dtype, 2, True, {}) for dtype in BOUNDS]
     todo += [(f"{d} ZeRO {s}, {ON_HOST}", d, s, False, {"weights": "cpu"}) for d, s in (("fp32", 0), ("bf16", 2))]
     todo.append(("bf16 ZeRO 2, moments in 8 bits", "bf16", 2, False, {"moments": "8bit"}))

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hift_ds.state import encoded
 from hift_ds.state.allocator import HostMemory
 
 # What may have one foot on either side.
@@ -74,6 +75,7 @@ class DeviceMemory(TorchDispatchMode):
 
     def __enter__(self) -> "DeviceMemory":
         self._patches.enter_context(self.placed_on_host(HostMemory, "empty"))
+        self._patches.enter_context(self.placed_on_host(encoded, "_zeros"))  # of masters that are decoded into files
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
