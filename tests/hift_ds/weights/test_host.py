@@ -417,3 +417,16 @@ def test_autograd_sees_no_change_in_a_fill() -> None:
     versions = [parameter._version for parameter in model.parameters()]
     model(**batch(0)).loss.backward()
     assert [parameter._version for parameter in model.parameters()] == versions
+
+
+def test_a_layer_that_is_about_to_change_is_not_fetched() -> None:
+    model = Net()
+    host = made(model)
+    first, second = host._layers[:2]
+    host.forget_slots()
+    host.before_change(model.layers[0].parameters())
+    host.prepare()
+    assert first.slot.holds is None and second.slot.holds is second
+    host.unchanged(model.layers[0].parameters())
+    host.prepare()
+    assert first.slot.holds is first
