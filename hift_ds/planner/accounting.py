@@ -10,17 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hift_ds.config import NORM_CHUNK
+from hift_ds.config import NORM_CHUNK, SLOT_OVERHEAD
 from hift_ds.planner.simulation import LiveMemory, StepBase
 from hift_ds.planner.timeline import Operation, Trace
-
-if TYPE_CHECKING:
-    from hift_ds.state.codec import Codec
+from hift_ds.state.codec import ALIGNMENT, FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Plain, Split, tables
 
 FP32 = 4  # bytes of an element
 FP64 = 8
@@ -62,8 +60,6 @@ class Encoding(NamedTuple):
 
     def _codecs(self) -> tuple[list[Codec], list[Codec]]:
         """Return the codecs of master weights and of state."""
-        from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Plain, Split
-
         masters: list[Codec] = [Split() if self.splits else Plain()] if self.masters else []
         of_moments: list[Codec] = [FIRST_MOMENT, SECOND_MOMENT] if self.eight_bit else [Plain(), Plain()]
         return masters, of_moments[: self.moments]
@@ -75,41 +71,52 @@ class Encoding(NamedTuple):
 
     def stored(self, numel: int) -> tuple[int, int]:
         """Return the bytes of the master weights and of the state of a tensor in the store."""
-        from hift_ds.state.codec import ALIGNMENT
-
-        if not self.is_plain:
-            numel_of_codes = -(-numel // ALIGNMENT) * ALIGNMENT
+        with_room = -(-numel // ALIGNMENT) * ALIGNMENT  # of what is encoded
         found = []
         for codecs, is_coded in zip(self._codecs(), (self.splits, self.eight_bit), strict=True):
-            count = numel_of_codes if is_coded else numel
+            count = with_room if is_coded else numel
             parts = [part for codec in codecs for part in codec.parts]
             found.append(sum(part.dtype.itemsize * (count // part.grain) for part in parts))
         return found[0], found[1]
 
+    def encoded(self, numel: int) -> int:
+        """Return the bytes of what is encoded of a tensor and of its weights, with the alignment of its parts."""
+        if self.in_slot is None:
+            return 0
+        masters, state = self.stored(numel)
+        return masters * self.splits + state * self.eight_bit + self.carried * numel * self.masters + SLOT_OVERHEAD
+
+    @property
+    def tables(self) -> int:
+        """Bytes of the tables of the codecs on the device."""
+        kinds = {codec.signed for codec in self._codecs()[1] if isinstance(codec, Moment)}
+        return sum(table.nbytes for signed in kinds for table in tables(torch.device("meta"), signed))
+
     @property
     def per_element(self) -> tuple[float, float]:
         """Bytes of an element's master weight and state in the store."""
-        masters, state = self.stored(2**20)
-        return masters / 2**20, state / 2**20
+        masters, state = (sum(codec.bytes_per_value for codec in codecs) for codecs in self._codecs())
+        return masters, state
 
     @property
     def moved(self) -> float:
         """Bytes of an element that travel in each direction."""
         return sum(self.per_element) + self.carried
 
-    def slot_bytes(self, uncoded: int) -> int:
-        """Return the bytes of a slot for the chunk that a slot of ``uncoded`` bytes holds in fp32."""
+    @property
+    def in_slot(self) -> float | None:
+        """Bytes of an element in a slot; None: those that the step needs."""
         if self.is_plain and not self.carried:
-            return uncoded
-        per_element = FP32 * (1 + self.moments)
-        return math.ceil(uncoded // per_element * self.moved) + _SLOT_OVERHEAD
+            return None
+        return sum(self.per_element) + (self.carried if self.masters else FP32)  # fp32 weights may be the masters
 
     def temporary(self, numel: int) -> int:
         """Return the bytes of temporary tensors while a chunk is encoded, the copy of new state included."""
         masters, moments = self._codecs()
         needed = [codec.temporary for codec in masters if self.splits]
         needed += [codec.temporary + FP32 for codec in moments if self.eight_bit]
-        return max(needed, default=0) * numel
+        room = 0 if self.is_plain else FP32 * ALIGNMENT * (1 + self.moments)  # by which decoded tensors are larger
+        return max(needed, default=0) * numel + room
 
     def kernels(self) -> list[Operation]:
         """Return the kernels that decode and encode a chunk of ``TRACED`` elements."""
@@ -117,7 +124,6 @@ class Encoding(NamedTuple):
 
 
 TRACED = 2**20  # elements
-_SLOT_OVERHEAD = 4096  # bytes that the alignment of tensors in a slot takes
 
 
 @cache
@@ -220,12 +226,19 @@ class Setup:
         """Return the bytes of fp32 master weights on a rank."""
         return FP32 * self.partition(numels) if self.has_masters else 0
 
-    def stored(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Return the bytes of master weights and of optimizer state of these weights in a rank's store."""
+    def stored(self, shapes: Sequence[Sequence[int]], slices: Sequence[int] = ()) -> tuple[int, int]:
+        """Return the bytes of master weights and of optimizer state of these weights in a rank's store.
+
+        Args:
+            shapes: of the weights of an optimizer.
+            slices: elements of the slices of the only weight, if it is cut by rows. Each is encoded on its own.
+        """
         numels = [math.prod(shape) for shape in shapes]
         if self.encoding.is_plain:
             return self.masters(numels), self.state(shapes)
-        sizes = list(map(self.encoding.stored, numels if self.stage == 0 else [self.partition(numels)]))
+        tensors = slices or (numels if self.stage == 0 else [self.partition(numels)])
+        ranks = self.ranks if slices and self.stage else 1
+        sizes = [self.encoding.stored(-(-numel // ranks)) for numel in tensors]
         return sum(masters for masters, _ in sizes), sum(state for _, state in sizes)
 
     def state(self, shapes: Sequence[Sequence[int]]) -> int:
@@ -329,6 +342,10 @@ class Step(StepBase):
             # The staging slots hold the master weights. A block's first step creates its state outside the slots.
             in_slot = 0 if self.setup.splits else masters
             self.memory.free("buffers", in_slot)
+        elif self.setup.placement == "block":  # what is encoded comes beside it
+            encoded = self.setup.encoding.encoded(sum(tensors))
+            self.memory.allocate("buffers", encoded)
+            in_slot = -encoded
         with self.memory.temporary("master_weights", masters), self.memory.temporary("optimizer_state", state):
             self.optimize(tensors, fp32_gradients)
             if self.setup.moves_state:  # encoded beside the gradient

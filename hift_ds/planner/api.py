@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from hift_ds.config import ConfigError
 from hift_ds.planner.plan import Plan, Planner
-from hift_ds.planner.request import Request, parse_size
-from hift_ds.planner.search import Fit
+from hift_ds.planner.request import Request, is_count, parse_size
+from hift_ds.planner.search import Fit, default_host_reserve
 from hift_ds.planner.step_time import StepTimes
 from hift_ds.planner.step_time import problems as step_time_problems
 
@@ -23,6 +23,7 @@ def plan_memory(
     gpu_memory: int | str | None = None,
     reserve: int | str | None = None,
     gpu: str | None = None,
+    host_memory: int | str | None = None,
     **options: Any,
 ) -> Plan:
     """Plan the memory of a training run. No weights are read.
@@ -33,6 +34,8 @@ def plan_memory(
         gpu_memory: bytes, or text such as ``24GiB``. The plan then also says whether the run fits, and what would.
         reserve: bytes, or text, of ``gpu_memory`` that stay free for what PyTorch does not count: the CUDA context,
             communication and fragmentation. See :func:`default_reserve`.
+        host_memory: bytes, or text, of the memory of the machine, for use with ``gpu_memory``. The run must then fit
+            there, too: state may be in 8 bits, or in files in ``nvme_path``. With ``gpu``, the fastest change is named.
         gpu: a card, such as ``h200`` or ``4090`` (the keys of ``hift_ds.planner.timeline.CARDS``). The plan then also
             predicts the time of a step in ``Plan.time``: see :meth:`hift_ds.planner.step_time.StepTimes.answer`.
         method: ``hift`` (default), ``full`` (DeepSpeed without HiFT), ``lora`` (on PEFT's default layers) or ``mezo``.
@@ -44,8 +47,11 @@ def plan_memory(
         layers_per_block, max_block_numel, balance: as in :func:`hift_ds.partition_model`.
         zero_stage: DeepSpeed's ZeRO stage, by default 2, or 0 for Adafactor.
         ranks: number of GPUs, by default 1. The plan holds the sizes of one rank.
-        offload_device, offload_step, buffer_size, nvme_path: ``device``, ``step``, ``buffer_size`` and ``nvme_path`` of
-            the section ``hift.offload``.
+        offload_device, offload_step, buffer_size, nvme_path, nvme, weights, master, moments: ``device``, ``step``,
+            ``buffer_size``, ``nvme_path``, ``nvme``, ``weights``, ``master`` and ``moments`` of the section
+            ``hift.offload``.
+        offload_param: ``cpu``: at ZeRO-3, the weights wait in host memory; ``none`` (default).
+        drive_read, drive_write: bytes a second of the drive with the files, by default 3e9 and 2e9.
         prefetch: bytes of all slots of the streamed step, as ``hift.offload.prefetch``; None: two slots.
         offload_optimizer: ``cpu``: the host runs the optimizer step; ``none`` (default).
         activation_checkpointing: the backward pass recomputes layers.
@@ -68,13 +74,13 @@ def plan_memory(
     unknown = [
         f"{key}={value!r} is an unknown argument; "
         + (f"did you mean {near[0]!r}? " if (near := difflib.get_close_matches(key, names, n=1)) else "")
-        + f"known arguments: {', '.join(names)}, gpu_memory, reserve, gpu"
+        + f"known arguments: {', '.join(names)}, gpu_memory, reserve, gpu, host_memory"
         for key, value in options.items()
         if key not in names
     ]
     if unknown:
         raise ConfigError(unknown)
-    planner, fit, times = prepare(Request(model, **options), gpu_memory, reserve, gpu)
+    planner, fit, times = prepare(Request(model, **options), gpu_memory, reserve, gpu, host_memory)
     plan = planner.plan(planner.request)
     plan = times.answer(plan) if times else plan
     return fit.answer(plan) if fit else plan
@@ -94,6 +100,7 @@ def prepare(
     gpu_memory: int | str | None,
     reserve: int | str | None,
     gpu: str | None = None,
+    host_memory: int | str | None = None,
     found: Iterable[str] = (),
 ) -> tuple[Planner, Fit | None, StepTimes | None]:
     """Check a request and make its planner, the search for what fits, and the prediction of the step time.
@@ -105,13 +112,16 @@ def prepare(
         gpu_memory: as in :func:`plan_memory`.
         reserve: as in :func:`plan_memory`.
         gpu: as in :func:`plan_memory`.
+        host_memory: as in :func:`plan_memory`.
         found: problems that the caller has found.
 
     Raises:
         ConfigError: with ``found`` and every problem of the arguments.
     """
     found = [*found, *(step_time_problems(request, gpu) if gpu is not None else ())]
-    planner, memory, kept = None, 0, 0
+    planner, memory, kept, host, drive = None, 0, 0, None, None
+    if host_memory is not None and request.offload_device != "nvme":
+        request, drive = replace(request, nvme_path=None), request.nvme_path
     try:
         planner = Planner(request)
     except ConfigError as error:
@@ -127,6 +137,17 @@ def prepare(
         kept = default_reserve(memory) if reserve is None else parse_size("--reserve", reserve)
     except ConfigError as error:
         found += error.problems
+    try:
+        host = parse_size("--host-memory", host_memory) if host_memory is not None else None
+    except ConfigError as error:
+        found += error.problems
+    if gpu_memory is None and host_memory is not None:
+        found.append(f"--host-memory={host_memory} has no effect without --gpu-memory; add it, or leave it out")
+    elif host is not None and host <= (least := default_host_reserve(request.ranks if is_count(request.ranks) else 1)):
+        found.append(
+            f"--host-memory={host_memory}: expected more than the {least / GIB:g} GiB that stay free for the system "
+            "and the processes; raise it"
+        )
     if gpu_memory is None and reserve is not None:
         found.append(f"--reserve={reserve} has no effect without --gpu-memory; add it, or leave --reserve out")
     elif memory and kept >= memory:
@@ -137,4 +158,4 @@ def prepare(
     if planner is None or found:
         raise ConfigError(found)
     times = StepTimes(planner, gpu) if gpu is not None else None
-    return planner, Fit(planner, memory, kept) if memory else None, times
+    return planner, Fit(planner, memory, kept, host, times, drive) if memory else None, times

@@ -101,6 +101,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="2GiB",
         help="memory to keep free for what PyTorch does not count; default: 1 GiB and a twentieth of --gpu-memory",
     )
+    parser.add_argument(
+        "--host-memory",
+        metavar="64GiB",
+        help="memory of the machine: with --gpu-memory, find what fits there, too, if need be with state in 8 bits, or "
+        "in files in --nvme-path; with --gpu, the fastest of what fits",
+    )
     parser.add_argument("--gpu", metavar="X", help="predict the time of a step on this card: " + ", ".join(CARDS))
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with all sizes in bytes and times in seconds"
@@ -118,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = vars(_parse(argv))
         as_json, config, picture = (options.pop(name, None) for name in ("json", "write_config", "plot"))
-        memory, reserve, gpu = (options.pop(name, None) for name in ("gpu_memory", "reserve", "gpu"))
-        planner, fit, times = prepare(Request(**options), memory, reserve, gpu, _file_problems(config, picture))
+        memory, reserve, gpu, host = (
+            options.pop(name, None) for name in ("gpu_memory", "reserve", "gpu", "host_memory")
+        )
+        planner, fit, times = prepare(Request(**options), memory, reserve, gpu, host, _file_problems(config, picture))
         if config:
             planner.request.deepspeed_config()  # report what cannot be written before the slow simulation
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 from hift_ds.config import ConfigError
 from hift_ds.planner.plan import Plan, with_total
@@ -68,7 +69,10 @@ def _step_time(plan: Plan) -> str:
     shortest, longest = min(time["by_block"]), max(time["by_block"])
     spread = f" ({shortest:.3g} to {longest:.3g} s by block)" if len(time["by_block"]) > 1 else ""
     each = " on each rank" if plan.request.ranks > 1 else ""
+    if time["drive"]:
+        parts.insert(2, f"the drive {1000 * time['drive']:.0f} ms")
     limits = {"kernels": "Kernels limit", "bus": "The bus limits", "host": "The host limits"}
+    limits["drive"] = "The drive limits"
     sentences = [
         f"Predicted on {time['gpu']}: {time['seconds']:.3g} s a step{spread}, "
         f"{time['tokens_per_second']:,.0f} tokens a second{each}.",
@@ -88,20 +92,28 @@ def _step_time(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    """Return a sentence that says whether the plan fits."""
+    """Return sentences that say whether the plan fits, with which change, and what that costs."""
     assert plan.fit is not None
     fit = plan.fit
-    device = f"{fit['gpu_memory'] / GIB:g} GiB with {fit['reserve'] / GIB:g} GiB kept free"
+    room = f"{fit['gpu_memory'] / GIB:g} GiB with {fit['reserve'] / GIB:g} GiB kept free"
+    if "host_memory" in fit:
+        room += f" and {fit['host_memory'] / GIB:g} GiB of host memory with {fit['host_reserve'] / GIB:g} GiB kept free"
     missing = ", ".join(name.replace("_", " ") for name in fit["not_searched"])
     skipped = [f"Not searched: {missing}. It would take minutes of simulation."] if missing else []
     if "device_total" not in fit:
         known = [] if missing else ["No change that the planner knows makes it fit."]
-        return " ".join([f"The run does not fit on {device}.", *known, *skipped])
-    total = f"{fit['device_total'] / GIB:.2f} GiB"
+        return " ".join([f"The run does not fit on {room}.", *known, *_missing(fit), *skipped])
+    needs = f"{fit['device_total'] / GIB:.2f} GiB"
+    if "host_memory" in fit:
+        needs = f"{needs} on the device and {plan.request.ranks * fit['host_total'] / GIB:.1f} GiB of host memory"
+    if fit["nvme_total"]:
+        needs += f", and {plan.request.ranks * fit['nvme_total'] / GIB:.1f} GiB in files"
     if fit["fits"]:
-        sentences = [f"The run fits on {device}: it needs {total}."]
+        sentences = [f"The run fits on {room}: it needs {needs}."]
     else:
-        sentences = [f"The run does not fit on {device}. It fits with {fit['change']}: it then needs {total}."]
+        sentences = [f"The run does not fit on {room}. It fits with {fit['change']}: it then needs {needs}."]
+    if "seconds" in fit:
+        sentences += _cost(plan)
     longest, positions, batch = fit["longest_sequence"], fit["positions"], fit["largest_batch"]
     if longest and positions and longest > positions:
         limit = f"at most {positions:,} tokens, the positions of the model; memory would allow {longest:,}"
@@ -111,6 +123,36 @@ def _verdict(plan: Plan) -> str:
     if batch:
         sentences.append(f"The largest micro-batch that fits: {batch:,} sequence{'s' * (batch != 1)}.")
     return " ".join([*sentences, *skipped])
+
+
+def _missing(fit: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what is missing if nothing fits."""
+    if "missing" not in fit:
+        return []
+    names = {"device": "of device memory", "host": "of host memory"}
+    sizes = [f"{fit['missing'][place] / GIB:.2f} GiB {name}" for place, name in names.items() if fit["missing"][place]]
+    closest = f"With {fit['closest']}" if fit["closest"] else "As it is"
+    return [f"{closest}, {' and '.join(sizes)} are missing. What would help most: {fit['helps']}."]
+
+
+def _cost(plan: Plan) -> list[str]:
+    """Return sentences on the time of a step with the change that makes a run fit."""
+    assert plan.fit is not None and plan.time is not None and plan.fitting is not None
+    before, after, changed = plan.time["seconds"], plan.fit["seconds"], plan.fitting
+    sentences = [
+        f"A step then takes {after:.3g} s on {plan.time['gpu']}, {after / before:.1f} times the {before:.3g} s that it "
+        "would take as it is, if that fitted."
+    ]
+    least = plan.fit["hidden_from"]
+    if not changed.streams_weights:
+        return sentences
+    if least is None:
+        return [*sentences, "Its copies hide with no micro-batch."]
+    tokens = f"{least * changed.seq_len:,} tokens"
+    sentences.append(f"From micro-batches of {least:,} x {changed.seq_len} = {tokens} on, copies cost at most 5 %.")
+    if (plan.fit["largest_batch"] or least) < least and not changed.recomputes:
+        sentences.append("Fewer fit; --activation-checkpointing makes room for more.")
+    return sentences
 
 
 def _width(name: str) -> int:

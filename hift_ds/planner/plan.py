@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hift_ds.blocks.block import Block
 from hift_ds.blocks.partition import partition_model
-from hift_ds.config import ConfigError, file_buffer_bytes
+from hift_ds.config import SLOT_OVERHEAD, ConfigError, file_buffer_bytes
 from hift_ds.model.activations import checkpoint_activations
 from hift_ds.model.loss import unwrapped
 from hift_ds.model.positions import PositionLimit, position_limit
@@ -201,6 +201,13 @@ class BuiltModel:
         """Return the shapes of each DeepSpeed optimizer. All blocks that hold rows of one tensor share an optimizer."""
         first = {tuple(block.parameter_names): index for index, block in reversed(list(enumerate(self.blocks)))}
         return [self.gradient_shapes(index) for index in sorted(first.values())]
+
+    def optimizer_slices(self) -> list[list[int]]:
+        """Return for each DeepSpeed optimizer the elements of the slices of its blocks; empty: whole weights."""
+        slices: dict[tuple[str, ...], list[int]] = {}
+        for block in self.blocks:
+            slices.setdefault(tuple(block.parameter_names), []).extend([block.numel] if block.slices else [])
+        return list(slices.values())
 
     def reached_from(self, block: int) -> list[int]:
         """Return the elements of each parameter that backward reaches on its way down to a block.
@@ -547,7 +554,7 @@ class Planner:
             weights = sum(-(-n // request.ranks) for n in numels) if setup.stage == 3 else model
         held = {
             "parameters": request.weight * (weights + setup.persistent),
-            "buffers": others + _SCALARS * len(numels) + setup.slots * setup.slot,
+            "buffers": others + _SCALARS * len(numels) + setup.slots * setup.slot + setup.encoding.tables,
         }
         optimizers = built.optimizer_shapes()
         if setup.stage == 3:
@@ -628,11 +635,6 @@ class Planner:
         bucket = _STOCK_BUCKET
         if request.method == "hift":
             bucket = min(bucket, max(sum(block) for block in numels))
-        chunk, slot, slots = 0, 0, 1 if request.placement == "block" else 0
-        if request.placement == "streamed":
-            ranks = request.ranks if request.stage > 0 else 1
-            slot, slots = request.offload.slots(updated, ranks, bytes_per_element(request.optimizer))
-            chunk = slot // bytes_per_element(request.optimizer)
         setup = Setup(
             stage=request.stage,
             ranks=request.ranks,
@@ -644,15 +646,17 @@ class Planner:
             bucket=bucket,
             staging=max(max(block) for block in numels),
             accumulates=request.gradient_accumulation_steps > 1,
-            chunk=chunk,
-            slot=slot,
-            slots=slots,
+            slots=1 if request.placement == "block" else 0,
             splits=request.splits,
             eight_bit=request.moments == "8bit",
             weights="cpu" if request.streams_weights else "device",
         )
-        if chunk:
-            setup = replace(setup, slot=setup.encoding.slot_bytes(slot))
+        if request.placement == "streamed":
+            ranks, decoded = request.ranks if request.stage else 1, bytes_per_element(request.optimizer)
+            in_slot = setup.encoding.in_slot
+            slot, slots = request.offload.slots(updated, ranks, decoded, in_slot)
+            chunk = slot // decoded if in_slot is None else int((slot - SLOT_OVERHEAD) // in_slot)
+            setup = replace(setup, chunk=chunk, slot=slot, slots=slots)
         return replace(setup, persistent=persistent_numel(setup, _numels(built.shapes.values())))
 
     def layer_bytes(self, request: Request) -> list[int]:
@@ -660,6 +664,10 @@ class Planner:
         if not request.streams_weights:
             return []
         return [request.weight * -(-numel // request.ranks) for numel in self.build(request).layers()]
+
+    def off_device(self, request: Request, place: str) -> dict[str, int]:
+        """Return the bytes of one rank by category in a place, ``host`` or ``nvme``, without activation checkpoints."""
+        return self._off_device(request, self.build(request), 0, place)
 
     def _off_device(self, request: Request, built: BuiltModel, top: int, place: str) -> dict[str, int]:
         """Return the bytes of one rank by category in a place, ``host`` or ``nvme``; ``top``: the block at the peak."""
@@ -681,7 +689,7 @@ class Planner:
         for category, in_files, nbytes in zip(
             ("master_weights", "optimizer_state"),
             request.in_files,
-            map(sum, zip(*map(setup.stored, optimizers), strict=True)),
+            map(sum, zip(*map(setup.stored, optimizers, built.optimizer_slices()), strict=True)),
             strict=True,
         ):
             sizes[category] = nbytes if (place == "nvme") == in_files else 0

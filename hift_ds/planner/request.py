@@ -54,12 +54,12 @@ class Request:
     buffer_size: int = OffloadConfig.buffer_size
     prefetch: int | None = None
     nvme_path: str | None = None
-    nvme: str = "all"
+    nvme: str = OffloadConfig.nvme
     drive_read: int = 3_000_000_000
     drive_write: int = 2_000_000_000
-    weights: str = "device"
-    master: str = "fp32"
-    moments: str = "fp32"
+    weights: str = OffloadConfig.weights
+    master: str = OffloadConfig.master
+    moments: str = OffloadConfig.moments
     offload_param: str = "none"
     offload_optimizer: str = "none"
     activation_checkpointing: bool = False
@@ -162,18 +162,18 @@ class Request:
         for name in ("batch_size", "seq_len", "layers_per_block", "ranks", "gradient_accumulation_steps", "lora_rank"):
             value = getattr(self, name)
             most = _MOST_RANKS if name == "ranks" else _MOST
-            if not _is_count(value):
+            if not is_count(value):
                 found.append(f"{_option(name)}={value!r}: expected an integer of at least 1")
             elif value > most:
                 found.append(f"{_option(name)}={value}: expected at most {most:,}")
-        if self.max_block_numel is not None and (not _is_count(self.max_block_numel)):
+        if self.max_block_numel is not None and (not is_count(self.max_block_numel)):
             found.append(f"--max-block-numel={self.max_block_numel!r}: expected an integer of at least 1")
         if not isinstance(self.buffer_size, int) or self.buffer_size < MIN_BUFFER:
             found.append(f"--buffer-size={self.buffer_size!r}: expected bytes, an integer of at least {MIN_BUFFER}")
         for name in ("drive_read", "drive_write"):
-            if not _is_count(rate := getattr(self, name)):
+            if not is_count(rate := getattr(self, name)):
                 found.append(f"{_option(name)}={rate!r}: expected bytes a second, an integer of at least 1")
-        if self.prefetch is not None and (not _is_count(self.prefetch) or self.prefetch < 2 * MIN_BUFFER):
+        if self.prefetch is not None and (not is_count(self.prefetch) or self.prefetch < 2 * MIN_BUFFER):
             found.append(f"--prefetch={self.prefetch!r}: expected bytes, an integer of at least {2 * MIN_BUFFER}")
         chunk = self.loss_chunk
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0):
@@ -283,6 +283,12 @@ class Request:
                 f"--weights=cpu with --zero-stage={self.stage}, --ranks={self.ranks}: it is for one rank at ZeRO-0 to "
                 "ZeRO-2; use --zero-stage 3 --offload-param cpu instead"
             )
+        if self.weights == "cpu" and (self.offload_device == "none" or self.offload_optimizer == "cpu"):
+            found.append(
+                f"--weights=cpu with --offload-device={self.offload_device}, "
+                f"--offload-optimizer={self.offload_optimizer}: the state must wait off the device, and the step be "
+                "computed there; leave the other option out"
+            )
         if self.offload_param == "cpu" and (self.method != "hift" or self.stage != 3 or self.layout == "paper"):
             found.append(
                 f"--offload-param=cpu with --method={self.method}, --zero-stage={self.stage}: expected --method hift "
@@ -342,15 +348,7 @@ class Request:
                 "nvme_path": self.nvme_path, "prefetch": self.prefetch or OffloadConfig.prefetch,
                 "nvme": self.nvme, "weights": self.weights, "master": self.master, "moments": self.moments,
             }  # fmt: skip
-            defaults = {
-                "nvme": Request.nvme,
-                "weights": Request.weights,
-                "master": Request.master,
-                "moments": Request.moments,
-            }
-            changed = {
-                key: value for key, value in offload.items() if value != getattr(OffloadConfig, key, defaults.get(key))
-            }
+            changed = {key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)}
             if self.offload_param == "cpu":
                 zero["offload_param"] = {"device": "cpu", "pin_memory": True}
             config["hift"] |= {"offload": changed} if changed else {}
@@ -365,7 +363,8 @@ class Request:
         return config
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Return whether a value is an integer of at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 

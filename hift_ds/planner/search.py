@@ -1,4 +1,4 @@
-"""Find whether a run fits on a device, the smallest change that makes it fit, and the largest sizes that fit."""
+"""Find whether a run fits on a device, the cheapest change that makes it fit, and the largest sizes that fit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hift_ds.config import ConfigError
+from hift_ds.planner.accounting import MOMENTS
 from hift_ds.planner.plan import Plan, Planner, TooManyOperationsError
-from hift_ds.planner.request import Request
+from hift_ds.planner.request import ENCODED, Request
+from hift_ds.planner.step_time import StepTimes, problems
 
 _MAX_SEQ_LEN, _MAX_BATCH_SIZE = 2**20, 2**14  # a search ends here
 _MOST_OPERATIONS = 1_500_000  # of a plan and its search: about a minute
@@ -19,40 +21,69 @@ _TOKENS = 64  # the search tries multiples of this sequence length
 T = TypeVar("T")
 
 
+def default_host_reserve(ranks: int) -> int:
+    """Return the bytes of a machine's memory to keep free: 2 GiB for the system, and 2 GiB for each rank's process."""
+    return 2**31 * (1 + ranks)
+
+
 class Fit:
-    """Answers what fits on a device, and which change makes a request fit.
+    """Answers what fits on a device and a machine, and which change makes a request fit.
 
     Args:
         planner: plans the variants of the request.
         memory: bytes of the device.
         reserve: bytes of the device that stay free.
+        host_memory: bytes of the memory of the machine that has all ranks; None: enough.
+        times: predicts step times, by which changes are compared; None: the first change in the order of their cost
+            is taken.
+        drive: the folder in which state may be in files; None: in none.
     """
 
-    def __init__(self, planner: Planner, memory: int, reserve: int):
+    def __init__(
+        self,
+        planner: Planner,
+        memory: int,
+        reserve: int,
+        host_memory: int | None = None,
+        times: StepTimes | None = None,
+        drive: str | None = None,
+    ):
         self.planner, self.memory, self.reserve, self.room = planner, memory, reserve, memory - reserve
+        self.host_memory, self.times, self.drive = host_memory, times, drive
 
     def answer(self, plan: Plan) -> Plan:
         """Set the plan's ``fit`` and ``fitting``, and return the plan.
 
-        ``fit`` holds ``gpu_memory``, ``reserve``, ``fits``, ``change`` (the smallest change that makes the request
-        fit, or None), ``positions`` of the model, and ``not_searched`` (names of what would take too long). If anything
-        fits it also holds ``device_total``, ``longest_sequence`` (tokens) and ``largest_batch`` (sequences in a
-        micro-batch) of the request with the change.
+        ``fit`` holds ``gpu_memory``, ``reserve``, ``fits``, ``change`` (the change that makes the request fit, or
+        None), ``positions`` of the model, and ``not_searched`` (names of what would take too long). If anything fits it
+        also holds ``device_total``, ``host_total`` and ``nvme_total`` of a rank, ``longest_sequence`` (tokens) and
+        ``largest_batch`` (sequences in a micro-batch) of the request with the change.
+
+        With ``host_memory``, ``fit`` also holds ``host_memory`` and ``host_reserve``. With a predicted time, it holds
+        ``seconds`` of a step with the change and ``hidden_from``, the sequences in a micro-batch from which copies
+        take at most 5 % of its time. If nothing fits, ``missing`` has the bytes that are missing on the ``device`` and
+        on the ``host`` with the ``closest`` change, and ``helps`` names what would help most.
         """
         self.planner.limit = _MOST_OPERATIONS
-        plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": self._total_of(plan) <= self.room}
+        fits = self._total_of(plan) <= self.room and self._fits_host(plan.request)
+        plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": fits}
         plan.fit |= {"change": None, "longest_sequence": None, "largest_batch": None}
         plan.fit |= {"positions": plan.positions, "not_searched": []}
+        if self.host_memory is not None:
+            plan.fit |= {"host_memory": self.host_memory, "host_reserve": default_host_reserve(plan.request.ranks)}
         changes: list[str] = []
         request: Request | None = plan.request
         if not plan.fit["fits"]:
-            found = self._unless_long(plan, "change", lambda: self._smallest_change(plan.request))
+            found = self._unless_long(plan, "change", lambda: self._cheapest_change(plan.request))
             changes, request = found or ([], None)
         if request is not None:
             changed = self.planner.plan(request) if changes else plan
             positions = self.planner.build(request).positions
             limit = positions.tokens if positions.table and positions.tokens else _MAX_SEQ_LEN
             plan.fit |= {"change": " and ".join(changes) or None, "device_total": self._total_of(changed)}
+            plan.fit |= {"host_total": sum(changed.host.values()), "nvme_total": sum(changed.nvme.values())}
+            if self.times and plan.time and changes:
+                plan.fit |= {"seconds": self.times.mean(request), "hidden_from": self.times.hidden_from(request)}
             longest = self._unless_long(
                 plan, "longest_sequence", partial(self.largest, request, "seq_len", _TOKENS, limit)
             )
@@ -62,6 +93,8 @@ class Fit:
                 plan, "largest_batch", partial(self.largest, request, "batch_size", 1, _MAX_BATCH_SIZE, guess)
             )
             plan.fitting = request
+        elif "change" not in plan.fit["not_searched"]:
+            plan.fit |= self._unless_long(plan, "missing", lambda: self._missing(plan.request)) or {}
         return plan
 
     def _unless_long(self, plan: Plan, name: str, search: Callable[[], T]) -> T | None:
@@ -76,9 +109,71 @@ class Fit:
             plan.fit[name] = found
         return found
 
-    def _smallest_change(self, request: Request) -> tuple[list[str], Request] | None:
-        """Return the names of the smallest changes that make a request fit, and the changed request."""
-        return next((change for change in self._changes(request) if self.fits(change[1])), None)
+    def _cheapest_change(self, request: Request) -> tuple[list[str], Request] | None:
+        """Return the names of the cheapest changes that make a request fit, and the changed request.
+
+        Changes of where and how state waits come last, those that change numbers after those that do not: state in
+        host memory, then in 8 bits, then in files. With a card, the fastest of the changes that fit with the least of
+        these is taken, otherwise the first.
+        """
+        states = [(changes, base) for changes, base in _states(request, self.drive) if self._fits_host(base)]
+        for names, base in states:
+            fitting = ((names + changes, changed) for changes, changed in self._changes(base) if self.fits(changed))
+            if not self.times:
+                if first := next(fitting, None):
+                    return first
+            elif found := list(fitting):
+                return min(found, key=lambda change: self._seconds(change[1]))
+        more = ((names + changes, changed) for names, base in states for changes, changed in self._last_changes(base))
+        return next((change for change in more if self.fits(change[1])), None)
+
+    def _seconds(self, request: Request) -> float:
+        """Return the predicted time of a step, or infinity where there is no prediction."""
+        assert self.times is not None
+        if problems(request, self.times.name):
+            return math.inf
+        return self.times.figures(request, len(self.planner.build(request).blocks) // 2).seconds
+
+    def _missing(self, request: Request) -> dict[str, Any]:
+        """Return what is missing with the closest change, and what would help most: see :meth:`answer`."""
+        closest: tuple[int, list[str], dict[str, int]] | None = None
+        for names, base in _states(request, self.drive):
+            for changes, changed in [([], base), *places(base)]:
+                try:
+                    device = sum(self.planner.plan(changed).device.values()) - self.room
+                    host = self._host_total(changed) - (self._host_room(changed) or 0)
+                except ConfigError:
+                    continue
+                missing = {"device": max(0, device), "host": max(0, host) if self.host_memory is not None else 0}
+                if closest is None or sum(missing.values()) < closest[0]:
+                    closest = sum(missing.values()), names + changes, missing
+        assert closest is not None
+        _, changes, missing = closest
+        in_files = request.offload_device == "nvme" or self.drive is not None
+        if missing["host"] and not in_files and request.method == "hift":
+            helps = "state in files on a drive (--nvme-path FOLDER)"
+        elif missing["device"]:
+            helps = "shorter sequences, smaller blocks (--max-block-numel) or more GPUs (--ranks)"
+        else:
+            helps = "more host memory, or GPUs in several machines"
+        return {"missing": missing, "closest": " and ".join(changes) or None, "helps": helps}
+
+    def _host_total(self, request: Request) -> int:
+        """Return the bytes of host memory that all ranks need together."""
+        plan = self.planner.plan(request) if request.checkpoint_offload else None
+        sizes = plan.host if plan else self.planner.off_device(request, "host")
+        return request.ranks * sum(sizes.values())
+
+    def _host_room(self, request: Request) -> int | None:
+        return None if self.host_memory is None else self.host_memory - default_host_reserve(request.ranks)
+
+    def _fits_host(self, request: Request) -> bool:
+        """Return whether a request's state and weights fit in host memory. A request with problems does not."""
+        room = self._host_room(request)
+        try:
+            return room is None or self._host_total(request) <= room
+        except ConfigError:
+            return False
 
     @staticmethod
     def _total_of(plan: Plan) -> int:
@@ -90,9 +185,9 @@ class Fit:
             blocks = self.planner.build(request).bounding_blocks()
         except ConfigError:  # the change conflicts with the rest of the request
             return False
-        if any(self.planner.least(request, block) > self.room for block in blocks):
+        if any(self.planner.least(request, block) > self.room for block in blocks) or not self._fits_host(request):
             return False
-        return all(self._total(request, block) <= self.room for block in blocks)
+        return all(self.total(request, block) <= self.room for block in blocks)
 
     def largest(self, request: Request, name: str, granule: int, limit: int, guess: int | None = None) -> int:
         """Return the largest value of a size that fits.
@@ -124,10 +219,10 @@ class Fit:
 
         def search(block: int, high: int, guess: int) -> int:
             """Return the largest count below ``high`` that fits in a step on a block; ``guess`` is tried first."""
-            low, below = first, self._total(at(first), block)
+            low, below = first, self.total(at(first), block)
             while high - low > 1:
                 guess = min(max(guess, low + 1), high - 1)
-                total = self._total(at(guess), block)
+                total = self.total(at(guess), block)
                 slope = max(1, total - below) / (guess - low)
                 if total <= self.room:
                     low, below = guess, total
@@ -138,7 +233,7 @@ class Fit:
 
         count = search(block, limit // granule + 1, 2 * first if guess is None else guess // granule)
         while count > 1:
-            over = next((block for block in blocks if self._total(at(count), block) > self.room), None)
+            over = next((block for block in blocks if self.total(at(count), block) > self.room), None)
             if over is None:
                 break
             most = search(over, count, count - count // 100)  # this block needs more memory than ``block``
@@ -146,39 +241,41 @@ class Fit:
                 count -= max(1, count // 100)
         return max(1, count * granule)
 
-    def _total(self, request: Request, block: int) -> int:
+    def total(self, request: Request, block: int) -> int:
         """Return the highest device total of a step on a block."""
         return max(sum(peak.values()) for peak in self.planner.simulate(request, block).peaks.values())
 
     def _changes(self, request: Request) -> Iterator[tuple[list[str], Request]]:
-        """Yield variants of a request with the names of their changes, the smallest changes first."""
-        variants: list[tuple[list[str], Request]] = [([], request)]
-        if request.method != "mezo":
-            if not request.recomputes:
-                variants.append((["activation checkpointing"], replace(request, activation_checkpointing=True)))
-                yield variants[-1]
-            if not request.checkpoint_offload:
-                changes = [] if request.recomputes else ["activation checkpointing"]
-                offload = replace(request, activation_checkpointing=True, checkpoint_offload=True)
-                variants.append((changes + ["checkpoints in host memory"], offload))
-                yield variants[-1]
-        for changes, base in list(variants):
+        """Yield a request and variants of it with the names of their changes, the cheapest changes first."""
+        recomputed: list[tuple[list[str], Request]] = [([], request), *_recomputed(request)]
+        yield from recomputed
+        for changes, base in recomputed:
             yield from self._smaller_batches(changes, base)
             if base.method == "hift" and base.offload_device == "none" and base.precision != "mixed":
-                variants.append((changes + ["state in host memory"], replace(base, offload_device="cpu")))
-                yield variants[-1]
+                yield changes + ["state in host memory"], replace(base, offload_device="cpu")
             elif base.method == "hift" and base.placement == "block" and base.optimizer != "adafactor":
                 yield changes + ["the streamed step"], replace(base, offload_step="streamed")
+        for changes, base in recomputed:
+            for more, elsewhere in _weights_elsewhere(base):
+                yield changes + more, elsewhere
+                yield from self._smaller_batches(changes + more, elsewhere)
+
+    def _last_changes(self, request: Request) -> Iterator[tuple[list[str], Request]]:
+        """Yield variants that cost more: a step on the host, more ranks, shorter sequences."""
+        variants = [([], request), *_recomputed(request)]
+        for changes, base in list(variants):
             if base.placement != "host" and base.stage > 0 and base.method != "mezo":
                 host: dict[str, Any] = {"offload_optimizer": "cpu", "offload_device": "cpu", "offload_step": "auto"}
+                host |= {name: getattr(Request, name) for name in ("nvme", "weights", "master", "moments")}
                 variants.append((changes + ["the step on the host"], replace(base, **host, nvme_path=None)))
                 yield variants[-1]
                 yield from self._smaller_batches(*variants[-1])
         if request.optimizer != "adafactor" and request.method != "mezo":
             for ranks in (2**power for power in range(1, 8) if 2**power > request.ranks):
                 for changes, base in variants:
-                    yield changes + [f"ZeRO-3 on {ranks} ranks"], replace(base, zero_stage=3, ranks=ranks)
-        changes, least = variants[-1]
+                    sharded = replace(base, zero_stage=3, ranks=ranks, weights="device")
+                    yield changes + [f"ZeRO-3 on {ranks} ranks"], sharded
+        changes, least = [*variants, *_weights_elsewhere(variants[-1][1])][-1]
         short = replace(least, batch_size=1, seq_len=_TOKENS)
         if request.seq_len > _TOKENS and self.fits(short):
             length = self.largest(short, "seq_len", _TOKENS, request.seq_len)
@@ -201,6 +298,64 @@ class Fit:
             best = changed(batches[low])
             steps = best.gradient_accumulation_steps
             yield [*changes, f"batch {best.batch_size} with {steps} gradient accumulation steps"], best
+
+
+def _recomputed(request: Request) -> Iterator[tuple[list[str], Request]]:
+    """Yield a request with activation checkpointing, and with the checkpoints in host memory."""
+    if request.method == "mezo" or request.checkpoint_offload:
+        return
+    changes = [] if request.recomputes else ["activation checkpointing"]
+    if changes:
+        yield changes, replace(request, activation_checkpointing=True)
+    offload = replace(request, activation_checkpointing=True, checkpoint_offload=True)
+    yield [*changes, "checkpoints in host memory"], offload
+
+
+def _weights_elsewhere(request: Request) -> Iterator[tuple[list[str], Request]]:
+    """Yield a request whose weights are shared by its ranks, and one whose weights wait in host memory."""
+    if request.method != "hift" or request.streams_weights or request.layout == "paper":
+        return
+    if request.ranks == 1 and request.stage < 3:
+        if request.placement != "host":
+            yield ["weights in host memory"], replace(request, weights="cpu")
+        return
+    if request.optimizer == "adafactor":
+        return
+    if request.stage < 3:
+        yield [f"ZeRO-3 on {request.ranks} ranks"], replace(request, zero_stage=3)
+    elsewhere = replace(request, zero_stage=3, offload_param="cpu")
+    yield [f"ZeRO-3 on {request.ranks} ranks with weights in host memory"], elsewhere
+
+
+def places(request: Request) -> Iterator[tuple[list[str], Request]]:
+    """Yield variants that need less memory of the device."""
+    for changes, base in [([], request), *_recomputed(request)]:
+        yield changes, base
+        for more, elsewhere in _weights_elsewhere(base):
+            yield changes + more, elsewhere
+
+
+def _states(request: Request, drive: str | None) -> Iterator[tuple[list[str], Request]]:
+    """Yield a request, and variants whose state needs less host memory, the cheapest first.
+
+    Args:
+        request: the request.
+        drive: the folder for files; None: no state is in files.
+    """
+    yield [], request
+    if request.method != "hift" or request.placement not in ("streamed", "block") or request.layout == "paper":
+        return
+    is_coded = request.moments == "8bit"
+    coded = replace(request, moments="8bit") if request.optimizer in ENCODED and not is_coded else None
+    if coded:
+        yield ["8-bit moments"], coded
+    if request.offload_device == "nvme" or drive is None:
+        return
+    files: dict[str, Any] = {"offload_device": "nvme", "nvme_path": drive}
+    for changes, base in [([], request), *([(["8-bit moments"], coded)] if coded else [])]:
+        if MOMENTS.get(base.optimizer):
+            yield [*changes, "moments in files"], replace(base, **files, nvme="moments")
+        yield [*changes, "all state in files"], replace(base, **files)
 
 
 def _divisors(number: int) -> list[int]:

@@ -311,7 +311,7 @@ class StepTimes:
             plan.notes.append("no step time is predicted: the model computes its tokens one after the other")
             return plan
         figures = self.by_block(request)
-        mean = Figures(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
+        mean = _mean(figures)
         tokens = request.batch_size * request.seq_len * request.gradient_accumulation_steps
         plan.time = {
             "gpu": self.name,
@@ -320,11 +320,15 @@ class StepTimes:
             "limit": mean.limit,
             "hides_copies": mean.hides_copies,
             "tokens_per_second": tokens / mean.seconds,
-            "bus_hidden_from": self._hidden_from(request) if mean.bus else None,
+            "bus_hidden_from": self.hidden_from(request) if mean.bus else None,
             "measured": self.card.measured,
         }
         plan.notes += _notes(request, self.name, self.card)
         return plan
+
+    def mean(self, request: Request) -> float:
+        """Return the mean seconds of a step over the blocks of a cycle."""
+        return _mean(self.by_block(request)).seconds
 
     def by_block(self, request: Request) -> list[Figures]:
         """Return the figures of each block's step.
@@ -397,8 +401,8 @@ class StepTimes:
             tuple(sorted({layer_of[name] for name in names if name in layer_of})),
         )
 
-    def _hidden_from(self, request: Request) -> int | None:
-        """Return the smallest micro-batch with which a step on the middle block hides its copies."""
+    def hidden_from(self, request: Request) -> int | None:
+        """Return the sequences of the smallest micro-batch with which a step on the middle block hides its copies."""
         middle = len(self.planner.build(request).blocks) // 2
 
         def hides(size: int) -> bool:
@@ -414,6 +418,10 @@ class StepTimes:
             middle_size = (low + high) // 2
             low, high = (low, middle_size) if hides(middle_size) else (middle_size, high)
         return high
+
+
+def _mean(figures: Sequence[Figures]) -> Figures:
+    return Figures(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
 
 
 def problems(request: Request, gpu: str) -> list[str]:

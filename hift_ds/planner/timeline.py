@@ -81,6 +81,9 @@ CARDS = {
     # White papers of the Ada, Ampere and Blackwell GeForce cards: bf16 with fp32 accumulation.
     "5090": Card(209.5e12, 104.8e12, 1.792e12, _PCIE5),
     "4090": Card(165.2e12, 82.6e12, 1.008e12, _PCIE4),
+    "4080": Card(97.5e12, 48.7e12, 0.717e12, _PCIE4),
+    "4070": Card(58.3e12, 29.1e12, 0.504e12, _PCIE4),
+    "4060": Card(30.2e12, 15.1e12, 0.272e12, _PCIE4 / 2),  # 8 lanes
     "3090": Card(71e12, 35.6e12, 0.936e12, _PCIE4),
 }
 

@@ -15,10 +15,6 @@ from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
-from deepspeed.ops.adam import FusedAdam
-from deepspeed.ops.lion import FusedLion
-
-from hift_ds.optim.lion import Lion
 
 # Vectors of state have a multiple of this many elements. The rest is padded with zeros.
 ALIGNMENT = 1024
@@ -249,11 +245,3 @@ class Moment(Codec):
 
 
 FIRST_MOMENT, SECOND_MOMENT = Moment(signed=True, root=False), Moment(signed=False, root=True)
-_ADAM = {"exp_avg": FIRST_MOMENT, "exp_avg_sq": SECOND_MOMENT, "max_exp_avg_sq": SECOND_MOMENT}
-_LION = {"exp_avg": FIRST_MOMENT}
-# The codec of each tensor of state, by class of the optimizer. Each has some of these.
-MOMENTS: dict[type[torch.optim.Optimizer], dict[str, Moment]] = {
-    **dict.fromkeys((torch.optim.AdamW, torch.optim.Adam, FusedAdam), _ADAM),
-    **dict.fromkeys((Lion, FusedLion), _LION),
-    torch.optim.SGD: {"momentum_buffer": FIRST_MOMENT},
-}

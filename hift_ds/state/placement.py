@@ -6,18 +6,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.lion import FusedLion
 
 from hift_ds.blocks.block import Block, numel_of
 from hift_ds.config import OffloadConfig
+from hift_ds.optim.lion import Lion
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
 from hift_ds.state.codec import ALIGNMENT as CODEC_ALIGNMENT
-from hift_ds.state.codec import MOMENTS, Codec, Split
+from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Split
 from hift_ds.state.host_step import HostStep
 from hift_ds.state.trial import Traits
 
 # Elements by which DeepSpeed makes the shares of a block's parameter groups larger, at most.
 _PADDING = 128
+_ADAM = {"exp_avg": FIRST_MOMENT, "exp_avg_sq": SECOND_MOMENT, "max_exp_avg_sq": SECOND_MOMENT}
+_LION = {"exp_avg": FIRST_MOMENT}
+# The codec of each tensor of state, by class of the optimizer. Each has some of these.
+MOMENTS: dict[type[torch.optim.Optimizer], dict[str, Moment]] = {
+    **dict.fromkeys((torch.optim.AdamW, torch.optim.Adam, FusedAdam), _ADAM),
+    **dict.fromkeys((Lion, FusedLion), _LION),
+    torch.optim.SGD: {"momentum_buffer": FIRST_MOMENT},
+}
 
 
 def place_state(

@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 
-from hift_ds.planner.accounting import bytes_per_element
 from hift_ds.planner.models import load_config
 from hift_ds.planner.plan import Planner
 from hift_ds.planner.request import Request
@@ -32,6 +31,8 @@ def run_engine(request: Request) -> dict[str, Any]:
     with plain_linear, DeviceMemory() as memory:
         dtype = torch.float32 if request.precision == "fp32" else torch.bfloat16
         model = _model(dtype)
+        if request.weights == "cpu":
+            memory.declare(model.parameters(), "host")
         if request.recomputes:
             hift_ds.checkpoint_activations(model, offload=request.checkpoint_offload)
         engine = hift_ds.initialize(model=model, config=config)[0]
@@ -52,6 +53,7 @@ def run_engine(request: Request) -> dict[str, Any]:
             return {
                 "peaks": peaks[-len(engine.blocks) :],
                 "off_device": optimizers.host.nbytes if optimizers.host else 0,
+                "weights": engine.memory_ledger()["host"]["parameters"],
                 "checkpoints": sum(buffer.nbytes for buffer in host_buffers(model)),
                 "areas": [area.nbytes for area in areas if area is not None],
             }
@@ -78,6 +80,17 @@ SINGLE = [
     {"zero_stage": 2, "gradient_accumulation_steps": 2, "optimizer": "sgdm"},
     {"zero_stage": 3, "layers_per_block": 2, "optimizer": "sgd"},
     {"zero_stage": 0, "optimizer": "adafactor"},
+    {"zero_stage": 0, "master": "fp32"},
+    {"zero_stage": 2, "weights": "cpu", "activation_checkpointing": True},
+    {"zero_stage": 0, "weights": "cpu", "moments": "8bit"},
+    {"zero_stage": 0, "weights": "cpu", "precision": "fp32"},
+    {"zero_stage": 1, "weights": "cpu", "master": "fp32", "offload_step": "block"},
+    {"zero_stage": 2, "weights": "cpu", "max_block_numel": 20000},
+    {"zero_stage": 2, "moments": "8bit"},
+    {"zero_stage": 0, "moments": "8bit", "precision": "fp32"},
+    {"zero_stage": 1, "moments": "8bit", "master": "fp32", "optimizer": "lion"},
+    {"zero_stage": 3, "moments": "8bit", "optimizer": "sgdm", "offload_step": "block"},
+    {"zero_stage": 2, "moments": "8bit", "max_block_numel": 20000},
     {"zero_stage": 2, "offload_device": "none"},
     {"zero_stage": 3, "offload_device": "none", "precision": "fp32"},
     {"zero_stage": 0, "max_block_numel": 20000, "precision": "fp32"},
@@ -103,7 +116,8 @@ def test_planned_as_measured(options: dict[str, Any]) -> None:
     print(f"{'block':<20}{'largest in':<12}{'planned':>12}{'measured':>12}")
     for block, peak in zip(plan.blocks, seen["peaks"], strict=True):
         print(f"{block.name:<20}{block.phase:<12}{sum(block.device.values()):>12,}{peak:>12,}")
-    assert seen["off_device"] == sum(plan.host.values()) - plan.host["activations"]
+    assert seen["off_device"] == sum(plan.host.values()) - plan.host["activations"] - plan.host["parameters"]
+    assert plan.host["parameters"] <= seen["weights"] <= 1.01 * plan.host["parameters"]
     assert seen["checkpoints"] == plan.host["activations"]
     assert seen["areas"] == planned_areas(request)
     for block, peak in zip(plan.blocks, seen["peaks"], strict=True):
@@ -151,8 +165,6 @@ def test_host_memory_of_the_host_step_is_as_planned(stage: int, accumulation: in
 def planned_areas(request: Request) -> list[int]:
     if request.placement != "streamed":
         return []
-    built = Planner(request).build(request)
-    ranks = request.ranks if request.stage else 1
-    numels = [built.numels(block) for block in range(len(built.blocks))]
-    size, count = request.offload.slots(numels, ranks, bytes_per_element(request.optimizer))
-    return count * [size]
+    planner = Planner(request)
+    setup = planner.setup(request, planner.build(request))
+    return setup.slots * [setup.slot]

@@ -11,8 +11,10 @@ import pytest
 from transformers import LlamaConfig
 
 import hift_ds
-from hift_ds.evaluation.compare.planned_memory import planned_memory
+from hift_ds.evaluation.compare.planned_memory import planned_memory, request_of
 from hift_ds.evaluation.compare.settings import load_comparison
+from hift_ds.launch.config.settings import load_settings
+from hift_ds.planner.api import default_reserve
 from hift_ds.planner.models import load_config
 from hift_ds.planner.plan import Plan, Planner
 from hift_ds.planner.request import Request
@@ -22,6 +24,7 @@ CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
+GIB = 2**30
 SAME = {"batch_size": 2, "seq_len": 512, "ranks": 2, "accelerator": "cpu", "task": "causal-lm"}
 
 PLANS: dict[str, Plan] = {}
@@ -168,3 +171,40 @@ def test_shipped_comparisons_have_plans_for_the_planner_s_methods() -> None:
             if row.method in ("full", "hift", "lora", "mezo"):
                 settings = comparison.run_settings(row, comparison.budgets[0], 0, 1e-3, 1)
                 assert planned_memory(settings, smollm2, 64, ranks=1), (path, row.label)
+
+
+# Config -> preset of its model, ranks, GiB of the card, GiB of host memory that its header names for a rank.
+CARDS = {
+    "llama7b_8gb.yaml": ("llama-2-7b", 1, 8, 76.1),
+    "llama7b_32gb_host.yaml": ("llama-2-7b", 1, 24, 26.1),
+    "llama13b_12gb.yaml": ("llama-2-13b", 1, 12, 74.6),
+    "qwen32b_24gb.yaml": ("qwen2.5-32b", 1, 24, 187.9),
+    "llama70b_24gb.yaml": ("llama-3-70b", 1, 24, 404.5),
+    "llama70b_4x24gb.yaml": ("llama-3-70b", 4, 24, 101.1),
+}
+_LARGE = [name for name in CARDS if "7b" not in name or "70b" in name]  # minutes
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _LARGE)) for n in CARDS])
+def test_a_config_for_a_card_is_planned_to_fit(name: str) -> None:
+    preset, ranks, memory, host = CARDS[name]
+    request = the_request_of(name, preset, ranks)
+    device = sum(Planner(request).plan(request).device.values())
+    assert device <= memory * GIB - default_reserve(memory * GIB)
+    assert f"{device / GIB:.1f} GiB on the device" in (REPOSITORY / "configs" / name).read_text()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_header_of_a_config_has_the_planned_host_memory(name: str) -> None:
+    preset, ranks, _, host = CARDS[name]
+    request = the_request_of(name, preset, ranks)
+    planned = sum(Planner(request).off_device(request, "host").values())
+    assert f"{planned / GIB:.1f}" == f"{host}"
+    assert f"and {host} GiB of host memory" in (REPOSITORY / "configs" / name).read_text().replace("\n#", "")
+
+
+def the_request_of(name: str, preset: str, ranks: int) -> Request:
+    settings = load_settings(str(REPOSITORY / "configs" / name), (), ranks)
+    request = request_of(settings, preset, settings.data.max_length, ranks)
+    assert request is not None and request.problems() == []
+    return replace(request, accelerator="gpu")

@@ -85,9 +85,10 @@ def test_the_json_object(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     for place in ("device", "host", "nvme"):
         assert set(plan[place]) == {*CATEGORIES, "total"}
         assert plan[place]["total"] == sum(plan[place][category] for category in CATEGORIES)
-    # The defaults: bf16 weights on the device, fp32 masters and two moments of all of them in host memory.
+    # The defaults: bf16 weights on the device, what they lack of fp32 masters and two moments of all in host memory.
     assert plan["device"]["parameters"] == 2 * TOTAL
-    assert (plan["host"]["master_weights"], plan["host"]["optimizer_state"]) == (4 * TOTAL, 8 * TOTAL)
+    encoded = sum(-(-numel // 1024) * 1024 for numel in (EMBEDDINGS, LAYER, LAYER, LAYER, HEAD))
+    assert (plan["host"]["master_weights"], plan["host"]["optimizer_state"]) == (2.125 * encoded, 8 * TOTAL)
     assert plan["nvme"]["total"] == 0
     assert plan["peak"]["name"] == plan["blocks"][plan["peak"]["block"]]["name"]
     assert plan["device"]["total"] == max(block["device"]["total"] for block in plan["blocks"])
@@ -96,12 +97,17 @@ def test_the_json_object(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 
 
 def test_where_state_is() -> None:
-    in_files = plan_memory(SMALL, offload_device="nvme", seq_len=64)
+    in_files = plan_memory(SMALL, offload_device="nvme", seq_len=64, master="fp32")
     assert sum(in_files.nvme.values()) == 12 * TOTAL
     assert sum(in_files.host.values()) == in_files.host["buffers"] == file_buffer_bytes(12 * LAYER)
-    moments = plan_memory(SMALL, offload_device="nvme", nvme="moments", seq_len=64)
+    moments = plan_memory(SMALL, offload_device="nvme", nvme="moments", seq_len=64, master="fp32")
     assert (sum(moments.nvme.values()), moments.host["master_weights"]) == (8 * TOTAL, 4 * TOTAL)
     assert moments.host["buffers"] == file_buffer_bytes(8 * LAYER)
+    elsewhere = plan_memory(SMALL, weights="cpu", seq_len=64)
+    assert elsewhere.host["parameters"] == 2 * TOTAL
+    assert elsewhere.device["parameters"] == 2 * (EMBEDDINGS + HEAD + 2 * LAYER)  # a slot for each of two layers
+    coded = plan_memory(SMALL, moments="8bit", seq_len=64)
+    assert coded.host["optimizer_state"] * 256 == coded.host["master_weights"] // 17 * 8 * 2 * 260
     kept = plan_memory(SMALL, offload_device="none", seq_len=64)
     assert not any(kept.host.values())
     assert (kept.device["master_weights"], kept.device["optimizer_state"]) == (4 * TOTAL, 8 * TOTAL)
@@ -226,7 +232,7 @@ def test_written_configs_are_deepspeeds(options: dict[str, Any], tmp_path: Path)
 
 def test_checkpoints_in_host_memory_are_a_change_that_fits() -> None:
     """Between the need with checkpoints on the device and the one without only their offload helps."""
-    options = {"seq_len": 512, "batch_size": 1, "loss_chunk": 64}
+    options = {"seq_len": 512, "batch_size": 1, "loss_chunk": 64, "buffer_size": 2**17}
     deep = {**SMALL, "num_hidden_layers": 6}
     on_device = plan_memory(deep, activation_checkpointing=True, **options)
     in_host = plan_memory(deep, checkpoint_offload=True, **options)

@@ -109,6 +109,6 @@ def test_the_backward_pass_of_attention_is_counted() -> None:
 
 def test_cards_have_plausible_rates() -> None:
     for name, card in CARDS.items():
-        assert card.flops > card.flops_fp32 > 1e13 and 5e11 < card.memory < 1e13, name
-        assert card.bus in (timeline._PCIE4, timeline._PCIE5), name
+        assert card.flops > card.flops_fp32 > 1e13 and 2e11 < card.memory < 1e13, name
+        assert card.bus in (timeline._PCIE4 / 2, timeline._PCIE4, timeline._PCIE5), name
     assert [name for name, card in CARDS.items() if card.measured] == ["h200"]

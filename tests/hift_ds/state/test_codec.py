@@ -7,7 +7,8 @@ import torch
 
 from hift_ds.optim.lion import Lion
 from hift_ds.state import codec
-from hift_ds.state.codec import FIRST_MOMENT, MOMENTS, SECOND_MOMENT, Moment, Plain, Split
+from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Moment, Plain, Split
+from hift_ds.state.placement import MOMENTS
 from tests.support.waits import DEVICE, Waits
 
 ALL = torch.arange(1 << 16, dtype=torch.int32)  # upper halves

@@ -1,0 +1,134 @@
+"""The search for what fits on a device and in host memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hift_ds.config import ConfigError
+from hift_ds.planner.api import plan_memory
+from hift_ds.planner.command import main
+from hift_ds.planner.picture import table
+from hift_ds.planner.plan import Planner
+from hift_ds.planner.request import Request
+from hift_ds.planner.search import _weights_elsewhere, default_host_reserve
+from tests.hift_ds.planner.test_plan import SMALL
+
+GIB = 2**30
+MODEL = {**SMALL, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
+RUN: dict[str, Any] = {"seq_len": 256, "buffer_size": 2**20}
+PLANNER = Planner(Request(MODEL, **RUN))
+
+
+def needs(**options: Any) -> tuple[int, int]:
+    """Bytes on the device and in host memory."""
+    plan = PLANNER.plan(replace(PLANNER.request, **options))
+    return sum(plan.device.values()), sum(plan.host.values())
+
+
+def fit(device: int, host: int, **options: Any) -> Any:
+    """The plan on a device and a machine with these bytes, and what stays free on top."""
+    room = {"gpu_memory": device, "reserve": "0", "host_memory": host + default_host_reserve(options.get("ranks", 1))}
+    return plan_memory(MODEL, **RUN, **room, **options)
+
+
+def test_exact_state_in_host_memory_comes_first_then_8_bits_then_files(tmp_path: Any) -> None:
+    device, exact = needs()
+    _, coded = needs(moments="8bit")
+    plan = fit(device, exact)
+    assert plan.fit["fits"] and plan.fit["change"] is None
+    plan = fit(device, exact - 1, nvme_path=str(tmp_path))
+    assert plan.fit["change"] == "8-bit moments" and plan.fitting.nvme_path is None
+    plan = fit(device, coded - 1, nvme_path=str(tmp_path))
+    assert plan.fit["change"].endswith("in files") and plan.fitting.nvme_path == str(tmp_path)
+    assert plan.fit["nvme_total"] > 0 and plan.fit["host_total"] < coded
+    assert plan.fitting.deepspeed_config()["hift"]["offload"]["device"] == "nvme"
+
+
+def test_weights_leave_the_device_where_nothing_cheaper_fits() -> None:
+    recomputed, exact = needs(activation_checkpointing=True)
+    room, with_weights = needs(weights="cpu")
+    assert room < recomputed
+    plan = fit(recomputed, exact)
+    assert plan.fit["change"] == "activation checkpointing"
+    plan = fit(room, with_weights)
+    assert plan.fit["change"] == "weights in host memory" and plan.fitting.weights == "cpu"
+    assert plan.fit["device_total"] == room and plan.fit["host_total"] == with_weights
+    plan = fit(room, exact)  # which has no room for the weights
+    assert plan.fit["change"] == "8-bit moments and weights in host memory"
+    assert plan.fit["host_total"] <= exact
+
+
+def test_on_several_gpus_zero_3_shares_weights_before_they_leave_the_device() -> None:
+    request = replace(PLANNER.request, ranks=4)
+    (shared, sharded), (elsewhere, offloaded) = _weights_elsewhere(request)
+    assert shared == ["ZeRO-3 on 4 ranks"] and (sharded.stage, sharded.offload_param) == (3, "none")
+    assert elsewhere == ["ZeRO-3 on 4 ranks with weights in host memory"]
+    assert offloaded.deepspeed_config()["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert [changed for _, changed in _weights_elsewhere(sharded)] == [offloaded]
+
+
+def test_with_a_card_the_fastest_change_is_taken() -> None:
+    device, _ = needs(weights="cpu")
+    plan = fit(device, 4 * GIB, gpu="4090")
+    assert plan.fit["change"] == "weights in host memory"  # also fits with checkpointing, and is faster without
+    assert plan.fit["seconds"] > plan.time["seconds"] and plan.fit["hidden_from"] >= 1
+    shown = table(plan)
+    assert "times the" in shown and "GiB of host memory. A step then takes" in shown
+    assert f"{plan.fit['hidden_from']} x 256 = {256 * plan.fit['hidden_from']:,} tokens on" in shown
+
+
+def test_what_is_missing_and_what_would_help_is_named() -> None:
+    device, _ = needs()
+    plan = fit(device, 2**20)
+    assert not plan.fit["fits"] and plan.fit["missing"]["device"] == 0 < plan.fit["missing"]["host"]
+    assert plan.fit["closest"] == "8-bit moments"
+    assert "GiB of host memory are missing" in table(plan) and "--nvme-path" in table(plan)
+    plan = fit(2**20, 4 * GIB)
+    assert plan.fit["missing"]["device"] > 0 == plan.fit["missing"]["host"]
+    assert "max-block-numel" in plan.fit["helps"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host_memory": "64GiB"}, "no effect without --gpu-memory"),
+        ({"gpu_memory": "8GiB", "host_memory": "4GiB"}, "expected more than the 4 GiB that stay free"),
+        ({"gpu_memory": "8GiB", "host_memory": "some"}, "--host-memory='some': expected a size"),
+        ({"weights": "cpu", "ranks": 2}, "use --zero-stage 3 --offload-param cpu"),
+        ({"offload_param": "cpu"}, "on one GPU use --weights cpu"),
+        ({"weights": "cpu", "method": "lora"}, "--weights=cpu with --method=lora"),
+        ({"moments": "8bit", "optimizer": "adagrad"}, "adamw, lion, sgdm"),
+        ({"moments": "8bit", "offload_device": "none"}, "leave it out"),
+        ({"master": "split", "precision": "fp32"}, "it is the remainder of a bf16 weight"),
+        ({"nvme": "moments"}, "only --offload-device nvme uses files"),
+        ({"drive_read": 0}, "--drive-read=0: expected bytes a second"),
+    ],
+)
+def test_wrong_combinations_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_memory(MODEL, seq_len=64, **options)
+
+
+def test_the_command_writes_the_config_of_the_cheapest_combination(tmp_path: Any, capsys: Any) -> None:
+    model, file = tmp_path / "config.json", tmp_path / "fits.json"
+    model.write_text(json.dumps(MODEL))
+    device, _ = needs(weights="cpu")
+    command = [
+        "--model",
+        str(model),
+        "--seq-len",
+        "256",
+        "--buffer-size",
+        str(2**20),
+        "--reserve",
+        "0",
+        "--gpu-memory",
+        str(device),
+    ]
+    assert main([*command, "--host-memory", "8GiB", "--write-config", str(file)]) == 0
+    assert "It fits with weights in host memory" in capsys.readouterr().out
+    assert json.loads(file.read_text())["hift"]["offload"]["weights"] == "cpu"
