@@ -229,6 +229,15 @@ class HiFTEngine(CheckpointingEngine):
             for name in {name: None for block in self.blocks for name in block.slices}
         ]
         self._gathering = Gathering(None)
+        self._load_hooks = [  # must run before those of `HostWeights`
+            register(functools.partial(call, index))
+            for index, block in enumerate(self.blocks)
+            for owner in {model.get_submodule(name.rpartition(".")[0]) for name in block.parameter_names}
+            for register, call in (
+                (owner.register_load_state_dict_pre_hook, self._before_loading),
+                (owner.register_load_state_dict_post_hook, self._after_loading),
+            )
+        ]
         self._schedule = BlockSchedule(len(self.blocks), hift.strategy, hift.steps_per_block, hift.seed)
         if hift.offload.weights == "cpu":
             kwargs["dont_change_device"] = True
@@ -242,7 +251,7 @@ class HiFTEngine(CheckpointingEngine):
             if self._host_weights is not None:
                 self._host_weights.release()
             own = (vars(self).get(name) for name in ("module_forward_pre_hook", "module_forward_post_hook"))
-            for hook in (*self._row_hooks, *filter(None, own)):
+            for hook in (*self._row_hooks, *self._load_hooks, *filter(None, own)):
                 hook.remove()
             raise
         if self._support_torch_style_backward:
@@ -255,11 +264,6 @@ class HiFTEngine(CheckpointingEngine):
         self._gates = UpdateGates(
             self.module, [block.parameter_names for block in self.blocks], self.block_optimizers.staging
         )
-        self._load_hooks = [
-            owner.register_load_state_dict_post_hook(functools.partial(self._after_loading, index))
-            for index, block in enumerate(self.blocks)
-            for owner in {self.module.get_submodule(name.rpartition(".")[0]) for name in block.parameter_names}
-        ]
         self._given_schedule = self.lr_scheduler  # a script may take over `lr_scheduler` to advance it itself
         self._warn_of_long_schedule()
         self._configure_python_gc()
@@ -351,6 +355,11 @@ class HiFTEngine(CheckpointingEngine):
             del self._owners[self.module]
         for hook in (*self._row_hooks, *self._load_hooks):
             hook.remove()
+
+    def _before_loading(self, block: int, *_: Any) -> None:
+        """Before weights of a block are loaded: what was fetched of them may be their old values."""
+        if (optimizers := vars(self).get("block_optimizers")) is not None:
+            optimizers.settle_block(block)
 
     def _after_loading(self, block: int, *_: Any) -> None:
         """After weights of a block were loaded."""
@@ -584,6 +593,10 @@ class HiFTEngine(CheckpointingEngine):
         scheduler, self.lr_scheduler = self.lr_scheduler, None  # it advances below
         try:
             super()._take_model_step(lr_kwargs)
+        except BaseException:
+            if self._host_weights is not None:
+                self._host_weights.unchanged(active)
+            raise
         finally:
             self.lr_scheduler = scheduler
         if not self.was_step_applied():

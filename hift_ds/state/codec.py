@@ -171,6 +171,10 @@ class Codec(Protocol):
     parts: tuple[Part, ...]
     temporary: int
 
+    def prepare(self, device: torch.device) -> None:
+        """Make what encoding and decoding need on a device, so that no step waits for it."""
+        return
+
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor]) -> None:
         """Write values (fp32[n]) into the parts. ``values`` may be overwritten."""
         ...
@@ -232,6 +236,10 @@ class Moment(Codec):
     root: bool
     parts = (Part("codes", torch.uint8, 1), Part("scales", torch.float32, BLOCK))
     temporary = 4
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the tables."""
+        tables(device, self.signed)
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor]) -> None:
         """Call :func:`quantize`."""

@@ -77,7 +77,7 @@ class EncodedState:
 
     def _parts(self, number: int, name: str | None) -> list[torch.Tensor]:
         """Return the buffers of a value."""
-        size = sum(cut.room for cut in self._slices[number])
+        size = sum(cut.room for cut in self._slices.get(number, []))
         return [
             self._buffer((number, name, i), torch.empty(size // part.grain, dtype=part.dtype, device="meta"))
             for i, part in enumerate(self.codecs[name].parts)
@@ -88,8 +88,8 @@ class EncodedState:
 
         If several blocks share a master, zero everything: a block may be saved before the first step of another.
         """
-        for cut in self._slices[number]:
-            if len(self._slices[number]) > 1:
+        for cut in self._slices.get(number, []):
+            if len(self._slices.get(number, [])) > 1:
                 for values in self.pieces(name, cut):
                     values.zero_()
             for part, values in zip(self.codecs[name].parts, self._parts(number, name), strict=True):
@@ -217,7 +217,7 @@ class EncodedState:
 
     def _cut(self, number: int) -> Iterator[Slice]:
         """Yield pieces of the slices of a master."""
-        for cut in self._slices[number]:
+        for cut in self._slices.get(number, []):
             for start in range(cut.start, cut.stop, _PIECE):
                 stop = min(start + _PIECE, cut.stop)
                 yield Slice(number, start, stop, False, cut.place + start - cut.start)

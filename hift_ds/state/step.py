@@ -12,7 +12,7 @@ on the device, a chunk at a time.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -168,13 +168,14 @@ class BlockState:
         self._plans = [self._plan(of_block, limit, overhead) for of_block in owned]
         self._active = self._plans[0]
         self._buffers: dict[tuple[int, str | None, int], torch.Tensor] = {}
-        self._nothing = torch.full((), torch.nan)
+        self._nothing = torch.full((), torch.nan, dtype=torch.float32, device="cpu")
         self._new_state = dict(state) if self._moves_state else {}
         self._encoded = EncodedState(codecs or {}, [cut for of_block in owned for cut in of_block], self._buffer)
         self._has_new_weights = False  # the remainders in the store belong to earlier ones
         self._encoded.reserve()
         self._fetched: dict[int, _StagedChunk] = {}
-        self._made: set[str] = set()  # names of encoded state that the optimizer has made
+        self._made: set[str] = set()  # names of encoded state that the optimizer makes in this step
+        self._failed = False  # a step ended between two chunks
         self._parts: list[list[torch.Tensor]] = []  # of the gradient of each master, in a step
         self._gradients: dict[Slice, torch.Tensor] = {}  # on the host, if the optimizer computes there
         if on_host is not None:
@@ -226,6 +227,7 @@ class BlockState:
 
     def load_step_counts(self, saved: list[dict[str, Any]]) -> None:
         """Restore what :meth:`step_counts` returned."""
+        self._failed = False
         for plan, entry in zip(self._plans, saved, strict=True):
             plan.counts, plan.settings, plan.is_new = entry["counts"], entry["settings"], entry["is_new"]
 
@@ -273,34 +275,40 @@ class BlockState:
             self._has_new_weights = False
 
     @property
+    def splits_masters(self) -> bool:
+        """Whether the store keeps only what the weights lack of the masters."""
+        return None in self._encoded.codecs
+
+    @property
     def is_encoded(self) -> bool:
         """Whether the store keeps anything in another format."""
         return bool(self._encoded.codecs)
 
-    def decode(self, with_state: bool, folder: str | None = None) -> None:
-        """Decode the masters, and the state if wanted, into tensors of the host. :meth:`to_host` reverses it.
+    def decode(self, names: Collection[str | None], folder: str | None = None) -> None:
+        """Decode values into fp32 tensors of the host, as far as they are encoded. :meth:`to_host` reverses it.
 
         Args:
-            with_state: decode the state, too, into ``optimizer.state``.
+            names: the masters (None), and state by name, which appears in ``optimizer.state``.
             folder: for files that hold the decoded masters; None: they are in memory.
         """
         self._forget_remainders()
         for index, master in enumerate(self._masters):
             for name in self._encoded.names(index):
-                if name is None:
+                if name is None and name in names:
                     weights = self._owner.weights(index)
                     master.data = self._encoded.read(index, None, master.shape, weights, folder)
-                elif with_state:
+                elif name in names:
                     self._owner.optimizer.state[master][name] = self._encoded.read(index, name, master.shape)
 
     def discard_decoded(self) -> None:
         """Undo :meth:`decode`, without any change of what the store has."""
         for index, master in enumerate(self._masters):
+            state = self._owner.optimizer.state.get(master, {})
             for name in self._encoded.names(index):
                 if name is None:
                     master.data = self._nothing.expand(master.shape)
                 else:
-                    self._owner.optimizer.state[master].pop(name, None)
+                    state.pop(name, None)
 
     def encoded_state(self) -> list[dict[str, dict[str, torch.Tensor]]]:
         """Return the encoded state of each master by name and part, for a checkpoint."""
@@ -316,7 +324,10 @@ class BlockState:
                     continue
                 codec = SECOND_MOMENT if name.endswith("_sq") else FIRST_MOMENT
                 master = self._masters[index]
-                self._owner.optimizer.state[master][name] = self._encoded.decode(index, codec, master.shape, tensors)
+                values = self._encoded.decode(index, codec, master.shape, tensors)
+                self._owner.optimizer.state[master][name] = (
+                    values if self._host is not None else values.to(master.device)
+                )
 
     def masters_in_store(self) -> list[torch.Tensor]:
         """Return the tensors that hold the masters between two steps, and that are not weights at the same time."""
@@ -374,7 +385,7 @@ class BlockState:
         for (index, _, _), buffer in self._buffers.items():
             of_master[index].append(buffer.view(-1))
         slices = []
-        for cut in (cut for chunk in self._active.chunks for cut in chunk):
+        for cut in (cut for chunk in self._active.chunks for cut in chunk if cut.stop > cut.start):
             size = self._masters[cut.number].numel()
             for buffer in of_master[cut.number]:
                 start, stop = (end * buffer.numel() // size for end in (cut.start, cut.stop))
@@ -564,6 +575,11 @@ class BlockState:
         Raises:
             OSError: state in files could not be read or written.
         """
+        if self._failed:
+            raise RuntimeError(
+                "an earlier step failed after some chunks of the block were stepped, so its state is not of one step; "
+                "load a checkpoint"
+            )
         optimizer, plan = self._owner.optimizer, self._active
         if not plan.chunks:  # other ranks hold all of it
             self._parts = []
@@ -577,7 +593,8 @@ class BlockState:
         if self._is_shared:
             self._load_counts_into_optimizer(plan)
         before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        is_new = False
+        is_new, number = False, 0
+        self._made = set()
         try:
             for number in range(len(plan.chunks)):
                 self._fill_slots(known, number)
@@ -598,6 +615,9 @@ class BlockState:
                 if following is not None and number + len(self._fetched) + 1 == len(plan.chunks):
                     # Copies in both directions run at once only if they are issued in turns.
                     following.prefetch()
+        except BaseException:
+            self._failed = number > 0
+            raise
         finally:
             optimizer.param_groups, optimizer.state = groups, state
             self._parts = []
@@ -668,7 +688,8 @@ class BlockState:
         flat: dict[str | None, torch.Tensor] = {}
         for name, own in chunk.encoded.items():
             if all(name in known[cut.number] for cut in slices):
-                flat[name] = torch.empty(sum(cut.room for cut in slices), device=self._staging.device)
+                size = sum(cut.room for cut in slices)
+                flat[name] = torch.empty(size, dtype=torch.float32, device=self._staging.device)
                 if name is None:
                     self._copy_weights(slices, chunk, flat[name])
                 self._encoded.codecs[name].decode(own, flat[name])
@@ -796,7 +817,8 @@ class BlockState:
                 if not all(name in values for values in stepped):  # such as momentum that is switched off
                     continue
                 if flat is None:
-                    flat = torch.zeros(sum(cut.room for cut in slices), device=self._staging.device)
+                    size = sum(cut.room for cut in slices)
+                    flat = torch.zeros(size, dtype=torch.float32, device=self._staging.device)
                 views = decoded.views.get(name) or self._views(flat, slices)
                 changed = [
                     (held, values[name])

@@ -174,16 +174,19 @@ class Turns:
             if unit is self._current:
                 self._current = None
 
+    def _units(self) -> tuple[Unit, ...]:
+        return (*self._layers, self._outside)
+
     def spoiled(self) -> None:
         """Forget what the slots hold, because something else was written there."""
-        for unit in (*self._layers, self._outside):
+        for unit in self._units():
             unit.slot.holds = None
         self._current = None
 
     def synchronize(self) -> None:
         """Let the host wait until nothing reads or writes the host memory of any unit."""
-        for unit in (*self._layers, self._outside):
-            for event in (unit.slot.ready, *unit.written):
-                if event is not None:
-                    event.synchronize()
+        for event in (self._lane.mark(), *(event for unit in self._units() for event in unit.written)):
+            if event is not None:
+                event.synchronize()
+        for unit in self._units():
             unit.written = ()

@@ -113,12 +113,12 @@ class BlockOptimizer:
         self.block_state.settle()
 
     @contextmanager
-    def decoded(self, with_state: bool = False, changes: bool = True, folder: str | None = None) -> Iterator[None]:
-        """Let DeepSpeed read masters and state as fp32 tensors in host memory.
+    def decoded(self, name: str | None = None, changes: bool = True, folder: str | None = None) -> Iterator[None]:
+        """Let DeepSpeed read the masters, or the state of a name, as fp32 tensors in host memory.
 
         Args:
-            with_state: the state, too, and not only the masters.
-            changes: keep what is changed meanwhile.
+            name: of the state; None: the masters.
+            changes: keep what is changed meanwhile. Weights follow their masters.
             folder: for files that hold the masters; None: they are in memory.
         """
         self.settle()
@@ -127,7 +127,7 @@ class BlockOptimizer:
             return
         if self.host_weights is not None:
             self.host_weights.settle()
-        self.block_state.decode(with_state, folder)
+        self.block_state.decode({name}, folder)
         self.relink()
         try:
             yield
@@ -136,7 +136,7 @@ class BlockOptimizer:
                 self.block_state.discard_decoded()
             self.block_state.to_host()
             self.relink()
-            if changes:
+            if changes and name is None:
                 self._announce_weights()
 
     def relink(self: Any) -> None:

@@ -89,6 +89,8 @@ class BlockOptimizers:
         self._prefetch = prefetch and host is not None and on_host is None
         self._own_settings = {"params", *counted}
         self._codecs = dict(codecs or {})
+        for codec in self._codecs.values():
+            codec.prepare(torch.device(get_accelerator().current_device_name()))
         self._streamed = chunk_bytes is not None
         self._invalid_loss: torch.Tensor | None = None  # one flag, on the device
         self._sources: list[list[int]] = []  # for each optimizer: where in `configured` its parameter groups come from
@@ -283,6 +285,10 @@ class BlockOptimizers:
         """Yield category and bytes of what the slots hold now, during a step."""
         for block in self.optimizers:
             yield from ((name, t.nbytes) for name, t in block.block_state.staged if name != "gradients")
+
+    def settle_block(self, index: int) -> None:
+        """Wait until the state of a block is in the store, and discard what was fetched of it."""
+        self.optimizers[self._places[index][0]].settle()
 
     def weights_changed(self, index: int) -> None:
         """Let a block's masters be its weights, if the store keeps only what the weights lack of them."""

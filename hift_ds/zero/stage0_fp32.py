@@ -7,7 +7,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
-from hift_ds.optim.properties import with_initial_state
+from hift_ds.optim.properties import has_elements, with_initial_state
 from hift_ds.weights.host import HostWeights
 from hift_ds.zero.base import BlockOptimizer
 
@@ -38,6 +38,10 @@ class PlainBlockOptimizer(BlockOptimizer):
         """Take the weights in host memory for the masters."""
         super().keep_weights_on_host(host, parameters)
         self._masters = [(host.of(weights), g) for weights, (_, g) in zip(self._weights, self._masters, strict=True)]
+        for weights in self._weights:  # some optimizers have initial state
+            if (values := self.state.pop(weights, None)) is not None:
+                moved = {name: value.to("cpu") if has_elements(value) else value for name, value in values.items()}
+                self.state[host.of(weights)] = moved
         for group in self.param_groups:
             group["params"] = [host.of(weights) for weights in group["params"]]
 

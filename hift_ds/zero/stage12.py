@@ -131,13 +131,22 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
             self._lazy_init_hp_params_optimizer_state()
         for parameters in self.bit16_groups:
             for parameter in parameters:
-                for name in ("get_full_hp_param", "set_full_hp_param"):
-                    setattr(parameter, name, functools.partial(self._settled, getattr(parameter, name)))
+                parameter.get_full_hp_param = functools.partial(self._read, parameter.get_full_hp_param)
+                parameter.set_full_hp_param = functools.partial(self._write, parameter, parameter.set_full_hp_param)
 
-    def _settled(self, access: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let masters and state be in host memory, as fp32 tensors, while they are read or changed."""
-        with self.decoded(with_state=True):
-            return access(*args, **kwargs)
+    def _read(self, access: Callable[..., Any], optim_state_key: str | None = None) -> Any:
+        """Let masters or state be in host memory, as fp32 tensors, while they are read."""
+        with self.decoded(optim_state_key, changes=False):
+            return access(optim_state_key)
+
+    def _write(
+        self, parameter: Any, access: Callable[..., Any], value: torch.Tensor, optim_state_key: str | None = None
+    ) -> None:
+        """Let masters or state be in host memory, as fp32 tensors, while they are changed."""
+        with self.decoded(optim_state_key):
+            access(value, optim_state_key)
+        if optim_state_key is None and self.block_state.splits_masters and not self._alone:
+            parameter.data.copy_(value.view_as(parameter))  # the weights follow on every rank
 
     def held(self) -> Iterator[Held]:
         """Yield all tensors that this optimizer keeps, except the weights."""

@@ -96,28 +96,28 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
     # DeepSpeed returns None for a parameter that does not require a gradient, but an inactive block has state, too.
     def get_full_hp_param(self, param: Any, optim_state_key: str | None = None) -> torch.Tensor | None:
         """Return a parameter's gathered fp32 master, or its state of that name."""
-        with self._trainable(param):
+        with self._trainable(param, optim_state_key, changes=False):
             return super().get_full_hp_param(param, optim_state_key)
 
     def set_full_hp_param(self, value: torch.Tensor, param: Any, optim_state_key: str | None = None) -> None:
         """Set a parameter's fp32 master, or its state of that name, from a gathered tensor."""
-        with self._trainable(param):
+        with self._trainable(param, optim_state_key):
             super().set_full_hp_param(value, param, optim_state_key)
 
     def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> torch.Tensor | None:
         """Return this rank's shard of a parameter's fp32 master, or of its state of that name."""
-        with self._trainable(param):
+        with self._trainable(param, optim_state_key, changes=False):
             return super().get_local_fp32_param(param, optim_state_key)
 
     def set_local_hp_param(self, value: torch.Tensor, param: Any, optim_state_key: str | None = None) -> None:
         """Set this rank's shard of a parameter's fp32 master, or of its state of that name."""
-        with self._trainable(param):
+        with self._trainable(param, optim_state_key):
             super().set_local_hp_param(value, param, optim_state_key)
 
     @contextmanager
-    def _trainable(self, param: Any) -> Iterator[None]:
+    def _trainable(self, param: Any, optim_state_key: str | None, changes: bool = True) -> Iterator[None]:
         before = param.requires_grad
-        with self.decoded(with_state=True):
+        with self.decoded(optim_state_key, changes):
             param.requires_grad_(before or self.get_param_id(param) in self.grad_position)
             try:
                 yield

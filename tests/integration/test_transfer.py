@@ -16,6 +16,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 import hift_ds.state.allocator
 import hift_ds.state.codec
 import hift_ds.state.direct_io
+import hift_ds.state.encoded
 import hift_ds.state.step
 import hift_ds.state.transfer
 from tests.support import tiny
@@ -138,29 +139,83 @@ def test_masters_half_way_between_two_weights(stage: int) -> None:
     assert run_on_ranks(1, different, case, Way("none"), Way(without_ties=True)) == [[Way(without_ties=True)]]
 
 
-def loaded_from_outside() -> list[str]:
-    """In a rank: masters that are not the weights, after the model loaded other weights, and after a step."""
+def loaded_from_outside(case: Case) -> list[str]:
+    """In a rank: masters that are not the weights, after the model loaded other weights, and after steps."""
     import hift_ds
 
-    engine = hift_ds.initialize(model=tiny.model("bf16"), config=tiny.ds_config(Case(stage=2, dtype="bf16")))[0]
+    engine = hift_ds.initialize(model=tiny.model(case.dtype), config=tiny.ds_config(case))[0]
     for step in range(7):
         tiny.optimizer_step(engine, step)
     before = {name: weights.clone() for name, weights in engine.module.state_dict().items()}
-    engine.module.load_state_dict({name: weights * 1.25 for name, weights in before.items()})
-    masters, weights = tiny.masters(engine), dict(engine.module.named_parameters())
-    found = [name for name in masters if not torch.equal(masters[name], weights[name].float().view_as(masters[name]))]
+    loaded = {name: weights * 1.25 for name, weights in before.items()}
+    engine.module.load_state_dict(loaded)  # the next block's state is fetched already
+    found = [
+        name
+        for name, values in tiny.masters(engine).items()
+        if not torch.equal(values, loaded[name].float().view_as(values))
+    ]
     for step in range(7, 13):
         tiny.optimizer_step(engine, step)
-    masters = tiny.masters(engine)
-    for name, values in masters.items():
-        if not torch.allclose(values, 1.25 * before[name].float().view_as(values), rtol=0.02, atol=0.02):
+    for name, values in engine.module.state_dict().items():
+        if not torch.allclose(values.float(), loaded[name].float(), rtol=0.02, atol=0.02):
             found.append(f"{name}: the step began elsewhere")
     engine.destroy()
     return found
 
 
-def test_weights_that_are_loaded_become_the_masters() -> None:
-    assert run_on_ranks(1, loaded_from_outside) == [[]]
+LOADED = [Case(stage=2, dtype="bf16"), Case(stage=0, waiting="cpu"), Case(stage=0, dtype="bf16", waiting="cpu")]
+
+
+@pytest.mark.parametrize("case", [*LOADED, Case(stage=2, dtype="bf16", waiting="cpu")], ids=str)
+def test_weights_that_are_loaded_become_the_masters(case: Case) -> None:
+    assert run_on_ranks(1, loaded_from_outside, case) == [[]]
+
+
+def set_on_two_ranks(stage: int) -> float:
+    """In a rank: sets a master, and returns the loss of a batch."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    engine = tiny.initialize(Case(stage=stage, dtype="bf16", ranks=2))
+    tiny.optimizer_step(engine, 0)
+    for name in engine.blocks[2].parameter_names:
+        weights = engine.module.get_parameter(name)
+        safe_set_full_fp32_param(weights, torch.full(getattr(weights, "ds_shape", weights.shape), 0.5))
+    engine.eval()
+    with torch.no_grad():
+        loss = float(engine(**tiny.micro_batch(0, 0)).loss)
+    engine.destroy()
+    return loss
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_weights_follow_a_master_that_is_set_on_every_rank(stage: int) -> None:
+    first, second = run_on_ranks(2, set_on_two_ranks, stage)
+    assert first == second
+
+
+def reads_and_other_dtypes() -> tuple[int, bool]:
+    """In a rank: what reading masters and moments encodes, and whether steps work under another default dtype."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine = tiny.initialize(Case(stage=2, dtype="bf16", moments="8bit"))
+    for step in range(6):
+        tiny.optimizer_step(engine, step)
+    with mock.patch.object(hift_ds.state.encoded.EncodedState, "write") as write:
+        for weights in engine.module.parameters():
+            safe_get_full_fp32_param(weights)
+            safe_get_full_optimizer_state(weights, "exp_avg")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tiny.optimizer_step(engine, 6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    is_finite = all(values.isfinite().all() for values in tiny.masters(engine).values())
+    engine.destroy()
+    return write.call_count, is_finite
+
+
+def test_reading_encodes_nothing_and_the_default_dtype_does_not_matter() -> None:
+    assert run_on_ranks(1, reads_and_other_dtypes) == [(0, True)]
 
 
 def aio_is_there() -> bool:

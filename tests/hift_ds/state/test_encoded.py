@@ -78,3 +78,9 @@ def test_rows_that_no_step_has_trained_are_zero() -> None:
     state = encoded([Slice(0, 0, 1500, False, 0), Slice(0, 1500, 3000, False, 2048)], {"exp_avg": FIRST_MOMENT})
     state.set_known(0, "exp_avg")
     assert not state.read(0, "exp_avg", torch.Size([3000])).any()
+
+
+def test_a_rank_without_any_row_of_a_master() -> None:
+    state = encoded([], {None: Split()})
+    state.write(0, None, torch.zeros(8))
+    assert not state.read(0, None, torch.Size([8]), torch.zeros(8).bfloat16()).any()
