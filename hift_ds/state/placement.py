@@ -1,6 +1,7 @@
 """The placement of masters and optimizer state that a config, a model and an optimizer allow."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -204,8 +205,13 @@ def _host_bytes(
     for parameter in {id(parameter): parameter for own in parameters for parameter in own}.values():
         # DeepSpeed makes a rank's share of a parameter group even. With that, `ALIGNMENT` is the most that it grows by.
         total += math.ceil(-(-numel_of(parameter) // ranks) * element) + buffers * ALIGNMENT
-    if codecs:  # each slice has room for a multiple of the codecs' alignment
-        total += math.ceil(sum(map(len, parameters)) * CODEC_ALIGNMENT * element)
+    if codecs:  # each slice has room for a multiple of the codecs' alignment; ZeRO makes one of a parameter group
+        times = Counter(id(parameter) for own in parameters for parameter in own)
+        rooms = 2 * len(parameters) * CODEC_ALIGNMENT
+        for parameter in (parameter for own in parameters for parameter in own):
+            is_cut, share = times[id(parameter)] > 1, math.ceil(numel_of(parameter) / ranks)
+            rooms += CODEC_ALIGNMENT if is_cut else -share % CODEC_ALIGNMENT
+        total += math.ceil(rooms * sum(codec.bytes_per_value for codec in codecs.values()))
     return total
 
 

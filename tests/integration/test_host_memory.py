@@ -75,7 +75,7 @@ def test_the_process_takes_what_the_ledger_counts(stage: int) -> None:
     at_start, after_a_cycle = json.loads(result.stdout.splitlines()[-1])
     print(at_start, after_a_cycle)
     for grown, counted in (at_start, after_a_cycle):
-        assert counted > 200 * 2**20
+        assert counted > 170 * 2**20
         assert 0.9 * counted <= grown <= 1.02 * counted  # buffers that nothing was written to take no memory
 
 
@@ -104,7 +104,8 @@ def regions(case: Case) -> tuple[list[int], int]:
 def test_one_region_holds_all_state(options: dict[str, Any], stage: int, ranks: int) -> None:
     for made, used in run_on_ranks(ranks, regions, Case(stage=stage, ranks=ranks, **options)):
         (planned,) = made
-        assert used <= planned <= used + 64 * 2**10  # alignment and padding of small tensors
+        # Alignment and padding of small tensors. Split masters have room for a multiple of 1,024 elements.
+        assert used <= planned <= used + (128 if options.get("dtype") == "bf16" else 64) * 2**10
 
 
 def refusal(case: Case) -> str:
