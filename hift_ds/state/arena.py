@@ -160,6 +160,8 @@ class Arena:
                 space = self._ways[0](max(self._planned, nbytes), nbytes)
                 break
             except RuntimeError as error:
+                if len(self._ways) == 1:
+                    raise
                 reason = str(error).splitlines()[0]
                 way = self._ways.pop(0)
                 if way is _registered:

@@ -66,21 +66,28 @@ def open_direct_io(folder: str, settings: Mapping[str, Any] | None, nbytes: int)
         nbytes: page-locked memory that it takes.
     """
     module, reason = library()
-    if module is not None and not _can_lock(nbytes):
-        reason = f"the system refuses to page-lock {nbytes} bytes; raise the limit (ulimit -l)"
-    elif module is not None:
+    if module is not None:
         try:
             direct = DirectIO(module, settings or _DEFAULTS, nbytes)
-            direct.check_folder(folder)
-            return direct
-        except OSError as error:
-            reason = f"it does not work in hift.offload.nvme_path={folder!r}: {error.strerror}"
+        except (OSError, MemoryError, RuntimeError) as error:  # memory is short, or must not be page-locked
+            text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+            reason = f"no {nbytes / 2**30:.2f} GiB of page-locked memory: {text.splitlines()[0]}"
+        else:
+            try:
+                direct.check_folder(folder)
+                return direct
+            except OSError as error:
+                reason = f"it does not work in hift.offload.nvme_path={folder!r}: {error.strerror}"
     logger.warning(f"state uses memory-mapped files instead of DeepSpeed's asynchronous I/O: {reason}")
     return None
 
 
 def _can_lock(nbytes: int) -> bool:
-    """Whether the system page-locks this many bytes. If it did not, DeepSpeed's allocator would end the process."""
+    """Whether the system page-locks this many bytes. If it did not, DeepSpeed's allocator would end the process.
+
+    Raises:
+        RuntimeError: there is not that much memory.
+    """
     trial, system = torch.empty(nbytes, dtype=torch.uint8), ctypes.CDLL(None)
     refused = system.mlock(ctypes.c_void_p(trial.data_ptr()), ctypes.c_size_t(nbytes))
     system.munlock(ctypes.c_void_p(trial.data_ptr()), ctypes.c_size_t(nbytes))
@@ -206,6 +213,7 @@ class DirectIO:
 
     Raises:
         OSError: the system does not page-lock that much.
+        MemoryError, RuntimeError: there is not that much memory.
     """
 
     def __init__(self, module: Any, settings: Mapping[str, Any], nbytes: int):
@@ -230,13 +238,15 @@ class DirectIO:
     def _locked(self, module: Any, nbytes: int) -> torch.Tensor:
         """Return page-locked memory that DeepSpeed's handles use directly."""
         if get_accelerator().device_name() == "cpu":
+            if not _can_lock(nbytes):
+                raise OSError(errno.ENOMEM, "the system refuses it; raise the limit (ulimit -l)")
             handle = module.aio_handle()
             memory: torch.Tensor = handle.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8))
             weakref.finalize(self, handle.free_cpu_locked_tensor, memory)
             return memory
         memory = Arena(pin_memory=True).empty(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
         if not memory.is_pinned():
-            raise OSError(errno.ENOMEM, f"{nbytes} bytes of host memory cannot be page-locked")
+            raise OSError(errno.ENOMEM, f"{get_accelerator().device_name()} cannot page-lock it")
         return memory
 
     def check_folder(self, folder: str) -> None:
@@ -459,7 +469,14 @@ class DirectIO:
 
 
 def _read_by_system(buffer: torch.Tensor, fd: int, offset: int) -> int:
-    return os.preadv(fd, [memoryview(buffer.numpy())], offset)  # type: ignore[arg-type]
+    """Fill a buffer from a file; return the number of bytes, which is smaller if the file ends before."""
+    memory, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
+    while done < buffer.nbytes:
+        count = os.preadv(fd, [memory[done:]], offset + done)  # the system may return less than there is
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _reopened(fd: int) -> int:

@@ -212,6 +212,13 @@ def test_memory_stays_pageable_where_nothing_page_locks_it(device: Accelerator) 
     assert "OS call failed" in warning and "ulimit -l" in warning and "hift.offload.pin_memory=false" in warning
 
 
+def test_an_error_of_the_last_way_is_raised() -> None:
+    arena = Arena(map_file=mock.Mock(side_effect=RuntimeError("first")))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="first"):
+            arena.reserve(MIB)
+
+
 def test_nothing_is_page_locked_without_pin_memory(device: Accelerator) -> None:
     host = HostMemory(pin_memory=False)
     host.reserve(MIB)

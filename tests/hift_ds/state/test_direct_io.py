@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import random
+import re
 import resource
 import threading
 import time
@@ -479,13 +480,54 @@ def test_without_it_files_are_mapped(tmp_path: Path) -> None:
     assert same(ours, random_steps(3, 60, SLOTS["streamed"], prefetch=False))
 
 
+SHORT = RuntimeError("can't allocate memory: you tried to allocate 9 bytes\nand a long trace")
+
+
 @needs_aio
-@pytest.mark.parametrize("what", ("memory", "folder"))
-def test_it_is_not_used_where_it_does_not_work(what: str, tmp_path: Path) -> None:
-    broken: Any = mock.patch.object(hift_ds.state.direct_io, "_can_lock", lambda _: False)
-    if what == "folder":
-        broken = mock.patch.object(DirectIO, "check_folder", side_effect=OSError(22, "Invalid argument"))
-    with broken, mock.patch.object(hift_ds.state.direct_io, "logger") as logger:
-        assert HostMemory(folder=str(tmp_path)).direct is None
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        (("_can_lock", {"return_value": False}), "GiB of page-locked memory: the system refuses it.*ulimit -l"),
+        (("_can_lock", {"side_effect": SHORT}), "GiB of page-locked memory: can't allocate memory[^\n]*$"),
+        (("DirectIO._locked", {"side_effect": MemoryError("2 GiB")}), "GiB of page-locked memory: 2 GiB"),
+        (("DirectIO.check_folder", {"side_effect": OSError(22, "Invalid argument")}), "nvme_path.*Invalid argument"),
+    ],
+)
+def test_it_is_not_used_where_it_does_not_work(broken: tuple[str, Any], expected: str, tmp_path: Path) -> None:
+    what, how = broken
+    with (
+        mock.patch(f"hift_ds.state.direct_io.{what}", **how),
+        mock.patch.object(hift_ds.state.direct_io, "logger") as logger,
+    ):
+        host = HostMemory(folder=str(tmp_path))
+        host.reserve(PAGE)  # a rank that raised here would leave the others waiting
+        assert host.direct is None
     (message,) = (call.args[0] for call in logger.warning.call_args_list)
-    assert ("ulimit -l" if what == "memory" else "Invalid argument") in message
+    assert re.search(expected, message), message
+
+
+@needs_aio
+@pytest.mark.parametrize("is_pinned", (True, False))
+def test_a_device_decides_itself_what_it_page_locks(is_pinned: bool, tmp_path: Path) -> None:
+    """The limit of the system (ulimit -l) does not hold for what CUDA registers."""
+    with (
+        mock.patch.object(hift_ds.state.direct_io, "_can_lock", lambda _: False),
+        mock.patch.object(hift_ds.state.direct_io, "get_accelerator") as accelerator,
+        mock.patch.object(hift_ds.state.direct_io, "Arena") as arena,
+        mock.patch.object(DirectIO, "check_folder"),
+        mock.patch.object(torch.Tensor, "is_pinned", lambda _: is_pinned),
+    ):
+        accelerator().device_name.return_value = "fake"
+        arena().empty.return_value = torch.empty(2 * PAGE, dtype=torch.uint8)
+        direct = hift_ds.state.direct_io.open_direct_io(str(tmp_path), None, 2 * PAGE)
+    assert (direct is not None) == is_pinned
+
+
+def test_what_the_system_reads_in_parts_is_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(250)))
+    read, buffer = os.preadv, torch.zeros(200, dtype=torch.uint8)
+    with (tmp_path / "file").open("rb") as file:
+        with mock.patch.object(os, "preadv", lambda fd, views, offset: read(fd, [views[0][:7]], offset)):
+            assert hift_ds.state.direct_io._read_by_system(buffer, file.fileno(), 20) == 200
+            assert buffer.tolist() == list(range(20, 220))
+            assert hift_ds.state.direct_io._read_by_system(buffer, file.fileno(), 200) == 50
