@@ -129,12 +129,13 @@ def compare(setup: Setup, cycles: int, folder: str, hift: Mapping[str, Any]) -> 
 
     Args:
         folder: for the files.
-        hift: keys of the section ``hift`` for both.
+        hift: keys of the section ``hift`` for both. Those of ``offload`` about files are for the first run alone.
     """
     offload = hift.get("offload", {})
     in_files = {**hift, "offload": {**offload, "device": "nvme", "nvme_path": folder}}
+    others = {key: value for key, value in offload.items() if key not in ("device", "nvme", "nvme_path")}
     yield measure("state in files", setup, cycles, in_files, True)
-    yield measure("state in host memory", setup, cycles, hift, False)
+    yield measure("state in host memory", setup, cycles, {**hift, "offload": {**others, "device": "cpu"}}, False)
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_state_in_files_changes_no_loss_of_a_process_with_a_limit(tmp_path: Path
     assert in_files.state == in_memory.state[::-1] and in_files.state[0] == 0 < in_files.state[1]
     assert not list(tmp_path.iterdir())
     assert file_state.table([in_files, in_memory]).count("\n| ") == 3
+
+
+def test_settings_of_files_are_for_the_run_with_files_alone() -> None:
+    offload = {"device": "nvme", "nvme": "moments", "nvme_path": "elsewhere", "moments": "8bit"}
+    with mock.patch.object(file_state, "measure") as measured:
+        list(file_state.compare(TINY, 2, "folder", {"seed": 1, "offload": offload}))
+    in_files, in_memory = (call.args[3] for call in measured.call_args_list)
+    assert in_files == {"seed": 1, "offload": {**offload, "nvme_path": "folder"}}
+    assert in_memory == {"seed": 1, "offload": {"device": "cpu", "moments": "8bit"}}
 
 
 @pytest.mark.parametrize(
