@@ -127,7 +127,8 @@ def make_engine(model: Any, settings: Settings, ticks: int, unreached: Sequence[
             config=config,
             lr_scheduler=None if has_scheduler else lambda optimizer: LambdaLR(optimizer, factor),
         )
-    except (ValueError, MemoryError, AssertionError) as error:  # DeepSpeed checks some settings with assertions
+    # OSError: a drive for files is full. DeepSpeed checks some settings with assertions.
+    except (ValueError, MemoryError, OSError, AssertionError) as error:
         raise UserError(f"deepspeed: {error}") from error
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):

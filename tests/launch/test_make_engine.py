@@ -50,7 +50,7 @@ def test_the_printed_setting_keeps_what_is_frozen_already() -> None:
     assert "['*norm*', '*.self_attn.q_proj.*', 'model.vision_tower" in remedy(str(error.value))
 
 
-@pytest.mark.parametrize("kind", [ValueError, MemoryError, AssertionError])
+@pytest.mark.parametrize("kind", [ValueError, MemoryError, OSError, AssertionError])
 def test_what_the_engine_refuses_is_the_users_error(kind: type[Exception]) -> None:
     with mock.patch.object(hift_ds, "initialize", side_effect=kind("rank 1: why")):
         with pytest.raises(UserError, match="deepspeed: rank 1: why"):
