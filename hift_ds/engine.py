@@ -40,7 +40,8 @@ from hift_ds.blocks.layers import largest_hidden_layer
 from hift_ds.blocks.partition import partition_model
 from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.checkpoint.engine import SavingEngine
-from hift_ds.checkpoint.files import FileEngine
+from hift_ds.checkpoint.files import CheckpointError, FileEngine
+from hift_ds.collectives import on_every_rank
 from hift_ds.config import HiFTConfig, needs_streamed_step
 from hift_ds.model.activations import host_buffers
 from hift_ds.model.reach import freeze_patterns
@@ -396,6 +397,12 @@ class HiFTEngine(CheckpointingEngine):
         window are not saved. Arguments and errors: :meth:`SavingEngine.save_checkpoint
         <hift_ds.checkpoint.engine.SavingEngine.save_checkpoint>`.
         """
+        # What a rank cannot write to its files, or read from them, must not leave the others waiting.
+        _, problems = on_every_rank(self.block_optimizers.settle, OSError)
+        if problems:
+            raise CheckpointError(
+                "\n".join(f"rank {i} could not finish its last step: {text}" for i, text in problems.items())
+            )
         with self._all_blocks():
             return super().save_checkpoint(*args, **kwargs)
 

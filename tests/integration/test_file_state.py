@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +73,28 @@ def test_lazy_streams_change_no_training_in_files(case: Case) -> None:
 def test_a_stopped_run_with_files_continues_bit_for_bit(case: Case, tmp_path: Path) -> None:
     direct_io.library()
     check_stops(case, tmp_path, (1, case.k + 1))
+
+
+def save_with_a_broken_drive(folder: str) -> tuple[str, bool]:
+    """In a rank: the error of saving while the drive of rank 1 fails, and whether saving works afterwards."""
+    engine: Any = tiny.initialize(Case(stage=2, ranks=2, dtype="bf16", in_files="all"))
+    tiny.optimizer_step(engine, 0)
+    failing = mock.patch.object(direct_io.DirectIO, "release", side_effect=OSError(5, "not what was written"))
+    with failing if engine.global_rank == 1 else contextlib.nullcontext():
+        try:
+            engine.save_checkpoint(folder)
+            message = ""
+        except ValueError as error:
+            message = str(error)
+    saved = engine.save_checkpoint(folder)
+    engine.destroy()
+    return message, saved
+
+
+def test_all_ranks_raise_the_error_of_one_whose_files_fail_before_a_checkpoint(tmp_path: Path) -> None:
+    direct_io.library()
+    expected = "rank 1 could not finish its last step: [Errno 5] not what was written"
+    assert run_on_ranks(2, save_with_a_broken_drive, str(tmp_path)) == [(expected, True)] * 2
 
 
 def test_nothing_stays_behind_when_a_process_is_killed(tmp_path: Path) -> None:
