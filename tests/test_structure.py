@@ -111,7 +111,7 @@ ROOMS = {
         "model": "state",
         "zero": "config optim state weights",
         "checkpoint": "collectives",
-        "engine": "blocks checkpoint config model optim state weights zero",
+        "engine": "blocks checkpoint collectives config model optim state weights zero",
         "initialization": "blocks config engine",
         "integrations": "config engine initialization model optim",
         "planner": "blocks config model paths state weights",
