@@ -31,7 +31,7 @@ class Gathering:
 
     Attributes:
         host: as given.
-        trace: what DeepSpeed's hooks follow in training: that of the active block.
+        trace: what DeepSpeed's hooks follow in a pass with gradients: that of the active block.
         storing: the lane for copies of updated partitions to host memory.
     """
 
@@ -44,8 +44,9 @@ class Gathering:
     def take_over(self, hooks: Any) -> None:
         """Gather the parameters of a model from now on, when DeepSpeed's hooks say so.
 
-        DeepSpeed gathers ahead by a trace of the last passes. A forward pass for evaluation gets a trace of its own:
-        with that of a training step, weights would be gathered and kept for a backward pass that does not come.
+        DeepSpeed gathers ahead by a trace of the last passes. A forward pass without gradients gets a trace of its own:
+        with that of a training step, weights would be gathered and kept for a backward pass that does not come. The
+        model's mode does not matter: a model in evaluation mode can be trained.
         """
         for parameter in hooks.module.parameters():
             parameter.all_gather_coalesced = self.start
@@ -56,13 +57,13 @@ class Gathering:
         evaluation = new_trace(hooks)
 
         @torch.compiler.disable
-        def choose_trace(module: torch.nn.Module, _: Any) -> None:
-            hooks.param_coordinator = self.trace if module.training else evaluation
+        def choose_trace(*_: Any) -> None:
+            hooks.param_coordinator = self.trace if torch.is_grad_enabled() else evaluation
 
         self._handle = hooks.module.register_forward_pre_hook(choose_trace, prepend=True)
 
     def end(self) -> None:
-        """Leave the model to DeepSpeed's hooks."""
+        """Stop choosing traces. The parameters keep the functions of this object, which still gather them."""
         self._handle.remove()
 
     def keep(self, parameters: Iterable[Any]) -> None:

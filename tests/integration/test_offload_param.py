@@ -116,6 +116,39 @@ def test_copies_of_weights_wait_for_what_they_must(case: Case) -> None:
         assert found == []
 
 
+def still_gathered(case: Case, mode: str) -> tuple[list[int], list[int]]:
+    """In a rank: the elements that are gathered after each backward pass, and after forward passes without gradients.
+
+    Vectors that always stay gathered are not counted.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    engine = tiny.initialize(case)
+    engine.train(mode == "train")
+
+    def gathered() -> int:
+        parameters = [p for p in engine.module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+        return sum(p.ds_numel for p in parameters if not p.ds_persist)
+
+    trained, evaluated = [], []
+    for step in range(case.steps):
+        for micro in range(tiny.ACCUMULATION):
+            engine.backward(engine(**tiny.micro_batch(step, micro)).loss)
+            trained.append(gathered())
+            engine.step()
+        with torch.no_grad():
+            engine(**tiny.micro_batch(step, 0))
+        evaluated.append(gathered())
+    engine.destroy()
+    return trained, evaluated
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_no_weight_stays_gathered_whatever_the_mode(mode: str) -> None:
+    for trained, evaluated in run_on_ranks(1, still_gathered, Case(stage=3, dtype="bf16"), mode):
+        assert not any(trained) and not any(evaluated), (trained, evaluated)
+
+
 class Moved(AssertionError):
     """The whole model is moved to the device."""
 
