@@ -69,6 +69,8 @@ def tasks(small: str, large: str, on_device: bool) -> list[Task]:
             "hift", large, lengths=(short,), offload=slots, profiled=profiled)),
         Task(STREAMED, both[:2], 120, True, Workload(
             "hift", large, lengths=(short, long), offload={"weights": "cpu"}, profiled=profiled)),
+        Task("hift large, fp32 masters", ("step",), 60, True, Workload(
+            "hift", large, lengths=(short,), offload={**slots, "master": "fp32"})),
         Task("hift small", ("memory", "methods"), 60, True, Workload("hift", small, lengths=(short,), offload=slots)),
         Task("full small", ("methods",), 45, True, method("full", small, 10)),
     ]  # fmt: skip

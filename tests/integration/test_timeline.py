@@ -27,9 +27,9 @@ SLOT = 2**26 // SMALLER
 LAYER = 202_383_360 // SMALLER  # elements of a layer of LLaMA-7B, which ZeRO holds in one tensor
 H200 = CARDS["h200"]
 RUNS = {
-    "512 tokens": Request("llama-7b"),
+    "512 tokens": Request("llama-7b", master="fp32"),
     "8,192 tokens with checkpointing": Request(
-        "llama-7b", seq_len=8192, zero_stage=0, activation_checkpointing=True
+        "llama-7b", seq_len=8192, zero_stage=0, activation_checkpointing=True, master="fp32"
     ),
 }  # fmt: skip
 
