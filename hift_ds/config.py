@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from hift_ds.blocks.schedule import STRATEGIES
 
 SECTION = "hift"
 LR_TICKS = ("cycle", "step")
-# Value of `offload.defer` in loops that need no `settle()`: true wherever the engine can do it. Not for users.
-WHERE_POSSIBLE = "where possible"
+
+
+class _Defer(str, Enum):
+    WHERE_POSSIBLE = "where possible"
+
+
+# Value of `offload.defer` in loops that need no `settle()`: true wherever the engine can do it. Not for users: a string
+# in a config is never this object.
+WHERE_POSSIBLE = _Defer.WHERE_POSSIBLE
 # Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
 # Bytes by which the alignment of encoded values can enlarge a chunk in a slot, at most.
@@ -107,7 +115,7 @@ class OffloadConfig:
     @property
     def defers(self) -> bool:
         """Whether the engine defers the update if it can."""
-        return self.defer in (True, WHERE_POSSIBLE)
+        return self.defer is True or self.defer is WHERE_POSSIBLE
 
     def slots(
         self, blocks: Iterable[Sequence[int]], ranks: int, per_element: int, stored: float | None = None
@@ -256,7 +264,7 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
         lambda v: isinstance(v, bool) or _is_int(v) and v >= 2 * MIN_BUFFER,
         f"true, false, or the bytes of all slots, an integer of at least {2 * MIN_BUFFER}",
     ),
-    "defer": (lambda v: isinstance(v, bool) or v in ("auto", WHERE_POSSIBLE), "true, false or auto"),
+    "defer": (lambda v: isinstance(v, bool) or v == "auto" or v is WHERE_POSSIBLE, "true, false or auto"),
     "weights": (lambda v: v in ("device", "cpu"), "device or cpu"),
     "master": (lambda v: v in ("auto", "fp32", "split"), "auto, fp32 or split"),
     "moments": (lambda v: v in ("fp32", "8bit"), "fp32 or 8bit"),
@@ -317,6 +325,13 @@ def _slot_problems(offload: Mapping[str, Any]) -> list[str]:
         if offload.get(key) == value
         for setting, remedy in needs_streamed_step(offload).items()
     ]
+    if offload.get("device") == "none":
+        found += [
+            f"{SECTION}.offload.{key}={value!r} has no effect with device='none': state that stays on the device is "
+            "never copied for a step; remove it, or set device to cpu"
+            for key, value in (("step", "streamed"), ("prefetch", False))
+            if offload.get(key) == value
+        ]
     if offload.get("device") == "nvme" and offload.get("defer") is True:
         found.append(
             f"{SECTION}.offload.defer=true has no effect with device='nvme': only a step from host memory is deferred; "
@@ -396,6 +411,9 @@ def _above(limit: int) -> Callable[[Any], bool]:
 # Keys of DeepSpeed that change which parameters train, where their state is, or how gradients are computed. No test
 # shows that HiFT equals Algorithm 1 with them, so HiFT refuses them.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    # Checks of other settings read the places that DeepSpeed moves these two deprecated keys to.
+    "zero_optimization.cpu_offload": (_on, "write offload_optimizer: {device: cpu} in its place, at stage 1, 2 or 3"),
+    "zero_optimization.cpu_offload_param": (_on, "write offload_param: {device: cpu} in its place, at stage 3"),
     "zero_optimization.zenflow": (_on, "remove it"),
     "zero_optimization.super_offload": (_on, "remove it"),
     "zero_optimization.elastic_checkpoint": (_on, "remove it"),

@@ -1,5 +1,6 @@
 """The `hift` section: what it takes, what it refuses, and that it says so all at once."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ def test_values_arrive() -> None:
         ),
         ({"offload": {"prefetch": 2**17 - 1}}, ("offload.prefetch=131071", "at least 131072")),
         ({"offload": {"defer": "later"}}, ("offload.defer='later'", "true, false or auto")),
+        ({"offload": {"defer": "where possible"}}, ("offload.defer='where possible'", "true, false or auto")),
+        ({"offload": {"step": "streamed", "device": "none"}}, ("offload.step='streamed' ", "device='none'", "remove")),
+        ({"offload": {"prefetch": False, "device": "none"}}, ("offload.prefetch=False ", "device='none'", "remove")),
         ({"offload": {"defer": True, "step": "block"}}, ("offload.defer=true ", "step='block'", "to auto")),
         ({"offload": {"defer": True, "device": "none"}}, ("offload.defer=true ", "device='none'", "to auto")),
         (
@@ -172,6 +176,8 @@ def test_problems_of_the_section_hide_none_of_the_rest(offload: Any, count: int)
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ("offload_param", "stage=3")),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ("offload_param", "use cpu")),
+        ({"zero_optimization": {"stage": 3, "cpu_offload_param": True}}, ("cpu_offload_param", "offload_param: {")),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ("cpu_offload=True", "offload_optimizer: {")),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, ("zenflow",)),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ("elastic_checkpoint",)),
         ({"torch_autocast": {"enabled": True}}, ("torch_autocast", "bf16")),
@@ -187,7 +193,7 @@ def test_what_cannot_be_exact_beside_hift_is_refused(rest: dict[str, Any], words
 
 @pytest.mark.parametrize("offload", [{}, {"defer": "auto"}, {"step": "block"}, {"device": "none"}])
 def test_a_step_is_deferred_where_possible_if_the_loop_is_known(offload: dict[str, Any]) -> None:
-    section = config.with_deferred_step({"offload": offload})
+    section = copy.deepcopy(config.with_deferred_step({"offload": offload}))
     assert HiFTConfig.from_dict(section).offload.defers
     for zero in ({"stage": 3}, {"stage": 1, "offload_optimizer": {"device": "cpu"}}):
         if zero["stage"] == 3 or "device" not in offload:
