@@ -23,15 +23,17 @@ head, around which ZeRO-3 gathers its weight, and autograd gets one gradient.
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.utils import log_dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -239,6 +241,7 @@ def summed_loss(
                 return call(**inputs)
         if chunk is not None:
             raise ValueError(problem)
+        _warn_once(f"{problem}; the logits of all tokens exist at once")
     if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
         outputs = call(**inputs, logits_to_keep=targets.kept)
         logits = outputs.logits  # (batch, kept, vocabulary)
@@ -301,6 +304,11 @@ def chunking_problem(model: Any) -> str | None:
 _problems: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
+@cache
+def _warn_once(message: str) -> None:
+    log_dist(message, ranks=[0], level=logging.WARNING)
+
+
 def _try_chunks(model: Any) -> str | None:
     problem = f"the logits of {type(unwrapped(model)).__name__} cannot be computed in chunks"
     device = next(unwrapped(model).parameters()).device
@@ -310,7 +318,7 @@ def _try_chunks(model: Any) -> str | None:
     head = unwrapped(model).get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         return f"{problem}: its head is {type(head).__module__}.{type(head).__name__}, not torch.nn.Linear"
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # parts may differ, as frozen towers do
     model.eval()
     try:
         with torch.no_grad():
@@ -323,10 +331,13 @@ def _try_chunks(model: Any) -> str | None:
         # Fake tensors have no values to compare.
         if type(logits) is Tensor and not torch.allclose(ours, logits, rtol=0, atol=0.01 * float(logits.abs().max())):
             return f"{problem}: the values differ from those of the whole logits"
+    except torch.OutOfMemoryError:  # says nothing about the model
+        raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"{problem}: {' '.join(str(error).split())}"
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     return None
 
 

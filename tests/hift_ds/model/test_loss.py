@@ -235,6 +235,32 @@ def test_what_cannot_be_cut_is_refused_or_left_whole() -> None:
         assert torch.equal(summed_loss(Alone(model), batch(), "causal-lm"), whole)
 
 
+def test_the_trial_changes_no_mode_and_hides_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(model.model, "forward", refuse)
+        losses.chunking_problem(model)
+    assert losses.chunking_problem(model) is None  # tried again
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_why_logits_are_left_whole_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(losses, "log_dist", lambda message, **_: logged.append(message))
+    monkeypatch.setattr(losses, "default_chunk", lambda _: CHUNK)
+    losses._warn_once.cache_clear()
+    model = adapted(("q_proj", "lm_head"))
+    for _ in range(2):
+        summed_loss(Alone(model), batch(), "causal-lm")
+    assert len(logged) == 1 and "its head is peft" in logged[0]
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
