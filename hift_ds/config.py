@@ -83,8 +83,9 @@ class OffloadConfig:
         pin_memory: page-lock the host buffers.
         prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
             forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
-            A number of bytes is the memory for slots, in place of two. A slot has ``buffer_size`` bytes, but at least
-            a twelfth of this number and at most half of it. A block's state and two slots hide all copies.
+            A number of bytes is the memory for slots, in place of two. A chunk has ``buffer_size`` bytes, but at
+            least a twelfth of this number, and a slot at most half of it. A block's state and two slots hide all
+            copies.
         defer: let the device update a block during the next forward pass, until that reaches the block. ``auto``:
             only in ``launch/train.py`` and in transformers' own Trainer inside :class:`hift_ds.enabled`, because plain
             reads of the weights after a step need ``engine.settle()`` first.

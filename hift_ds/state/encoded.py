@@ -30,7 +30,7 @@ class Slice(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Elements from the begin of this slice to the next one's, in encoded buffers."""
+        """Elements from the start of this slice to the next one's, in encoded buffers."""
         return -(-(self.stop - self.start) // ALIGNMENT) * ALIGNMENT
 
 

@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
     Attributes:
         pieces: the tensors.
-        sizes: for each the elements from its begin to the next one's begin.
+        sizes: for each the elements from its start to the next one's start.
     """
 
     pieces: list[torch.Tensor]
