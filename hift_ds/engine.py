@@ -802,7 +802,8 @@ class HiFTEngine(CheckpointingEngine):
         }
         if weights is None or weights.device != OffloadDeviceEnum.cpu:
             return options
-        self._gathering = Gathering(HostMemory(weights.pin_memory))
+        remedy = "use more machines, or keep the weights on the device: remove zero_optimization.offload_param"
+        self._gathering = Gathering(HostMemory(weights.pin_memory, purpose="weights", remedy=remedy))
         layers = 2 * largest_hidden_layer(self.module)
         limits = {"max_reuse_distance", "max_live_parameters"} - zero.model_fields_set
         options |= dict.fromkeys(limits, layers)

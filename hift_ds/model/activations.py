@@ -51,7 +51,8 @@ def checkpoint_activations(model: Any, offload: bool = False) -> HostCheckpoints
     from hift_ds.state import transfer as transfers
     from hift_ds.state.allocator import HostMemory
 
-    checkpoints = HostCheckpoints(HostMemory(), transfers)
+    remedy = "keep them on the device: model.gradient_checkpointing=true"
+    checkpoints = HostCheckpoints(HostMemory(purpose="checkpoints of activations", remedy=remedy), transfers)
     checkpoints.install(model)
     return checkpoints
 

@@ -1,5 +1,6 @@
 """Host memory and files for the state of inactive blocks: the one allocator of what is kept off the device."""
 
+import contextlib
 import functools
 import math
 import mmap
@@ -8,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class HostMemory:
         masters_in_files: if there is a folder, keep masters there as well, and not only the rest of the state.
         largest: the most bytes that one block will have in files. The memory between files and the device has room for
             twice as many.
+        purpose: what the buffers are for, for messages.
+        remedy: what to set if there is too little host memory; None: that for masters and optimizer state.
 
     Attributes:
         folder: as given.
@@ -46,12 +49,15 @@ class HostMemory:
         aio: Mapping[str, Any] | None = None,
         masters_in_files: bool = True,
         largest: int = 1,
+        purpose: str = "masters and optimizer state",
+        remedy: str | None = None,
     ):
         self._arena = Arena(pin_memory and get_accelerator().device_name() != "cpu")
         self._files = Arena(map_file=self._map_file)
         self._masters_in_files = masters_in_files
         self._aio = aio
         self._between = file_buffer_bytes(largest) if folder is not None else 0
+        self._purpose, self._given_remedy = purpose, remedy
         self.folder = folder
         self.buffers: list[torch.Tensor] = []
         self._in_files: set[int] = set()  # addresses of buffers
@@ -80,6 +86,23 @@ class HostMemory:
         in_files = sum(size for size, of_master in parts if self._is_in_files(of_master))
         return nbytes - in_files, in_files
 
+    def _remedy(self, has_buffers: bool) -> str:
+        """Return what to set if there is too little host memory, in which there are buffers or not."""
+        if self._given_remedy is not None:
+            return self._given_remedy
+        if self.folder is None:
+            return "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
+        remedy = "cut the largest blocks (hift.max_block_numel), because two blocks' state passes through it"
+        return f"{remedy}, or set hift.offload.nvme='all'" if has_buffers else remedy
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Let an error about too little host memory name the purpose and the remedy."""
+        try:
+            yield
+        except MemoryError as error:
+            raise MemoryError(f"{self._purpose}: {error}; or {self._remedy(True)}") from error
+
     def check_room(self, nbytes: int, of_masters: int = 0) -> None:
         """Check for enough free space before anything is allocated. All ranks call it, and all get the same answer.
 
@@ -93,10 +116,7 @@ class HostMemory:
         return_freed_memory()
         host = socket.gethostname()
         in_memory, in_files = self._split(nbytes, of_masters)
-        remedy = "use more machines with ZeRO, or files: hift.offload.device='nvme' with hift.offload.nvme_path"
-        if self.folder is not None:
-            remedy = "cut the largest blocks (hift.max_block_numel), because two blocks' state passes through it"
-            remedy += ", or set hift.offload.nvme='all'" if in_memory else ""
+        remedy = self._remedy(in_memory > 0)
         wanted = [(f"host memory on {host}", remedy, in_memory + self._between, available_memory())]
         if self.folder is not None:
             place = f"the drive of hift.offload.nvme_path={self.folder!r} on {host}"
@@ -108,7 +128,7 @@ class HostMemory:
             least[place] = min(free, least.get(place, free))
             remedies[place] = remedy
         problems = [
-            f"masters and optimizer state of all blocks need {needed[place] / 2**30:.2f} GiB of {place}, and "
+            f"{self._purpose} of all blocks need {needed[place] / 2**30:.2f} GiB of {place}, and "
             f"{least[place] / 2**30:.2f} GiB are free; {remedies[place]}"
             for place in needed
             if needed[place] > least[place]
@@ -124,11 +144,13 @@ class HostMemory:
             OSError: on every rank, if a folder's file system is full or not writable.
         """
         in_memory, in_files = self._split(nbytes, of_masters)
-        for reserve, size, error in (
-            (self._arena.reserve, in_memory, MemoryError),
-            (self._files.reserve, in_files, OSError),
-        ):
-            _, problems = on_every_rank(functools.partial(reserve, size), error)
+
+        def reserve(arena: Arena, size: int) -> None:
+            with self._explained():
+                arena.reserve(size)
+
+        for arena, size, error in ((self._arena, in_memory, MemoryError), (self._files, in_files, OSError)):
+            _, problems = on_every_rank(functools.partial(reserve, arena, size), error)
             if problems:
                 raise error("\n".join(f"rank {i}: {text}" for i, text in problems.items()))
 
@@ -144,7 +166,8 @@ class HostMemory:
             MemoryError: the system does not give that much memory.
         """
         is_in_files = self._is_in_files(of_master)
-        buffer = (self._files if is_in_files else self._arena).empty(like)
+        with self._explained():
+            buffer = (self._files if is_in_files else self._arena).empty(like)
         self.buffers.append(buffer)
         if is_in_files:
             self._in_files.add(buffer.data_ptr())

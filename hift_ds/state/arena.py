@@ -54,9 +54,8 @@ class Region(mmap.mmap):
             _make_pages(region.address(), nbytes)
         except OSError as error:
             raise MemoryError(
-                f"{nbytes / 2**30:.2f} GiB of host memory for masters and optimizer state: {error.strerror}; free "
-                "memory or raise the limit of this process (ulimit -v), use more machines with ZeRO, or files: "
-                "hift.offload.device='nvme' with hift.offload.nvme_path"
+                f"{nbytes / 2**30:.2f} GiB of host memory: {error.strerror}; free memory or raise the limit of this "
+                "process (ulimit -v)"
             ) from error
         return region
 

@@ -40,7 +40,8 @@ class HostWeights:
 
     def __init__(self, model: nn.Module, device: torch.device, pin_memory: bool):
         self._model, self._device = model, device
-        self._memory = HostMemory(pin_memory)
+        remedy = "keep the weights on the device: hift.offload.weights='device'"
+        self._memory = HostMemory(pin_memory, purpose="weights", remedy=remedy)
         self._layers, self._outside = find_units(model)
         self._unit_of = {p: unit for unit in (*self._layers, self._outside) for p in unit.parameters}
         self._of_host = {parameter: parameter.data.to("cpu") for parameter in model.parameters()}

@@ -10,6 +10,7 @@ import pytest
 from tests.support.ranks import run_on_ranks
 
 GIB = 2**30
+STATE = "masters and optimizer state"
 
 
 def check(needed: list[int], free: list[int], hosts: list[str]) -> str | None:
@@ -45,7 +46,7 @@ def reserve(needed: list[int]) -> str | None:
 
 def test_all_ranks_raise_the_error_of_one_that_does_not_get_its_memory() -> None:
     first, second = run_on_ranks(2, reserve, [2**20, 2**62])
-    assert first == second and first.startswith("rank 1: 4294967296.00 GiB of host memory")
+    assert first == second and first.startswith(f"rank 1: {STATE}: 4294967296.00 GiB of host memory")
     assert "ulimit -v" in first and "hift.offload.device='nvme'" in first
     assert run_on_ranks(2, reserve, [2**20, 2**20]) == [None, None]
 

@@ -256,8 +256,10 @@ def test_too_little_memory_is_an_error_with_a_remedy() -> None:
         ctypes.set_errno(errno.ENOMEM)
         return 1
 
-    with pytest.raises(MemoryError, match="4096.00 GiB of host memory.*Cannot allocate.*hift.offload.device='nvme'"):
+    with pytest.raises(MemoryError, match="4096.00 GiB of host memory: Cannot allocate.*ulimit -v"):
         Region(2**42)
     with mock.patch.object(module, "_libc", mock.Mock(madvise=refuse)):
-        with pytest.raises(MemoryError, match="0.00 GiB of host memory.*hift.offload.nvme_path"):
-            Region(MIB)
+        with pytest.raises(MemoryError, match="^masters and .*0.00 GiB of host memory.*hift.offload.nvme_path"):
+            HostMemory().empty(flat(100))
+        with pytest.raises(MemoryError, match="^weights: 0.00 GiB of host memory.*; or keep them elsewhere$"):
+            HostMemory(purpose="weights", remedy="keep them elsewhere").empty(flat(100))
