@@ -133,18 +133,18 @@ is, is in [Memory](memory.md#planned-and-measured).
 
 ## Host memory
 
-GiB that the run needs beside the process itself, which takes 2 to 3 GiB. "+" is the room in files on a drive. Masters
-are split (`offload.master: split`). 8-bit moments are `offload.moments: 8bit`, weights in host memory
-`offload.weights: cpu`, state in files `offload.device: nvme`.
+GiB that the run needs in addition to the process itself and the system, for which the planner keeps 4 GiB free. The
+figure after "+" is the space in files on a drive. Masters are split (`offload.master: split`). 8-bit moments are
+`offload.moments: 8bit`, weights in host memory `offload.weights: cpu`, state in files `offload.device: nvme`.
 
 {host}
 
 ## Speed
 
 Seconds of a step and tokens a second with exact state in host memory, on a middle block: **C** with activation
-checkpointing, **W** with weights in host memory, without a letter neither. "-": it does not fit. 1 GiB and a twentieth
+checkpointing, **W** with weights in host memory, no letter: neither. "-": it does not fit. 1 GiB and a twentieth
 of the card stay free. The cards are examples of their size. Their rates come from data sheets, and only the H200's
-prediction was held against measurements.
+prediction was compared with measurements.
 
 With weights in host memory, a small micro-batch waits for the bus, and a large one hides it. The micro-batches of the
 second table have activation checkpointing.

@@ -141,7 +141,7 @@ def _cost(plan: Plan) -> list[str]:
     before, after, changed = plan.time["seconds"], plan.fit["seconds"], plan.fitting
     sentences = [
         f"A step then takes {after:.3g} s on {plan.time['gpu']}, {after / before:.1f} times the {before:.3g} s that it "
-        "would take as it is, if that fitted."
+        "would take unchanged, on a card where that fits."
     ]
     least = plan.fit["hidden_from"]
     if not changed.streams_weights:

@@ -449,7 +449,7 @@ def _notes(request: Request, name: str, card: Card) -> list[str]:
     if not card.measured:
         notes.append(
             f"no step was measured on {name}: the time follows from its data sheet, and from the shares of the peak "
-            "rates that three H200 reached"
+            "rates that three H200s reached"
         )
     notes.append(
         f"the host's time assumes {1e6 * HOST_SECONDS:.0f} microseconds for each operation, the mean of the machines "
