@@ -6,6 +6,7 @@ Source: the HiFT paper, Algorithm 1 and section 3.1. Only this file and ``hift_d
 import copy
 import functools
 import importlib.util
+import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -408,8 +409,16 @@ class HiFTEngine(CheckpointingEngine):
 
     @contextmanager
     def saving_into(self, folder: str) -> Iterator[None]:
-        """While inside, masters are decoded into files in this folder, which take no anonymous memory."""
-        self.block_optimizers.scratch_folder = folder
+        """While inside, masters are decoded into files in this folder, which take no anonymous memory.
+
+        The folder must have room for these files and the checkpoint of all ranks. Else masters are decoded in memory.
+        """
+        masters = 4 * sum(master.numel() for block in self.block_optimizers.optimizers for master, _ in block.masters())
+        state = self.block_optimizers.host.nbytes if self.block_optimizers.host is not None else 0
+        weights = sum(numel_of(parameter) * parameter.element_size() for parameter in self.module.parameters())
+        needed = dist.get_world_size() * (2 * masters + state) + weights
+        if shutil.disk_usage(folder).free > needed:
+            self.block_optimizers.scratch_folder = folder
         try:
             yield
         finally:

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.utils import log_dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -306,6 +305,8 @@ _problems: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionar
 
 @cache
 def _warn_once(message: str) -> None:
+    from deepspeed.utils import log_dist  # a plan needs no DeepSpeed
+
     log_dist(message, ranks=[0], level=logging.WARNING)
 
 

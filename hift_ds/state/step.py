@@ -10,6 +10,7 @@ The store may keep masters and state in fewer bytes (``codec.py``). They are dec
 on the device, a chunk at a time.
 """
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -170,7 +171,9 @@ class BlockState:
         self._buffers: dict[tuple[int, str | None, int], torch.Tensor] = {}
         self._nothing = torch.full((), torch.nan, dtype=torch.float32, device="cpu")
         self._new_state = dict(state) if self._moves_state else {}
-        self._encoded = EncodedState(codecs or {}, [cut for of_block in owned for cut in of_block], self._buffer)
+        # Not a method of this object: state in a cycle of references would stay until Python looks for cycles.
+        buffer = functools.partial(_buffer_in_store, host, self._buffers)
+        self._encoded = EncodedState(codecs or {}, [cut for of_block in owned for cut in of_block], buffer)
         self._has_new_weights = False  # the remainders in the store belong to earlier ones
         self._encoded.reserve()
         self._fetched: dict[int, _StagedChunk] = {}
@@ -352,13 +355,11 @@ class BlockState:
 
     def _buffer(self, key: tuple[int, str | None, int], like: torch.Tensor) -> torch.Tensor:
         """Return the buffer of this key in the store, a new one unless it has the shape and dtype of ``like``."""
+        if self._host is not None:
+            return _buffer_in_store(self._host, self._buffers, key, like)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            if self._host is None:
-                buffer = torch.empty_like(like, device=self._masters[key[0]].device)
-            else:
-                buffer = self._host.empty(like, of_master=key[1] is None)
-            self._buffers[key] = buffer
+            buffer = self._buffers[key] = torch.empty_like(like, device=self._masters[key[0]].device)
         return buffer
 
     def held_gradients(self) -> Iterator[torch.Tensor]:
@@ -844,6 +845,20 @@ class BlockState:
             if self._is_shared:  # the rows of other blocks are not written yet
                 buffer.zero_()
             yield buffer
+
+
+def _buffer_in_store(
+    host: HostMemory | None,
+    buffers: dict[tuple[int, str | None, int], torch.Tensor],
+    key: tuple[int, str | None, int],
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Return the buffer of this key in host memory or in a file, as :meth:`BlockState._buffer` does."""
+    assert host is not None
+    buffer = buffers.get(key)
+    if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+        buffer = buffers[key] = host.empty(like, of_master=key[1] is None)
+    return buffer
 
 
 def _by_category(

@@ -7,17 +7,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hift_ds.engine
 from hift_ds.checkpoint.files import FileEngine
 from hift_ds.state import direct_io
 from hift_ds.state.allocator import scratch
 from tests.support import tiny
 from tests.support.pairwise import others_slow
-from tests.support.ranks import free_port
+from tests.support.ranks import free_port, run_on_ranks
 from tests.support.tiny import Case
 
 STAGES = (0, 1, 2, 3)
@@ -104,3 +107,27 @@ def test_a_scratch_tensor_is_saved_without_memory(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     print(json.dumps(grown(int(sys.argv[1]), sys.argv[2])))
+
+
+def folders_while_saving(free: int, folder: str) -> list[str | None]:
+    """In a rank: the folders for decoded masters while a checkpoint is saved to a drive with so much free space."""
+    engine = tiny.initialize(Case(stage=2, dtype="bf16"))
+    seen, state_dict = [], engine.block_optimizers.state_dict
+
+    def watched() -> Any:
+        seen.append(engine.block_optimizers.scratch_folder)
+        return state_dict()
+
+    usage = mock.Mock(return_value=mock.Mock(free=free))
+    with mock.patch.object(hift_ds.engine.shutil, "disk_usage", usage):
+        with mock.patch.object(engine.block_optimizers, "state_dict", watched):
+            engine.save_checkpoint(folder)
+    seen.append(engine.block_optimizers.scratch_folder)
+    engine.destroy()
+    return seen
+
+
+def test_masters_are_decoded_in_memory_if_the_drive_has_no_room_beside_the_checkpoint(tmp_path: Path) -> None:
+    ((inside, after),) = run_on_ranks(1, folders_while_saving, 2**40, str(tmp_path))
+    assert inside is not None and Path(inside).is_relative_to(tmp_path) and after is None
+    assert run_on_ranks(1, folders_while_saving, 2**18, str(tmp_path)) == [[None, None]]

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import gc
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -471,3 +473,16 @@ def test_a_step_that_ends_between_two_chunks_is_not_taken_again() -> None:
     state.settle()
     state.load_step_counts(state.step_counts())  # as a checkpoint does
     state.step()
+
+
+def test_state_is_freed_with_its_owner_and_not_when_python_looks_for_cycles() -> None:
+    owner = Owner([4000], True, torch.Generator().manual_seed(0))
+    state = BlockState(owner, HostMemory(), Staging(CPU, 36_000), 10.125, (), ADAMW, codecs={None: Split()})
+    state.step()
+    gone = weakref.ref(state)
+    gc.disable()
+    try:
+        del state
+        assert gone() is None
+    finally:
+        gc.enable()
