@@ -252,7 +252,7 @@ def test_the_trial_changes_no_mode_and_hides_no_lack_of_memory(monkeypatch: pyte
 
 def test_why_logits_are_left_whole_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[str] = []
-    monkeypatch.setattr(losses, "log_dist", lambda message, **_: logged.append(message))
+    monkeypatch.setattr("deepspeed.utils.log_dist", lambda message, **_: logged.append(message))
     monkeypatch.setattr(losses, "default_chunk", lambda _: CHUNK)
     losses._warn_once.cache_clear()
     model = adapted(("q_proj", "lm_head"))
