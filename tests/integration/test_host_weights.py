@@ -1,7 +1,6 @@
 """``hift.offload.weights: cpu`` changes no bit of a training, at any stage, in any order, with evaluations inside."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,10 @@ from tests.support import tiny
 from tests.support.lazy_streams import LazyStreams, MissingWait
 from tests.support.pairwise import others_slow
 from tests.support.parity import STRATEGIES
+from tests.support.poisoned_slots import poisoned
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 from tests.support.training import arguments, records
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Each slot is full of NaN before it is filled."""
-    fill = Turns._fill
-
-    def poison(turns: Turns, unit: Any) -> None:
-        unit.slot.area.fill_(255)
-        fill(turns, unit)
-
-    with mock.patch.object(Turns, "_fill", poison):
-        yield
 
 
 def make(case: Case, defer: bool = False, freeze: tuple[str, ...] = (), **offload: Any) -> Any:

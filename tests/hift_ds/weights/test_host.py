@@ -15,7 +15,7 @@ import hift_ds.weights.turns
 from hift_ds.state.transfer import Staging, mark
 from hift_ds.weights.host import HostWeights
 from hift_ds.weights.turns import Turns, Way
-from tests.support import tiny
+from tests.support import poisoned_slots, tiny
 from tests.support.device_memory import DeviceMemory
 from tests.support.lazy_streams import LazyStreams, MissingWait
 
@@ -25,13 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Each slot is full of NaN before it is filled."""
-    fill = Turns._fill
-
-    def poison(turns: Turns, unit: Any) -> None:
-        unit.slot.area.fill_(255)
-        fill(turns, unit)
-
-    with mock.patch.object(Turns, "_fill", poison):
+    with poisoned_slots.poisoned():
         yield
 
 
