@@ -526,6 +526,7 @@ def log_to_wandb(folder: Path, out: Path) -> dict[str, list[float]]:
     run = Run(stage=0, callback=True, arguments=(("report_to", "wandb"), ("max_steps", CYCLE + 1)))
     settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(out), "WANDB_SILENT": "true"}
     with mock.patch.dict(os.environ, settings):
+        wandb.teardown()  # W&B reads the environment once a process, and a test before this one may have had it do so
         train(run, folder, out)
         wandb.finish()
     (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
