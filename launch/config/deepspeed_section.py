@@ -59,13 +59,20 @@ def complete(
             del params[key]
     problems += _not_started(section) + _path_problems(section)
 
-    micro = training.micro_batch_size or max(1, training.batch_size // world_size)
+    micro, rest = micro_batch_size(training.batch_size, training.micro_batch_size, world_size)
     window = micro * world_size
-    if training.batch_size % window:
+    if rest:
+        fitting = [str(ranks) for ranks in range(1, training.batch_size + 1) if training.batch_size % ranks == 0]
         problems.append(
-            f"training.batch_size: got {training.batch_size}, which {world_size} rank{'s' * (world_size > 1)} with "
-            f"training.micro_batch_size {micro} cannot divide evenly. Expected a multiple of {window}, e.g. "
-            f"training.batch_size={-(-training.batch_size // window) * window}."
+            f"training.batch_size: got {training.batch_size}, which {world_size} ranks cannot divide evenly. Start "
+            f"{' or '.join(fitting)} ranks, or, in a new run, set a multiple of {world_size}, e.g. "
+            f"training.batch_size={-(-training.batch_size // world_size) * world_size}."
+        )
+    elif training.micro_batch_size not in (None, micro):
+        notes.append(
+            f"training.micro_batch_size: {training.micro_batch_size} does not divide the "
+            f"{training.batch_size // world_size} examples of each rank; micro-batches have {micro}, and a step takes "
+            f"{training.batch_size // window} of them"
         )
     _agree(section, ("train_batch_size",), "batch_size", training.batch_size, problems)
     _agree(section, ("train_micro_batch_size_per_gpu",), "micro_batch_size", micro, problems)
@@ -98,6 +105,20 @@ def complete(
         hift["enabled"] = enabled
     problems += _hift_problems(section)
     return section
+
+
+def micro_batch_size(batch_size: int, most: int | None, world_size: int) -> tuple[int, int]:
+    """Return the size of a micro-batch, and how many examples of a step the ranks cannot divide evenly.
+
+    The size is the largest that divides a rank's examples evenly, so that a run keeps its batch on any number of ranks.
+
+    Args:
+        batch_size: examples of a step, over all ranks.
+        most: examples in a micro-batch, at most; None: all of a rank's.
+    """
+    share, rest = divmod(batch_size, world_size)
+    sizes = range(1, min(most or share, share) + 1)
+    return max((size for size in sizes if share % size == 0), default=1), rest
 
 
 def fill_in(

@@ -32,7 +32,7 @@ class TrainingSettings:
     max_steps: int = setting(100, at_least=1, null_is_default=True)  # optimizer steps; HiFT trains one block in each
     epochs: float | None = setting(None, above=0)  # passes over the training data, in place of max_steps
     batch_size: int = setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
-    micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank
+    micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank, at most
     learning_rate: float | None = setting(None, above=0, at_most=1e30)
     lr_schedule: str = setting("constant", choices=tuple(SCHEDULES))
     warmup_ratio: float = setting(0.0, at_least=0, at_most=1)  # of the schedule's ticks (under HiFT: cycles)

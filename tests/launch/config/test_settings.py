@@ -102,6 +102,21 @@ def test_override_values_are_yaml() -> None:
     assert settings.zero_stage == 1
 
 
+@pytest.mark.parametrize(
+    ("ranks", "most", "micro", "accumulation"),
+    [(1, 4, 4, 3), (2, 4, 3, 2), (3, 4, 4, 1), (4, 4, 3, 1), (6, 4, 2, 1), (12, 4, 1, 1), (1, None, 12, 1)],
+)
+def test_one_yaml_runs_on_any_number_of_ranks_that_divides_the_batch(
+    ranks: int, most: int | None, micro: int, accumulation: int
+) -> None:
+    size = "null" if most is None else most
+    settings = load("training.batch_size=12", f"training.micro_batch_size={size}", world_size=ranks)
+    assert (settings.micro_batch_size, settings.accumulation) == (micro, accumulation)
+    assert micro * accumulation * ranks == settings.deepspeed["train_batch_size"] == 12
+    said = [note for note in settings.notes if note.startswith("training.micro_batch_size")]
+    assert bool(said) == (most not in (None, micro))
+
+
 @pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 1, 8), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
 def test_accumulation_follows_from_batch_sizes(ranks: int, micro: int, accumulation: int) -> None:
     settings = load("training.batch_size=8", f"training.micro_batch_size={micro}", world_size=ranks)
@@ -242,10 +257,6 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "unknown data": (["data.name=arithmetik"], ["'arithmetik'", "arithmetic"]),
     "missing data": (["data.name=jsonl", "data.path=nowhere.jsonl"], ["data.path", "nowhere.jsonl", "does not exist"]),
     "no output": (["output.dir=null"], ["output.dir", "not set"]),
-    "uneven batch": (
-        ["training.batch_size=5", "training.micro_batch_size=2"],
-        ["training.batch_size", "5", "multiple of 2", "training.batch_size=6"],
-    ),
     "two batch sizes": (
         ["deepspeed.train_batch_size=32"],
         ["deepspeed.train_batch_size", "32", "training.batch_size is 4"],
@@ -313,7 +324,12 @@ def test_what_a_method_without_deepspeed_cannot_do() -> None:
 
 
 def test_uneven_ranks() -> None:
-    assert "3 ranks" in problems("training.micro_batch_size=null", world_size=3)
+    message = problems("training.batch_size=10", "training.micro_batch_size=null", world_size=3)
+    assert "training.batch_size: got 10, which 3 ranks cannot divide" in message
+    assert "Start 1 or 2 or 5 or 10 ranks" in message and "training.batch_size=12" in message
+    for ranks in (1, 2, 5, 10):  # the remedies work
+        assert load("training.batch_size=10", "training.micro_batch_size=null", world_size=ranks)
+    assert load("training.batch_size=12", "training.micro_batch_size=null", world_size=3)
 
 
 def test_all_problems_at_once() -> None:
