@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,9 +13,9 @@ import hift_ds
 from hift_ds.blocks.block import numel_of
 from hift_ds.config import with_deferred_step
 from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.cuts import cut_of
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.methods.adapters import ADAPTERS
-from hift_ds.launch.methods.lr_schedules import schedule_factor
 from hift_ds.launch.methods.package_engines import make_plain_engine
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.optim.properties import has_fused
@@ -39,11 +40,12 @@ def find_blocks(settings: Settings, model: Any) -> list[hift_ds.Block]:
 
 
 def schedule_ticks(settings: Settings, blocks: Sequence[hift_ds.Block]) -> int:
-    """Return how often the learning-rate schedule advances in the run."""
-    hift, max_steps = settings.deepspeed["hift"], settings.training.max_steps
-    if hift.get("lr_ticks") == "step":
-        return max_steps
-    return METHODS[settings.method.name].schedule_ticks(max_steps, len(blocks), hift.get("steps_per_block", 1))
+    """Return how often the learning-rate schedule advances in the run.
+
+    Block-wise training advances it once a cycle, so that all blocks of a cycle share one rate (HiFT paper, delayed
+    update in Algorithm 1), unless the schedule counts steps. An incomplete last cycle counts, too.
+    """
+    return math.ceil(settings.training.max_steps / cut_of(settings, len(blocks)).steps_per_tick)
 
 
 def check_reach(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any, unreached: Sequence[str]) -> str:
@@ -88,10 +90,11 @@ def check_reach(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any,
     )
 
 
-def make_engine(model: Any, settings: Settings, ticks: int, unreached: Sequence[str] = ()) -> Any:
+def make_engine(model: Any, settings: Settings, factor: Callable[[int], float], unreached: Sequence[str] = ()) -> Any:
     """Make the engine of the method, with `training.lr_schedule` unless the deepspeed section has a scheduler.
 
     Args:
+        factor: the learning rate at a tick of the schedule (0-based), as a fraction of the highest one.
         unreached: names of the parameters that the loss does not depend on. Methods without blocks do not train them:
             they would take memory for gradients and optimizer state, and weight decay or MeZO would change them.
 
@@ -99,11 +102,7 @@ def make_engine(model: Any, settings: Settings, ticks: int, unreached: Sequence[
         NotApplicable: the method does not fit the model.
         UserError: the engine refuses the settings.
     """
-    training, method = settings.training, METHODS[settings.method.name]
-
-    def factor(tick: int) -> float:
-        return schedule_factor(training.lr_schedule, training.warmup_ratio, ticks, tick)
-
+    method = METHODS[settings.method.name]
     left_out = [] if method.block_wise else [model.get_parameter(name) for name in unreached]
     if method.adapter:
         model = ADAPTERS[method.adapter](model, settings.method)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from torch.optim.lr_scheduler import LambdaLR
 
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.collectives import gather
 from hift_ds.launch.callbacks.callback import Callback
-from hift_ds.launch.callbacks.checkpoints import Checkpoints, load_checkpoint, tag
+from hift_ds.launch.callbacks.checkpoints import Checkpoints, CycleEnd, load_checkpoint, steps_of, tag
 from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
 from hift_ds.launch.callbacks.records import Records, RunLog
 from hift_ds.launch.callbacks.skipped import SkippedSteps
@@ -23,6 +25,7 @@ from hift_ds.launch.callbacks.stop_on_signal import Stopping
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
+from hift_ds.launch.cuts import Cut, check_change, cut_of, cuts_until, is_in_cycle, lr_factor, other_cut, with_cut
 from hift_ds.launch.data.batches import collate
 from hift_ds.launch.data.loading import Data, load_data
 from hift_ds.launch.errors import UserError
@@ -96,9 +99,11 @@ class Run:
     # find_run
     identity: dict[str, Any]  # what a continuation must share with this run
     recorded: dict[str, Any]  # run.json: of the run to continue, then of this one
+    found: Checkpoint | None  # the checkpoint to continue from
+    cuts: list[Cut]  # the cuts into blocks of the run so far, the present one last
+    asked: Settings | None  # the settings with another cut, as long as the run continues in that of the checkpoint
     # load_engine
     processor_files: dict[str, bytes]  # of a model that also reads images or audio: they go into the export
-    found: Checkpoint | None  # the checkpoint to continue from
     engine: Any
     # continue_or_start
     first_step: int  # steps done before
@@ -108,6 +113,7 @@ class Run:
     log: RunLog | None  # rank 0's
     # training
     held_out: HeldOut
+    cycle_end: CycleEnd
     cycles: int
 
     def __init__(self, settings: Settings, resume: str | None, stop: Preemption, watch: RankWatch) -> None:
@@ -132,14 +138,9 @@ class Run:
         self.claim_folder()
         self.continue_or_start()
         with self.saved_if_stopped():
-            train(
-                self.engine,
-                self.data,
-                self.tokenizer.pad_token_id,
-                self.settings,
-                self.callbacks(),
-                self.first_step,
-            )
+            self.train()
+            if self.change_blocks():
+                self.train()
             self.cycles = getattr(self.engine, "cycle", self.settings.training.max_steps)
             self.take_best()
             after = self.evaluate_last()
@@ -210,9 +211,10 @@ class Run:
             check_reach(settings, self.blocks, skeleton, self.unreached)
 
     def find_run(self) -> None:
-        """Check that the run to continue has the same settings and data; then fill in what depends on the model."""
+        """Find the run and the checkpoint to continue from; then fill in what depends on the model."""
         self.identity = outputs.identity(self.settings, self.world, self.data)
         self.settings = self.settings.for_model(self.config, self.ticks)
+        self.cuts, self.asked = [cut_of(self.settings, len(self.blocks))], None
         self.recorded = decide(
             lambda: (
                 outputs.check_same_run(self.folder, self.identity)
@@ -220,11 +222,33 @@ class Run:
                 else {}
             )
         )
+        self.found = outputs.find_checkpoint(self.folder) if self.recorded else None
+        if self.found:
+            self.find_cut(self.found)
+
+    def find_cut(self, found: Checkpoint) -> None:
+        """Find the cuts into blocks of the run so far. The last one stays as long as a cycle is not finished."""
+        asked, self.cuts = self.cuts[-1], cuts_until(self.recorded["cuts"], steps_of(found))
+        if not other_cut(found.about, self.blocks):
+            return
+        check_change(self.settings, self.cuts[-1], asked)
+        if is_in_cycle(found.about):
+            self.say(
+                f"note: the checkpoint is in the middle of a cycle over {len(found.about['blocks'])} blocks; the cycle "
+                f"is finished with them, then the run goes on with the {len(self.blocks)} blocks of these settings"
+            )
+            self.asked = self.settings
+            self.use(with_cut(self.settings, self.cuts[-1]))
+
+    def use(self, settings: Settings) -> None:
+        """Cut the model into blocks as these settings say."""
+        self.settings = settings
+        self.blocks = find_blocks(settings, loading.skeleton(settings.model, self.config))
+        self.ticks = schedule_ticks(settings, self.blocks)
 
     def load_engine(self) -> None:
-        """Find the checkpoint to continue from, and make the engine."""
+        """Say what the run begins with, and make the engine."""
         self.processor_files = decide(lambda: loading.processor_files(self.settings.model, self.config))
-        self.found = outputs.find_checkpoint(self.folder) if self.recorded else None
         if self.resume and self.found is None:
             self.say(f"{self.folder}: no checkpoint yet; the run begins at its first step")
         self.say(summary.data_report(self.data))
@@ -234,34 +258,37 @@ class Run:
         cycle = len(self.blocks) * hift.get("steps_per_block", 1) if hift.get("lr_ticks") != "step" else 1
         if warning := low_rate_warning(self.settings, self.ticks, cycle or 1):
             self.say(warning)
+        self.build_engine(self.say)
+
+    def build_engine(self, say: Callable[[str], None]) -> None:
+        """Load the model, and make the engine in the present cut."""
         seed_generators(self.settings.training.seed)
+        hift = self.settings.deepspeed["hift"]
         zero = self.settings.deepspeed.get("zero_optimization", {})
         # No device may have the memory for all weights: ZeRO-3 moves them to the devices one by one, or they stay.
         waits = bool(self.blocks) and hift.get("offload", {}).get("weights") == "cpu"
         device = get_accelerator().current_device_name() if zero.get("stage", 0) < 3 and not waits else None
-        model = together(
-            lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, self.say, device)
-        )
+        model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, say, device))
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
-            self.say(
+            say(
                 f"note: answers in the training data end with {names}; generation stops there too, here and in the "
                 "exported model (eos_token_id)"
             )
-        together(lambda: self.check_loss(model))
-        self.engine = make_engine(model, self.settings, self.ticks, self.unreached or ())
+        together(lambda: self.check_loss(model, say))
+        self.engine = make_engine(model, self.settings, lr_factor(self.settings, self.cuts), self.unreached or ())
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 
-    def check_loss(self, model: PreTrainedModel) -> None:
+    def check_loss(self, model: PreTrainedModel, say: Callable[[str], None]) -> None:
         """Check that the loss depends on all blocks, and say what it does not depend on and what it includes."""
         if self.unreached is None:
             example = min(self.data.train[:100], key=lambda example: len(example.input_ids))
             self.unreached = unreached_by_example(model, collate([example], self.tokenizer.pad_token_id))
         if note := check_reach(self.settings, self.blocks, model, self.unreached):
-            self.say(note)
+            say(note)
         if note := loss_note(model):
-            self.say(note)
+            say(note)
 
     def claim_folder(self) -> None:
         """Keep other runs out of the folder (rank 0 holds the lock), and open this rank's log in it."""
@@ -276,9 +303,11 @@ class Run:
         """Load the checkpoint, or evaluate the untrained model; then open the run's records."""
         self.first_step, best = 0, None
         if self.found:
-            state = load_checkpoint(self.engine, self.found)
+            state = self.load(self.found)
             self.first_step, best = state["step"], state["best"] if self.settings.training.keep_best else None
             self.say(f"{self.folder}: the run continues after step {self.first_step} ({self.found.path})")
+            if note := outputs.layout_note(self.settings, self.world, self.found.about):
+                self.say(note)
             if (self.folder / "summary.json").exists():
                 self.say("note: summary.json and model/ are those of the shorter run until this one ends")
         self.checkpoints = Checkpoints(self.engine, self.settings, self.first_step, best)
@@ -300,7 +329,7 @@ class Run:
             self.log = RunLog(self.folder, self.settings, self.first_step, self.recorded.get("wandb_id"))
             self.recorded = {"identity": self.identity, "before": before, "wandb_id": self.log.wandb_id}
             self.recorded["data"] = self.data.report
-            outputs.write_json(self.folder / "run.json", self.recorded | {"settings": self.settings.as_dict()})
+            self.record()
         steps, a_cycle = self.settings.training.max_steps, cycle_steps(self.engine, self.settings)
         if steps < a_cycle:
             self.say(
@@ -310,17 +339,70 @@ class Run:
         dist.barrier()
         self.stop.nothing_to_lose = None
 
+    def load(self, found: Checkpoint) -> dict[str, Any]:
+        """Load a checkpoint; return its client state. If its blocks are others, a new cut begins here."""
+        state = load_checkpoint(self.engine, found)
+        if other_cut(found.about, self.blocks):
+            self.say(
+                f"note: step {state['step']} ends a cycle over {len(found.about['blocks'])} blocks; the run goes on "
+                f"with {len(self.blocks)}"
+            )
+            schedule = self.engine.lr_scheduler
+            tick = getattr(schedule, "last_epoch", 0)
+            self.cuts.append(cut_of(self.settings, len(self.blocks), state["step"], tick))
+            if isinstance(schedule, LambdaLR):  # the checkpoint has the rate of the next cycle in the other cut
+                schedule.last_epoch -= 1
+                schedule.step()
+        return state
+
+    def record(self) -> None:
+        """Write run.json, on rank 0."""
+        self.recorded["cuts"] = [asdict(cut) for cut in self.cuts]
+        outputs.write_json(self.folder / "run.json", self.recorded | {"settings": self.settings.as_dict()})
+
+    def train(self) -> None:
+        """Train to the end of the run, or to the end of the cycle if the settings ask for another cut."""
+        pad = self.tokenizer.pad_token_id
+        train(self.engine, self.data, pad, self.settings, self.callbacks(), self.first_step)
+
+    def change_blocks(self) -> bool:
+        """Make the engine anew with the blocks that the settings ask for, and return whether it was necessary.
+
+        The checkpoint of the cycle's end was saved before. If the run ends here, it continues from that.
+        """
+        if self.asked is None or self.cycle_end.step in (None, self.last_step):
+            return False
+        step = self.first_step = self.cycle_end.step
+        self.stop.nothing_to_lose = f"the checkpoint of step {step} is whole; continue with --resume"
+        self.watch.progress()
+        self.engine.destroy()
+        self.engine = self.checkpoints.engine = None
+        self.use(self.asked)
+        self.asked = None
+        self.build_engine(lambda text: None)
+        self.checkpoints.engine = self.engine
+        found = outputs.find_checkpoint(self.folder, tag(step))
+        assert found is not None  # it raises where a tag is missing
+        self.load(found)
+        if self.log is not None:
+            self.record()
+        dist.barrier()
+        self.stop.nothing_to_lose = None
+        return True
+
     def callbacks(self) -> list[Callback]:
         """Return everything that happens around the steps, in the order in which it happens."""
         training = self.settings.training
         self.held_out = HeldOut(
             training.eval_every, training.max_steps, lambda: self.evaluate(self.stopping.after_batch)
         )
+        self.cycle_end = CycleEnd(self.checkpoints, ends_training=self.asked is not None)
         return [
             self.held_out,
             Records(self.log),
             SkippedSteps(self.engine, self.settings, len(self.data.train)),
             self.checkpoints,
+            self.cycle_end,
             self.stopping,
         ]
 

@@ -34,6 +34,7 @@ from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.callbacks.time_limit import TimeLimit
 from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.cuts import cut_of, lr_factor
 from hift_ds.launch.data.encoding import encode
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
@@ -220,7 +221,7 @@ class Cells:
         ticks = schedule_ticks(settings, blocks)
         settings = settings.for_model(model.config, ticks)
         reach = check_reach(settings, blocks, model, self._unreached)
-        engine = make_engine(model, settings, ticks, self._unreached)
+        engine = make_engine(model, settings, lr_factor(settings, [cut_of(settings, len(blocks))]), self._unreached)
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
         callbacks = [

@@ -217,7 +217,7 @@ def make_timed_method(
         return TimedMethod(lambda batch: plain.step([batch]), len(blocks))
     settings = make_settings(name, setup, offload)
     method = METHODS[settings.method.name]
-    engine = make_engine(model, settings, 1)
+    engine = make_engine(model, settings, lambda tick: 1.0)
     engine.train()
 
     def step(batch: Batch) -> None:

@@ -74,9 +74,38 @@ class Checkpoints(Callback):
                 logs.warn(f"an old checkpoint in {folder} could not be deleted: {error}")
 
 
+class CycleEnd(Callback):
+    """End training at the end of a cycle over all blocks, with a checkpoint.
+
+    Args:
+        ends_training: False: do nothing.
+
+    Attributes:
+        step: where training ended; None: it did not.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, ends_training: bool) -> None:
+        self.checkpoints, self.ends_training = checkpoints, ends_training
+        self.step: int | None = None
+
+    def after_step(self, step: Step, total: float) -> bool:
+        """Save and end training if the step was the last one of its cycle."""
+        if not self.ends_training or self.checkpoints.engine.cycle == step.record["cycle"]:
+            return False
+        if self.checkpoints.saved != step.number:
+            self.checkpoints.save(step.number)
+        self.step = step.number
+        return True
+
+
 def tag(step: int) -> str:
     """Name of the checkpoint after `step` in OUT/checkpoints."""
     return f"step{step}"
+
+
+def steps_of(found: Checkpoint) -> int:
+    """Return the steps of a run after which its checkpoint was saved."""
+    return int(found.tag.removeprefix("step"))
 
 
 def load_checkpoint(engine: Any, found: Checkpoint) -> dict[str, Any]:

@@ -12,12 +12,12 @@ SCHEDULES = {
 }
 
 
-def warmup_ticks(warmup_ratio: float, ticks: int) -> int:
+def warmup_ticks(warmup_ratio: float, ticks: float) -> int:
     """Return the number of ticks in which the rate rises."""
     return math.ceil(warmup_ratio * ticks)
 
 
-def schedule_factor(name: str, warmup_ratio: float, ticks: int, tick: int) -> float:
+def schedule_factor(name: str, warmup_ratio: float, ticks: float, tick: float) -> float:
     """Return the learning rate at `tick` (0-based) as a fraction of the highest one.
 
     Warm-up rises over ceil(warmup_ratio x ticks) ticks. It does not start at 0: under HiFT a tick is a whole cycle, and

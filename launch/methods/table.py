@@ -6,7 +6,6 @@ takes a step (`steps.py`). The training loop is the same for all methods.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 RESUMABLE = ("mezo", "lomo")  # engines without DeepSpeed whose whole state can be saved
@@ -43,14 +42,6 @@ class Method:
     def resumable(self) -> bool:
         """Whether a run can be saved and continued exactly."""
         return self.uses_deepspeed or self.engine in RESUMABLE
-
-    def schedule_ticks(self, max_steps: int, n_blocks: int, steps_per_block: int) -> int:
-        """Return how often the learning-rate schedule advances in `max_steps` optimizer steps.
-
-        Block-wise training advances it once a cycle, so that all blocks of a cycle share one rate (HiFT paper,
-        delayed update in Algorithm 1). An incomplete last cycle counts, too.
-        """
-        return math.ceil(max_steps / (n_blocks * steps_per_block)) if self.block_wise else max_steps
 
 
 METHODS = {

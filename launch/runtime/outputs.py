@@ -25,16 +25,22 @@ from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import CheckpointError, write_durably
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.checkpoint.manifest import Checkpoint
+from hift_ds.launch import cuts
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
+from hift_ds.launch.methods.table import METHODS
 
 OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
 LOGS = "logs"  # rank logs start before the earlier run in the folder is replaced (ranks.py), so they are not deleted
 
-# Settings that may change between a run and its continuation, because they do not change what is trained.
-FREE_DATA_KEYS = ("path", "eval_path", "workers")  # instead of the paths, the hashes of the rows are compared
-FREE_MODEL_KEYS = ("gradient_checkpointing", "attention")
+# Settings that may change between a run and its continuation, because they do not change what is trained, or because
+# a checkpoint is converted. Instead of the paths of the data, the hashes of the rows are compared.
+FREE = (
+    *("data.path", "data.eval_path", "data.workers", "model.gradient_checkpointing", "model.attention"),
+    *("deepspeed.hift.offload", *(f"deepspeed.hift.{key}" for key in cuts.KEYS)),
+)
+STAGE, RANKS = "deepspeed.zero_optimization.stage", "number of ranks"  # DeepSpeed's own engine needs them as they were
 
 
 def folder(settings: Settings) -> Path:
@@ -85,14 +91,14 @@ def has_checkpoint(folder: Path) -> bool:
     return store.exists(folder / "checkpoints")
 
 
-def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint of the run, verified. All ranks call it.
+def find_checkpoint(folder: Path, tag: str | None = None) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run, or the one with this tag, verified. All ranks call it.
 
     Raises:
-        UserError: all checkpoints are damaged.
+        UserError: all checkpoints are damaged, or this one is.
     """
     try:
-        return store.find(folder / "checkpoints")
+        return store.find(folder / "checkpoints", tag)
     except CheckpointError as error:
         raise UserError(
             f"--resume: {error}\nNothing was changed. To start a new run, use another output.dir."
@@ -202,11 +208,10 @@ def clear(folder: Path) -> None:
 
 def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     """Return what a continued run must share with the run it continues, by the names of the settings."""
-    hift = settings.deepspeed["hift"]
-    return {
+    found = {
         "method": asdict(settings.method),
-        "model": {key: value for key, value in asdict(settings.model).items() if key not in FREE_MODEL_KEYS},
-        "data": {key: value for key, value in asdict(settings.data).items() if key not in FREE_DATA_KEYS},
+        "model": asdict(settings.model),
+        "data": asdict(settings.data),
         "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],
         "training.seed": settings.training.seed,
         "training.batch_size": settings.training.batch_size,
@@ -215,11 +220,12 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
         "training.warmup_ratio": settings.training.warmup_ratio,
         "deepspeed.scheduler": settings.deepspeed.get("scheduler"),
         "deepspeed.optimizer": settings.deepspeed["optimizer"],
-        "deepspeed.hift": {key: value for key, value in hift.items() if key != "offload"},
-        "deepspeed.zero_optimization.stage": settings.zero_stage,
+        "deepspeed.hift": settings.deepspeed["hift"],
         "dtype of the weights (deepspeed.bf16, fp16)": settings.dtype,
-        "number of ranks": world_size,
     }
+    if METHODS[settings.method.name].engine == "deepspeed":
+        found |= {STAGE: settings.zero_stage, RANKS: world_size}
+    return found
 
 
 def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +241,11 @@ def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
             f"--resume: {str(folder / 'run.json')!r} is missing or unreadable, so these settings cannot be compared "
             f"with the run's. Start a new run in another output.dir."
         ) from None
+    if "cuts" not in recorded:
+        raise UserError(
+            f"--resume: an earlier version of hift_ds made {str(folder)!r}. Continue it with that version, or start a "
+            "new run in another output.dir."
+        )
     now = json.loads(json.dumps(current))  # tuples as lists, as in the file
     before = recorded["identity"]
     differing = [text for key, value in now.items() for text in _differences(key, before.get(key), value)]
@@ -245,13 +256,44 @@ def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
-    """Yield a line for each differing value, at any depth of the mappings."""
+    """Yield a line for each differing value, at any depth of the mappings. Those in `FREE` may differ."""
+    if name in FREE:
+        return
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
     elif before != now:
         was, is_now = ("nothing" if value is None else repr(value) for value in (before, now))
         yield f"  - {name}: the run has {was}, these settings have {is_now}"
+
+
+def layout_note(settings: Settings, world_size: int, about: dict[str, Any]) -> str:
+    """Say in which layout a run continues, if it is not the one that saved the checkpoint; else "".
+
+    Args:
+        world_size: number of ranks now.
+        about: the description of the run in the checkpoint's manifest.
+    """
+    config = about.get("config", {})
+    now = {
+        "ranks": world_size,
+        "ZeRO stage": settings.zero_stage,
+        "micro-batches of": settings.micro_batch_size,
+        "accumulation": settings.accumulation,
+    }
+    before = {
+        "ranks": about.get("world_size"),
+        "ZeRO stage": about.get("zero_stage"),
+        "micro-batches of": config.get("train_micro_batch_size_per_gpu"),
+        "accumulation": config.get("gradient_accumulation_steps"),
+    }
+    changed = [
+        f"{name} {value} (before: {before[name]})" for name, value in now.items() if before[name] not in (None, value)
+    ]
+    if not changed:
+        return ""
+    batch = settings.training.batch_size
+    return f"note: the checkpoint is continued with {', '.join(changed)}; the global batch stays {batch}"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import platform
 import resource
@@ -34,14 +35,16 @@ def summarize(
     """Return the run in one mapping, from its metrics.jsonl and what was recorded when it began.
 
     Args:
-        recorded: the content of run.json.
+        recorded: the content of run.json. With several cuts into blocks, `cuts` describes each, and the counts of
+            blocks and updates are those of the last.
         after: the result of the evaluation after training.
     """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     losses = [record["loss"] for record in records if record["loss"] is not None]
     window = max(1, min(10, len(losses) // 2))
-    applied = [record["block"] for record in records if not record["skipped"]]
+    applied = [record for record in records if not record["skipped"]]
+    cuts = _cuts(records, [cut["steps_before"] for cut in recorded["cuts"]], block_names)
     seconds = sum(record["seconds"] for record in records)
     tokens = sum(record["tokens"] for record in records)
     summary: dict[str, Any] = {
@@ -52,9 +55,8 @@ def summarize(
         "steps_skipped": len(records) - len(applied),
         "cycles": cycles,
         "epochs": settings.training.epochs,
-        "blocks": len(block_names),
-        "block_names": block_names,
-        "updates_per_block": [applied.count(block) for block in range(len(block_names))],
+        **{key: cuts[-1][key] for key in ("blocks", "block_names", "updates_per_block")},
+        **({"cuts": cuts} if len(cuts) > 1 else {}),
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "loss_window": window,
@@ -82,6 +84,29 @@ def summarize(
             summary["score_n"] = evaluation["n"]
             summary["score_metric"] = evaluation["metric"]
     return summary
+
+
+def _cuts(records: list[dict[str, Any]], starts: list[int], block_names: list[str]) -> list[dict[str, Any]]:
+    """Return the blocks and their updates in each cut of a run, by its records.
+
+    Args:
+        starts: the steps of the run before each cut.
+        block_names: those of the last cut.
+    """
+    found = []
+    for first, end in itertools.zip_longest(starts, starts[1:]):
+        own = [r for r in records if r["step"] > first and (end is None or r["step"] <= end)]
+        names = {record["block"]: record["block_name"] for record in own} if end else dict(enumerate(block_names))
+        updated = [record["block"] for record in own if not record["skipped"]]
+        found.append(
+            {
+                "first_step": first + 1,
+                "blocks": len(names),
+                "block_names": [names[block] for block in sorted(names)],
+                "updates_per_block": [updated.count(block) for block in sorted(names)],
+            }
+        )
+    return found
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
@@ -156,7 +181,7 @@ def report(summary: dict[str, Any]) -> str:
         f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
         f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",
         *_kept(s.get("memory")),
-        f"updates            {_updates(s['block_names'], s['updates_per_block'])}",
+        *_cut_lines(s),
     ]
     if s.get("best"):
         lines.append(f"best               step {s['best']['step']} of {s['steps']}; exported and evaluated last")
@@ -179,6 +204,16 @@ def _kept(memory: dict[str, dict[str, int]] | None) -> list[str]:
         if parts:
             places.append(f"{place} {sum(sizes.values()) / 2**20:.0f} ({', '.join(parts)})")
     return [f"MiB kept           {'; '.join(places)}"] if places else []
+
+
+def _cut_lines(s: dict[str, Any]) -> list[str]:
+    """Return a line of updates for each cut."""
+    if "cuts" not in s:
+        return [f"updates            {_updates(s['block_names'], s['updates_per_block'])}"]
+    return [
+        f"{'updates from':<18} step {cut['first_step']} on: {_updates(cut['block_names'], cut['updates_per_block'])}"
+        for cut in s["cuts"]
+    ]
 
 
 def _updates(names: list[str], counts: list[int]) -> str:

@@ -68,15 +68,17 @@ def test_checkpoints_that_are_gone_are_missed(stopped: Path) -> None:
 
 
 def test_another_kind_of_run_is_refused_by_name(tmp_path: Path) -> None:
-    """Ranks, ZeRO stage and blocks: told before anything is loaded."""
+    """Told before anything is loaded."""
     out = tmp_path / "run"
-    run_tiny(2, out, *SETTINGS, "training.max_steps=4")
+    full = (*SETTINGS, "method.name=full")
+    run_tiny(2, out, *full, "training.max_steps=4")
     for ranks, setting, name in (
         (1, "training.seed=0", "number of ranks: the run has 2, these settings have 1"),
         (2, "deepspeed.zero_optimization.stage=3", "zero_optimization.stage: the run has 2, these settings have 3"),
-        (2, "deepspeed.hift.layers_per_block=2", "deepspeed.hift.layers_per_block: the run has nothing, these"),
+        (2, "deepspeed.hift.strategy=top2down", "deepspeed.hift.strategy: the run has nothing, these"),
+        (2, "training.batch_size=8", "training.batch_size: the run has 4, these settings have 8"),
     ):
-        refused = run_tiny(ranks, out, *SETTINGS, setting, resume="yes")
+        refused = run_tiny(ranks, out, *full, setting, resume="yes")
         assert refused["code"] == 2 and name in refused["printed"], refused["printed"]
     assert len(records(out)) == 4
 

@@ -50,7 +50,7 @@ def trained(out: str, overrides: list[str], first_step: int, make_callback: Call
     tokenizer = loading.load_tokenizer(settings.model)
     config = loading.load_config(settings.model, tokenizer, None)
     torch.manual_seed(0)
-    engine: Any = make_engine(loading.load_model(settings.model, config, settings.dtype), settings, 1)
+    engine: Any = make_engine(loading.load_model(settings.model, config, settings.dtype), settings, lambda tick: 1.0)
     try:
         ids = list(range(5, 45))
         callback = make_callback(engine)

@@ -284,11 +284,11 @@ def test_resume_auto_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in records(out)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resume_with_other_blocks_is_refused(tmp_path: Path) -> None:
+def test_resume_as_another_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ["training.max_steps=6", "training.save_every=4", "data.eval_examples=0"]
     run_tiny(1, out, *settings, stop_after=5)
-    for changed in ("deepspeed.hift.layers_per_block=2", "deepspeed.hift.strategy=top2down", "training.seed=1"):
+    for changed in ("deepspeed.hift.steps_per_block=2", "deepspeed.hift.strategy=top2down", "training.seed=1"):
         result = run_tiny(1, out, *settings, changed, resume="yes")
         assert result["code"] == 2 and "--resume" in result["printed"], changed
     assert len(records(out)) == 5

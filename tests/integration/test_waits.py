@@ -141,7 +141,7 @@ def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
     data = load_data(settings.data, tokenizer, task=settings.model.task, seed=0)
     model = loading.load_model(settings.model, config, settings.dtype)
     with Waits() as waits, contextlib.ExitStack() as stack:
-        engine: Any = make_engine(model, settings, 1)
+        engine: Any = make_engine(model, settings, lambda tick: 1.0)
         stack.callback(engine.destroy)
         checkpoints, watch = Checkpoints(engine, settings), RankWatch()
         stopping = Stopping(

@@ -54,7 +54,7 @@ def test_the_printed_setting_keeps_what_is_frozen_already() -> None:
 def test_what_the_engine_refuses_is_the_users_error(kind: type[Exception]) -> None:
     with mock.patch.object(hift_ds, "initialize", side_effect=kind("rank 1: why")):
         with pytest.raises(UserError, match="deepspeed: rank 1: why"):
-            make_engine(skeleton("llama"), load_settings(TINY), 1)
+            make_engine(skeleton("llama"), load_settings(TINY), lambda tick: 1.0)
 
 
 def test_unreached_parameters_among_others_are_a_note() -> None:
@@ -90,4 +90,5 @@ def test_a_method_that_trains_only_unreached_weights_does_not_fit() -> None:
     settings: Settings = load_settings(TINY, ["method.name=bitfit"])
     model = skeleton("gemma3")
     with pytest.raises(NotApplicable, match="bitfit.*text does not reach"):
-        make_engine(model, settings, 1, [name for name, _ in model.named_parameters() if name.startswith(TOWER)])
+        tower = [name for name, _ in model.named_parameters() if name.startswith(TOWER)]
+        make_engine(model, settings, lambda tick: 1.0, tower)

@@ -536,12 +536,6 @@ def test_schedule_factors() -> None:
     assert all(schedule_factor("linear", ratio, 1, 0) > 0 for ratio in (0, 0.5, 1))
 
 
-def test_schedule_ticks() -> None:
-    assert METHODS["full"].schedule_ticks(100, 1, 1) == 100
-    assert METHODS["hift"].schedule_ticks(100, 6, 1) == 17
-    assert METHODS["hift"].schedule_ticks(96, 6, 2) == 8
-
-
 def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an installed wheel there is no configs/ in the working folder; a file of that name there comes first."""
     monkeypatch.chdir(tmp_path)
