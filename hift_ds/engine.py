@@ -110,6 +110,26 @@ def _check_experts(model: torch.nn.Module) -> None:
             )
 
 
+def _check_partitioned(model: torch.nn.Module, config: DeepSpeedConfig) -> None:
+    """Raise a ValueError if ``deepspeed.zero.Init`` has partitioned a model's parameters, and the config differs."""
+    partitioned = {name: p for name, p in model.named_parameters() if hasattr(p, "ds_id")}
+    if partitioned and config.zero_optimization_stage != 3:
+        raise ValueError(
+            f"zero_optimization.stage={config.zero_optimization_stage}, and deepspeed.zero.Init has partitioned the "
+            "parameters of the model; set stage=3, or make the model outside deepspeed.zero.Init"
+        )
+    wanted = torch.float32
+    if config.float16_config.enabled or config.bfloat16_config.enabled:
+        wanted = torch.float16 if config.float16_config.enabled else torch.bfloat16
+    if other := [name for name, p in partitioned.items() if p.dtype.is_floating_point and p.dtype != wanted]:
+        found = str(partitioned[other[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"deepspeed.zero.Init has made {len(other)} parameters, such as {other[0]}, in {found}, and the DeepSpeed "
+            f"config trains in {str(wanted).removeprefix('torch.')}; make the model inside "
+            "deepspeed.zero.Init(config_dict_or_path=...) with the config of training"
+        )
+
+
 def _make_on_host(host: HostWeights, make_optimizer: Any, inner: torch.optim.Optimizer) -> Any:
     """Make a block's optimizer with its weights on the device, as DeepSpeed needs them, then move them to the host."""
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
@@ -213,6 +233,7 @@ class HiFTEngine(CheckpointingEngine):
         config_class = DeepSpeedConfig(config, mpu)
         if kwargs.get("optimizer") is None and config_class.optimizer_name is not None:
             _check_optimizer_name(config_class.optimizer_name)
+        _check_partitioned(model, config_class)
         deepspeed.set_optimizer_flags(config_class, model)  # as `deepspeed.initialize` does, for Muon
         if (predecessor := self._owner_of(model)) is not None:
             predecessor._let_go()
