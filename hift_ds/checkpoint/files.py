@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
 from importlib import import_module
@@ -21,6 +22,8 @@ _CLASSES = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 _CHUNK = 2**22
+_FLUSHED = 2**24  # bytes that are written before the system is asked to bring them to the disk
+_LARGE = 2**18  # from this many bytes on, hashing takes longer than waking the thread that does it
 Files = dict[str, dict[str, Any]]  # name in the checkpoint -> {"size": bytes, "sha256": hex}
 
 
@@ -121,23 +124,40 @@ def _plain(value: Any) -> Any:
 
 
 class _HashedFile:
-    """A new file that hashes what is written to it. When it closes, the data is on the disk."""
+    """A new file that hashes what is written to it. When it closes, the data is on the disk.
+
+    A thread hashes while the data is written, and the disk works meanwhile.
+    """
 
     def __init__(self, path: str):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._hash, self._size = hashlib.sha256(), 0
+        self._hash, self._size, self._flushed = hashlib.sha256(), 0, 0
+        self._thread = ThreadPoolExecutor(1, "hashing")  # it starts with the first large part
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        hashing = self._thread.submit(self._hash.update, view) if len(view) >= _LARGE else None
+        try:
+            self._write(view)
+        finally:
+            if hashing is not None:  # after this call, torch may free the memory
+                hashing.result()
+        if hashing is None:
+            self._hash.update(view)
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
         done = 0
         while done < len(view):  # the system may write only some of the bytes
-            written = self._file.write(view[done:])
+            written = self._file.write(view[done : done + _FLUSHED])
             if not written:
-                raise OSError(f"only {self._size + done} bytes could be written")
+                raise OSError(f"only {self._size} bytes could be written")
             done += written
-        self._hash.update(view)
-        self._size += len(view)
-        return len(view)
+            self._size += written
+            if (waiting := self._size - self._flushed) >= _FLUSHED and hasattr(os, "posix_fadvise"):
+                # Without this, Linux begins to write to the disk in `fsync`, when all else is done.
+                os.posix_fadvise(self._file.fileno(), self._flushed, waiting, os.POSIX_FADV_DONTNEED)
+                self._flushed = self._size
 
     def flush(self) -> None:
         pass
@@ -146,6 +166,7 @@ class _HashedFile:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._thread.shutdown()
         try:
             if error is None:
                 os.fsync(self._file.fileno())

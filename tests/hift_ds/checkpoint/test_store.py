@@ -4,11 +4,15 @@ The file layer alone, without a model; ``test_resume.py`` and ``test_kill.py`` h
 """
 
 import errno
+import hashlib
+import io
 import json
 import os
 import pickle
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -450,6 +454,77 @@ def test_a_device_that_is_full() -> None:
     files.save(content(1), "/dev/full")
     with pytest.raises(CheckpointError, match="/dev/full"):
         files.finish()
+
+
+# ---- how fast it is ---------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_hashed_while_it_is_written(tmp_path: Path) -> None:
+    """Neither waits for the other to end; when `write` returns, both have, since torch frees the memory then."""
+    wrote, hashed, done = threading.Event(), threading.Event(), []
+
+    class Disk(io.BytesIO):
+        def write(self, data: Any) -> int:
+            wrote.set()
+            assert hashed.wait(20), "the hash waits for the disk"
+            return super().write(data)
+
+    class Hash:
+        def update(self, data: Any) -> None:
+            hashed.set()
+            assert wrote.wait(20), "the disk waits for the hash"
+            time.sleep(0.2)
+            done.append(bytes(data))
+
+    file = checkpoint_files._HashedFile(str(tmp_path / "file"))
+    file._file.close()
+    data = os.urandom(checkpoint_files._LARGE)
+    file._file, file._hash = Disk(), Hash()  # type: ignore[assignment]
+    file.write(data)
+    assert done == [data] and file._file.getvalue() == data
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 7), (2**18 - 1, 2**18, 3), (2**24 - 5, 10, 2**25 + 1, 2)])
+def test_size_and_hash_are_those_of_the_file(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    numbers = random.Random(3)
+    with checkpoint_files._HashedFile(str(tmp_path / "file")) as file:
+        for size in sizes:
+            part = bytearray(numbers.randbytes(size))
+            file.write(part)
+            part[:] = bytes(size)  # the memory belongs to somebody else now
+    found = (tmp_path / "file").read_bytes()
+    numbers = random.Random(3)
+    assert found == b"".join(map(numbers.randbytes, sizes))
+    assert file.entry == {"size": sum(sizes), "sha256": hashlib.sha256(found).hexdigest()}
+
+
+def test_a_failed_write_leaves_no_thread_with_its_memory(tmp_path: Path) -> None:
+    ended: list[bool] = []
+
+    class Hash:
+        def update(self, data: Any) -> None:
+            time.sleep(0.3)
+            ended.append(True)
+
+    with pytest.raises(OSError, match="space"), checkpoint_files._HashedFile(str(tmp_path / "file")) as file:
+        file._hash = Hash()  # type: ignore[assignment]
+        with mock.patch.object(file, "_write", side_effect=OSError(errno.ENOSPC, "no space")):
+            try:
+                file.write(bytes(2**20))
+            finally:
+                assert ended
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hashing")]
+
+
+def test_files_are_verified_at_the_same_time(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, both = checkpoint_files.sha256_of, threading.Barrier(2, timeout=20)
+
+    def sha256_of(path: Path) -> str:
+        both.wait()
+        return real(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    assert newest(two) == 2
 
 
 # ---- writers ---------------------------------------------------------------------------------------------------
