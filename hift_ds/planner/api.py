@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from hift_ds.config import ConfigError
-from hift_ds.planner.plan import Plan, Planner
+from hift_ds.planner.plan import Plan, Planner, free_space
 from hift_ds.planner.request import Request, is_count, parse_size
 from hift_ds.planner.search import Fit, default_host_reserve
 from hift_ds.planner.step_time import StepTimes
@@ -35,7 +35,8 @@ def plan_memory(
         reserve: bytes, or text, of ``gpu_memory`` that stay free for what PyTorch does not count: the CUDA context,
             communication and fragmentation. See :func:`default_reserve`.
         host_memory: bytes, or text, of the memory of the machine, for use with ``gpu_memory``. The run must then fit
-            there, too: state may be in 8 bits, or in files in ``nvme_path``. With ``gpu``, the fastest change is named.
+            there, too: state may be in 8 bits, or in files in ``nvme_path``, as far as there is free space in this
+            folder, if it exists. With ``gpu``, the fastest change is named.
         gpu: a card, such as ``h200`` or ``4090`` (the keys of ``hift_ds.planner.timeline.CARDS``). The plan then also
             predicts the time of a step in ``Plan.time``: see :meth:`hift_ds.planner.step_time.StepTimes.answer`.
         method: ``hift`` (default), ``full`` (DeepSpeed without HiFT), ``lora`` (on PEFT's default layers) or ``mezo``.
@@ -54,6 +55,8 @@ def plan_memory(
         drive_read, drive_write: bytes a second of the drive with the files, by default 3e9 and 2e9.
         prefetch: bytes of all slots of the streamed step, as ``hift.offload.prefetch``; None: two slots.
         offload_optimizer: ``cpu``: the host runs the optimizer step; ``none`` (default).
+        pin_memory: host memory is page-locked (default). Where it is not, copies are slower, and the host waits for
+            each of them.
         activation_checkpointing: the backward pass recomputes layers.
         checkpoint_offload: activation checkpoints wait in host memory; implies ``activation_checkpointing``.
         loss_chunk: tokens in a chunk of logits, as ``training.loss_chunk`` of a run.
@@ -120,6 +123,7 @@ def prepare(
     """
     found = [*found, *(step_time_problems(request, gpu) if gpu is not None else ())]
     planner, memory, kept, host, drive = None, 0, 0, None, None
+    free = free_space(request.nvme_path)
     if host_memory is not None and request.offload_device != "nvme":
         request, drive = replace(request, nvme_path=None), request.nvme_path
     try:
@@ -158,4 +162,4 @@ def prepare(
     if planner is None or found:
         raise ConfigError(found)
     times = StepTimes(planner, gpu) if gpu is not None else None
-    return planner, Fit(planner, memory, kept, host, times, drive) if memory else None, times
+    return planner, Fit(planner, memory, kept, host, times, drive, free) if memory else None, times

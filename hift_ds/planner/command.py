@@ -6,6 +6,8 @@
 total. --layout paper uses the accounting of the HiFT paper (section 4.3, appendix A.2, tables 3 and 6 to 9): the whole
 state of the block with the most parameters is on the device, its gradients are in fp32, and nothing that DeepSpeed
 allocates is counted.
+
+Exit code: 0, or 1 if --gpu-memory is given and the planner finds nothing that fits, or 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -47,7 +50,8 @@ _HELP = {
     "offload_step": "auto (default), block or streamed, as hift.offload.step",
     "buffer_size": "bytes of a chunk of the streamed step, as hift.offload.buffer_size; default 64 MiB",
     "prefetch": "bytes of all slots of the streamed step, as hift.offload.prefetch; default: two slots",
-    "nvme_path": "folder of --offload-device nvme, for --write-config",
+    "nvme_path": "folder for files, of --offload-device nvme; with --host-memory, permits state in files there if it "
+    "does not fit in memory. If the folder exists, its free space is a limit",
     "nvme": "what is in files: all state (default), or the moments, as hift.offload.nvme",
     "drive_read": "bytes a second that the drive reads, for the step time; default 3000000000",
     "drive_write": "bytes a second that the drive writes, for the step time; default 2000000000",
@@ -56,6 +60,8 @@ _HELP = {
     "moments": "form of the optimizer's state, as hift.offload.moments: fp32 (default) or 8bit",
     "offload_param": "none (default), or cpu: at ZeRO-3, the weights wait in host memory",
     "offload_optimizer": "none (default), or cpu: the host runs the optimizer step",
+    "pin_memory": "page-lock host memory, as hift.offload.pin_memory (default); without, copies are slower, and the "
+    "host waits for each",
     "activation_checkpointing": "recompute layers in the backward pass",
     "checkpoint_offload": "recompute layers, and keep the checkpoints in host memory",
     "gradient_accumulation_steps": "micro-batches in a step; default 1",
@@ -73,6 +79,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message}; see --help"])
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Join options with values such as -8GiB, which argparse would take for options."""
+    joined: list[str] = []
+    for part in argv:
+        is_value = bool(re.match(r"-\.?\d", part)) and bool(joined) and bool(re.fullmatch(r"--[a-z-]+", joined[-1]))
+        joined[-1:] = [f"{joined[-1]}={part}"] if is_value else [*joined[-1:], part]
+    return joined
+
+
 def _integer(text: str) -> int | str:
     """Convert to an integer. Other text stays as it is, so that the request reports it with all other problems."""
     try:
@@ -88,7 +103,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     for entry in fields(Request):
         option = "--" + entry.name.replace("_", "-")
-        if entry.type == "bool":
+        if entry.default is True:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=_HELP[entry.name])
+        elif entry.type == "bool":
             parser.add_argument(option, action="store_true", help=_HELP[entry.name])
         else:
             kind, text = (_integer if "int" in str(entry.type) else str), _HELP[entry.name]
@@ -113,7 +130,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--write-config", metavar="FILE", help="write the DeepSpeed config of the run that fits")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the plan next to full fine-tuning")
-    return parser.parse_args(argv)
+    return parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("searching for what fits", file=sys.stderr, flush=True)
             plan = fit.answer(plan)
         chosen = plan.fitting if fit else plan.request
+        shown = plan
+        if chosen and chosen != plan.request:
+            shown = planner.plan(chosen)
+            shown = times.answer(shown) if times else shown
         full = None
         if plan.request.method != "full" and (picture or not as_json):
             full_request = plan.request.full_fine_tuning()
@@ -156,16 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
-    _print(json.dumps(plan.as_dict(), indent=2) if as_json else table(plan, full))
+    _print(json.dumps(plan.as_dict(), indent=2) if as_json else table(plan, full, shown))
     if config and chosen is None:
         print(
             "error: --write-config: no change that the planner knows makes the run fit; nothing was written",
             file=sys.stderr,
         )
-        return 2
     if config and chosen:
         print(_written(config, plan, chosen), file=sys.stderr)
-    return 0
+    return int(chosen is None)
 
 
 class _Progress:

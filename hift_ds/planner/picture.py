@@ -20,8 +20,19 @@ _FULL_NOTE = (
 )
 
 
-def table(plan: Plan, full: Plan | None = None) -> str:
-    """Return the plan as text, in GiB, and next to it the plan of full fine-tuning if ``full`` is given."""
+def table(plan: Plan, full: Plan | None = None, shown: Plan | None = None) -> str:
+    """Return the plan as text, in GiB: first whether it fits, if that was asked, then its sizes.
+
+    Args:
+        plan: the plan.
+        full: that of full fine-tuning, whose sizes are a column.
+        shown: the plan with the change that makes it fit, whose sizes are shown in its place.
+    """
+    verdict = [f"{_verdict(plan)}\n"] if plan.fit else []
+    if shown is not None and shown is not plan:
+        assert plan.fit is not None
+        verdict.append(f"With {plan.fit['change']}:")
+        plan = shown
 
     def gib(sizes: Mapping[str, int], key: str = "total") -> str:
         return f"{with_total(sizes)[key] / GIB:.2f}"
@@ -56,7 +67,7 @@ def table(plan: Plan, full: Plan | None = None) -> str:
     notes = [*plan.notes, _FULL_NOTE] if full else plan.notes
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     lines += [f"\n{_step_time(plan)}"] if plan.time else []
-    return "\n".join([*lines, f"\n{_verdict(plan)}"] if plan.fit else lines)
+    return "\n".join([*verdict, *lines])
 
 
 def _step_time(plan: Plan) -> str:
@@ -98,6 +109,8 @@ def _verdict(plan: Plan) -> str:
     room = f"{fit['gpu_memory'] / GIB:g} GiB with {fit['reserve'] / GIB:g} GiB kept free"
     if "host_memory" in fit:
         room += f" and {fit['host_memory'] / GIB:g} GiB of host memory with {fit['host_reserve'] / GIB:g} GiB kept free"
+    if "drive_room" in fit:
+        room += f" and {fit['drive_room'] / GIB:.1f} GiB free on the drive"
     missing = ", ".join(name.replace("_", " ") for name in fit["not_searched"])
     skipped = [f"Not searched: {missing}. It would take minutes of simulation."] if missing else []
     if "device_total" not in fit:
@@ -129,7 +142,7 @@ def _missing(fit: Mapping[str, Any]) -> list[str]:
     """Return sentences on what is missing if nothing fits."""
     if "missing" not in fit:
         return []
-    names = {"device": "of device memory", "host": "of host memory"}
+    names = {"device": "of device memory", "host": "of host memory", "nvme": "of the drive"}
     sizes = [f"{fit['missing'][place] / GIB:.2f} GiB {name}" for place, name in names.items() if fit["missing"][place]]
     closest = f"With {fit['closest']}" if fit["closest"] else "As it is"
     return [f"{closest}, {' and '.join(sizes)} are missing. What would help most: {fit['helps']}."]

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import shutil
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -55,7 +56,7 @@ _FEW_TOKENS = 32  # a sequence that is always simulated as it is
 _MANY_OPERATIONS = 40_000  # of a simulation that takes several seconds; a step of a loop over tokens takes fewer
 _AROUND_THE_PASSES = (  # fields that change what is held and the update, and nothing in between
     "offload_device", "offload_step", "buffer_size", "prefetch", "nvme_path", "nvme", "drive_read", "drive_write",
-    "weights", "master", "moments", "offload_param",
+    "weights", "master", "moments", "offload_param", "pin_memory",
 )  # fmt: skip
 _AROUND_THE_FORWARD_PASS = (  # fields of a request that do not change its activations
     *("ranks", "optimizer", "gradient_accumulation_steps", "offload_optimizer"),
@@ -359,6 +360,7 @@ class Planner:
             top = max(indices, key=lambda index: numels[index])
         else:
             top = max(indices, key=lambda index: sum(blocks[index].device.values()))
+        nvme = self._off_device(request, built, top, "nvme")
         return Plan(
             request,
             total_parameters=sum(_numels(built.shapes.values())),
@@ -367,8 +369,11 @@ class Planner:
             peak={"block": top, "name": blocks[top].name, "phase": blocks[top].phase},
             device=blocks[top].device,
             host=self._off_device(request, built, top, "host") | {"activations": self._checkpoints(request, built)},
-            nvme=self._off_device(request, built, top, "nvme"),
-            notes=_notes(request, built, self.config, self.task, lengths),
+            nvme=nvme,
+            notes=[
+                *_notes(request, built, self.config, self.task, lengths),
+                *_notes_on_drive(request, request.ranks * sum(nvme.values())),
+            ],
             freeze=built.freeze,
             positions=built.positions.tokens,
             extrapolated_from=lengths,
@@ -783,6 +788,28 @@ def _notes(request: Request, built: BuiltModel, config: Any, task: str, lengths:
     if task == "causal-lm" and request.seq_len >= 4096 and request.batch_size > 1:
         notes.append("all sequences have the same length; padding adds attention masks of batch x length x length")
     return notes
+
+
+def free_space(folder: str | None) -> int | None:
+    """Return the free bytes of the drive of a folder; None: no such folder is on this machine."""
+    try:
+        return None if folder is None else shutil.disk_usage(folder).free
+    except (OSError, ValueError):
+        return None
+
+
+def _notes_on_drive(request: Request, needed: int) -> list[str]:
+    """Return whether the drive has room for the files of all ranks."""
+    if request.nvme_path is None:
+        return []
+    if (free := free_space(request.nvme_path)) is None:
+        return [f"--nvme-path={request.nvme_path} is not on this machine, so its free space was not checked"]
+    if free >= needed:
+        return []
+    return [
+        f"--nvme-path={request.nvme_path}: {free / 2**30:.1f} GiB are free, and files take {needed / 2**30:.1f} GiB; "
+        "free some space there, or choose a folder on a larger drive"
+    ]
 
 
 def _notes_on_model(

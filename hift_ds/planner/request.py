@@ -62,6 +62,7 @@ class Request:
     moments: str = OffloadConfig.moments
     offload_param: str = "none"
     offload_optimizer: str = "none"
+    pin_memory: bool = True
     activation_checkpointing: bool = False
     checkpoint_offload: bool = False
     loss_chunk: int | None = None
@@ -184,18 +185,20 @@ class Request:
         """Return the request for full fine-tuning of the same model on the same batch by DeepSpeed without HiFT."""
         only_hift = (
             *("offload_device", "offload_step", "nvme_path", "nvme", "weights", "master", "moments", "offload_param"),
-            *("offload_optimizer", "max_block_numel", "balance", "prefetch"),
+            *("offload_optimizer", "pin_memory", "max_block_numel", "balance", "prefetch", "buffer_size"),
         )
         defaults: dict[str, Any] = {name: getattr(Request, name) for name in only_hift}
         return replace(self, method="full", **defaults)
 
+    def _given(self, *names: str) -> str:
+        """Return those of these options that do not have their default, each with its value."""
+        return ", ".join(
+            f"{_option(name)}={getattr(self, name)}" for name in names if getattr(self, name) != getattr(Request, name)
+        )
+
     def _conflicts(self) -> list[str]:
         found = []
-        moved = [
-            f"{_option(name)}={getattr(self, name)}"
-            for name in ("offload_device", "offload_step", "offload_optimizer")
-            if getattr(self, name) != getattr(Request, name)
-        ]
+        moved = self._given("offload_device", "offload_step", "offload_optimizer")
         found += self._format_conflicts() + self._weight_conflicts()
         if self.layout == "paper":
             if self.ranks > 1:
@@ -205,7 +208,7 @@ class Request:
                 )
             if moved and self.offload_step != "block":
                 found.append(
-                    f"{', '.join(moved)} with --layout=paper: the paper keeps the whole state of the active block on "
+                    f"{moved} with --layout=paper: the paper keeps the whole state of the active block on "
                     "the device and all other state in host memory; leave it out, or use --layout engine"
                 )
             return found
@@ -219,12 +222,10 @@ class Request:
                 "--offload-optimizer=cpu with --zero-stage=0: DeepSpeed steps on the host only from ZeRO-1 on; use "
                 "--zero-stage 1, 2 or 3"
             )
-        if self.offload_optimizer == "cpu" and len(moved) > 1:
-            found.append(f"{', '.join(moved)}: a step on the host keeps all state there; leave the other options out")
+        if self.offload_optimizer == "cpu" and self._given("offload_device", "offload_step"):
+            found.append(f"{moved}: a step on the host keeps all state there; leave the other options out")
         elif self.method != "hift" and moved and self.offload_optimizer == "none":
-            found.append(
-                f"{', '.join(moved)} with --method={self.method}: only hift moves the state of blocks; leave it out"
-            )
+            found.append(f"{moved} with --method={self.method}: only hift moves the state of blocks; leave it out")
         elif self.offload_device == "none" and self.offload_step != "auto":
             found.append(
                 f"--offload-step={self.offload_step} with --offload-device=none: state that stays on the device is "
@@ -235,18 +236,19 @@ class Request:
                 "--offload-step=streamed with --optimizer=adafactor: Adafactor is not element-wise; use "
                 "--offload-step block"
             )
-        if self.prefetch is not None and self.placement != "streamed":
+        if self.placement != "streamed" and (slots := self._given("prefetch", "buffer_size")):
             found.append(
-                f"--prefetch={self.prefetch}: only the streamed step has slots, and this step is {self.placement!r}; "
-                "leave it out"
+                f"{slots}: only the streamed step has slots, and this step is {self.placement!r}; leave it out"
             )
-        if self.method != "hift" and (self.max_block_numel or self.balance):
-            found.append(
-                f"--max-block-numel={self.max_block_numel}, --balance={self.balance} with --method={self.method}: only "
-                "hift has blocks; leave them out"
-            )
+        if self.method != "hift" and (finer := self._given("max_block_numel", "balance")):
+            found.append(f"{finer} with --method={self.method}: only hift has blocks; leave it out")
+        if not self.pin_memory and self.placement == "resident" and not self.streams_weights:
+            found.append("--no-pin-memory: state and weights stay on the device; leave it out")
         if self.nvme_path is not None and self.offload_device != "nvme":
-            found.append(f"--nvme-path={self.nvme_path}: only --offload-device nvme uses files; leave it out")
+            found.append(
+                f"--nvme-path={self.nvme_path}: only --offload-device nvme uses files, or a search with --host-memory; "
+                "add one of them, or leave it out"
+            )
         return found
 
     def _format_conflicts(self) -> list[str]:
@@ -268,6 +270,11 @@ class Request:
             )
         if self.nvme != "all" and self.offload_device != "nvme":
             found.append(f"--nvme={self.nvme}: only --offload-device nvme uses files; leave it out")
+        if self.nvme == "moments" and self.optimizer == "sgd":
+            found.append(
+                "--nvme=moments with --optimizer=sgd, which has no state: nothing would be in files; leave it out, or "
+                "use --nvme all"
+            )
         return found
 
     def _weight_conflicts(self) -> list[str]:
@@ -275,24 +282,23 @@ class Request:
         found = []
         if self.weights == "cpu" and (self.method != "hift" or self.layout == "paper" or self.precision == "mixed"):
             found.append(
-                f"--weights=cpu with --method={self.method}, --precision={self.precision}, --layout={self.layout}: "
-                "weights wait in host memory with hift, mixed-hi or fp32, and the engine's layout; leave it out"
+                f"--weights=cpu with {self._given('method', 'precision', 'layout')}: weights wait in host memory with "
+                "hift, mixed-hi or fp32, and the engine's layout; leave it out"
             )
         elif self.weights == "cpu" and (self.ranks > 1 or self.stage == 3):
             found.append(
-                f"--weights=cpu with --zero-stage={self.stage}, --ranks={self.ranks}: it is for one rank at ZeRO-0 to "
+                f"--weights=cpu with {self._given('zero_stage', 'ranks')}: it is for one rank at ZeRO-0 to "
                 "ZeRO-2; use --zero-stage 3 --offload-param cpu instead"
             )
         if self.weights == "cpu" and (self.offload_device == "none" or self.offload_optimizer == "cpu"):
             found.append(
-                f"--weights=cpu with --offload-device={self.offload_device}, "
-                f"--offload-optimizer={self.offload_optimizer}: the state must wait off the device, and the step be "
-                "computed there; leave the other option out"
+                f"--weights=cpu with {self._given('offload_device', 'offload_optimizer')}: the state must wait off the "
+                "device, and the step be computed there; leave the other option out"
             )
         if self.offload_param == "cpu" and (self.method != "hift" or self.stage != 3 or self.layout == "paper"):
             found.append(
-                f"--offload-param=cpu with --method={self.method}, --zero-stage={self.stage}: expected --method hift "
-                "and --zero-stage 3; on one GPU use --weights cpu, otherwise add --zero-stage 3"
+                f"--offload-param=cpu with {self._given('method', 'zero_stage', 'layout') or f'ZeRO-{self.stage}'}: "
+                "expected --method hift and --zero-stage 3; on one GPU use --weights cpu, otherwise add --zero-stage 3"
             )
         return found
 
@@ -335,7 +341,7 @@ class Request:
         if self.precision != "fp32":
             config["bf16"] = {"enabled": True}
         if self.offload_optimizer == "cpu":
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.pin_memory}
             if self.optimizer in (
                 "sgd",
                 "sgdm",
@@ -349,8 +355,10 @@ class Request:
                 "nvme": self.nvme, "weights": self.weights, "master": self.master, "moments": self.moments,
             }  # fmt: skip
             changed = {key: value for key, value in offload.items() if value != getattr(OffloadConfig, key)}
+            if not self.pin_memory and self.placement != "host":
+                changed["pin_memory"] = False
             if self.offload_param == "cpu":
-                zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+                zero["offload_param"] = {"device": "cpu", "pin_memory": self.pin_memory}
             config["hift"] |= {"offload": changed} if changed else {}
             finer = {"max_block_numel": self.max_block_numel, "balance": self.balance, "freeze": list(freeze)}
             config["hift"] |= {key: value for key, value in finer.items() if value}
@@ -386,5 +394,7 @@ def parse_size(option: str, value: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
     nbytes = float(match[1]) * units.get(match[2], math.inf) if match and not isinstance(value, bool) else math.inf
     if nbytes > _MOST_BYTES or nbytes <= 0 and "mem" in option:
-        raise ConfigError([f"{option}={value!r}: expected a size like 24GiB (a card sold as 24 GB has 24 GiB)"])
+        raise ConfigError(
+            [f"{option}={value!r}: expected a size like 24GiB, above 0 (a card sold as 24 GB has 24 GiB)"]
+        )
     return int(nbytes)

@@ -17,6 +17,7 @@ from hift_ds.planner.step_time import StepTimes, problems
 _MAX_SEQ_LEN, _MAX_BATCH_SIZE = 2**20, 2**14  # a search ends here
 _MOST_OPERATIONS = 1_500_000  # of a plan and its search: about a minute
 _TOKENS = 64  # the search tries multiples of this sequence length
+_OF_THE_STREAMED_STEP = ("nvme", "weights", "master", "moments", "prefetch", "buffer_size")
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class Fit:
         times: predicts step times, by which changes are compared; None: the first change in the order of their cost
             is taken.
         drive: the folder in which state may be in files; None: in none.
+        drive_room: free bytes of the drive with the files; None: not known.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Fit:
         host_memory: int | None = None,
         times: StepTimes | None = None,
         drive: str | None = None,
+        drive_room: int | None = None,
     ):
         self.planner, self.memory, self.reserve, self.room = planner, memory, reserve, memory - reserve
-        self.host_memory, self.times, self.drive = host_memory, times, drive
+        self.host_memory, self.times, self.drive, self.drive_room = host_memory, times, drive, drive_room
 
     def answer(self, plan: Plan) -> Plan:
         """Set the plan's ``fit`` and ``fitting``, and return the plan.
@@ -59,16 +62,19 @@ class Fit:
         also holds ``device_total``, ``host_total`` and ``nvme_total`` of a rank, ``longest_sequence`` (tokens) and
         ``largest_batch`` (sequences in a micro-batch) of the request with the change.
 
-        With ``host_memory``, ``fit`` also holds ``host_memory`` and ``host_reserve``. With a predicted time, it holds
+        With ``drive_room``, ``fit`` also holds it. With ``host_memory``, it holds ``host_memory`` and
+        ``host_reserve``. With a predicted time, it holds
         ``seconds`` of a step with the change and ``hidden_from``, the sequences in a micro-batch from which copies
-        take at most 5 % of its time. If nothing fits, ``missing`` has the bytes that are missing on the ``device`` and
-        on the ``host`` with the ``closest`` change, and ``helps`` names what would help most.
+        take at most 5 % of its time. If nothing fits, ``missing`` has the bytes that are missing on the ``device``, on
+        the ``host`` and in files (``nvme``) with the ``closest`` change, and ``helps`` names what would help most.
         """
         self.planner.limit = _MOST_OPERATIONS
-        fits = self._total_of(plan) <= self.room and self._fits_host(plan.request)
+        fits = self._total_of(plan) <= self.room and self._fits_machine(plan.request)
         plan.fit = {"gpu_memory": self.memory, "reserve": self.reserve, "fits": fits}
         plan.fit |= {"change": None, "longest_sequence": None, "largest_batch": None}
         plan.fit |= {"positions": plan.positions, "not_searched": []}
+        if self.drive_room is not None:
+            plan.fit |= {"drive_room": self.drive_room}
         if self.host_memory is not None:
             plan.fit |= {"host_memory": self.host_memory, "host_reserve": default_host_reserve(plan.request.ranks)}
         changes: list[str] = []
@@ -116,7 +122,7 @@ class Fit:
         host memory, then in 8 bits, then in files. With a card, the fastest of the changes that fit with the least of
         these is taken, otherwise the first.
         """
-        states = [(changes, base) for changes, base in _states(request, self.drive) if self._fits_host(base)]
+        states = [(changes, base) for changes, base in _states(request, self.drive) if self._fits_machine(base)]
         for names, base in states:
             fitting = ((names + changes, changed) for changes, changed in self._changes(base) if self.fits(changed))
             if not self.times:
@@ -142,9 +148,11 @@ class Fit:
                 try:
                     device = sum(self.planner.plan(changed).device.values()) - self.room
                     host = self._host_total(changed) - (self._host_room(changed) or 0)
+                    files = self._file_total(changed) - (self.drive_room or 0)
                 except ConfigError:
                     continue
                 missing = {"device": max(0, device), "host": max(0, host) if self.host_memory is not None else 0}
+                missing["nvme"] = max(0, files) if self.drive_room is not None else 0
                 if closest is None or sum(missing.values()) < closest[0]:
                     closest = sum(missing.values()), names + changes, missing
         assert closest is not None
@@ -152,6 +160,8 @@ class Fit:
         in_files = request.offload_device == "nvme" or self.drive is not None
         if missing["host"] and not in_files and request.method == "hift":
             helps = "state in files on a drive (--nvme-path FOLDER)"
+        elif missing["nvme"] or missing["host"] and self._lacks_drive(request):
+            helps = "more host memory, or more free space on the drive"
         elif missing["device"]:
             helps = "shorter sequences, smaller blocks (--max-block-numel) or more GPUs (--ranks)"
         else:
@@ -164,14 +174,24 @@ class Fit:
         sizes = plan.host if plan else self.planner.off_device(request, "host")
         return request.ranks * sum(sizes.values())
 
+    def _file_total(self, request: Request) -> int:
+        """Return the bytes of files that all ranks need together."""
+        return request.ranks * sum(self.planner.off_device(request, "nvme").values())
+
+    def _lacks_drive(self, request: Request) -> bool:
+        """Return whether files would need more than the free space of the drive."""
+        bases = (base for _, base in _states(request, self.drive) if not base.problems())
+        return self.drive_room is not None and any(self._file_total(base) > self.drive_room for base in bases)
+
     def _host_room(self, request: Request) -> int | None:
         return None if self.host_memory is None else self.host_memory - default_host_reserve(request.ranks)
 
-    def _fits_host(self, request: Request) -> bool:
-        """Return whether a request's state and weights fit in host memory. A request with problems does not."""
+    def _fits_machine(self, request: Request) -> bool:
+        """Return whether state and weights fit in host memory and on the drive. A request with problems does not."""
         room = self._host_room(request)
         try:
-            return room is None or self._host_total(request) <= room
+            fits_drive = self.drive_room is None or self._file_total(request) <= self.drive_room
+            return fits_drive and (room is None or self._host_total(request) <= room)
         except ConfigError:
             return False
 
@@ -185,7 +205,7 @@ class Fit:
             blocks = self.planner.build(request).bounding_blocks()
         except ConfigError:  # the change conflicts with the rest of the request
             return False
-        if any(self.planner.least(request, block) > self.room for block in blocks) or not self._fits_host(request):
+        if any(self.planner.least(request, block) > self.room for block in blocks) or not self._fits_machine(request):
             return False
         return all(self.total(request, block) <= self.room for block in blocks)
 
@@ -266,7 +286,7 @@ class Fit:
         for changes, base in list(variants):
             if base.placement != "host" and base.stage > 0 and base.method != "mezo":
                 host: dict[str, Any] = {"offload_optimizer": "cpu", "offload_device": "cpu", "offload_step": "auto"}
-                host |= {name: getattr(Request, name) for name in ("nvme", "weights", "master", "moments")}
+                host |= {name: getattr(Request, name) for name in _OF_THE_STREAMED_STEP}
                 variants.append((changes + ["the step on the host"], replace(base, **host, nvme_path=None)))
                 yield variants[-1]
                 yield from self._smaller_batches(*variants[-1])

@@ -18,6 +18,7 @@ from hift_ds.planner.timeline import (
     HOST,
     HOST_SECONDS,
     MAIN,
+    PAGEABLE_SHARE,
     READ,
     STEP,
     STORE,
@@ -52,6 +53,7 @@ class Stepper(NamedTuple):
         defer: the update runs under the next forward pass, until that reaches ``position``.
         position: the share of the forward pass that comes before the block.
         layers: numbers of the hidden layers in the block.
+        waits: the host waits for each copy, because host memory is not page-locked.
     """
 
     chunks: list[list[int]]
@@ -64,6 +66,7 @@ class Stepper(NamedTuple):
     defer: bool = False
     position: float = 0.0
     layers: tuple[int, ...] = ()
+    waits: bool = False
 
     def nbytes(self, slices: Sequence[int]) -> float:
         """Return the bytes of a chunk that cross the bus in each direction. One call issues all copies of a chunk."""
@@ -102,10 +105,11 @@ class _Layers:
     Args:
         result: the program, to which copies are added.
         nbytes: bytes of the weights of each layer; empty: all weights stay on the device.
+        waits: the host waits for each copy.
     """
 
-    def __init__(self, result: list[Operation], nbytes: Sequence[float]):
-        self._result, self._nbytes = result, nbytes
+    def __init__(self, result: list[Operation], nbytes: Sequence[float], waits: bool = False):
+        self._result, self._nbytes, self._waits = result, nbytes, waits
         self._held: list[int | None] = [None, None]  # the layer in each slot, and its last copy
         self._copied: list[tuple[int, ...]] = [(), ()]
         self._stale: dict[int, tuple[int, ...] | None] = {}  # layer -> after what the host has its new weights
@@ -120,6 +124,7 @@ class _Layers:
         computed = next((i for i in range(len(self._result) - 1, -1, -1) if self._result[i].stream == MAIN), None)
         after = written if computed is None else (*written, computed)
         self._result.append(Operation(WEIGHTS, TO_DEVICE, nbytes=self._nbytes[layer], after=after))
+        _wait_for_copy(self._result, self._waits)
         self._held[layer % 2], self._copied[layer % 2] = layer, (len(self._result) - 1,)
 
     def enter(self, layer: int) -> tuple[int, ...]:
@@ -133,6 +138,12 @@ class _Layers:
             self._stale[layer] = written
             if self._held[layer % 2] == layer:
                 self._held[layer % 2] = None
+
+
+def _wait_for_copy(result: list[Operation], waits: bool) -> None:
+    """Let the host wait for the last operation, if it waits for copies."""
+    if waits:
+        result.append(Operation(HOST, after=(len(result) - 1,)))
 
 
 def program(
@@ -164,7 +175,7 @@ def program(
     ahead = 0  # chunks that were asked for: of the block, and once it has all, of the next one
     is_late = False  # the update of the last step is not issued yet
     read: deque[int] = deque()  # reads of chunks from files that were not fetched
-    weights = _Layers(result, layers)
+    weights = _Layers(result, layers, stepper.waits)
     entered = [operation.enters for operation in (*forward, *backward) if operation.enters is not None]
     visits: deque[int] = deque(entered * steps)
 
@@ -175,6 +186,7 @@ def program(
             slices = stepper.chunks[ahead % len(stepper.chunks)]
             after = (*free.popleft(), *((read.popleft(),) if stepper.in_files else ()))
             result.append(Operation(FETCH, TO_DEVICE, nbytes=stepper.nbytes(slices), after=after))
+            _wait_for_copy(result, stepper.waits)
             fetched.append(len(result) - 1)
             ahead += 1
 
@@ -195,6 +207,7 @@ def program(
                 result.extend(stepper.kernels(slices, stream, (after, fetched.popleft())))
                 stepped = len(result) - 1
                 result.append(Operation(STORE, TO_HOST, nbytes=stepper.nbytes(slices), after=(stepped,)))
+                _wait_for_copy(result, stepper.waits)
                 stored = len(result) - 1
                 if stepper.in_files:
                     result.append(Operation(DRIVE, WRITE, nbytes=stepper.in_files * sum(slices), after=(stored,)))
@@ -362,7 +375,8 @@ class StepTimes:
         stepper = self.stepper(request, block)
         operations, begins = program(forward, backward, built.numels(block), stepper, _STEPS, layers)
         step = operations[begins[-3] : begins[-2]]
-        card = self.card._replace(read=request.drive_read, write=request.drive_write)
+        bus = self.card.bus if request.pin_memory else PAGEABLE_SHARE * self.card.bus
+        card = self.card._replace(bus=bus, read=request.drive_read, write=request.drive_write)
 
         def seconds(card: Card) -> float:
             issued = simulate(operations, card, self.host_seconds).issued
@@ -399,6 +413,7 @@ class StepTimes:
             self.defer and streamed and request.offload_device == "cpu" and request.stage < 3,
             block / len(built.blocks),
             tuple(sorted({layer_of[name] for name in names if name in layer_of})),
+            waits=not request.pin_memory,
         )
 
     def hidden_from(self, request: Request) -> int | None:
@@ -455,6 +470,11 @@ def _notes(request: Request, name: str, card: Card) -> list[str]:
         f"the host's time assumes {1e6 * HOST_SECONDS:.0f} microseconds for each operation, the mean of the machines "
         "that were measured; with another processor, time a step"
     )
+    if not request.pin_memory:
+        notes.append(
+            f"copies of memory that is not page-locked are assumed to have {PAGEABLE_SHARE:.2f} of the rate of "
+            "page-locked memory, and the host waits for each; no machine was measured"
+        )
     if request.checkpoint_offload:
         notes.append("the step time does not contain the bus's time for activation checkpoints")
     if request.ranks > 1:

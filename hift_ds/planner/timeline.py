@@ -37,6 +37,9 @@ MEMORY_SHARE = 0.54
 # Copies of page-locked memory beside one of them: 55 GB/s one way, and 50 GB/s each way both ways at once.
 BUS_SHARE = 0.87
 BUS_SHARE_BOTH = 0.79
+# Copies of memory that is not page-locked go through a buffer of the driver, and the host waits for each of them. Their
+# rate, as a share of that of page-locked memory, is an assumption: no machine was measured.
+PAGEABLE_SHARE = 0.33
 # A kernel of a few elements.
 KERNEL_SECONDS = 5e-6
 # The host's time to issue one operation of a model from Python, with modules and autograd, on 16 cores beside these

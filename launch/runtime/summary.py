@@ -179,7 +179,7 @@ def report(summary: dict[str, Any]) -> str:
             lines.append(f"{'held-out ' + when:<18} loss {as_text(loss)} ({n} examples)")
     lines += [
         f"time               {s['seconds']:.1f} s of training, {s['tokens_per_second']:.0f} tokens/s",
-        f"peak memory        {s['peak_memory'] / 2**20:.0f} MiB ({s['peak_memory_kind']})",
+        f"peak memory        {_mib(s['peak_memory'])} MiB ({s['peak_memory_kind']})",
         *_kept(s.get("memory")),
         *_cut_lines(s),
     ]
@@ -200,9 +200,9 @@ def _kept(memory: dict[str, dict[str, int]] | None) -> list[str]:
     """Describe the ledger at its peak: `MiB kept           device 516 (parameters 513, ...); host 1539 (...)`."""
     places = []
     for place, sizes in (memory or {}).items():
-        parts = [f"{name.replace('_', ' ')} {size / 2**20:.0f}" for name, size in sizes.items() if size >= 2**19]
+        parts = [f"{name.replace('_', ' ')} {_mib(size)}" for name, size in sizes.items() if size]
         if parts:
-            places.append(f"{place} {sum(sizes.values()) / 2**20:.0f} ({', '.join(parts)})")
+            places.append(f"{place} {_mib(sum(sizes.values()))} ({', '.join(parts)})")
     return [f"MiB kept           {'; '.join(places)}"] if places else []
 
 
@@ -214,6 +214,12 @@ def _cut_lines(s: dict[str, Any]) -> list[str]:
         f"{'updates from':<18} step {cut['first_step']} on: {_updates(cut['block_names'], cut['updates_per_block'])}"
         for cut in s["cuts"]
     ]
+
+
+def _mib(nbytes: int) -> str:
+    """Return a size in MiB, of a small one with three digits."""
+    mib = nbytes / 2**20
+    return f"{mib:.0f}" if mib >= 100 else f"{mib:.3g}"
 
 
 def _updates(names: list[str], counts: list[int]) -> str:

@@ -269,15 +269,17 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     model.write_text(json.dumps(SMALL))
     assert main(["--model", str(model), "--gpu-memory", "2GiB", "--seq-len", "64", "--plot", str(picture)]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith("The run fits on")
     for text in (f"{TOTAL:,} parameters", "optimizer state", "full fine-tuning", "model.layers.0", "The run fits on"):
         assert text in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     config = tmp_path / "ds.json"
     small = ["--model", str(model), "--gpu-memory", "1MiB", "--reserve", "0", "--seq-len", "64"]
-    assert main([*small, "--write-config", str(config)]) == 2 and not config.exists()
+    assert main([*small, "--write-config", str(config)]) == 1 and not config.exists()
     shown = capsys.readouterr()
     assert "No change that the planner knows makes it fit" in shown.out and "nothing was written" in shown.err
+    assert main(small) == 1
 
 
 @pytest.mark.parametrize(
@@ -302,6 +304,10 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             ["max_block_numel=100: a tensor is cut by rows, and a row has more parameters in transformer.wte"],
         ),
         (["--model", "llama-7b", "--gpu-memory", "1GiB", "--reserve", "2GiB"], ["expected more than the 2.00 GiB"]),
+        (
+            ["--model", "llama-7b", "--gpu-memory", "-8GiB"],
+            ["--gpu-memory='-8GiB': expected a size like 24GiB, above 0"],
+        ),
         (["--model", "llama-7b", "--reserve", "2GiB"], ["no effect without --gpu-memory"]),
         (["--model", "llama-7b", "--offload-device", "none", "--offload-step", "block"], ["leave one of them out"]),
         (["--model", "llama-7b", "--nvme-path", "x"], ["only --offload-device nvme uses files"]),

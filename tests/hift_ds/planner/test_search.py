@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -98,9 +100,14 @@ def test_what_is_missing_and_what_would_help_is_named() -> None:
         ({"host_memory": "64GiB"}, "no effect without --gpu-memory"),
         ({"gpu_memory": "8GiB", "host_memory": "4GiB"}, "expected more than the 4 GiB that stay free"),
         ({"gpu_memory": "8GiB", "host_memory": "some"}, "--host-memory='some': expected a size"),
-        ({"weights": "cpu", "ranks": 2}, "use --zero-stage 3 --offload-param cpu"),
-        ({"offload_param": "cpu"}, "on one GPU use --weights cpu"),
-        ({"weights": "cpu", "method": "lora"}, "--weights=cpu with --method=lora"),
+        ({"weights": "cpu", "ranks": 2}, "^--weights=cpu with --ranks=2: .* use --zero-stage 3 --offload-param cpu"),
+        ({"offload_param": "cpu"}, "^--offload-param=cpu with ZeRO-2: .* on one GPU use --weights cpu"),
+        ({"weights": "cpu", "method": "lora"}, "^--weights=cpu with --method=lora: "),
+        ({"weights": "cpu", "offload_device": "none"}, "^--weights=cpu with --offload-device=none: "),
+        ({"balance": True, "method": "full"}, "^--balance=True with --method=full: "),
+        ({"buffer_size": 2**20, "offload_step": "block"}, "^--buffer-size=1048576: only the streamed step has slots"),
+        ({"pin_memory": False, "offload_device": "none"}, "^--no-pin-memory: state and weights stay on the device"),
+        ({"nvme": "moments", "offload_device": "nvme", "optimizer": "sgd"}, "--optimizer=sgd, which has no state"),
         ({"moments": "8bit", "optimizer": "adagrad"}, "adamw, lion, sgdm"),
         ({"moments": "8bit", "offload_device": "none"}, "leave it out"),
         ({"master": "split", "precision": "fp32"}, "it is the remainder of a bf16 weight"),
@@ -130,5 +137,32 @@ def test_the_command_writes_the_config_of_the_cheapest_combination(tmp_path: Any
         str(device),
     ]
     assert main([*command, "--host-memory", "8GiB", "--write-config", str(file)]) == 0
-    assert "It fits with weights in host memory" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("The run does not fit on") and "It fits with weights in host memory" in shown
     assert json.loads(file.read_text())["hift"]["offload"]["weights"] == "cpu"
+    _, _, sizes = shown.partition("With weights in host memory:")  # not those of the plan that does not fit
+    (total,) = (line.split()[1] for line in sizes.splitlines() if line.startswith("total"))
+    assert abs(float(total) - device / GIB) < 0.006 < needs()[0] / GIB - float(total)
+
+
+def test_free_space_of_the_drive_is_a_limit(tmp_path: Any) -> None:
+    device, coded = needs(moments="8bit")
+    run = {**RUN, "gpu_memory": device, "reserve": "0", "nvme_path": str(tmp_path)}
+    run["host_memory"] = coded - 1 + default_host_reserve(1)
+
+    def planned(free: int) -> Any:
+        with mock.patch.object(shutil, "disk_usage", lambda _: mock.Mock(free=free)):
+            return plan_memory(MODEL, **run)
+
+    needed = planned(64 * GIB).fit["nvme_total"]
+    assert planned(needed).fitting.offload_device == "nvme"
+    plan = planned(2**20)
+    assert plan.fitting is None and "more host memory, or more free space on the drive" in table(plan)
+    with mock.patch.object(shutil, "disk_usage", lambda _: mock.Mock(free=2**20)):
+        plan = plan_memory(MODEL, **RUN, offload_device="nvme", nvme_path=str(tmp_path))
+    assert any(
+        "0.0 GiB are free, and files take" in note and "choose a folder on a larger drive" in note
+        for note in plan.notes
+    )
+    plan = plan_memory(MODEL, **RUN, offload_device="nvme", nvme_path=str(tmp_path / "elsewhere"))
+    assert any("is not on this machine" in note for note in plan.notes)

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -385,6 +386,29 @@ def test_other_methods_have_times_too(method: str, moved: bool) -> None:
 def test_accumulation_takes_longer_and_keeps_the_rate() -> None:
     one, four = (plan_memory(TINY, seq_len=64, gpu="h200", gradient_accumulation_steps=n).time for n in (1, 4))
     assert one and four and 2 < four["seconds"] / one["seconds"] < 4 and four["bus"] == one["bus"]
+
+
+def test_the_host_waits_for_copies_of_memory_that_is_not_page_locked() -> None:
+    times, middle = times_of(SHORT)
+    locked, pageable = (
+        times.figures(replace(SHORT.request(), pin_memory=is_locked), middle) for is_locked in (True, False)
+    )
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    copies = 2 * 12 * layer / (0.33 * 0.87 * 63e9)  # in both directions, one after the other
+    assert pageable.bus == pytest.approx(copies / 2) and locked.bus == pytest.approx(0.33 * copies / 2)
+    assert copies + 0.95 * locked.host < pageable.seconds < copies + locked.host + locked.kernels
+    assert locked.seconds < 0.5 * pageable.seconds
+    on_host = replace(SHORT.request(), weights="cpu", pin_memory=False)
+    came = 2 * layer / (0.33 * 0.87 * 63e9)  # a layer's weights: 32 forward, and about 15 backward down to the block
+    assert times.figures(on_host, middle).seconds > pageable.seconds + 44 * came
+
+
+def test_a_plan_without_page_locking_says_so_and_writes_it() -> None:
+    locked, pageable = (plan_memory(TINY, seq_len=64, gpu="h200", pin_memory=value) for value in (True, False))
+    assert (locked.device, locked.host) == (pageable.device, pageable.host)
+    assert any("0.33 of the rate" in note and "no machine was measured" in note for note in pageable.notes)
+    assert pageable.request.deepspeed_config()["hift"]["offload"]["pin_memory"] is False
+    assert "pin_memory" not in locked.request.deepspeed_config()["hift"].get("offload", {})
 
 
 def test_more_slots_take_more_memory() -> None:
