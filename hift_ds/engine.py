@@ -55,6 +55,7 @@ from hift_ds.state.ledger import Held, Ledger, count, device_total
 from hift_ds.state.placement import place_state
 from hift_ds.state.trial import examine
 from hift_ds.weights.host import HostWeights
+from hift_ds.weights.node import check_ranks
 from hift_ds.zero.block_optimizers import BlockOptimizers
 from hift_ds.zero.gates import UpdateGates, has_compiled
 from hift_ds.zero.gathering import Gathering
@@ -130,23 +131,15 @@ def _check_partitioned(model: torch.nn.Module, config: DeepSpeedConfig) -> None:
         )
 
 
-def _make_on_host(host: HostWeights, make_optimizer: Any, inner: torch.optim.Optimizer) -> Any:
+def _make_on_host(host: HostWeights, make_optimizer: Any, flattens: bool, inner: torch.optim.Optimizer) -> Any:
     """Make a block's optimizer with its weights on the device, as DeepSpeed needs them, then move them to the host."""
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    if not flattens:
+        host.gather(parameters)
     with host.on_device(parameters):
         block = make_optimizer(inner)
         block.keep_weights_on_host(host, parameters)
         return block
-
-
-def _check_one_rank() -> None:
-    """Raise a ValueError if there are several ranks, which would all hold the whole model."""
-    if (ranks := dist.get_world_size()) > 1:
-        raise ValueError(
-            f"hift.offload.weights='cpu' with {ranks} ranks: each would keep all weights in host memory; remove it, "
-            "and set zero_optimization.stage=3 and zero_optimization.offload_param.device='cpu', with which each rank "
-            "keeps its part"
-        )
 
 
 def _without_synchronization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +221,7 @@ class HiFTEngine(CheckpointingEngine):
     ):
         _check_experts(model)
         if hift.offload.weights == "cpu":
-            _check_one_rank()
+            check_ranks(int((config.get("zero_optimization") or {}).get("stage", 0)), mpu)
         config = _without_synchronization(config)
         config_class = DeepSpeedConfig(config, mpu)
         if kwargs.get("optimizer") is None and config_class.optimizer_name is not None:
@@ -623,12 +616,13 @@ class HiFTEngine(CheckpointingEngine):
                 optimizers.param_groups, self._given_schedule, self._schedule.steps_per_cycle
             )
         optimizers.copy_settings()
-        optimizers.prepare_step(self._schedule.following_block)
+        optimizers.finish_update()
         active = self._block_parameters[self.active_block]
-        if self._host_weights is not None:
+        if self._host_weights is not None:  # before all ranks agree on the step: see `hift_ds/weights/node.py`
             self._host_weights.before_change(active)
         scheduler, self.lr_scheduler = self.lr_scheduler, None  # it advances below
         try:
+            optimizers.prepare_step(self._schedule.following_block)
             super()._take_model_step(lr_kwargs)
         except BaseException:
             if self._host_weights is not None:
@@ -677,7 +671,7 @@ class HiFTEngine(CheckpointingEngine):
                 buffer.data = buffer.data.to(self.device)
 
     def _broadcast_model(self) -> None:
-        if not self.dont_change_device:  # there is one rank, and no backend for host memory; or partitioning does it
+        if not self.dont_change_device:  # `HostWeights` or partitioning does it
             super()._broadcast_model()
 
     def zero_allow_untested_optimizer(self) -> bool:
@@ -895,7 +889,7 @@ class HiFTEngine(CheckpointingEngine):
         )
         if self.hift.offload.weights == "cpu":
             self._host_weights = HostWeights(self.module, self.device, self.hift.offload.pin_memory)
-            make_optimizer = functools.partial(_make_on_host, self._host_weights, make_optimizer)
+            make_optimizer = functools.partial(_make_on_host, self._host_weights, make_optimizer, flattens)
         if self.zero_optimization_stage() == 3:  # DeepSpeed gathers weights ahead of the layers that use them
             placed["defer"] = False
         made = BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)

@@ -107,7 +107,7 @@ ROOMS = {
         "config": "blocks paths",
         "optim": "config",
         "state": "blocks collectives config optim",
-        "weights": "blocks config state",
+        "weights": "blocks collectives config state",
         "model": "state",
         "zero": "config optim state weights",
         "checkpoint": "collectives",

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class HostMemory:
             twice as many.
         purpose: what the buffers are for, for messages.
         remedy: what to set if there is too little host memory; None: that for masters and optimizer state.
+        map_memory: returns memory of a number of bytes that other processes have as well; None: it is private.
 
     Attributes:
         folder: as given.
@@ -51,8 +52,9 @@ class HostMemory:
         largest: int = 1,
         purpose: str = "masters and optimizer state",
         remedy: str | None = None,
+        map_memory: Callable[[int], mmap.mmap] | None = None,
     ):
-        self._arena = Arena(pin_memory and get_accelerator().device_name() != "cpu")
+        self._arena = Arena(pin_memory and get_accelerator().device_name() != "cpu", map_memory)
         self._files = Arena(map_file=self._map_file)
         self._masters_in_files = masters_in_files
         self._aio = aio

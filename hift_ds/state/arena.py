@@ -32,12 +32,14 @@ _kept: list["Region"] = []  # memory that must not be unmapped: see `Region.__de
 
 
 class Region(mmap.mmap):
-    """Private memory of this process. All of its pages exist.
+    """Memory of this process, or memory that it shares with others. All of its pages exist.
 
     Tensors made from it keep it alive. When the last of them is gone, it is unregistered, then unmapped.
 
     Args:
         nbytes: its size.
+        file: number of an open file in memory, which other processes map as well; -1: the memory is private.
+        offset: where the memory begins in the file, in bytes. The file must be large enough.
 
     Raises:
         MemoryError: the system does not give that much.
@@ -45,10 +47,11 @@ class Region(mmap.mmap):
 
     _process: int | None = None  # the one that registered it
 
-    def __new__(cls, nbytes: int) -> "Region":
+    def __new__(cls, nbytes: int, file: int = -1, offset: int = 0) -> "Region":
         """Map the memory and make its pages, huge ones where the system has them."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if file < 0 else mmap.MAP_SHARED
         try:
-            region = super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            region = super().__new__(cls, file, nbytes, flags=flags, offset=offset)
             if nbytes >= _HUGE_PAGE:
                 region._advise("MADV_HUGEPAGE")
             _make_pages(region.address(), nbytes)

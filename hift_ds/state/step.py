@@ -58,6 +58,16 @@ class SteppedOptimizer(Protocol):
         ...
 
 
+class Replicas(Protocol):
+    """Ranks that all compute the same update, and share the weights in host memory."""
+
+    is_first: bool  # this rank writes the weights
+
+    def meet_on_device(self) -> None:
+        """Let the device's current stream wait until those of all ranks are here."""
+        ...
+
+
 class _StagedChunk(NamedTuple):
     """A chunk on the device.
 
@@ -130,6 +140,7 @@ class BlockState:
         on_host: the optimizer computes on the host, through these areas; None: it computes on the device.
         codecs: the format in the store of the masters (None) and of state by name; all others are kept as they are.
         weights_on_host: the owner's ``weights`` are in host memory.
+        replicas: ranks that compute the same update, and share these weights; None: each rank writes what it updates.
 
     Attributes:
         staged: while ``on_first_chunk`` runs: category and tensor of what the first chunk has on the device only for
@@ -148,9 +159,11 @@ class BlockState:
         on_host: HostStep | None = None,
         codecs: Mapping[str | None, Codec] | None = None,
         weights_on_host: bool = False,
+        replicas: Replicas | None = None,
     ):
         self._owner = owner
-        self._weights_on_host = weights_on_host
+        self._weights_on_host, self._replicas = weights_on_host, replicas
+        self._writes_weights = replicas is None or replicas.is_first
         self._host = host
         self._on_host = on_host
         self._moves_state = host is not None and on_host is None
@@ -421,6 +434,10 @@ class BlockState:
         """Return the events after which the store and weights on the host have what the last step changed."""
         return [event for event in self._active.written if event is not None]
 
+    def fetch_after(self, event: Any) -> None:
+        """Let later copies of the selected block to the device wait for an event that follows :meth:`written`."""
+        self._active.written = [event] * len(self._active.written)
+
     def discard_prefetched(self) -> None:
         """Discard chunks that were fetched and not stepped."""
         for chunk in self._fetched.values():
@@ -595,12 +612,15 @@ class BlockState:
             self._load_counts_into_optimizer(plan)
         before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         is_new, number = False, 0
+        readers = self._replicas if self.splits_masters or any(self._are_weights) else None
         self._made = set()
         try:
             for number in range(len(plan.chunks)):
                 self._fill_slots(known, number)
                 chunk = self._fetched.pop(number)
                 wait(chunk.ready)
+                if readers is not None:  # they have fetched the weights that the first of them will overwrite
+                    readers.meet_on_device()
                 try:
                     pairs, is_host_new, is_device_new = self._step_chunk(number, chunk, known, before, groups, state)
                 except BaseException:
@@ -772,7 +792,8 @@ class BlockState:
                 self._on_host.send(parameter.data, view(weights.data, cut))
             elif weights is not None and chunk.weights is None:
                 view(weights.data, cut).copy_(parameter.data)
-            if self._off_device[cut.number] and self._moves_state and None not in decoded.flat:
+            is_written = not self._are_weights[cut.number] or self._writes_weights
+            if self._off_device[cut.number] and self._moves_state and None not in decoded.flat and is_written:
                 pairs.append((view(master.data, cut), parameter.data))
             for name, value in stepped[parameter].items():
                 if name in self._encoded.codecs:
@@ -804,7 +825,8 @@ class BlockState:
         if chunk.weights is not None:
             rounded = self._views(chunk.weights, slices)
             torch._foreach_copy_(rounded, [parameter.data for parameter in parameters])
-            pairs += zip(self._weights_of(slices), [values.view(-1) for values in rounded], strict=True)
+            if self._writes_weights:
+                pairs += zip(self._weights_of(slices), [values.view(-1) for values in rounded], strict=True)
         pairs += self._encode_chunk(slices, chunk, decoded, [stepped[parameter] for parameter in parameters])
         return pairs, is_host_new, is_device_new
 

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from hift_ds.collectives import rank
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
 from hift_ds.state.transfer import Lane, Staging
+from hift_ds.weights.node import Node
 from hift_ds.weights.turns import Slot, Turns, Way
 from hift_ds.weights.units import Unit, find_units
 
@@ -26,22 +28,29 @@ class HostWeights:
     parameter's ``data`` is a view of a slot, where the weights are only while their layer is used. Two slots serve all
     layers in turn. What is outside of the layers has a slot of its own, and stays there. Buffers are not touched.
 
-    To set up, make each block's optimizer inside :meth:`on_device`, call :meth:`keep` for what it has flattened, then
-    :meth:`start`.
+    All ranks have the weights of rank 0, and those of a machine share them (``node.py``).
+
+    To set up, make each block's optimizer inside :meth:`on_device`, and call :meth:`keep` for what it has flattened, or
+    :meth:`gather` before. Then call :meth:`start`. All ranks do the same.
 
     Args:
         model: the module, with its weights in host memory.
         device: where the slots are.
         pin_memory: page-lock the host memory.
 
+    Attributes:
+        node: the ranks of this machine.
+
     Raises:
-        ValueError: the model has no layers.
+        ValueError: the model has no layers, or ranks cannot share memory.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, pin_memory: bool):
         self._model, self._device = model, device
         remedy = "keep the weights on the device: hift.offload.weights='device'"
-        self._memory = HostMemory(pin_memory, purpose="weights", remedy=remedy)
+        self.node = Node(device, pin_memory)
+        map_memory = self.node.map if self.node.is_shared else None
+        self._memory = HostMemory(pin_memory, purpose="weights", remedy=remedy, map_memory=map_memory)
         self._layers, self._outside = find_units(model)
         self._unit_of = {p: unit for unit in (*self._layers, self._outside) for p in unit.parameters}
         self._of_host = {parameter: parameter.data.to("cpu") for parameter in model.parameters()}
@@ -66,7 +75,10 @@ class HostWeights:
         """Have the weights of these parameters on the device inside the ``with`` statement."""
         for parameter in parameters:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
-            parameter.data.copy_(self._of_host[parameter])
+            if parameter in self._kept or rank() == 0:
+                parameter.data.copy_(self._of_host[parameter])
+            if parameter not in self._kept:
+                self.node.broadcast(parameter.data)
         try:
             yield
         finally:
@@ -84,7 +96,8 @@ class HostWeights:
             The copy of ``flat`` in host memory.
         """
         buffer = self._memory.empty(torch.empty_like(flat, device="meta"))
-        buffer.copy_(flat)
+        if self.node.is_first:
+            buffer.copy_(flat)
         for parameter in parameters:
             start = parameter.data.storage_offset() - flat.storage_offset()
             self._move(parameter, buffer[start : start + parameter.numel()].view(parameter.shape))
@@ -103,7 +116,8 @@ class HostWeights:
         self._staging = staging
         units = (*self._layers, self._outside)
         for unit in units:
-            self._gather([parameter for parameter in unit.parameters if parameter not in self._kept])
+            self.gather(unit.parameters)
+        self.node.meet()  # what others kept is there
         places = _lay_out(units, self._of_host, self._memory.buffers)
         lane, count = Lane(), min(2, len(self._layers))
         own = [*(self._layers[number::count] for number in range(count)), [self._outside]]
@@ -119,8 +133,9 @@ class HostWeights:
         self._install(self._turns)
         self._turns.prepare()
 
-    def _gather(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Bring parameters together in one buffer."""
+    def gather(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Bring parameters that are not kept yet together in one buffer."""
+        parameters = [parameter for parameter in parameters if parameter not in self._kept]
         sizes = [-(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in parameters]
         if not sum(sizes):
             return
@@ -128,9 +143,15 @@ class HostWeights:
         start = 0
         for parameter, size in zip(parameters, sizes, strict=True):
             view = _typed(buffer, start, parameter)
-            view.copy_(self._of_host[parameter])
+            if not self.node.is_shared:
+                view.copy_(self._of_host[parameter])
+            else:
+                with self.on_device([parameter]):
+                    if self.node.is_first:
+                        view.copy_(parameter.data)
             self._move(parameter, view)
             start += size
+        self.node.meet()
 
     def _install(self, turns: Turns) -> None:
         for unit in (*self._layers, self._outside):
@@ -154,8 +175,8 @@ class HostWeights:
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """The host memory of all weights."""
-        return self._memory.buffers
+        """The host memory of all weights. Of the ranks of a machine, only the first one has it."""
+        return self._memory.buffers if self.node.is_first else []
 
     def before_change(self, parameters: Iterable[nn.Parameter]) -> None:
         """Before an update of the weights of parameters: let the device's current stream wait for who reads them.
@@ -165,15 +186,22 @@ class HostWeights:
         assert self._turns is not None
         self._turns.before_change(self._units_of(parameters))
 
-    def changed(self, parameters: Iterable[nn.Parameter], *written: Any) -> None:
+    def changed(self, parameters: Iterable[nn.Parameter], *written: Any) -> Any:
         """After an update of the weights of parameters is issued: fetch them again when they are needed.
+
+        All ranks call it.
 
         Args:
             parameters: the parameters.
-            written: events after which the new weights are in host memory.
+            written: events after which the new weights that this rank writes are in host memory.
+
+        Returns:
+            An event after which those of all ranks are there; None: it has passed, or there is no other rank.
         """
         assert self._turns is not None
-        self._turns.changed(self._units_of(parameters), written)
+        of_all = self.node.after_all(written) if self.node.is_shared else None
+        self._turns.changed(self._units_of(parameters), written if of_all is None else (of_all,))
+        return of_all
 
     def unchanged(self, parameters: Iterable[nn.Parameter]) -> None:
         """After an update that did not take place."""
@@ -189,7 +217,10 @@ class HostWeights:
         return {self._unit_of[parameter]: None for parameter in parameters}.keys()
 
     def settle(self) -> None:
-        """Finish the last update, and wait until the host memory of all weights can be read and changed."""
+        """Finish the last update, and wait until the host memory of all weights can be read.
+
+        It can be changed as well if no other rank shares it, or after :meth:`Node.meet`.
+        """
         if self._turns is not None:
             self._staging.finish_update()
             self._turns.synchronize()
@@ -208,10 +239,12 @@ class HostWeights:
     def _load_host(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self.settle()
         self.forget_slots()  # torch copies to where the parameters are now
+        self.node.meet()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             value = state_dict.get(prefix + name)
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if self.node.is_first and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 self._of_host[parameter].copy_(value)
+        self.node.meet()
 
     def release(self) -> None:
         """Leave the model with its weights in host memory, as a plain module."""
@@ -220,7 +253,8 @@ class HostWeights:
             hook.remove()
         self._hooks.clear()
         for parameter, weights in self._of_host.items():
-            parameter.data = weights
+            is_shared = self.node.is_shared and parameter in self._kept
+            parameter.data = self.node.private(weights) if is_shared else weights
 
 
 def _before_forward(turns: Turns, unit: Unit, *_: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from hift_ds.optim.properties import parts
 from hift_ds.state.ledger import Held
-from hift_ds.state.step import BlockState, SteppedOptimizer
+from hift_ds.state.step import BlockState, Replicas, SteppedOptimizer
 from hift_ds.weights.host import HostWeights
 
 
@@ -32,6 +32,7 @@ class BlockOptimizer:
         factor: in a step, what the gradients are multiplied by, where the optimizer computes; None: by nothing.
         clip_grad: largest norm of the gradients; 0: any.
         host_weights: keeps the weights in host memory; None: they are on the device.
+        is_replicated: all ranks compute the same update of all weights of the block.
     """
 
     optimizer: Any
@@ -42,6 +43,7 @@ class BlockOptimizer:
     factor: torch.Tensor | float | None = None
     clip_grad: float = 0.0
     host_weights: HostWeights | None = None
+    is_replicated = False
     _global_grad_norm: Any = None
     _trained: Sequence[torch.nn.Parameter] = ()
 
@@ -91,10 +93,16 @@ class BlockOptimizer:
     @property
     def updates_alone(self) -> bool:
         """Whether the update needs no other rank, so that each rank may issue it when it likes."""
-        return True
+        return self.host_weights is None or not self.host_weights.node.is_shared
 
     def publish_weights(self) -> None:
-        """Give the other ranks the weights that this rank updated."""
+        """Give the other ranks the weights that this rank updated on the device."""
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """The ranks that compute the same update, and share the weights in host memory; None: there are none."""
+        node = self.host_weights.node if self.host_weights is not None and self.is_replicated else None
+        return node if node is not None and node.is_shared else None
 
     def keep_weights_on_host(self, host: HostWeights, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Update the weights of the block's parameters in host memory. Call it before ``block_state`` is made."""
@@ -103,7 +111,9 @@ class BlockOptimizer:
     def _announce_weights(self) -> None:
         """Let the layers use weights that changed in host memory."""
         if self.host_weights is not None:
-            self.host_weights.changed(self._trained, *self.block_state.written())
+            of_all = self.host_weights.changed(self._trained, *self.block_state.written())
+            if of_all is not None:
+                self.block_state.fetch_after(of_all)
 
     def set_active(self, is_active: bool) -> None:
         """Activate or deactivate the block, between two steps."""
@@ -127,6 +137,8 @@ class BlockOptimizer:
             return
         if self.host_weights is not None:
             self.host_weights.settle()
+            if changes and name is None:  # weights will be written
+                self.host_weights.node.meet()
         self.block_state.decode({name}, folder)
         self.relink()
         try:

@@ -117,7 +117,16 @@ class BlockOptimizers:
                 parameter.requires_grad_(False)
             stepped: Any = block
             block.block_state = BlockState(
-                stepped, host, self.staging, bytes_per_element, cuts, state, on_host, codecs, weights_on_host
+                stepped,
+                host,
+                self.staging,
+                bytes_per_element,
+                cuts,
+                state,
+                on_host,
+                codecs,
+                weights_on_host,
+                block.replicas,
             )
             block.relink()
             self.optimizers.append(block)

@@ -13,6 +13,8 @@ from hift_ds.zero.base import BlockOptimizer
 class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
     """One block's optimizer at stage 0 in bf16."""
 
+    is_replicated = True
+
     def initialize_optimizer_states(self) -> None:
         """Make state only where the optimizer's class makes it at construction.
 

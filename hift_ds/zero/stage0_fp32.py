@@ -23,6 +23,7 @@ class PlainBlockOptimizer(BlockOptimizer):
     """
 
     loss_scale = 1.0
+    is_replicated = True
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, clip_grad: float, mpu: Any, order: Iterable[torch.nn.Parameter]

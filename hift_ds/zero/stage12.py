@@ -90,7 +90,9 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         return self._alone
 
     def publish_weights(self) -> None:
-        """Give the other ranks the weights that this rank updated."""
+        """Give the other ranks the weights that this rank updated on the device."""
+        if self.host_weights is not None:
+            return
         all_gather_dp_groups(
             groups_flat=self.bit16_groups_flat,
             partitioned_param_groups=self.parallel_partitioned_bit16_groups,
@@ -145,7 +147,8 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         """Let masters or state be in host memory, as fp32 tensors, while they are changed."""
         with self.decoded(optim_state_key):
             access(value, optim_state_key)
-        if optim_state_key is None and self.block_state.splits_masters and not self._alone:
+        is_on_device = self.host_weights is None
+        if optim_state_key is None and self.block_state.splits_masters and is_on_device and not self._alone:
             parameter.data.copy_(value.view_as(parameter))  # the weights follow on every rank
 
     def held(self) -> Iterator[Held]:

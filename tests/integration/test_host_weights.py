@@ -238,17 +238,6 @@ def test_what_is_refused() -> None:
     assert "do not compile the model" in compiled
 
 
-def on_two_ranks() -> str:
-    with pytest.raises(ValueError) as refused:
-        make(Case(stage=2, dtype="bf16", waiting="cpu"))
-    return str(refused.value)
-
-
-def test_several_ranks_are_refused() -> None:
-    for message in run_on_ranks(2, on_two_ranks):
-        assert "2 ranks" in message and "offload_param.device='cpu'" in message
-
-
 def without(case: Case, name: str) -> bool:
     """In a rank: whether the harness notices that a part of the order between copies is missing."""
     import hift_ds.weights.turns
