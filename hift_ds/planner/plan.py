@@ -668,7 +668,8 @@ class Planner:
         """Return the bytes of each hidden layer's weights that a rank copies to the device; empty: they stay there."""
         if not request.streams_weights:
             return []
-        return [request.weight * -(-numel // request.ranks) for numel in self.build(request).layers()]
+        parts = request.ranks if request.stage == 3 else 1
+        return [request.weight * -(-numel // parts) for numel in self.build(request).layers()]
 
     def off_device(self, request: Request, place: str) -> dict[str, int]:
         """Return the bytes of one rank by category in a place, ``host`` or ``nvme``, without activation checkpoints."""
@@ -687,8 +688,8 @@ class Planner:
             return sizes
         setup, optimizers = self.setup(request, built), built.optimizer_shapes()
         if place == "host" and setup.weights == "cpu":
-            numels = _numels(built.shapes.values())
-            sizes["parameters"] = request.weight * sum(-(-numel // request.ranks) for numel in numels)
+            ranks = request.ranks if setup.stage == 3 else 1
+            sizes["parameters"] = request.weight * sum(-(-n // ranks) for n in _numels(built.shapes.values()))
         if setup.placement == "resident":
             return sizes
         for category, in_files, nbytes in zip(
@@ -782,6 +783,11 @@ def _notes(request: Request, built: BuiltModel, config: Any, task: str, lengths:
         )
     if request.ranks > 1:
         notes.append(f"sizes are those of one of {request.ranks} ranks; ranks on one machine share its host memory")
+    if request.ranks > 1 and request.weights == "cpu":
+        notes.append(
+            "the ranks of a machine share one copy of the weights in host memory: the first rank has all of it, the "
+            "others none; ZeRO-1 and ZeRO-2 need all ranks on one machine"
+        )
     if request.recomputes:
         value = '"cpu"' if request.checkpoint_offload else "true"
         notes.append(f"enable activation checkpointing in the run's YAML: model.gradient_checkpointing: {value}")

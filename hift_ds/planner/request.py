@@ -285,10 +285,9 @@ class Request:
                 f"--weights=cpu with {self._given('method', 'precision', 'layout')}: weights wait in host memory with "
                 "hift, mixed-hi or fp32, and the engine's layout; leave it out"
             )
-        elif self.weights == "cpu" and (self.ranks > 1 or self.stage == 3):
+        elif self.weights == "cpu" and self.stage == 3:
             found.append(
-                f"--weights=cpu with {self._given('zero_stage', 'ranks')}: it is for one rank at ZeRO-0 to "
-                "ZeRO-2; use --zero-stage 3 --offload-param cpu instead"
+                "--weights=cpu with --zero-stage=3: it is for ZeRO-0 to ZeRO-2; use --offload-param cpu instead"
             )
         if self.weights == "cpu" and (self.offload_device == "none" or self.offload_optimizer == "cpu"):
             found.append(

@@ -172,7 +172,8 @@ class Fit:
         """Return the bytes of host memory that all ranks need together."""
         plan = self.planner.plan(request) if request.checkpoint_offload else None
         sizes = plan.host if plan else self.planner.off_device(request, "host")
-        return request.ranks * sum(sizes.values())
+        shared = sizes["parameters"] if request.weights == "cpu" else 0  # one copy, counted at the first rank
+        return request.ranks * (sum(sizes.values()) - shared) + shared
 
     def _file_total(self, request: Request) -> int:
         """Return the bytes of files that all ranks need together."""
@@ -335,16 +336,14 @@ def _weights_elsewhere(request: Request) -> Iterator[tuple[list[str], Request]]:
     """Yield a request whose weights are shared by its ranks, and one whose weights wait in host memory."""
     if request.method != "hift" or request.streams_weights or request.layout == "paper":
         return
-    if request.ranks == 1 and request.stage < 3:
-        if request.placement != "host":
-            yield ["weights in host memory"], replace(request, weights="cpu")
-        return
-    if request.optimizer == "adafactor":
-        return
-    if request.stage < 3:
+    shards = request.ranks > 1 and request.optimizer != "adafactor"
+    if shards and request.stage < 3:
         yield [f"ZeRO-3 on {request.ranks} ranks"], replace(request, zero_stage=3)
-    elsewhere = replace(request, zero_stage=3, offload_param="cpu")
-    yield [f"ZeRO-3 on {request.ranks} ranks with weights in host memory"], elsewhere
+    if request.stage < 3 and request.placement != "host":
+        yield ["weights in host memory"], replace(request, weights="cpu")
+    if shards or request.stage == 3:
+        elsewhere = replace(request, zero_stage=3, offload_param="cpu")
+        yield [f"ZeRO-3 on {request.ranks} ranks with weights in host memory"], elsewhere
 
 
 def places(request: Request) -> Iterator[tuple[list[str], Request]]:

@@ -125,12 +125,14 @@ def test_planned_as_measured(options: dict[str, Any]) -> None:
     assert sum(plan.device.values()) <= 1.05 * max(seen["peaks"])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_planned_as_measured_on_two_ranks(stage: int) -> None:
-    request = small(buffer_size=131072, zero_stage=stage, ranks=2)
+@pytest.mark.parametrize(("stage", "weights"), [(0, "device"), (2, "device"), (3, "device"), (0, "cpu"), (2, "cpu")])
+def test_planned_as_measured_on_two_ranks(stage: int, weights: str) -> None:
+    request = small(buffer_size=131072, zero_stage=stage, ranks=2, weights=weights)
     plan = Planner(request).plan(request)
-    for seen in run_on_ranks(2, run_engine, request):
-        assert seen["off_device"] == sum(plan.host.values())
+    for rank, seen in enumerate(run_on_ranks(2, run_engine, request)):
+        assert seen["off_device"] == sum(plan.host.values()) - plan.host["parameters"]
+        of_machine = plan.host["parameters"] if rank == 0 else 0
+        assert of_machine <= seen["weights"] <= 1.01 * of_machine
         assert seen["areas"] == planned_areas(request)
         assert max(seen["peaks"]) <= sum(plan.device.values())
 

@@ -4,17 +4,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch import distributed
 
 from hift_ds.state.step import BlockState
 from hift_ds.weights.node import Node
 from hift_ds.weights.turns import Turns
-from tests.integration.test_host_weights import different, same, trained
+from tests.integration.test_host_weights import cycles_with_a_save, different, make, same, trained
+from tests.support import tiny
 from tests.support.pairwise import others_slow
+from tests.support.poisoned_slots import poisoned
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 
@@ -108,3 +112,73 @@ def without(name: str, is_removed: bool) -> bool:
 def test_a_late_rank_is_waited_for(name: str) -> None:
     assert run_on_ranks(2, without, name, False) == [False, False]
     assert any(run_on_ranks(2, without, name, True))
+
+
+# ---- between steps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[10]], ids=str)
+def test_a_run_continues_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
+    found = run_on_ranks(2, cycles_with_a_save, case, str(tmp_path / "cpu"))
+    assert all(same(continued, ours) for ours, continued, _ in found)
+    on_device = replace(case, waiting="device")
+    of_truth = run_on_ranks(2, cycles_with_a_save, on_device, str(tmp_path / "device"))
+    for (ours, _, loaded), (truth, _, loss) in zip(found, of_truth, strict=True):
+        assert same(ours, truth) and loaded == loss
+
+
+def changed_between_steps(case: Case) -> Any:
+    """In a rank: what a training becomes whose weights, masters and skipped steps are handled by a script."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    rank = distributed.get_rank()
+    with poisoned():
+        engine = make(case)
+        seen: list[Any] = []
+        for step in range(3):
+            seen += tiny.optimizer_step(engine, step)
+        state = {name: value.clone() for name, value in engine.module.state_dict().items()}
+        engine.module.load_state_dict({name: value * 0.5 for name, value in state.items()})
+        seen += tiny.optimizer_step(engine, 3)
+        if case.stage:
+            named = dict(engine.module.named_parameters())
+            name = engine.blocks[1].parameter_names[0]
+            value = torch.linspace(-1, 1, named[name].numel()).view(named[name].shape)
+            safe_set_full_fp32_param(named[name], value)
+            seen += tiny.optimizer_step(engine, 4)
+        before = tiny.weights(engine)
+        loss = engine(**tiny.micro_batch(5, 0, rank)).loss
+        engine.backward(loss * (torch.nan if rank else 1.0))
+        engine.step()
+        engine.backward(engine(**tiny.micro_batch(5, 1, rank)).loss)
+        engine.step()
+        assert not engine.was_step_applied() and tiny.identical(tiny.weights(engine), before)
+        ids = tiny.micro_batch(0, 0)["input_ids"]
+        if rank:  # beside a rank that goes on
+            engine.eval()
+            with torch.no_grad():
+                seen.append(engine.module(ids).logits)
+                seen.append(engine.module.generate(ids, max_new_tokens=5, do_sample=False))
+            engine.train()
+        for step in range(6, 8):
+            seen += tiny.optimizer_step(engine, step)
+        weights = tiny.weights(engine)
+        engine.destroy()
+        left = dict(engine.module.named_parameters())
+        assert tiny.identical(tiny.copies(left), weights)
+        distributed.barrier()
+        for parameter in left.values():
+            parameter.data.fill_(rank)
+        distributed.barrier()
+        assert all((parameter == rank).all() for parameter in left.values())
+        return seen, weights
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[6], CASES[10]], ids=str)
+def test_what_a_script_does_between_steps(case: Case) -> None:
+    ours = run_on_ranks(2, changed_between_steps, case)
+    truth = run_on_ranks(2, changed_between_steps, replace(case, waiting="device"))
+    for (seen, weights), (expected, wanted) in zip(ours, truth, strict=True):
+        assert tiny.identical(weights, wanted)
+        assert tiny.identical(tiny.tensors(seen), tiny.tensors(expected))
+        assert [one for one in seen if isinstance(one, float)] == [one for one in expected if isinstance(one, float)]

@@ -16,7 +16,7 @@ from hift_ds.planner.command import main
 from hift_ds.planner.picture import table
 from hift_ds.planner.plan import Planner
 from hift_ds.planner.request import Request
-from hift_ds.planner.search import _weights_elsewhere, default_host_reserve
+from hift_ds.planner.search import Fit, _weights_elsewhere, default_host_reserve
 from tests.hift_ds.planner.test_plan import SMALL
 
 GIB = 2**30
@@ -66,11 +66,25 @@ def test_weights_leave_the_device_where_nothing_cheaper_fits() -> None:
 
 def test_on_several_gpus_zero_3_shares_weights_before_they_leave_the_device() -> None:
     request = replace(PLANNER.request, ranks=4)
-    (shared, sharded), (elsewhere, offloaded) = _weights_elsewhere(request)
+    (shared, sharded), (one_copy, waiting), (elsewhere, offloaded) = _weights_elsewhere(request)
     assert shared == ["ZeRO-3 on 4 ranks"] and (sharded.stage, sharded.offload_param) == (3, "none")
+    assert one_copy == ["weights in host memory"] and (waiting.stage, waiting.weights) == (2, "cpu")
     assert elsewhere == ["ZeRO-3 on 4 ranks with weights in host memory"]
     assert offloaded.deepspeed_config()["zero_optimization"]["offload_param"]["device"] == "cpu"
     assert [changed for _, changed in _weights_elsewhere(sharded)] == [offloaded]
+
+
+def test_ranks_share_one_copy_of_the_weights() -> None:
+    request = replace(PLANNER.request, weights="cpu", zero_stage=2)
+    of_ranks = {}
+    for ranks in (1, 4):
+        planner = Planner(replace(request, ranks=ranks))
+        of_ranks[ranks] = planner.off_device(planner.request, "host")
+        state = sum(size for name, size in of_ranks[ranks].items() if name != "parameters")
+        total = Fit(planner, 8 * GIB, 0, None)._host_total(planner.request)
+        assert total == ranks * state + of_ranks[1]["parameters"]
+        assert planner.layer_bytes(planner.request) == Planner(request).layer_bytes(request)
+    assert of_ranks[4]["parameters"] == of_ranks[1]["parameters"]
 
 
 def test_with_a_card_the_fastest_change_is_taken() -> None:
@@ -100,7 +114,7 @@ def test_what_is_missing_and_what_would_help_is_named() -> None:
         ({"host_memory": "64GiB"}, "no effect without --gpu-memory"),
         ({"gpu_memory": "8GiB", "host_memory": "4GiB"}, "expected more than the 4 GiB that stay free"),
         ({"gpu_memory": "8GiB", "host_memory": "some"}, "--host-memory='some': expected a size"),
-        ({"weights": "cpu", "ranks": 2}, "^--weights=cpu with --ranks=2: .* use --zero-stage 3 --offload-param cpu"),
+        ({"weights": "cpu", "zero_stage": 3}, "^--weights=cpu with --zero-stage=3: .* use --offload-param cpu"),
         ({"offload_param": "cpu"}, "^--offload-param=cpu with ZeRO-2: .* on one GPU use --weights cpu"),
         ({"weights": "cpu", "method": "lora"}, "^--weights=cpu with --method=lora: "),
         ({"weights": "cpu", "offload_device": "none"}, "^--weights=cpu with --offload-device=none: "),
