@@ -3,6 +3,7 @@
     python -m evaluation.efficiency --model-shape smollm2-135m --batch 4 --length 256 --stages 0,1,2,3 --cycles 3
     python -m evaluation.efficiency --memory          peak memory instead of time (peak_memory.py)
     python -m evaluation.efficiency --files FOLDER    state in files under a limit of memory (file_state.py)
+    python -m evaluation.efficiency --saving FOLDER   saving checkpoints beside bare writes (saving.py)
     python -m evaluation.efficiency --methods all --memory          time, tokens/s and memory of each method
 
 All methods train the same model from the same weights on the same batches, with AdamW or the method's own optimizer, in
@@ -27,9 +28,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.evaluation.cost import file_state, peak_memory
+from hift_ds.evaluation.cost import file_state, peak_memory, saving
 from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.cost.timed_methods import (
     DTYPES,
@@ -310,13 +312,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--stock-every", type=positive, default=4, help="time full fine-tuning only in every N-th step of a cycle")
     add("--memory", action="store_true", help="peak memory instead of step time; with --methods both (Linux)")
     add("--files", type=Path, metavar="FOLDER", help="state in files in this folder, under a limit, beside host memory")
+    add(
+        "--saving",
+        type=Path,
+        metavar="FOLDER",
+        help="save checkpoints to this folder, beside bare writes, --cycles times",
+    )
     add("--hift", type=section, default={}, help="with --files: the config's section hift, as JSON")
     add("--json", type=Path, help="also write all numbers to this file")
     options = parser.parse_args(arguments)
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}; create it first")
-    if options.files and not options.files.is_dir():
-        parser.error(f"--files {options.files}: not a folder; create it first")
+    for name in ("files", "saving"):
+        if (folder := getattr(options, name)) and not folder.is_dir():
+            parser.error(f"--{name} {folder}: not a folder; create it first")
     if options.methods and options.against:
         parser.error(
             "--against: not with --methods, which compares all methods with full fine-tuning; remove one of them"
@@ -349,6 +358,18 @@ def main(arguments: Sequence[str] | None = None) -> list[StepTimes] | list[Row]:
             runs.append(run)
             write_json(options.json, [origin], runs=[asdict(one) for one in runs])
             print("\n" + file_state.table(runs), flush=True)
+        return []
+    if options.saving:
+        saving.join()
+        saves = [
+            saving.time_saves(Setup(shape, dtype, stage, *size), options.cycles, options.saving)
+            for dtype in options.dtypes
+            for stage in options.stages
+        ]
+        if dist.get_rank() == 0:
+            print(f"Saving to {options.saving} on {machine()}\n{origin}\n{shape}, AdamW, {options.cycles} turns")
+            write_json(options.json, [origin], saves=[asdict(one) for one in saves])
+            print("\n" + saving.table(saves), flush=True)
         return []
     join_world()
     units = f"{options.cycles} cycles" + (f" or {options.steps} steps" if options.methods else "")
