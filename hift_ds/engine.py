@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -40,8 +41,10 @@ from hift_ds.blocks.block import numel_of
 from hift_ds.blocks.layers import largest_hidden_layer
 from hift_ds.blocks.partition import partition_model
 from hift_ds.blocks.schedule import BlockSchedule
+from hift_ds.checkpoint.contents import Contents
 from hift_ds.checkpoint.engine import SavingEngine
 from hift_ds.checkpoint.files import CheckpointError, FileEngine
+from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.collectives import on_every_rank
 from hift_ds.config import HiFTConfig, needs_streamed_step
 from hift_ds.model.activations import host_buffers
@@ -212,6 +215,7 @@ class HiFTEngine(CheckpointingEngine):
     lr_scheduler: Any
     block_optimizers: BlockOptimizers
     _host_weights: HostWeights | None = None  # with `offload.weights: cpu`
+    _loading: Contents | None = None  # the checkpoint that is being loaded
     skips_by_itself = True  # steps with a non-finite loss or gradient; DeepSpeed's engine does not skip all of them
     # The engine that freezes a model's parameters: the last one that was made of it.
     _owners: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -441,11 +445,14 @@ class HiFTEngine(CheckpointingEngine):
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
         """DeepSpeed's ``load_checkpoint``. Training continues at the saved step of the saved cycle.
 
-        With ``load_optimizer_states=False`` or ``load_module_only=True``, only the weights are loaded.
+        Any number of ranks, ZeRO stage and placement of state may have saved it: state is found by parameter name, and
+        loaded bit for bit. So may other blocks, or another order of them, at the end of a cycle. What is in 8 bits is
+        encoded anew where it is cut elsewhere. With ``load_optimizer_states=False`` or ``load_module_only=True``, only
+        the weights are loaded.
 
         Raises:
-            ValueError: the checkpoint is damaged, was saved without HiFT, or was saved with other blocks, another order
-                of blocks, another number of ranks or another ZeRO stage.
+            ValueError: the checkpoint is damaged, or was saved without HiFT, or with another dtype, optimizer or
+                ``freeze``, or with other blocks in the middle of a cycle. Nothing is changed then.
         """
         with self._all_blocks():
             loaded = super().load_checkpoint(*args, **kwargs)
@@ -457,9 +464,137 @@ class HiFTEngine(CheckpointingEngine):
         with self._all_blocks():  # with `exclude_frozen_parameters`, inactive blocks would be left out
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
 
+    def check_continues(self, found: Checkpoint) -> None:
+        """Check that this run can continue from a checkpoint.
+
+        Raises:
+            ValueError: another dtype saved it, or other blocks in the middle of a cycle, or with experts of
+                ``deepspeed.moe`` another number of ranks or ZeRO stage.
+        """
+        fixed = ("world_size", "zero_stage") if self.has_moe_layers else ()
+        self.check_settings(found, ("dtype", *fixed))
+        if "position" in found.about:  # not in that of an adopted checkpoint
+            self._check_cut(str(found.path), found.about)
+
+    def check_loads_weights(self, found: Checkpoint) -> None:
+        """Do nothing: the weights alone can always be loaded."""
+
+    def _check_cut(self, where: str, saved: Mapping[str, Any]) -> None:
+        """Check that this run has the blocks of a checkpoint, or begins a new cycle.
+
+        Args:
+            where: the checkpoint, for the message.
+            saved: what :meth:`place` returned.
+
+        Raises:
+            ValueError: neither.
+        """
+        left, ours = self._schedule.steps_left(saved["position"]), self.place()
+        is_same = saved["blocks"] == ours["blocks"] and self._schedule.is_same(saved["position"])
+        if left and not is_same:
+            raise ValueError(
+                f"the checkpoint in {where!r} was saved {left} steps before the end of a cycle over "
+                f"{_shown_cut(saved)}, and this run has {_shown_cut(ours)}, which can only begin with a new cycle. "
+                "Continue with the layers_per_block, max_block_numel, balance, freeze, strategy, seed and "
+                f"steps_per_block of the run that saved it for {left} more steps, save, and change them then"
+            )
+
+    def _load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load weights and state by parameter name, and let DeepSpeed load the rest."""
+        load = functools.partial(self.checkpoint_engine.load, map_location="cpu")
+        contents = Contents(Path(load_dir) / tag, load, self.checkpoint_mp_rank)
+        if continues := load_optimizer_states and not load_module_only:
+            self.block_optimizers.check_state(contents.states)
+        self._loading = contents
+        try:
+            path, client_state = super()._load_checkpoint(
+                load_dir,
+                tag,
+                load_module_strict,
+                self.zero_optimization_partition_weights(),  # else it reads the weights that `latest` names
+                load_lr_scheduler_states,
+                load_module_only,
+                custom_load_fn,
+            )
+        finally:
+            self._loading = None
+        if continues:
+            self.block_optimizers.load_state_dict(
+                state_dict_list=contents.states, load_from_fp32_weights=self.zero_load_from_fp32_weights()
+            )
+        elif hasattr(self.optimizer, "refresh_fp32_params"):
+            self.optimizer.refresh_fp32_params()
+        return path, client_state and {key: value for key, value in client_state.items() if key != "optimizer"}
+
+    def _load_zero_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
+        """Return True: `_load_checkpoint` has loaded the state."""
+        return True
+
+    def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
+        """Return the file that DeepSpeed reads on this rank: of this rank's weights, or of all."""
+        if self._loading is None or self.mp_world_size > 1:
+            return super()._get_all_ckpt_names(checkpoints_path, tag)
+        return [str(self._loading.files[min(dist.get_rank(), len(self._loading.files) - 1)])]
+
+    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Load the weights of a checkpoint, from whole ones or from the parts that ranks saved at ZeRO 3."""
+        custom = kwargs.get("custom_load_fn") is not None or self.has_moe_layers
+        if self._loading is not None and not custom:
+            if self.zero_optimization_partition_weights():
+                self._load_partitions(self._loading, checkpoint["module"])
+                return
+            if self._loading.are_weights_sharded:
+                checkpoint = {**checkpoint, "module": self._whole_weights(self._loading, checkpoint["module"])}
+                del checkpoint["frozen_param_fragments"]
+        super().load_module_state_dict(checkpoint, *args, **kwargs)
+
     def place(self) -> dict[str, Any]:
         """Return the position in the cycle and the blocks, for the manifest."""
-        return {**self._schedule.state_dict(), "blocks": [[block.name, block.numel] for block in self.blocks]}
+        return {"position": self._schedule.state_dict(), "blocks": [[block.name, block.numel] for block in self.blocks]}
+
+    def _load_partitions(self, contents: Contents, module: Mapping[str, Any]) -> None:
+        """At ZeRO 3: load this rank's part of each weight, and the buffers.
+
+        Args:
+            contents: of the checkpoint.
+            module: what the file of this rank holds; of weights that are sharded there, it has none.
+
+        Raises:
+            ValueError: weights are not in the checkpoint.
+        """
+        named = dict(self.module.named_parameters())
+        if missing := [name for name in named if not contents.has_weight(name)]:
+            raise ValueError(f"{len(missing)} weights are not in the checkpoint, such as {missing[0]}")
+        for name, parameter in named.items():
+            partition = parameter.ds_tensor
+            start = parameter.ds_zero_partition_rank * partition.ds_numel
+            stop = min(start + partition.ds_numel, parameter.ds_numel)
+            if start < stop:
+                partition.data.view(-1)[: stop - start].copy_(contents.weight(name, start, stop))
+        for name, buffer in self.module.named_buffers():
+            if name in module:
+                buffer.copy_(module[name])
+
+    def _whole_weights(self, contents: Contents, module: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return a state dict of the module from a checkpoint of ZeRO 3."""
+        names: dict[int, str] = {}
+        found = {name: module[name] for name, _ in self.module.named_buffers() if name in module}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            saved = names.setdefault(id(parameter), name)
+            if contents.has_weight(saved):
+                shape = contents.shape(saved)
+                whole = contents.weight(saved, 0, shape.numel()).to(parameter.dtype)
+                found[name] = found[saved] if saved != name else whole.view(shape)
+        return found
 
     def position(self) -> dict[str, Any]:
         """Return HiFT's entry for the client state of a checkpoint."""
@@ -476,16 +611,16 @@ class HiFTEngine(CheckpointingEngine):
             raise ValueError(
                 f"the checkpoint in {where!r} was saved without HiFT; load only its weights with load_module_only=True"
             )
-        self.check_blocks(where, position.pop("blocks", None))  # an adopted checkpoint's manifest does not list them
-        ticks = position.pop("lr_ticks", "cycle")  # checkpoints of earlier versions do not name it
+        self._check_cut(where, position)  # an adopted checkpoint's manifest does not list the blocks
+        ticks = position["lr_ticks"]
         if ticks != self.hift.lr_ticks:
             raise ValueError(
                 f"the checkpoint in {where!r} was saved with hift.lr_ticks={ticks!r}, this run has "
                 f"{self.hift.lr_ticks!r}, so its learning-rate schedule counts something else; resume with "
                 f"hift.lr_ticks={ticks!r}"
             )
-        self.block_optimizers.rates = position.pop("rates", None)
-        self._schedule.load_state_dict(position)
+        self.block_optimizers.rates = position["rates"]
+        self._schedule.load_state_dict(position["position"], position["blocks"] == self.place()["blocks"])
 
     def memory_ledger(self, peak: bool = False) -> Ledger:
         """Return this rank's memory in bytes, counted from the live tensors.
@@ -892,7 +1027,10 @@ class HiFTEngine(CheckpointingEngine):
             make_optimizer = functools.partial(_make_on_host, self._host_weights, make_optimizer, flattens)
         if self.zero_optimization_stage() == 3:  # DeepSpeed gathers weights ahead of the layers that use them
             placed["defer"] = False
-        made = BlockOptimizers(optimizer, self._block_parameters, make_optimizer, counted=traits.counted, **placed)
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        made = BlockOptimizers(
+            optimizer, self._block_parameters, make_optimizer, counted=traits.counted, names=names, **placed
+        )
         if self._host_weights is not None:
             self._host_weights.start(made.staging)
         return_freed_memory()  # DeepSpeed flattens weights in host memory
@@ -923,3 +1061,13 @@ class HiFTEngine(CheckpointingEngine):
                 f"{ticks * self._schedule.steps_per_cycle} steps, not after {ticks}. For a run of N steps, give it "
                 f"ceil(N / {self._schedule.steps_per_cycle}) ticks, or set hift.lr_ticks='step'"
             )
+
+
+def _shown_cut(place: Mapping[str, Any]) -> str:
+    blocks, position = place["blocks"], place["position"]
+    shown = ", ".join(f"{name} ({numel})" for name, numel in blocks[:3])
+    order = f"order {', '.join(map(str, position['order'][:3]))}{' ...' if len(position['order']) > 3 else ''}"
+    return (
+        f"{len(blocks)} blocks: {shown}{' ...' if len(blocks) > 3 else ''}, in the {order}, "
+        f"steps_per_block={position['steps_per_block']}"
+    )

@@ -110,7 +110,7 @@ ROOMS = {
         "weights": "blocks collectives config state",
         "model": "state",
         "zero": "config optim state weights",
-        "checkpoint": "collectives",
+        "checkpoint": "collectives state",
         "engine": "blocks checkpoint collectives config model optim state weights zero",
         "initialization": "blocks config engine",
         "integrations": "config engine initialization model optim",

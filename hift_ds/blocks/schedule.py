@@ -25,7 +25,7 @@ class BlockSchedule:
     Attributes:
         order: block indices in the order of training.
         steps_per_block: as given.
-        step: number of completed steps.
+        step: number of completed steps, as if all cycles had had this number of steps.
 
     Raises:
         ValueError: an argument is out of range or unknown.
@@ -78,17 +78,32 @@ class BlockSchedule:
         """Return the order and the position in it."""
         return {"order": list(self.order), "steps_per_block": self.steps_per_block, "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position.
+    @staticmethod
+    def steps_left(state: dict[str, Any]) -> int:
+        """Return the number of steps from a saved position to the end of its cycle; 0: a cycle is complete."""
+        return -state["step"] % (len(state["order"]) * state["steps_per_block"])
+
+    def is_same(self, state: dict[str, Any]) -> bool:
+        """Whether a saved position has this order and ``steps_per_block``."""
+        return (tuple(state["order"]), state["steps_per_block"]) == (self.order, self.steps_per_block)
+
+    def load_state_dict(self, state: dict[str, Any], same_blocks: bool = True) -> None:
+        """Continue from a saved position. With other blocks, order or ``steps_per_block``, a new cycle begins.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            same_blocks: the indices in the order are those of the same blocks.
 
         Raises:
-            ValueError: the position was saved with another order or ``steps_per_block``.
+            ValueError: they differ, in the middle of a cycle.
         """
-        saved = (tuple(state["order"]), state["steps_per_block"])
-        if saved != (self.order, self.steps_per_block):
+        if same_blocks and self.is_same(state):
+            self.step = state["step"]
+            return
+        if left := self.steps_left(state):
             raise ValueError(
-                f"the checkpoint was saved with block order {saved[0]} and steps_per_block={saved[1]}, this run has "
-                f"{self.order} and {self.steps_per_block}; resume with the layers_per_block, max_block_numel, "
-                "balance, strategy, seed, freeze and steps_per_block it was saved with"
+                f"the position was saved {left} steps before the end of a cycle, with other blocks, another order or "
+                "another steps_per_block, which can only change with a new cycle"
             )
-        self.step = state["step"]
+        cycles = state["step"] // (len(state["order"]) * state["steps_per_block"])
+        self.step = cycles * self.steps_per_cycle

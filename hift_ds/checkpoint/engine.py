@@ -1,7 +1,7 @@
 """How an engine saves and loads: DeepSpeed writes the files, and :mod:`hift_ds.checkpoint.store` commits them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,12 @@ from deepspeed.utils import logger
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import FileEngine, Files
 from hift_ds.checkpoint.generators import generator_states, restore_generator_states
+
+_SETTINGS = {
+    "world_size": "number of ranks",
+    "zero_stage": "zero_optimization.stage",
+    "dtype": "dtype of the weights",
+}
 
 
 class SavingEngine(DeepSpeedEngine):
@@ -98,12 +104,9 @@ class SavingEngine(DeepSpeedEngine):
             return None, None
         folder, continues = found.path.parent, load_optimizer_states and not load_module_only
         if continues:
-            self._check_same(found)
-        elif self.zero_optimization_partition_weights() and store.pointed(folder) != found.path.name:
-            raise ValueError(  # for this, DeepSpeed reads the checkpoint that `latest` names, not the given one
-                f"at ZeRO stage 3, weights can be loaded without the rest only from the checkpoint that "
-                f"{str(folder / 'latest')!r} names"
-            )
+            self.check_continues(found)
+        else:
+            self.check_loads_weights(found)
         path, client_state = super().load_checkpoint(
             str(folder),
             found.path.name,
@@ -131,6 +134,19 @@ class SavingEngine(DeepSpeedEngine):
             **self.place(),
         }
 
+    def check_loads_weights(self, found: store.Checkpoint) -> None:
+        """Check that the weights alone can be loaded from a checkpoint.
+
+        Raises:
+            ValueError: at ZeRO 3, DeepSpeed reads them from the checkpoint that ``latest`` names, not from this one.
+        """
+        folder = found.path.parent
+        if self.zero_optimization_partition_weights() and store.pointed(folder) != found.path.name:
+            raise ValueError(
+                f"at ZeRO stage 3, weights can be loaded without the rest only from the checkpoint that "
+                f"{str(folder / 'latest')!r} names"
+            )
+
     def place(self) -> dict[str, Any]:
         """Return the position of the run for the manifest; here none."""
         return {}
@@ -147,16 +163,28 @@ class SavingEngine(DeepSpeedEngine):
     def restore_position(self, where: str, client_state: dict[str, Any]) -> None:
         """Remove the entries of :meth:`position` from a loaded client state, and continue there."""
 
-    def _check_same(self, found: store.Checkpoint) -> None:
+    def check_continues(self, found: store.Checkpoint) -> None:
+        """Check that this run can continue from a checkpoint, before it is read.
+
+        Raises:
+            ValueError: another number of ranks, ZeRO stage or dtype saved it.
+        """
+        self.check_settings(found, ("world_size", "zero_stage", "dtype"))
+
+    def check_settings(self, found: store.Checkpoint, settings: Sequence[str]) -> None:
+        """Check that settings of this run are those of the run that saved a checkpoint.
+
+        Args:
+            found: the checkpoint.
+            settings: keys of :meth:`about`.
+
+        Raises:
+            ValueError: some differ.
+        """
         now = self.about()
-        settings = {
-            "world_size": "number of ranks",
-            "zero_stage": "zero_optimization.stage",
-            "dtype": "dtype of the weights",
-        }
         differing = [
-            f"{name}: {now[key]} now, {found.about[key]} in the checkpoint"
-            for key, name in settings.items()
+            f"{_SETTINGS[key]}: {now[key]} now, {found.about[key]} in the checkpoint"
+            for key in settings
             if key in found.about and found.about[key] != now[key]
         ]
         if differing:
@@ -164,29 +192,6 @@ class SavingEngine(DeepSpeedEngine):
                 f"another kind of run saved {str(found.path)!r}: {'; '.join(differing)}; resume with the same "
                 "settings, or load only its weights with load_module_only=True"
             )
-        self.check_blocks(str(found.path), found.about.get("blocks"))
-
-    def check_blocks(self, where: str, saved: list[list[Any]] | None) -> None:
-        """Check that a checkpoint holds this run's blocks.
-
-        Args:
-            where: the checkpoint, for the message.
-            saved: name and number of elements of each block; None: the checkpoint does not list them.
-
-        Raises:
-            ValueError: the blocks differ.
-        """
-        ours = self.place().get("blocks")
-        if saved is not None and ours is not None and saved != ours:
-            raise ValueError(
-                f"the checkpoint in {where!r} holds the blocks {_shortened(saved)}, this run has {_shortened(ours)}; "
-                "resume with the layers_per_block, max_block_numel, balance and freeze of the run that saved it"
-            )
 
     def _generators_file(self) -> str:
         return f"generators_rank_{dist.get_rank()}.pt"
-
-
-def _shortened(cut: list[list[Any]]) -> str:
-    shown = ", ".join(f"{name} ({numel})" for name, numel in cut[:3])
-    return f"{shown}{' ...' if len(cut) > 3 else ''} ({len(cut)} in total)"

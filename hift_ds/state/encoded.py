@@ -77,7 +77,7 @@ class EncodedState:
 
     def _parts(self, number: int, name: str | None) -> list[torch.Tensor]:
         """Return the buffers of a value."""
-        size = sum(cut.room for cut in self._slices.get(number, []))
+        size = sum(cut.room for cut in self.slices(number))
         return [
             self._buffer((number, name, i), torch.empty(size // part.grain, dtype=part.dtype, device="meta"))
             for i, part in enumerate(self.codecs[name].parts)
@@ -88,8 +88,8 @@ class EncodedState:
 
         If several blocks share a master, zero everything: a block may be saved before the first step of another.
         """
-        for cut in self._slices.get(number, []):
-            if len(self._slices.get(number, [])) > 1:
+        for cut in self.slices(number):
+            if len(self.slices(number)) > 1:
                 for values in self.pieces(name, cut):
                     values.zero_()
             for part, values in zip(self.codecs[name].parts, self._parts(number, name), strict=True):
@@ -137,7 +137,7 @@ class EncodedState:
             values: as many fp32 elements as the master has.
         """
         codec, was_known = self.codecs[name], (number, name) in self._known
-        for cut in self._cut(number):
+        for cut in _small(self.slices(number)):
             new = values.new_zeros(cut.room, dtype=torch.float32)
             new[: cut.stop - cut.start] = values.reshape(-1)[cut.start : cut.stop]
             held = self.pieces(name, cut)
@@ -172,26 +172,7 @@ class EncodedState:
             weights: those of the master, on any device, if the value is the master.
             folder: let the tensor be a file there, which takes no anonymous memory, if there is room.
         """
-        return self._decode(number, self.codecs[name], shape, self._parts(number, name), weights, folder)
-
-    @torch.no_grad()
-    def _decode(
-        self,
-        number: int,
-        codec: Codec,
-        shape: torch.Size,
-        stored: Sequence[torch.Tensor],
-        weights: torch.Tensor | None = None,
-        folder: str | None = None,
-    ) -> torch.Tensor:
-        result = _zeros(stored[0], shape, folder)
-        for cut in self._cut(number):
-            values, size = stored[0].new_zeros(cut.room, dtype=torch.float32), cut.stop - cut.start
-            if weights is not None:
-                values[:size].copy_(weights.reshape(-1)[cut.start : cut.stop])
-            codec.decode(_pieces(codec, stored, cut), values)
-            result.view(-1)[cut.start : cut.stop] = values[:size]
-        return result
+        return decoded(self.codecs[name], self._parts(number, name), self.slices(number), shape, weights, folder)
 
     def load(self, number: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load an encoded value of a master, as :meth:`parts_of` returned it."""
@@ -199,9 +180,9 @@ class EncodedState:
             held.copy_(tensors[part.name])
         self._known.add((number, name))
 
-    def decode(self, number: int, codec: Codec, shape: torch.Size, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return a value that :meth:`parts_of` returned and this run does not encode, decoded, as :meth:`read` does."""
-        return self._decode(number, codec, shape, [tensors[part.name] for part in codec.parts])
+    def slices(self, number: int) -> list[Slice]:
+        """Return the slices of a master."""
+        return self._slices.get(number, [])
 
     def parts_of(self, number: int) -> dict[str, dict[str, torch.Tensor]]:
         """Return the encoded state of a master by name and part, for a checkpoint."""
@@ -215,12 +196,42 @@ class EncodedState:
         """Forget all state, but not the masters."""
         self._known = {(number, name) for number, name in self._known if name is None}
 
-    def _cut(self, number: int) -> Iterator[Slice]:
-        """Yield pieces of the slices of a master."""
-        for cut in self._slices.get(number, []):
-            for start in range(cut.start, cut.stop, _PIECE):
-                stop = min(start + _PIECE, cut.stop)
-                yield Slice(number, start, stop, False, cut.place + start - cut.start)
+
+@torch.no_grad()
+def decoded(
+    codec: Codec,
+    stored: Sequence[torch.Tensor],
+    slices: Sequence[Slice],
+    shape: torch.Size,
+    weights: torch.Tensor | None = None,
+    folder: str | None = None,
+) -> torch.Tensor:
+    """Return a value of a master, decoded: a new fp32 tensor in host memory. What is in no slice is zero.
+
+    Args:
+        codec: its format.
+        stored: its parts.
+        slices: those of the master.
+        shape: of the master.
+        weights: those of the master, on any device, if the value is the master.
+        folder: let the tensor be a file there, which takes no anonymous memory, if there is room.
+    """
+    result = _zeros(stored[0], shape, folder)
+    for cut in _small(slices):
+        values, size = stored[0].new_zeros(cut.room, dtype=torch.float32), cut.stop - cut.start
+        if weights is not None:
+            values[:size].copy_(weights.reshape(-1)[cut.start : cut.stop])
+        codec.decode(_pieces(codec, stored, cut), values)
+        result.view(-1)[cut.start : cut.stop] = values[:size]
+    return result
+
+
+def _small(slices: Sequence[Slice]) -> Iterator[Slice]:
+    """Yield slices in pieces."""
+    for cut in slices:
+        for start in range(cut.start, cut.stop, _PIECE):
+            stop = min(start + _PIECE, cut.stop)
+            yield Slice(cut.number, start, stop, False, cut.place + start - cut.start)
 
 
 def _pieces(codec: Codec, buffers: Sequence[torch.Tensor], cut: Slice) -> list[torch.Tensor]:

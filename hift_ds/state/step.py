@@ -22,10 +22,11 @@ import torch
 from hift_ds.config import SLOT_OVERHEAD
 from hift_ds.optim.properties import assembled, has_elements, parts
 from hift_ds.state.allocator import HostMemory
-from hift_ds.state.codec import ALIGNMENT, FIRST_MOMENT, SECOND_MOMENT, Codec
+from hift_ds.state.codec import ALIGNMENT, Codec
 from hift_ds.state.encoded import EncodedState, Slice, view, without_memory
 from hift_ds.state.gradients import fp32_slice
 from hift_ds.state.host_step import CHUNK, HostStep
+from hift_ds.state.saved import Counted, SavedMaster, SavedState, Span, encoded_entry
 from hift_ds.state.transfer import Run, Slot, Staging, wait
 
 # Elements by which the alignment of tensors in a slot can enlarge a slice, at most.
@@ -178,6 +179,7 @@ class BlockState:
             limit = int((staging.slot_bytes - (SLOT_OVERHEAD if codecs or weights_on_host else 0)) // bytes_per_element)
         # Elements by which the alignment of tensors in a slot can enlarge a slice, at most.
         overhead = ALIGNMENT if codecs or weights_on_host else _SLICE_OVERHEAD
+        self._elements: list[tuple[int, int] | None] = list(slices) or [None]
         owned = self._slices_of_blocks(slices)
         self._plans = [self._plan(of_block, limit, overhead) for of_block in owned]
         self._active = self._plans[0]
@@ -237,15 +239,113 @@ class BlockState:
         """Choose the block that is stepped next, by its index in ``slices``. Nothing may be fetched for another."""
         self._active = self._plans[block]
 
-    def step_counts(self) -> list[dict[str, Any]]:
-        """Return each block's counts, for a checkpoint to hold in addition to the optimizer's state."""
-        return [{"counts": plan.counts, "settings": plan.settings, "is_new": plan.is_new} for plan in self._plans]
+    def saved(self, spans: Sequence[Sequence[Span]], counted: Collection[str], with_masters: bool) -> list[SavedMaster]:
+        """Return masters and state for a checkpoint. The masters must be decoded.
 
-    def load_step_counts(self, saved: list[dict[str, Any]]) -> None:
-        """Restore what :meth:`step_counts` returned."""
-        self._failed = False
-        for plan, entry in zip(self._plans, saved, strict=True):
-            plan.counts, plan.settings, plan.is_new = entry["counts"], entry["settings"], entry["is_new"]
+        Args:
+            spans: of each master, what it holds.
+            counted: settings in which the torch optimizer counts.
+            with_masters: False: the checkpoint holds the masters as weights.
+        """
+        found = []
+        for index, (master, own) in enumerate(zip(self._masters, spans, strict=True)):
+            group, state = self._owner.optimizer.param_groups[self._groups[index]], self._state_of(master)
+            if self._is_shared:  # another rank knows the counts of what it alone trains
+                of_plans = [
+                    Counted(elements, plan.counts[index], plan.settings[self._groups[index]], plan.is_new)
+                    for plan, elements in zip(self._plans, self._elements, strict=True)
+                    if plan.chunks
+                ]
+            else:
+                settings = {key: group[key] for key in counted if key in group}
+                is_new = not state and not self._encoded.parts_of(index)
+                of_plans = [Counted(None, _without_elements(state), settings, is_new)]
+            encoded = self._encoded.parts_of(index).items()
+            found.append(
+                SavedMaster(
+                    list(own),
+                    master.numel(),
+                    master.detach() if with_masters else None,
+                    {name: value for name, value in state.items() if has_elements(value)},
+                    {name: encoded_entry(self._encoded.codecs[name], tensors) for name, tensors in encoded},
+                    [(cut.start, cut.stop, cut.place) for cut in self._encoded.slices(index)],
+                    of_plans,
+                )
+            )
+        return found
+
+    def load(
+        self,
+        saved: SavedState,
+        spans: Sequence[Sequence[Span]],
+        counted: Collection[str],
+        with_masters: bool = True,
+        recount: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> bool:
+        """Load masters and state from a checkpoint. The weights are loaded already.
+
+        Args:
+            saved: the state in the checkpoint.
+            spans: of each master, what it holds here.
+            counted: settings in which the torch optimizer counts.
+            with_masters: False: the masters become the weights.
+            recount: returns counts of the checkpoint as this optimizer keeps them.
+
+        Returns:
+            Whether state in another format is encoded anew, because the checkpoint does not hold it in this place.
+        """
+        self._failed, self._has_new_weights = False, False
+        self._encoded.forget_state()
+        optimizer, is_recoded = self._owner.optimizer, False
+        for index, (master, own) in enumerate(zip(self._masters, spans, strict=True)):
+            if (weights := self._owner.weights(index)) is not None:
+                values = saved.values(own, None, master) if with_masters else None
+                if values is None:
+                    values = weights.detach().to("cpu", torch.float32)
+                if None in self._encoded.codecs:
+                    master.data = values.view(master.shape)
+                    self._encode_master(index)
+                else:
+                    master.data.copy_(values.view(master.shape))
+            state: dict[str, Any] = {}
+            for name in saved.state_names(own, master.numel()):
+                codec, slices = self._encoded.codecs.get(name), self._encoded.slices(index)
+                codes = codec and saved.codes(own, master.numel(), name, codec, slices)
+                if codes:
+                    self._encoded.load(index, name, codes)
+                    continue
+                values = saved.values(own, name, master)
+                assert values is not None
+                if codec is not None:
+                    self._encoded.write(index, name, values)
+                    is_recoded = True
+                else:  # the store copies it
+                    state[name] = values if self._host is not None else values.to(master.device, copy=True)
+            group = optimizer.param_groups[self._groups[index]]
+            for key in counted:
+                group.pop(key, None)
+            for plan, elements in zip(self._plans, self._elements, strict=True):
+                of_plan = saved.counted(own, elements)
+                plan.is_new, counts = of_plan.is_new, recount(of_plan.counts)
+                plan.counts[index], plan.settings[self._groups[index]] = counts, dict(of_plan.settings)
+                if not self._is_shared:
+                    state |= counts
+                    group.update(of_plan.settings)
+            optimizer.state.pop(master, None)
+            if state or self._encoded.parts_of(index):
+                optimizer.state[master] = state
+        if self._is_shared:
+            self._load_counts_into_optimizer(self._active)
+        self.to_host()
+        return is_recoded
+
+    def check_counts(self, saved: SavedState, spans: Sequence[Sequence[Span]]) -> None:
+        """Raise a ValueError if what one block of this run trains was updated differently often."""
+        for own, elements in itertools.product(spans, self._elements):
+            saved.counted(own, elements)
+
+    def _state_of(self, master: torch.Tensor) -> dict[str, Any]:
+        return dict(self._owner.optimizer.state.get(master, {}))
 
     def to_host(self) -> None:
         """Move masters and state to the store, into their earlier buffers if they have any."""
@@ -325,25 +425,6 @@ class BlockState:
                     master.data = self._nothing.expand(master.shape)
                 else:
                     state.pop(name, None)
-
-    def encoded_state(self) -> list[dict[str, dict[str, torch.Tensor]]]:
-        """Return the encoded state of each master by name and part, for a checkpoint."""
-        return [self._encoded.parts_of(index) for index in range(len(self._masters))]
-
-    def load_encoded_state(self, saved: Sequence[Mapping[str, Mapping[str, torch.Tensor]]]) -> None:
-        """Load what :meth:`encoded_state` returned. State that this run does not encode becomes ``optimizer.state``."""
-        self._encoded.forget_state()
-        for index, names in enumerate(saved):
-            for name, tensors in names.items():
-                if name in self._encoded.codecs:
-                    self._encoded.load(index, name, tensors)
-                    continue
-                codec = SECOND_MOMENT if name.endswith("_sq") else FIRST_MOMENT
-                master = self._masters[index]
-                values = self._encoded.decode(index, codec, master.shape, tensors)
-                self._owner.optimizer.state[master][name] = (
-                    values if self._host is not None else values.to(master.device)
-                )
 
     def masters_in_store(self) -> list[torch.Tensor]:
         """Return the tensors that hold the masters between two steps, and that are not weights at the same time."""

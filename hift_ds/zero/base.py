@@ -14,6 +14,7 @@ import torch
 
 from hift_ds.optim.properties import parts
 from hift_ds.state.ledger import Held
+from hift_ds.state.saved import SavedState
 from hift_ds.state.step import BlockState, Replicas, SteppedOptimizer
 from hift_ds.weights.host import HostWeights
 
@@ -33,6 +34,7 @@ class BlockOptimizer:
         clip_grad: largest norm of the gradients; 0: any.
         host_weights: keeps the weights in host memory; None: they are on the device.
         is_replicated: all ranks compute the same update of all weights of the block.
+        saves_masters: a checkpoint holds the masters; False: the weights, which it holds anyway, are the masters.
     """
 
     optimizer: Any
@@ -44,6 +46,7 @@ class BlockOptimizer:
     clip_grad: float = 0.0
     host_weights: HostWeights | None = None
     is_replicated = False
+    saves_masters = True
     _global_grad_norm: Any = None
     _trained: Sequence[torch.nn.Parameter] = ()
 
@@ -150,6 +153,21 @@ class BlockOptimizer:
             self.relink()
             if changes and name is None:
                 self._announce_weights()
+
+    def entries_of_zero(self) -> dict[str, Any]:
+        """Return what DeepSpeed's ``zero_to_fp32.py`` reads from a checkpoint; without ZeRO nothing."""
+        return {}
+
+    def load(self, saved: SavedState, spans: Any, counted: Any, with_masters: bool, recount: Any) -> bool:
+        """Load masters and state from a checkpoint, by :meth:`BlockState.load`."""
+        self.settle()
+        if self.host_weights is not None:
+            self.host_weights.settle()
+            self.host_weights.node.meet()  # weights will be written
+        is_recoded = self.block_state.load(saved, spans, counted, with_masters, recount)
+        self.relink()
+        self._announce_weights()
+        return is_recoded
 
     def relink(self: Any) -> None:
         """Point DeepSpeed's references to state at the current tensors."""

@@ -1,5 +1,6 @@
 """All blocks' optimizers behind the interface of one: which is active, what reaches all of them, and what is saved."""
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,13 +10,13 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import log_dist
-from torch.utils._pytree import tree_map_only
 
 from hift_ds.optim.properties import restrict
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.codec import Codec
 from hift_ds.state.host_step import HostStep
 from hift_ds.state.ledger import Held
+from hift_ds.state.saved import SavedState, Span
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Staging
 from hift_ds.zero.base import BlockOptimizer
@@ -24,6 +25,8 @@ from hift_ds.zero.base import BlockOptimizer
 _LISTS_OF_ALL = ("round_robin_bit16_groups", "bit16_groups", "fp16_groups", "bf16_groups")
 _METHODS_OF_MASTERS = ("refresh_fp32_params", "_restore_from_bit16_weights")
 _METHODS_OF_ALL = ("destroy", *_METHODS_OF_MASTERS, "offload_states", "reload_states")
+# Classes with the same state: on the device in torch or by a kernel, and on the host.
+_FAMILIES = ({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"},)
 
 
 class BlockOptimizers:
@@ -51,6 +54,7 @@ class BlockOptimizers:
         counted: settings in which the torch optimizer counts, such as its steps. Each block counts for itself.
         codecs: the format in the store of the masters (None) and of state by name; all others are kept as they are.
         weights_on_host: the weights are in host memory, and travel with the state.
+        names: of the parameters, by ``id``.
 
     Attributes:
         optimizer: the configured optimizer.
@@ -79,8 +83,10 @@ class BlockOptimizers:
         counted: Collection[str] = (),
         codecs: Mapping[str | None, Codec] | None = None,
         weights_on_host: bool = False,
+        names: Mapping[int, str] | None = None,
     ):
         self.optimizer = configured
+        self._names, self._counted = dict(names or {}), frozenset(counted)
         configured.state.clear()  # Adagrad makes its state at construction, here for the whole model
         self.host = host
         self.optimizers: list[Any] = []
@@ -319,96 +325,145 @@ class BlockOptimizers:
             block.relink()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all blocks' state on this rank."""
+        """Return all blocks' state on this rank, by parameter name, and what DeepSpeed's tools read."""
         self.settle()
-        blocks = []
+        masters: list[dict[str, Any]] = []
+        of_zero: list[dict[str, Any]] = []
         for block in self.optimizers:
             with block.decoded(changes=False, folder=self.scratch_folder):
-                blocks.append(_snapshot(block.state_dict()) if block.block_state.is_encoded else block.state_dict())
-        encoded = [block.block_state.encoded_state() for block in self.optimizers]
+                found = block.block_state.saved(self._spans(block), self._counted, block.saves_masters)
+                masters += [master.entry() for master in found]
+                of_zero.append(block.entries_of_zero())
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
-        counts = [block.block_state.step_counts() for block in self.optimizers]
-        entries = {"blocks": blocks, "settings": settings, "counts": counts}
-        return {**_masters_of_all(blocks), **entries, "encoded": encoded, "formats": self._formats()}
+        return {
+            **_of_all(of_zero),
+            "masters": masters,
+            "optimizer": type(self.optimizer).__name__,
+            "settings": settings,
+            "loss_scaler": getattr(self.optimizers[0], "loss_scaler", None),
+        }
 
-    def load_state_dict(self, state_dict: Any = None, *, state_dict_list: Any = None, **options: Any) -> None:
-        """Load all blocks' state.
+    def check_state(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Check that this run can continue with the state in a checkpoint. Nothing is changed.
 
         Args:
-            state_dict: what :meth:`state_dict` returned (stage 0).
-            state_dict_list: the same of every rank (ZeRO stages 1 to 3).
-            options: DeepSpeed's own, such as ``load_optimizer_states``.
+            entries: what :meth:`state_dict` returned on each rank that saved.
 
         Raises:
-            ValueError: the checkpoint holds another number of blocks.
+            ValueError: there is no state of some parameter, or it cannot be cut as here.
         """
-        self.settle()
-        saved = state_dict if state_dict is not None else next(entry for entry in state_dict_list if entry)
-        if "blocks" not in saved or len(saved["blocks"]) != len(self.optimizers):
-            count = len(saved["blocks"]) if "blocks" in saved else "no"
-            raise ValueError(
-                f"the checkpoint holds {count} blocks of optimizer state, this run has {len(self.optimizers)}; resume "
-                "with the layers_per_block, max_block_numel, balance and freeze of the run that saved it, or load "
-                "with load_optimizer_states=False"
-            )
-        loads_state = options.get("load_optimizer_states", True)
-        encoded = self._encoded_state(saved, state_dict_list) if loads_state else None
-        for index, block in enumerate(self.optimizers):
-            with block.decoded():
-                if state_dict_list is not None:
-                    entries = [entry and entry["blocks"][index] for entry in state_dict_list]
-                    block.load_state_dict(state_dict_list=entries, **options)
-                else:
-                    block.load_state_dict(saved["blocks"][index], **options)
-                if encoded is not None:
-                    block.block_state.load_encoded_state(encoded[index])
-        self.return_to_host()
-        if loads_state:
-            for block, counts in zip(self.optimizers, saved["counts"], strict=True):
-                block.block_state.load_step_counts(counts)
-            for group, settings in zip(self.optimizer.param_groups, saved["settings"], strict=True):
-                group.update(settings)
+        self._read(entries)
+
+    def load_state_dict(
+        self,
+        state_dict: Any = None,
+        *,
+        state_dict_list: Sequence[dict[str, Any]] | None = None,
+        load_from_fp32_weights: bool = True,
+        **_: Any,
+    ) -> None:
+        """Load all blocks' state, which any number of ranks, ZeRO stage and blocks may have saved.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, if there is only one.
+            state_dict_list: what it returned on each rank that saved.
+            load_from_fp32_weights: False: the masters become the weights.
+
+        Raises:
+            ValueError: there is no state of some parameter, or it cannot be cut as here. Nothing is changed then.
+        """
+        entries = state_dict_list or [state_dict]
+        saved, spans = self._read(entries)
+        recount = functools.partial(_as_counted_by, type(self.optimizer))
+        anew = [
+            block.load(saved, own, self._counted, load_from_fp32_weights, recount)
+            for block, own in zip(self.optimizers, spans, strict=True)
+        ]
+        if saved.encoded != (now := self._formats()):
+            self._log(f"the checkpoint keeps {_named(saved.encoded)} in fewer bits, this run {_named(now)}: converted")
+        elif any(anew):
+            self._log("state in 8 bits is encoded anew, because this run cuts it elsewhere: it is not bit-equal")
+        for group, settings in zip(self.optimizer.param_groups, entries[0]["settings"], strict=True):
+            group.update(settings)
+        if entries[0]["loss_scaler"] is not None and hasattr(self.optimizers[0], "loss_scaler"):
+            self.optimizers[0].loss_scaler = entries[0]["loss_scaler"]
         self._share_between_blocks()
 
-    def _encoded_state(self, saved: dict[str, Any], of_ranks: Any) -> list[Any]:
-        """Return the encoded state of this rank for each block, and log if this run keeps state in other formats."""
-        if of_ranks is not None:
-            saved = of_ranks[dist.get_rank(group=self._active_optimizer.dp_process_group)] or saved
-        before, now = saved.get("formats", []), self._formats()
-        if before != now:
-            log_dist(
-                f"the checkpoint keeps {_named(before)} in fewer bits, this run {_named(now)}: converted",
-                ranks=[0],
-                level=logging.WARNING,
-            )
-        return saved.get("encoded") or [[] for _ in self.optimizers]
+    def _read(self, entries: Sequence[dict[str, Any]]) -> tuple[SavedState, list[list[list[Span]]]]:
+        """Return the state in a checkpoint, and what each master of each block holds here."""
+        saved = SavedState.read(entries)
+        spans = [self._spans(block) for block in self.optimizers]
+        if problems := self._problems(entries[0], saved, spans):
+            raise ValueError(f"the optimizer state in the checkpoint does not fit: {'; '.join(problems)}")
+        return saved, spans
+
+    def _problems(
+        self, entry: dict[str, Any], saved: SavedState, spans: Sequence[Sequence[Sequence[Span]]]
+    ) -> list[str]:
+        """Return why this run cannot continue with a checkpoint's state."""
+        problems, ours, theirs = [], type(self.optimizer), entry["optimizer"]
+        if theirs != ours.__name__ and not any({theirs, ours.__name__} <= family for family in _FAMILIES):
+            problems.append(f"it is state of {theirs}, and this run uses {ours.__name__}; use the same optimizer")
+        if (count := len(entry["settings"])) != (own := len(self.optimizer.param_groups)):
+            problems.append(f"it has {count} parameter groups, and this run has {own}; use the same groups")
+        trained = {span.name for of_block in spans for of_master in of_block for span in of_master}
+        for names, what in ((trained - saved.names, "is in no block of"), (saved.names - trained, "is frozen in")):
+            if names:
+                where = "the run that saved it" if what.startswith("is in no") else "this run"
+                problems.append(
+                    f"{len(names)} parameters, such as {min(names)}, of which each {what} {where}; use the same "
+                    "hift.freeze"
+                )
+        if problems:
+            return problems
+        for block, of_block in zip(self.optimizers, spans, strict=True):
+            for (master, _), of_master in zip(block.masters(), of_block, strict=True):
+                problems += saved.problems(of_master, master.numel())
+        if not problems:
+            try:
+                for block, of_block in zip(self.optimizers, spans, strict=True):
+                    block.block_state.check_counts(saved, of_block)
+            except ValueError as error:
+                problems.append(str(error))
+        return list(dict.fromkeys(problems))
+
+    def _spans(self, block: Any) -> list[list[Span]]:
+        """Return what each master of a block's optimizer holds, by parameter name."""
+        return [
+            [Span(self._names[id(parameter)], *place) for parameter, *place in block.elements(index)]
+            for index in range(len(block.masters()))
+        ]
+
+    def _log(self, text: str) -> None:
+        log_dist(text, ranks=[0], level=logging.WARNING)
 
     def _formats(self) -> list[str]:
         """Return the names of the state that a checkpoint holds in another format. Masters are in fp32 there."""
         return sorted(name for name in self._codecs if name is not None)
 
 
+def _as_counted_by(optimizer: type, counts: dict[str, Any]) -> dict[str, Any]:
+    """Return counts as an optimizer class keeps them: DeepSpeed's own ones count updates in a number."""
+    if "step" not in counts or not any(optimizer.__name__ in family for family in _FAMILIES):
+        return dict(counts)
+    number = float(counts["step"])
+    in_torch = optimizer.__module__.startswith("torch.")
+    return {**counts, "step": torch.tensor(number, dtype=torch.float32) if in_torch else int(number)}
+
+
 def _named(names: Sequence[str]) -> str:
     return ", ".join(names) or "no optimizer state"
 
 
-def _snapshot(state: Any) -> Any:
-    """Return state with tensors that keep their values when a parameter's ``data`` is replaced."""
-    return tree_map_only(torch.Tensor, torch.Tensor.detach, state)
+def _of_all(of_blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the entries of all blocks that DeepSpeed's ``zero_to_fp32.py`` reads, as those of one optimizer.
 
-
-def _masters_of_all(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entries of ZeRO state that DeepSpeed's ``zero_to_fp32.py`` reads from a checkpoint.
-
-    They refer to the same tensors as the blocks' own state dicts, so the file does not grow. Stage 0 needs none.
+    They refer to the same tensors as the masters, so the file does not grow.
     """
-    if "zero_stage" not in blocks[0]:
-        return {}
-    entries = {key: blocks[0][key] for key in ("zero_stage", "partition_count")}
-    masters = "single_partition_of_fp32_groups" if entries["zero_stage"] <= 2 else "fp32_flat_groups"
-    entries[masters] = [master for block in blocks for master in block[masters]]
-    if isinstance(entries["partition_count"], list):
-        entries["partition_count"] = [count for block in blocks for count in block["partition_count"]]
-    return entries
+    merged = dict(of_blocks[0])
+    for name, value in merged.items():
+        if isinstance(value, list):
+            merged[name] = [entry for of_block in of_blocks for entry in of_block[name]]
+    return merged

@@ -67,3 +67,7 @@ class UnfusedBlockOptimizer(BlockOptimizer, FP16_UnfusedOptimizer):
     def first_element(self) -> int:
         """Return 0: each rank steps whole parameters."""
         return 0
+
+    def elements(self, index: int) -> list[tuple[torch.nn.Parameter, int, int, int]]:
+        """Return the whole parameter."""
+        return [(self._weights[index], 0, self.masters()[index][0].numel(), 0)]

@@ -24,6 +24,7 @@ class PlainBlockOptimizer(BlockOptimizer):
 
     loss_scale = 1.0
     is_replicated = True
+    saves_masters = False
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, clip_grad: float, mpu: Any, order: Iterable[torch.nn.Parameter]
@@ -99,6 +100,10 @@ class PlainBlockOptimizer(BlockOptimizer):
         """Return 0: each rank steps whole parameters."""
         return 0
 
+    def elements(self, index: int) -> list[tuple[torch.nn.Parameter, int, int, int]]:
+        """Return the whole parameter."""
+        return [(self._weights[index], 0, self._masters[index][0].numel(), 0)]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the block."""
         for weights in self._weights:
@@ -106,11 +111,3 @@ class PlainBlockOptimizer(BlockOptimizer):
                 weights.grad = None
             elif weights.grad is not None:
                 weights.grad.zero_()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the torch optimizer's ``state_dict``."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any], **_: Any) -> None:
-        """Load a torch optimizer's ``state_dict``; DeepSpeed's other arguments have no effect here."""
-        self.optimizer.load_state_dict(state_dict)

@@ -125,6 +125,28 @@ class Stage12BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer):
         rank = dist.get_rank(group=self.real_dp_process_group[0])
         return rank * self.single_partition_of_fp32_groups[0].numel()
 
+    def elements(self, index: int) -> list[tuple[torch.nn.Parameter, int, int, int]]:
+        """Return what this rank's partition of a parameter group holds."""
+        found = []
+        for parameter in self.bit16_groups[index]:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # another rank has all of it
+                found.append((parameter, 0, 0, 0))
+            else:
+                own, place = mapping.lp_fragment_address, mapping.get_hp_fragment_address().start
+                found.append((parameter, own.start, own.numel, place))
+        return found
+
+    def entries_of_zero(self) -> dict[str, Any]:
+        """Return what DeepSpeed's ``zero_to_fp32.py`` reads from a checkpoint."""
+        masters = self._get_groups_without_padding([master.detach() for master, _ in self.masters()])
+        stage = 2 if self.partition_gradients else 1
+        return {
+            "zero_stage": stage,
+            "partition_count": self.partition_count,
+            "single_partition_of_fp32_groups": masters,
+        }
+
     def relink(self) -> None:
         """Point DeepSpeed's views of each parameter's state (``safe_get_full_fp32_param``) at the current tensors."""
         self._link_all_hp_params()

@@ -279,6 +279,21 @@ class Stage3BlockOptimizer(BlockOptimizer, DeepSpeedZeroOptimizer_Stage3):
         (parameter,) = self.fp16_groups[0]
         return dist.get_rank(group=self.dp_process_group) * parameter.partition_numel()
 
+    def elements(self, index: int) -> list[tuple[torch.nn.Parameter, int, int, int]]:
+        """Return this rank's partitions of the parameters of a sub-group."""
+        found, place = [], 0
+        for parameter in self.fp16_groups[index]:
+            start = self._get_param_partition_rank(parameter) * parameter.partition_numel()
+            numel = self._own_numel(parameter)
+            found.append((parameter, start if numel else 0, numel, place if numel else 0))
+            place += parameter.partition_numel()
+        return found
+
+    def entries_of_zero(self) -> dict[str, Any]:
+        """Return what DeepSpeed's ``zero_to_fp32.py`` reads from a checkpoint."""
+        masters = [master.detach() for master in self.fp32_partitioned_groups_flat]
+        return {"zero_stage": 3, "partition_count": self.partition_count, "fp32_flat_groups": masters}
+
     def held(self) -> Iterator[Held]:
         """Yield all tensors that this optimizer keeps, except the weights."""
         yield from super().held()

@@ -206,7 +206,9 @@ def test_a_checkpoint_of_other_blocks_is_refused(tmp_path: Path) -> None:
     finer = Case(max_block_numel=FINER)
     for number, (case, other) in enumerate(((Case(), finer), (finer, Case()), (finer, replace(finer, balance=True)))):
         (message,) = run_on_ranks(1, refused, case, other, str(tmp_path / str(number)))
-        assert "max_block_numel" in message and "of the run that saved it" in message
+        assert (
+            "max_block_numel" in message and "of the run that saved it" in message and "steps before the end" in message
+        )
 
 
 def check_stops(case: Case, tmp_path: Path, stops: tuple[int, ...]) -> None:

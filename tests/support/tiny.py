@@ -426,9 +426,12 @@ def tensors(state: Any, path: str = "") -> dict[str, Tensor]:
 
 def block_states(engine: Any) -> list[dict[str, Tensor]]:
     """All that each block's optimizer keeps on this rank (masters, moments, step counts), copied."""
-    state = engine.block_optimizers.state_dict()
-    pairs = zip(state["blocks"], state["encoded"], strict=True)
-    return [tensors({"block": block, "encoded": encoded}) for block, encoded in pairs]
+    found = []
+    for block in engine.block_optimizers.optimizers:
+        with block.decoded(changes=False):
+            masters = block.block_state.saved([[]] * len(block.masters()), ("step",), with_masters=True)
+            found.append(tensors([master.entry() for master in masters]))
+    return found
 
 
 def identical(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """The order of blocks, by itself."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -47,10 +48,23 @@ def test_a_saved_position_continues() -> None:
         assert resumed.advance() == schedule.advance()
 
 
-@pytest.mark.parametrize("other", (BlockSchedule(4), BlockSchedule(5, "top2down"), BlockSchedule(5, steps_per_block=2)))
-def test_a_position_in_another_order_is_refused(other: BlockSchedule) -> None:
-    with pytest.raises(ValueError, match="was saved with block order"):
-        other.load_state_dict(BlockSchedule(5).state_dict())
+@pytest.mark.parametrize("kind", ({"num_blocks": 4}, {"strategy": "top2down"}, {"steps_per_block": 2}, None))
+def test_another_order_begins_with_a_cycle(kind: dict[str, Any] | None) -> None:
+    schedule = BlockSchedule(5)
+    other = BlockSchedule(**{"num_blocks": 5, **(kind or {})})
+    for step in range(11):
+        if step % 5:
+            assert schedule.steps_left(schedule.state_dict()) == 5 - step % 5
+            with pytest.raises(ValueError, match=f"{5 - step % 5} steps before the end of a cycle"):
+                other.load_state_dict(schedule.state_dict(), same_blocks=kind is not None)
+        else:
+            other.load_state_dict(schedule.state_dict(), same_blocks=kind is not None)
+            assert (other.cycle, other.active_block, other.step % other.steps_per_cycle) == (
+                step // 5,
+                other.order[0],
+                0,
+            )
+        schedule.advance()
 
 
 @pytest.mark.parametrize(

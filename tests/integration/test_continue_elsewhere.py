@@ -1,0 +1,173 @@
+"""A checkpoint continues with another number of ranks, ZeRO stage, cut into blocks or placement, bit for bit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import tiny
+from tests.support.pairwise import others_slow
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import Case
+
+Held = dict[str, dict[str, Any]]
+
+
+def held(engine: Any) -> Held:
+    """In a rank: weight, master, moments and number of updates of each parameter, not by what loads checkpoints."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine.block_optimizers.settle()
+    found: Held = {name: {"weight": weight} for name, weight in tiny.weights(engine).items()}
+    named = dict(engine.module.named_parameters())
+    for block, optimizer in zip(engine.blocks, of_blocks(engine), strict=True):
+        state = optimizer.optimizer.state
+        for name in block.parameter_names:
+            parameter = named[name]
+            if engine.zero_optimization_stage():
+                found[name]["master"] = safe_get_full_fp32_param(parameter).clone()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    found[name][moment] = safe_get_full_optimizer_state(parameter, moment).clone()
+                counts = {float(state[master]["step"]) for master, _ in optimizer.masters()}
+            else:
+                with optimizer.decoded(changes=False):
+                    optimizer.block_state.decode({"exp_avg", "exp_avg_sq"})
+                    weights = optimizer._weights
+                    (index,) = (i for i, weight in enumerate(weights) if weight is parameter)
+                    master = optimizer.masters()[index][0]
+                    found[name]["master"] = master.detach().clone()
+                    found[name] |= {m: state[master][m].clone() for m in ("exp_avg", "exp_avg_sq")}
+                    counts = {float(state[master]["step"])}
+                    optimizer.block_state.discard_decoded()
+            (found[name]["updates"],) = counts
+    return found
+
+
+def of_blocks(engine: Any) -> list[Any]:
+    optimizers = engine.block_optimizers
+    return [optimizers.optimizers[index] for index, _ in optimizers._places]
+
+
+def saved(case: Case, folder: str, steps: int) -> Held:
+    """In a rank: train and save."""
+    engine = tiny.initialize(case)
+    try:
+        for step in range(steps):
+            tiny.optimizer_step(engine, step)
+        before = held(engine)
+        engine.save_checkpoint(folder, tag="saved", client_state={"note": "kept"})
+        return before
+    finally:
+        engine.destroy()
+
+
+def loaded(case: Case, folder: str) -> tuple[Held, tuple[Any, ...], dict[str, torch.Tensor]]:
+    """In a rank: what a new engine has of a checkpoint, where it continues, and its weights two steps later."""
+    model = tiny.model(case.dtype, case.tied)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    engine = tiny.initialize(case, llama=model)
+    try:
+        _, client_state = engine.load_checkpoint(folder, tag="saved")
+        assert client_state["note"] == "kept"
+        after, place = held(engine), (engine.global_steps, engine.cycle, engine.active_block)
+        for step in range(2):
+            tiny.optimizer_step(engine, 100 + step)
+        return after, place, tiny.weights(engine)
+    finally:
+        engine.destroy()
+
+
+def differences(ours: Held, truth: Held, but: tuple[str, ...] = ()) -> list[str]:
+    assert ours.keys() == truth.keys()
+    found = []
+    for name, values in truth.items():
+        for what, value in values.items():
+            if what not in but and not torch.equal(
+                torch.as_tensor(ours[name][what]).view(-1), torch.as_tensor(value).view(-1)
+            ):
+                found.append(f"{what} of {name}")
+    return found
+
+
+BF16, HOST = {"dtype": "bf16"}, {"waiting": "cpu"}
+PAIRS = [
+    (Case(stage=2, ranks=2), Case(stage=0)),
+    (Case(stage=0, **BF16), Case(stage=3, ranks=2, **BF16)),
+    (Case(stage=3, ranks=2, **BF16), Case(stage=2, **BF16, layers_per_block=2)),
+    (Case(stage=3, ranks=2, max_block_numel=1600), Case(stage=1, ranks=2)),
+    (Case(stage=1), Case(stage=2, ranks=2, max_block_numel=1600, balance=True)),
+    (Case(stage=2, ranks=2, **BF16), Case(stage=2, **BF16, **HOST, layers_per_block=2)),
+    (Case(stage=0, **BF16, **HOST), Case(stage=3, ranks=2, **BF16, **HOST)),
+    (Case(stage=0), Case(stage=3, ranks=2, place="none", tied=False)),
+    (Case(stage=3, **BF16), Case(stage=0, **BF16, layers_per_block=2)),
+    (Case(stage=3, tied=True, **BF16), Case(stage=0, tied=True, **BF16)),
+]
+
+
+@pytest.mark.parametrize("before, after", others_slow(PAIRS, PAIRS[:6]), ids=str)
+def test_state_is_found_by_name(before: Case, after: Case, tmp_path: Path) -> None:
+    truth = run_on_ranks(before.ranks, saved, before, str(tmp_path), before.k)[0]
+    results = run_on_ranks(after.ranks, loaded, after, str(tmp_path))
+    for ours, place, weights in results:
+        assert not differences(ours, truth)
+        assert place == (before.k, 1, 0)
+        assert all(value.isfinite().all() for value in weights.values())
+        assert any(not torch.equal(weights[name], truth[name]["weight"]) for name in weights)
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+def test_in_the_middle_of_a_cycle_other_ranks_continue(ranks: tuple[int, int], tmp_path: Path) -> None:
+    before, after = (Case(stage=stage, ranks=count) for stage, count in zip((2, 3), ranks, strict=True))
+    steps = before.k + 2  # the first two blocks have one update more
+    truth = run_on_ranks(before.ranks, saved, before, str(tmp_path), steps)[0]
+    assert len({values["updates"] for values in truth.values()}) == 2
+    for ours, place, _ in run_on_ranks(after.ranks, loaded, after, str(tmp_path)):
+        assert not differences(ours, truth)
+        assert place == (steps, 1, 2)
+
+
+def test_codes_are_encoded_anew_where_they_are_cut_elsewhere(tmp_path: Path) -> None:
+    before = Case(stage=2, ranks=2, dtype="bf16", moments="8bit")
+    after = replace(before, ranks=1, layers_per_block=2)
+    truth = run_on_ranks(2, saved, before, str(tmp_path), before.k)[0]
+    ((ours, _, _),) = run_on_ranks(1, loaded, after, str(tmp_path))
+    assert not differences(ours, truth, but=("exp_avg", "exp_avg_sq"))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        error = sum((ours[n][moment] - truth[n][moment]).square().sum() for n in truth)
+        assert 0 < error < 4e-4 * sum(truth[n][moment].square().sum() for n in truth)
+
+
+def refusals(cases: list[tuple[Case, tuple[str, ...]]], folder: str) -> list[str]:
+    """In a rank: what runs are told that cannot continue; each must leave the model as it was."""
+    messages = []
+    for case, freeze in cases:
+        model = tiny.model(case.dtype, case.tied)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in freeze)
+        engine = tiny.initialize(case, llama=model)
+        start = tiny.weights(engine)
+        with pytest.raises(ValueError) as error:
+            engine.load_checkpoint(folder, tag="saved")
+        messages.append(str(error.value))
+        assert tiny.identical(tiny.weights(engine), start)
+        engine.destroy()
+    return messages
+
+
+def test_what_cannot_continue_is_refused_by_name_and_changes_nothing(tmp_path: Path) -> None:
+    case = Case(stage=1)
+    run_on_ranks(1, saved, case, str(tmp_path), case.k)
+    cases = [
+        (replace(case, dtype="bf16"), ()),
+        (replace(case, optimizer="SGD"), ()),
+        (case, ("model.norm.weight",)),
+        (replace(case, decay_groups=True), ()),
+    ]
+    dtype, optimizer, frozen, groups = run_on_ranks(1, refusals, cases, str(tmp_path))[0]
+    assert "dtype of the weights: bfloat16 now, float32 in the checkpoint" in dtype
+    assert "it is state of AdamW, and this run uses SGD" in optimizer
+    assert "model.norm.weight" in frozen and "hift.freeze" in frozen
+    assert "it has 1 parameter groups, and this run has 2" in groups
