@@ -99,9 +99,10 @@ PAIRS = [
     (Case(stage=3, ranks=2, **BF16), Case(stage=2, **BF16, layers_per_block=2)),
     (Case(stage=3, ranks=2, max_block_numel=1600), Case(stage=1, ranks=2)),
     (Case(stage=1), Case(stage=2, ranks=2, max_block_numel=1600, balance=True)),
-    (Case(stage=2, ranks=2, **BF16), Case(stage=2, **BF16, **HOST, layers_per_block=2)),
+    (Case(stage=2, ranks=2, **BF16), Case(stage=0, ranks=2, **BF16, **HOST, layers_per_block=2)),
     (Case(stage=0, **BF16, **HOST), Case(stage=3, ranks=2, **BF16, **HOST)),
-    (Case(stage=0), Case(stage=3, ranks=2, place="none", tied=False)),
+    (Case(stage=2, ranks=2, **HOST), Case(stage=2, **HOST, layers_per_block=2)),
+    (Case(stage=0), Case(stage=3, ranks=2, place="none")),
     (Case(stage=3, **BF16), Case(stage=0, **BF16, layers_per_block=2)),
     (Case(stage=3, tied=True, **BF16), Case(stage=0, tied=True, **BF16)),
 ]
