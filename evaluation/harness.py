@@ -25,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from hift_ds import paths
 from hift_ds.evaluation.tasks.catalog import TASKS, find_task
 from hift_ds.evaluation.tasks.loading import read_task
-from hift_ds.launch.data.formats import LABEL_TASKS, convert, flatten
+from hift_ds.launch.data.formats import LABEL_TASKS, converter, flatten
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError, looked_in, nearest
 from hift_ds.launch.model.loading import load_config, load_model, load_tokenizer
@@ -199,11 +199,8 @@ def _columns(name: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     source = TASKS[name].data
     flat = [(where, one) for where, row in rows for one in flatten(source, row, where)]
     if source in LABEL_TASKS:
-        numbered, _ = convert(source, "text-label", {}, {"rows": flat})
-        flat = [
-            (where, {**row, "label": one["label"]})
-            for (where, row), (_, one) in zip(flat, numbered["rows"], strict=True)
-        ]
+        convert = converter(source, "text-label", {})
+        flat = [(where, {**row, "label": convert(row, where)["label"]}) for where, row in flat]
     found = []
     for where, row in flat:
         columns = HARNESS[name][1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepspeed import comm as dist
@@ -27,7 +29,7 @@ from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.cuts import Cut, check_change, cut_of, cuts_until, is_in_cycle, lr_factor, other_cut, with_cut
 from hift_ds.launch.data.batches import collate
-from hift_ds.launch.data.loading import Data, load_data
+from hift_ds.launch.data.loading import Data, open_data, prepare_data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.learning_rates import low_rate_warning
 from hift_ds.launch.loop import train
@@ -48,7 +50,7 @@ from hift_ds.launch.runtime import extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.runtime.export import export_model
 from hift_ds.launch.runtime.preemption import Preemption, Stopped
-from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, join, together
+from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, first_on_node, join, together
 from hift_ds.model import loss as losses
 from hift_ds.model.reach import unreached_by_example, unreached_by_text
 
@@ -178,7 +180,10 @@ class Run:
 
     def load_data(self) -> None:
         """Load tokenizer, data and model configuration, and check that they fit each other on every rank."""
-        together(self._load_data)
+        together(self._load_tokenizer)
+        data, model, seed = self.settings.data, self.settings.model, self.settings.training.seed
+        folder = first_on_node(prepare_data(data, self.tokenizer, task=model.task, seed=seed, say=self.say))
+        together(lambda: self._load_data(folder))
         rows = {
             f"{part} {key}": self.data.report[part][key]
             for part in ("train", "eval")
@@ -187,11 +192,13 @@ class Run:
         check_same("data", rows, "Give every machine the same files (data.path, data.eval_path, model.tokenizer).")
         check_same("models", self.config.to_dict(), "Give every machine the same model (model.name_or_path).")
 
-    def _load_data(self) -> None:
+    def _load_tokenizer(self) -> None:
+        self.tokenizer = loading.load_tokenizer(self.settings.model)
+        self.config = loading.load_config(self.settings.model, self.tokenizer, say=self.say)
+
+    def _load_data(self, folder: Path) -> None:
         settings = self.settings
-        self.tokenizer = loading.load_tokenizer(settings.model)
-        self.config = loading.load_config(settings.model, self.tokenizer, say=self.say)
-        self.data = load_data(settings.data, self.tokenizer, task=settings.model.task, seed=settings.training.seed)
+        self.data = open_data(settings.data, folder)
         if settings.training.eval_every and not self.data.eval:
             raise UserError(
                 f"training.eval_every: got {settings.training.eval_every}, but the data has no held-out examples. Set "
@@ -202,8 +209,9 @@ class Run:
             self.data.renumber(set_classes(self.config, settings.model, labels, self.say))
         longest, answered = self.data.longest(settings.training.max_new_tokens)
         skeleton = loading.skeleton(settings.model, self.config)
-        examples = self.data.train, self.data.eval
-        self.data.report["notes"] += check_limits(skeleton, self.tokenizer, *examples, longest, answered)
+        examples = {"training": self.data.train, "held-out": self.data.eval}
+        found = {"training": self.data.report["train"], "held-out": self.data.report["eval"]}
+        self.data.report["notes"] += check_limits(skeleton, self.tokenizer, examples, found, longest, answered)
         self.blocks = find_blocks(settings, skeleton)
         self.ticks = schedule_ticks(settings, self.blocks)
         self.unreached = unreached_by_text(skeleton, longest)
@@ -283,7 +291,8 @@ class Run:
     def check_loss(self, model: PreTrainedModel, say: Callable[[str], None]) -> None:
         """Check that the loss depends on all blocks, and say what it does not depend on and what it includes."""
         if self.unreached is None:
-            example = min(self.data.train[:100], key=lambda example: len(example.input_ids))
+            some = itertools.islice(self.data.train, 100)
+            example = min(some, key=lambda example: len(example.input_ids))
             self.unreached = unreached_by_example(model, collate([example], self.tokenizer.pad_token_id))
         if note := check_reach(self.settings, self.blocks, model, self.unreached):
             say(note)

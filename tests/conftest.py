@@ -5,6 +5,7 @@ On a GPU, the tests of the engine run with `DS_ACCELERATOR=cuda`; what needs mor
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,8 @@ import torch
 from tests.support import ranks
 
 torch.set_num_threads(1)
+_CACHE = tempfile.TemporaryDirectory(prefix="hift-ds-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name  # of this process and of those that it starts
 TESTS = Path(__file__).parent
 NOT_FAST = ("system", "integration", "proofs")  # folders of tests that start ranks or whole runs
 

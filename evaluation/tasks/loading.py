@@ -21,8 +21,8 @@ from hift_ds.evaluation.tasks.publishers import find_published
 from hift_ds.evaluation.tasks.sampling import SETS, divide, draw, merged, of_each_class, shares_of
 from hift_ds.launch.data.built_in import MAX_PROBLEMS, built_in_rows
 from hift_ds.launch.data.encoding import as_question, spaced
-from hift_ds.launch.data.formats import SOLUTION_TASKS, convert, flatten
-from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, read_file, read_hub
+from hift_ds.launch.data.formats import SOLUTION_TASKS, converter, flatten
+from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, open_hub, read_file
 from hift_ds.launch.errors import UserError, looked_in
 
 SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
@@ -215,7 +215,8 @@ def read_task(
     """Read the rows of "train" and "eval" (empty if nothing is held out); return them and the files' SHA-256."""
     if path is None:
         try:
-            return read_hub(task.data, task.subset, revision, "train", test_split or task.test_split), {}
+            splits = open_hub(task.data, task.subset, revision, "train", test_split or task.test_split)
+            return {"train": [], "eval": []} | {part: list(split.read()) for part, split in splits.items()}, {}
         except UserError as error:
             raise UserError(f"{error}; {WITHOUT_DATA}") from error
     place = Path(path).expanduser()
@@ -251,13 +252,13 @@ def _examples(task: Task, rows: Sequence[Row]) -> list[TaskExample | None]:
     if task.convert is not None:
         return [_example(task, row, task.convert(row, where), where) for where, row in rows]
     flat = [(where, one) for where, row in rows for one in flatten(task.data, row, where)]
-    made = [row for _, row in convert(task.data, "prompt-completion", {}, {"rows": flat})[0]["rows"]]
+    convert = converter(task.data, "prompt-completion", {})
+    made = [convert(row, where) for where, row in flat]
     if task.labels:
-        read = convert(task.data, "text-label", {}, {"rows": flat})[0]["rows"]
-        made = [
-            {**one, "text": row["text"], "text_pair": row["text_pair"], "target": row["label"]}
-            for one, (_, row) in zip(made, read, strict=True)
-        ]
+        convert = converter(task.data, "text-label", {})
+        for one, (where, row) in zip(made, flat, strict=True):
+            read = convert(row, where)
+            one |= {"text": read["text"], "text_pair": read["text_pair"], "target": read["label"]}
     return [_example(task, row, one, where) for (where, row), one in zip(flat, made, strict=True)]
 
 

@@ -82,35 +82,41 @@ def evaluate(
         return None
     rank, world = dist.get_rank(), dist.get_world_size()
     size = settings.training.eval_batch_size or settings.micro_batch_size
-    mine = list(data.eval[rank::world])
+    mine = range(rank, len(data.eval), world)
     # Under ZeRO-3 a forward pass gathers weights from all ranks, so a rank that has run out of examples repeats the
     # first one and does not count it.
-    n_batches = -(-len(data.eval[::world]) // size)
+    n_batches = -(-len(range(0, len(data.eval), world)) // size)
     predict = _generate if settings.model.task == "causal-lm" else _classify
     measure = _loss if data.score is None else predict
     engine.eval()
-    results: list[Any] = []
+    # Sums, so that memory does not grow with the examples; the host does not wait for the losses.
+    losses, tokens = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+    score = Score("", 0, 0) if data.score is None else data.score([], [])
+    first: Any = None
     try:
         with evaluating(engine.module):
             for index in range(n_batches):
-                batch = mine[index * size : (index + 1) * size]
-                found = measure(engine, batch or [data.eval[0]], tokenizer, settings)
-                results += found if batch else []
+                batch = [data.eval[i] for i in mine[index * size : (index + 1) * size]]
+                found: list[Any] = measure(engine, batch or [data.eval[0]], tokenizer, settings)
+                if batch and data.score is not None:
+                    score += data.score(found, batch)
+                    first = found[0] if index == 0 else first
+                elif batch:
+                    for loss, n in found:
+                        losses, tokens = losses + loss.double(), tokens + n
                 after_batch()
         if settings.zero_stage == 3 and hasattr(engine, "empty_partition_cache"):
             engine.empty_partition_cache()  # weights that were prefetched for a forward pass that does not come
     finally:
         engine.train()
     if data.score is None:
-        read = torch.stack([loss for loss, _ in results]).tolist() if results else []
-        pairs = [(0.0, 0), *zip(read, (tokens for _, tokens in results), strict=True)]
-        sums = torch.tensor(pairs, dtype=torch.float64, device=engine.device).sum(0)
+        sums = torch.stack((losses, torch.tensor(tokens, dtype=torch.float64, device=engine.device)))
         dist.all_reduce(sums)
         loss, tokens = sums.tolist()
         return {"loss": finite(loss / tokens), "n": len(data.eval)}
-    score = _sum_over_ranks(data.score(results, mine), engine.device)
+    score = _sum_over_ranks(score, engine.device)
     return {"metric": score.metric, "score": score.value, "correct": score.correct, "n": score.n,
-            "unanswered": score.unanswered, "sample": _sample(data, results[0]) if rank == 0 else None}  # fmt: skip
+            "unanswered": score.unanswered, "sample": _sample(data, first) if rank == 0 else None}  # fmt: skip
 
 
 def _loss(

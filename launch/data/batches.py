@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
-import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from hift_ds.launch.data.blocks import load
 from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example
+from hift_ds.launch.data.permutation import Permutation
 from hift_ds.model.loss import Targets, find_targets
 
 Batch = dict[str, Any]  # tensors by name; `labels` may be Targets
@@ -80,21 +81,32 @@ class Order:
     seed and the step, not on the number of ranks or micro-batches, and a resumed run continues exactly.
     """
 
+    # The order of more examples is computed, so that its memory does not grow with them. A list of fewer takes at most
+    # 2.5 MB, and has the order of runs that earlier versions began.
+    LISTED = 2**16
+
     def __init__(self, n_examples: int, seed: int, global_batch: int) -> None:
         self.n_examples, self.seed, self.global_batch = n_examples, seed, global_batch
-        self._epochs: dict[int, list[int]] = {}
+        self._epochs: dict[int, Callable[[Sequence[int]], list[int]]] = {}
 
     def window(self, step: int) -> list[int]:
         """Return the examples of a step (0-based), over all ranks and micro-batches."""
         places = range(step * self.global_batch, (step + 1) * self.global_batch)
-        epochs = {place // self.n_examples for place in places}
+        epochs = range(places[0] // self.n_examples, places[-1] // self.n_examples + 1)
         self._epochs = {epoch: self._epochs.get(epoch) or self._shuffled(epoch) for epoch in epochs}
-        return [self._epochs[place // self.n_examples][place % self.n_examples] for place in places]
+        window: list[int] = []
+        for epoch, shuffled in self._epochs.items():
+            start = epoch * self.n_examples
+            window += shuffled(range(max(0, places[0] - start), min(self.n_examples, places[-1] + 1 - start)))
+        return window
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> Callable[[Sequence[int]], list[int]]:
+        key = f"order {self.seed} {epoch}"
+        if self.n_examples > self.LISTED:
+            return Permutation(self.n_examples, key)
         order = list(range(self.n_examples))
-        random.Random(f"order {self.seed} {epoch}").shuffle(order)
-        return order
+        random.Random(key).shuffle(order)
+        return lambda places: [order[place] for place in places]
 
 
 def window_batches(
@@ -174,7 +186,7 @@ class Windows(Dataset[Window]):
             if batch["labels"].dim() == 2:
                 batch["labels"] = find_targets(batch["labels"], most=max(own[number] for own in targets))
             batches.append(batch)
-        tokens = sum(len(self._examples[i].input_ids) for i in window)
+        tokens = sum(len(one.input_ids) for own in ranks for examples in own for one in examples)
         return Window(batches, tokens, sum(map(sum, targets)))
 
 
@@ -190,28 +202,7 @@ def load_windows(windows: Windows, first_step: int, last_step: int, workers: int
     Args:
         workers: processes that prepare windows ahead; 0: this process prepares each one when it is asked for.
     """
-    # A generator of its own: the loader would draw from torch's.
-    return iter(
-        DataLoader(
-            windows,
-            batch_size=None,
-            sampler=range(first_step, last_step),
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_outlive_signals,
-            generator=torch.Generator(),
-        )
-    )
-
-
-def _unchanged(window: Any) -> Any:
-    return window
-
-
-def _outlive_signals(_: int) -> None:
-    """Ignore the signals by which a run is asked to stop: it still needs its batches, and ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    return load(windows, workers, sampler=range(first_step, last_step))
 
 
 def on_device(batches: Sequence[Batch], device: torch.device | str) -> list[Batch]:

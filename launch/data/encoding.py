@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,16 +71,61 @@ def choose_template(wanted: bool | None, format_: str, tokenizer: Any) -> bool:
     return template
 
 
-def encode(
-    rows: list[Row],
-    tokenizer: Any,
-    *,
-    labels: list[str] | None,
-    template: bool,
-    question: bool,
-    max_length: int,
-) -> tuple[list[EvalExample], dict[str, Any]]:
-    """Tokenize rows of one format.
+@dataclass
+class Found:
+    """What was found in rows. Its size does not grow with their number.
+
+    Attributes:
+        read, used, truncated, skipped_no_target: numbers of rows, of their examples, of those that were cut, and of the
+            rows without a trained token.
+        tokens, trained_tokens: of the examples.
+        longest, longest_prompt: tokens of the longest example and of the longest prompt.
+        highest_token, highest_type: the highest token id and the highest token type of the examples; -1 if none.
+        ends: ids of the tokens that end answers.
+        remarks: see `hift_ds.launch.data.remarks`.
+    """
+
+    read: int = 0
+    used: int = 0
+    truncated: int = 0
+    skipped_no_target: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    longest_prompt: int = 0
+    highest_token: int = -1
+    highest_type: int = -1
+    ends: set[int] = field(default_factory=set)
+    remarks: Remarks = field(default_factory=Remarks)
+
+    def add(self, example: EvalExample, length: int, trained: int, max_length: int) -> None:
+        """Count an example with `length` tokens before it was cut, `trained` of which have a loss."""
+        self.used += 1
+        self.truncated += length > max_length
+        self.tokens += len(example.input_ids)
+        self.trained_tokens += trained
+        self.longest = max(self.longest, len(example.input_ids))
+        self.longest_prompt = max(self.longest_prompt, len(example.prompt_ids))
+        self.highest_token = max(self.highest_token, max(example.input_ids))
+        self.highest_type = max(self.highest_type, max(example.token_type_ids or [-1]))
+
+    def merge(self, later: Found) -> None:
+        """Add what was found in later rows."""
+        for name in ("read", "used", "truncated", "skipped_no_target", "tokens", "trained_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for name in ("longest", "longest_prompt", "highest_token", "highest_type"):
+            setattr(self, name, max(getattr(self, name), getattr(later, name)))
+        self.ends |= later.ends
+        self.remarks.merge(later.remarks)
+
+    def report(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        remarks = {matter: asdict(remark) for matter, remark in self.remarks.found.items()}
+        return {**vars(self), "ends": sorted(self.ends), "remarks": remarks}
+
+
+class Encoder:
+    """Tokenizes rows of one format.
 
     Args:
         labels: for sequence classification, the labels' names in the order of their ids. A row's label is an id, or a
@@ -88,48 +133,73 @@ def encode(
         template: whether prompts and completions are written with the chat template; messages always are.
         question: whether prompts without the chat template are written as questions.
         max_length: tokens of an example; longer ones are truncated on the right.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, labels: list[str] | None, template: bool, question: bool, max_length: int
+    ) -> None:
+        self._tokenizer, self._labels, self._template = tokenizer, labels, template
+        self._question, self._max_length = question, max_length
+        self._added = tokenizer.added_tokens_decoder  # made anew at each access
+        self._control_tokens = _control_tokens(tokenizer, self._added)
+        self._beginning = beginning(tokenizer)
+
+    def encode(self, where: str, row: dict[str, Any], found: Found) -> list[EvalExample]:
+        """Return the examples of a row, and add what was found to `found`. A conversation may be several examples.
+
+        Raises:
+            UserError: the chat template cannot write a conversation, or leaves out what should be trained.
+        """
+        for token in (token for text in _texts(row) for token in self._control_tokens.findall(text)):
+            found.remarks.add("control tokens", where, token)
+        if self._labels is not None:
+            made = [_label_example(self._tokenizer, row, self._labels, self._max_length)]
+        else:
+            made = list(self._token_examples(where, row, found))
+        found.read += 1
+        counted = ((example, length, _count_trained(example)) for example, length in made)
+        used = [one for one in counted if one[2]]
+        found.skipped_no_target += not used
+        for example, length, trained in used:
+            found.add(example, length, trained, self._max_length)
+        return [example for example, _, _ in used]
+
+    def _token_examples(self, where: str, row: dict[str, Any], found: Found) -> Iterator[tuple[EvalExample, int]]:
+        """Yield the examples of a row of texts, with their lengths before truncation."""
+        tokenizer = self._tokenizer
+        for written in _written(tokenizer, row, self._template, self._question, where, found.remarks):
+            tokens = _tokens(tokenizer, written, None if self._template else self._beginning)
+            yield _token_example(written, tokens, row, self._max_length)
+            for segment, is_trained in tokens:
+                if is_trained and _is_end(tokenizer, self._added, segment[-1], written):
+                    found.ends.add(segment[-1])
+                elif is_trained:
+                    found.remarks.add("no end mark", where, shown(tokenizer.decode(segment[-8:])))
+
+
+def row_bytes(row: dict[str, Any]) -> bytes:
+    """Return a row as it enters the hash of the rows."""
+    return json.dumps(row, default=str).encode() + b"\n"  # Parquet has dates and bytes
+
+
+def encode(rows: Iterable[Row], tokenizer: Any, **options: Any) -> tuple[list[EvalExample], dict[str, Any]]:
+    """Tokenize rows of one format into memory.
+
+    Args:
+        options: those of :class:`Encoder`.
 
     Returns:
-        The examples, and their counts, hash, ends and remarks (see `hift_ds.launch.data.loading.Data`). A conversation
-        may be several examples.
+        The examples, and the report of what was found in the rows (see :class:`Found`), with their `sha256`.
 
     Raises:
-        UserError: the chat template cannot write a conversation, or leaves out what should be trained.
+        UserError: see :meth:`Encoder.encode`.
     """
-    counts = dict.fromkeys(("read", "used", "truncated", "skipped_no_target", "tokens", "trained_tokens"), 0)
-    digest = hashlib.sha256()
-    remarks = Remarks()
-    added = tokenizer.added_tokens_decoder  # made anew at each access
-    control_tokens = _control_tokens(tokenizer, added)
-    ends: set[int] = set()
+    encoder, found, digest = Encoder(tokenizer, **options), Found(), hashlib.sha256()
     examples = []
     for where, row in rows:
-        digest.update(json.dumps(row, default=str).encode() + b"\n")  # Parquet has dates and bytes
-        for token in (token for text in _texts(row) for token in control_tokens.findall(text)):
-            remarks.add("control tokens", where, token)
-        found: list[tuple[EvalExample, int]] = []  # with their lengths before truncation
-        if labels is not None:
-            found.append(_label_example(tokenizer, row, labels, max_length))
-        else:
-            for written in _written(tokenizer, row, template, question, where, remarks):
-                tokens = _tokens(tokenizer, written, marked=template)
-                found.append(_token_example(written, tokens, row, max_length))
-                for segment, is_trained in tokens:
-                    if is_trained and _is_end(tokenizer, added, segment[-1], written):
-                        ends.add(segment[-1])
-                    elif is_trained:
-                        remarks.add("no end mark", where, shown(tokenizer.decode(segment[-8:])))
-        counts["read"] += 1
-        used = [(example, length, n) for example, length in found if (n := _count_trained(example))]
-        counts["skipped_no_target"] += not used
-        for example, length, trained in used:
-            counts["used"] += 1
-            counts["truncated"] += length > max_length
-            counts["tokens"] += len(example.input_ids)
-            counts["trained_tokens"] += trained
-            examples.append(example)
-    remarked = {matter: asdict(remark) for matter, remark in remarks.found.items()}
-    return examples, {**counts, "sha256": digest.hexdigest(), "ends": sorted(ends), "remarks": remarked}
+        digest.update(row_bytes(row))
+        examples += encoder.encode(where, row, found)
+    return examples, {**found.report(), "sha256": digest.hexdigest()}
 
 
 def _control_tokens(tokenizer: Any, added: dict[int, Any]) -> re.Pattern[str]:
@@ -199,17 +269,17 @@ def _label_example(tokenizer: Any, row: dict[str, Any], labels: list[str], max_l
     return example, length
 
 
-def _tokens(tokenizer: Any, written: Written, *, marked: bool) -> list[tuple[list[int], bool]]:
+def _tokens(tokenizer: Any, written: Written, opening: list[int] | None) -> list[tuple[list[int], bool]]:
     """Return the tokens of each segment, with whether they are trained.
 
     Args:
-        marked: whether the text holds the special tokens of a chat template. If not, the beginning-of-sequence token
-            is put before it, if the tokenizer sets one, and a trained end-of-sequence token after it.
+        opening: the tokens to put before a text without the special tokens of a chat template. An end-of-sequence token
+            is put after it, which is trained. None: the text has the tokens of a chat template.
     """
     tokens = tokenize_segments(tokenizer, [text for text, _ in written.segments])
     found = [(segment, trained) for segment, (_, trained) in zip(tokens, written.segments, strict=True)]
-    if not marked:
-        found.insert(0, (beginning(tokenizer), False))
+    if opening is not None:
+        found.insert(0, (opening, False))
         if found[-1][1]:
             found[-1][0].append(tokenizer.eos_token_id)
     return found

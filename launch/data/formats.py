@@ -11,13 +11,12 @@ published sets are known.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from hift_ds.launch.data import scores
 from hift_ds.launch.data.messages import read_messages, read_tools
-from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError, listed, nearest, shown
 
 FORMATS = {
@@ -242,22 +241,52 @@ def possible_formats(name: str) -> tuple[str, ...]:
     return ("prompt-completion", "text-label") if name in LABEL_TASKS else tuple(FORMATS)
 
 
-def unused_columns(format_: str, columns: dict[str, str], rows: list[Row]) -> dict[str, list[str]]:
-    """Return the columns with values that a format does not take, each with the places of its rows."""
+@dataclass
+class Survey:
+    """What must be known of all rows of a part before the first one can be converted.
+
+    Args:
+        label: the column of a user's labels; None if rows have none.
+
+    Attributes:
+        rows: how many there are.
+        columns: the columns found, each with the number of rows in which it has a value, and the first of them.
+        names: the labels that are texts.
+        highest: the highest label that is a whole number; None if there is none.
+    """
+
+    label: str | None = None
+    rows: int = 0
+    columns: dict[str, tuple[int, str]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    highest: int | None = None
+
+    def add(self, where: str, row: dict[str, Any]) -> None:
+        """Count a row, which is at `where`."""
+        self.rows += 1
+        for column, value in row.items():
+            found, first = self.columns.get(column, (0, ""))
+            self.columns[column] = (found, first) if value is None else (found + 1, first or where)
+        if self.label is not None:
+            value = row.get(self.label)
+            number = _as_number(value)
+            if number is not None:
+                self.highest = max(number, self.highest or 0)
+            elif isinstance(value, str):
+                self.names.add(value)
+
+
+def unused_columns(format_: str, columns: dict[str, str], survey: Survey) -> dict[str, tuple[int, str]]:
+    """Return the columns with values that a format does not take, each with its number of rows and the first one."""
     used = {columns.get(ours, ours) for ours in FORMATS[format_]}
     used |= {columns.get(ours, ours) for ours in OPTIONAL[format_] if ours in columns or ours != "input"}
-    found: dict[str, list[str]] = {}
-    for where, row in rows:
-        for column, value in row.items():
-            if column not in used and value is not None:
-                found.setdefault(column, []).append(where)
-    return found
+    return {column: found for column, found in survey.columns.items() if column not in used and found[0]}
 
 
 def find_format(
-    name: str, wanted: str | None, columns: dict[str, str], rows: list[Row], task: str
+    name: str, wanted: str | None, columns: dict[str, str], found: Iterable[str], task: str
 ) -> tuple[str, dict[str, str]]:
-    """Return the format that `data.format` (`wanted`) names or that the columns of the rows fit, and its columns.
+    """Return the format that `data.format` (`wanted`) names or that the columns `found` in rows fit, and its columns.
 
     The columns are those of `data.columns`, and the known ones of Alpaca's and ShareGPT's files.
 
@@ -267,7 +296,7 @@ def find_format(
     candidates = list(possible_formats(name))
     mapping = columns
     if len(candidates) == len(FORMATS):  # a data set with unknown columns
-        present = sorted({column for _, row in rows for column in row})
+        present = sorted(found)
         mapping = _with_known_columns(columns, set(present))
         for ours, theirs in columns.items():
             if theirs not in present:
@@ -316,39 +345,32 @@ def _with_known_columns(columns: dict[str, str], present: set[str]) -> dict[str,
     return columns
 
 
-def convert(
-    name: str, format_: str, columns: dict[str, str], parts: dict[str, list[Row]]
-) -> tuple[dict[str, list[Row]], list[str] | None]:
-    """Convert rows to the columns of a format.
+Converter = Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+def converter(name: str, format_: str, columns: dict[str, str], labels: Labels | None = None) -> Converter:
+    """Return the function that converts a row, at a place for messages, to the columns of a format.
+
+    Rows of data scored by label words also have `accepted`, the correct answers, and `candidates`, all answers to
+    choose from. Rows of ReCoRD have `entities`, one for each candidate.
 
     Args:
-        parts: the rows by part ("train", "eval").
-
-    Returns:
-        The rows by part, and for text-label the labels' names in the order of their ids. Rows of data scored by label
-        words also have `accepted`, the correct answers, and `candidates`, all answers to choose from. Rows of ReCoRD
-        have `entities`, one for each candidate.
+        labels: how a user's labels are numbered (text-label).
 
     Raises:
-        UserError: naming the first row that does not fit.
+        UserError: by the function: the row does not fit.
     """
     name = name.lower()
-    labels: list[str] | None = None
-    convert_row: Callable[[dict[str, Any], str], dict[str, Any]]
     if name in LABEL_TASKS:
-        classify = format_ == "text-label"
-        convert_row = functools.partial(_label_task_row, LABEL_TASKS[name], classify)
-        labels = list(LABEL_TASKS[name].labels) if classify else None
-    elif name in SOLUTION_TASKS:
-        convert_row = _solution_row
-    elif name in CHOICE_TASKS:
-        convert_row = _copa_row if name == "superglue/copa" else _record_row
-    elif format_ == "text-label":
-        parts, labels = _number_labels(columns, parts)
-        convert_row = functools.partial(_text_row, columns)
-    else:
-        convert_row = functools.partial(_chat_row if format_ == "chat" else _completion_row, columns)
-    return {part: [(where, convert_row(row, where)) for where, row in rows] for part, rows in parts.items()}, labels
+        return functools.partial(_label_task_row, LABEL_TASKS[name], format_ == "text-label")
+    if name in SOLUTION_TASKS:
+        return _solution_row
+    if name in CHOICE_TASKS:
+        return _copa_row if name == "superglue/copa" else _record_row
+    if format_ == "text-label":
+        assert labels is not None
+        return functools.partial(_text_row, columns, labels)
+    return functools.partial(_chat_row if format_ == "chat" else _completion_row, columns)
 
 
 def text_of(row: dict[str, Any], column: str, where: str) -> str:
@@ -389,41 +411,60 @@ def _chat_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[
     return made
 
 
-def _text_row(columns: dict[str, str], row: dict[str, Any], where: str) -> dict[str, Any]:
+def _text_row(columns: dict[str, str], labels: Labels, row: dict[str, Any], where: str) -> dict[str, Any]:
     text, pair, label = (columns.get(ours, ours) for ours in ("text", "text_pair", "label"))
     return {
         "text": text_of(row, text, where),
         "text_pair": text_of(row, pair, where) if row.get(pair) is not None else None,
-        "label": row[label],
+        "label": labels.number(row.get(label), f"{where}: label {shown(row.get(label))} in column {label!r}"),
     }
 
 
-def _number_labels(columns: dict[str, str], parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
-    """Replace the labels of a user's data by ids: keep whole numbers from 0, number names in alphabetical order."""
-    column = columns.get("label", "label")
+@dataclass(frozen=True)
+class Labels:
+    """The numbers of a user's labels: whole numbers from 0 stay, names are numbered in alphabetical order.
 
-    def as_number(value: Any) -> int | None:
-        if isinstance(value, float) and value.is_integer():  # as pandas writes them beside empty cells
-            value = int(value)
-        is_number = isinstance(value, int) or isinstance(value, str) and value.isascii() and value.isdigit()
-        return int(value) if is_number and len(str(value)) < 20 and 0 <= int(value) < MAX_LABELS else None
+    Args:
+        names: the names in the order of their numbers.
+        are_numbers: whether the labels in the rows are the numbers.
+    """
 
-    values = [row.get(column) for _, row in parts["train"]]
-    numbers = any(as_number(value) is not None for value in values)
-    names = [] if numbers else sorted({value for value in values if isinstance(value, str)})
-    expected = f"a whole number from 0, below {MAX_LABELS}"
-    if not numbers:
-        expected = f"one of the names in training ({listed(names)})"
-    ids = {name: label for label, name in enumerate(names)}
-    highest = 0
-    numbered: dict[str, list[Row]] = {}
-    for part, rows in parts.items():
-        numbered[part] = []
-        for where, row in rows:
-            value = row.get(column)
-            label = as_number(value) if numbers else ids.get(value) if isinstance(value, str) else None
-            if label is None:
-                raise UserError(f"{where}: label {shown(value)} in column {column!r}; expected {expected}")
-            highest = max(highest, label)
-            numbered[part].append((where, {**row, column: label}))
-    return numbered, names or [str(i) for i in range(highest + 1)]
+    names: tuple[str, ...]
+    are_numbers: bool
+
+    @classmethod
+    def of(cls, parts: dict[str, Survey]) -> Labels:
+        """Return the labels found in "train", and the numbers in all parts."""
+        if parts["train"].highest is None:
+            return cls(tuple(sorted(parts["train"].names)), are_numbers=False)
+        highest = max(survey.highest or 0 for survey in parts.values())
+        return cls(tuple(map(str, range(highest + 1))), are_numbers=True)
+
+    def number(self, value: Any, described: str) -> int:
+        """Return the number of a label.
+
+        Raises:
+            UserError: there is no such label; `described` names it with its place.
+        """
+        if self.are_numbers:
+            number = _as_number(value)
+        else:
+            number = self._numbers.get(value) if isinstance(value, str) else None
+        if number is None:
+            expected = f"a whole number from 0, below {MAX_LABELS}"
+            if not self.are_numbers:
+                expected = f"one of the names in training ({listed(self.names)})"
+            raise UserError(f"{described}; expected {expected}")
+        return number
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+
+def _as_number(value: Any) -> int | None:
+    """Return a label that is a whole number, in whatever way it is written."""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes them beside empty cells
+        value = int(value)
+    is_number = isinstance(value, int) or isinstance(value, str) and value.isascii() and value.isdigit()
+    return int(value) if is_number and len(str(value)) < 20 and 0 <= int(value) < MAX_LABELS else None

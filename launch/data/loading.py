@@ -1,37 +1,54 @@
-"""Load the data of a run: read rows, convert them to one format, tokenize them.
+"""Load the data of a run: read rows, convert them to one format, tokenize them, and open the result.
 
-`load_data` reads rows with `sources.py`, converts them with `formats.py` and tokenizes them with `encoding.py`.
+`prepare_data` reads rows with `sources.py`, converts them with `formats.py`, tokenizes them with `encoding.py`, and
+writes the examples to a folder of `cache.py`. `open_data` opens the folder.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import os
 import random
+import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.files import sha256_of
-from hift_ds.launch.data import scores
+import pyarrow
+
+from hift_ds.checkpoint.files import sha256_of, write_durably
+from hift_ds.launch.data import cache, scores
+from hift_ds.launch.data.blocks import Blocks, Rows, load_blocks
 from hift_ds.launch.data.built_in import BUILT_IN, built_in_rows
-from hift_ds.launch.data.encoding import EvalExample, Example, choose_template, encode
+from hift_ds.launch.data.encoding import Encoder, EvalExample, Example, Found, choose_template
+from hift_ds.launch.data.examples import Examples, as_table, schema
 from hift_ds.launch.data.formats import (
     CHOICE_TASKS,
     FORMATS,
     LABEL_TASKS,
     SOLUTION_TASKS,
-    convert,
+    Labels,
+    Survey,
+    converter,
     find_format,
-    flatten,
     possible_formats,
     unused_columns,
 )
 from hift_ds.launch.data.remarks import sentence
 from hift_ds.launch.data.settings import DataSettings
-from hift_ds.launch.data.sources import Row, read_file, read_hub
+from hift_ds.launch.data.sources import Row, open_hub, read_file
 from hift_ds.launch.errors import UserError, listed
 
+PARTS = ("train", "eval")
 DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # numbers of built-in problems by default
+BLOCK = 500  # rows that are converted and tokenized at a time
+MANY_ROWS = 20_000  # from here on, several processes tokenize
+FREE = ("workers", "cache")  # settings that do not change the examples
 
 
 @dataclass
@@ -40,18 +57,16 @@ class Data:
 
     Attributes:
         train, eval: the examples to train on and the held-out ones.
-        report: for "train" and "eval": `rows` in the split, `read` (after taking the subset), `used`, `truncated` (of
-            the used ones), `skipped_no_target`, `tokens`, `trained_tokens`, `sha256` of the rows read, `ends` (ids of
-            the tokens that end answers) and `remarks` (what was found in rows; see `remarks.Remark`). Also `files`
-            (path to sha256), `format`, `template` (whether the chat template is used), `labels` (names in the order of
-            their ids; None for causal language models) and `notes`: sentences for the user about what is not used as it
-            is written.
+        report: for "train" and "eval": `rows` in the split, what was found in those that were read (after taking the
+            subset; see `encoding.Found`), and their `sha256`. Also `files` (path to sha256), `format`, `template`
+            (whether the chat template is used), `labels` (names in the order of their ids; None for causal language
+            models) and `notes`: sentences for the user about what is not used as it is written.
         score: `score(predictions, examples)` scores generated texts (causal language models) or label ids
             (classification) of held-out examples. None if the data has no score.
     """
 
-    train: list[Example]
-    eval: list[EvalExample]
+    train: Sequence[Example]
+    eval: Sequence[EvalExample]
     report: dict[str, Any]
     score: Callable[[Sequence[Any], Sequence[EvalExample]], scores.Score] | None
 
@@ -60,29 +75,50 @@ class Data:
 
         The second number is 0 if no answers are generated.
         """
-        answered = self.eval if self.score is not None and self.report["labels"] is None else []
+        train, held_out = self.report["train"], self.report["eval"]
+        is_answered = self.score is not None and self.report["labels"] is None and held_out["used"]
         return (
-            max(len(example.input_ids) for example in [*self.train, *self.eval]),
-            max((len(example.prompt_ids) + max_new_tokens for example in answered), default=0),
+            max(train["longest"], held_out["longest"]),
+            held_out["longest_prompt"] + max_new_tokens if is_answered else 0,
         )
 
     def renumber(self, labels: list[str]) -> None:
         """Number the classes by their place in `labels`, in which all names of `report["labels"]` are."""
         numbers = [labels.index(name) for name in self.report["labels"]]
         for examples in (self.train, self.eval):
-            for one in examples:
-                assert isinstance(one.labels, int)
-                one.labels = numbers[one.labels]
+            assert isinstance(examples, Examples)
+            examples.renumber(numbers)
         self.report["labels"] = labels
 
 
 def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -> Data:
-    """Read, convert and tokenize the data into memory.
+    """Tokenize the data, unless an earlier start has done so, and open it. See :func:`prepare_data`."""
+    *_, folder = prepare_data(settings, tokenizer, task=task, seed=seed)
+    assert folder is not None
+    return open_data(settings, folder)
 
-    The same settings, tokenizer and seed give the same examples in the same order, so every rank can load its own.
+
+def open_data(settings: DataSettings, folder: Path) -> Data:
+    """Open the tokenized data of a folder of :func:`prepare_data`. The files are mapped into memory, not read."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    train, held_out = Examples(folder / "train.arrow", Example), Examples(folder / "eval.arrow", EvalExample)
+    return Data(train, held_out, report, _find_score(settings, report["format"]))
+
+
+def prepare_data(
+    settings: DataSettings, tokenizer: Any, *, task: str, seed: int, say: Callable[[str], object] = lambda text: None
+) -> Iterator[Path | None]:
+    """Read, convert and tokenize the data into a folder, unless it is there.
+
+    The same settings, tokenizer and seed give the same examples in the same order. The memory that is needed does not
+    grow with the number of training rows.
 
     Args:
         task: "causal-lm" or "sequence-classification".
+        say: told what is done.
+
+    Yields:
+        None now and then, and the folder at the end.
 
     Raises:
         UserError: the settings have problems, or the data cannot be read or does not fit the task.
@@ -90,80 +126,154 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
     problems = settings.problems()
     if problems:
         raise UserError("\n".join(problems))
-    splits, files = _read(settings, seed)
-    notes: list[str] = []
-    chosen = {part: _subset(settings, part, rows, seed, notes) for part, rows in splits.items()}
-    format_, columns = find_format(settings.name, settings.format, settings.columns, chosen["train"], task)
-    if columns != settings.columns:
-        notes.append(f"data.columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}} is used")
-    rows, labels = convert(settings.name, format_, columns, chosen)
-    template = choose_template(settings.template, format_, tokenizer)
-    report: dict[str, Any] = {}
-    encoded: dict[str, list[EvalExample]] = {}
-    for part in ("train", "eval"):
-        encoded[part], counts = encode(
-            rows[part],
-            tokenizer,
-            labels=labels,
-            template=template,
-            question=settings.name.lower() in SOLUTION_TASKS,
-            max_length=settings.max_length,
-        )
-        notes += _columns_note(settings, part, format_, columns, chosen[part])
-        report[part] = {"rows": len(splits[part]), **counts}
-        notes += _notes(settings, part, counts)
-    held_out = Counter(tuple(one.input_ids) for one in encoded["eval"])
-    trained = {ids for one in encoded["train"] if (ids := tuple(one.input_ids)) in held_out}
-    if shared := sum(held_out[ids] for ids in trained):
-        notes.append(
-            f"warning: {shared} of {len(encoded['eval'])} held-out examples are also training examples, so their score "
-            "does not measure new data"
-        )
-    train = [Example(one.input_ids, one.labels, one.token_type_ids) for one in encoded["train"]]
-    report |= {"files": files, "format": format_, "template": template, "labels": labels, "notes": notes}
-    return Data(train, encoded["eval"], report, _find_score(settings, format_))
+    rows, source = _sources(settings, seed)
+    decides = {key: value for key, value in asdict(settings).items() if key not in ("path", "eval_path", *FREE)}
+    is_drawn = settings.train_examples is not None or settings.eval_examples or settings.name.lower() in BUILT_IN
+    decides |= {"source": source, "task": task, "seed": seed if is_drawn else None}
+    name = settings.name.lower().replace("/", "--")
+    folder = cache.place(settings.cache) / f"{name}-{cache.fingerprint(tokenizer, decides)}"
+    if cache.is_whole(folder):
+        say(f"data: tokenized by an earlier start, in {folder} (delete it to have the rows read again)")
+        yield folder
+        return
+    if folder.exists():
+        say(f"warning: the tokenized data in {folder} are damaged, and are made anew")
+    say(f"data: the rows are tokenized once, into {folder}")
+    started = time.monotonic()
+    files = source["files"]
+    with cache.written(folder) as aside:
+        report = yield from _write(settings, rows, tokenizer, task, seed, aside)
+        write_durably(aside / "report.json", json.dumps({**report, "files": files}))
+    n = sum(report[part]["read"] for part in PARTS)
+    say(f"data: {n} rows tokenized in {time.monotonic() - started:.1f} s")
+    yield folder
 
 
-def _read(settings: DataSettings, seed: int) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Read all rows of "train" and "eval" (empty if nothing is held out), and hash the files."""
+def _sources(settings: DataSettings, seed: int) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """Return the rows of each part (none if nothing is held out), and what identifies them."""
     name = settings.name.lower()
-    hashes: dict[str, str] = {}
-    splits: dict[str, list[Row]] = {"train": [], "eval": []}
+    readers: dict[str, list[Callable[[int], Iterable[Row]]]] = {part: [] for part in PARTS}
+    files: dict[str, str] = {}
+    identity: list[str] = []
     if name in BUILT_IN:
         for part, split, n in (("train", "train", settings.train_examples), ("eval", "test", settings.eval_examples)):
-            splits[part] += built_in_rows(name, split, DEFAULT_PROBLEMS[part] if n is None else n, seed)
+            readers[part].append(_generated(name, split, DEFAULT_PROBLEMS[part] if n is None else n, seed))
     elif settings.path is not None:
         for part, paths in settings.files().items():
             for path in paths:
-                splits[part] += read_file(path, name)
-                hashes[str(path)] = sha256_of(path)
+                readers[part].append(functools.partial(read_file, path, name))
+                files[str(path)] = sha256_of(path)
+                identity.append(f"{part} {path}")
     else:
-        splits = read_hub(settings.name, settings.subset, settings.revision, settings.split, settings.eval_split)
-    if not splits["train"]:
+        found = open_hub(settings.name, settings.subset, settings.revision, settings.split, settings.eval_split)
+        for part, one in found.items():
+            readers[part].append(one.read)
+            identity.append(f"{part} {one.label} {one.rows._fingerprint}")
+    return {part: Rows(name, readers[part]) for part in PARTS}, {"files": files, "identity": identity}
+
+
+def _generated(name: str, split: str, n: int, seed: int) -> Callable[[int], Iterable[Row]]:
+    rows = functools.cache(lambda: built_in_rows(name, split, n, seed))
+    return lambda start: rows()[start:]
+
+
+def _write(
+    settings: DataSettings, rows: dict[str, Rows], tokenizer: Any, task: str, seed: int, folder: Path
+) -> Generator[None, None, dict[str, Any]]:
+    """Write the examples of both parts to a folder, and return the report; yield now and then."""
+    notes: list[str] = []
+    name = settings.name.lower()
+    labels_known = task != "sequence-classification" or name in LABEL_TASKS
+    label = None if labels_known else settings.columns.get("label", "label")
+    surveys: dict[str, Survey] = {}
+    found_rows: dict[str, int] = {}
+    for part in PARTS:
+        surveys[part] = yield from _survey(rows[part], label)
+        found_rows[part] = surveys[part].rows
+    if not found_rows["train"]:
         raise UserError(
             f"data: {settings.path or settings.name!r} has no rows in the split {settings.split!r}; there is "
             "nothing to train on"
         )
-    for part, rows in splits.items():
-        splits[part] = [(where, flat) for where, row in rows for flat in flatten(name, row, where)]
-    return splits, hashes
+    for part in PARTS:
+        rows[part].chosen = _subset(settings, part, found_rows[part], seed, notes)
+        if rows[part].chosen is not None:
+            surveys[part] = yield from _survey(rows[part], label)
+    format_, columns = find_format(settings.name, settings.format, settings.columns, surveys["train"].columns, task)
+    if columns != settings.columns:
+        notes.append(f"data.columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}} is used")
+    numbers, labels = None, None
+    if format_ == "text-label":
+        numbers = None if name in LABEL_TASKS else Labels.of(surveys)
+        labels = list(LABEL_TASKS[name].labels if numbers is None else numbers.names)
+    template = choose_template(settings.template, format_, tokenizer)
+    question = name in SOLUTION_TASKS
+    encoder = Encoder(tokenizer, labels=labels, template=template, question=question, max_length=settings.max_length)
+    convert = converter(name, format_, columns, numbers)
+    report: dict[str, Any] = {"format": format_, "template": template, "labels": labels}
+    held_out: Counter[bytes] = Counter()
+    shared: set[bytes] = set()
+    # The held-out rows are the fewer ones, and their hashes are in memory.
+    for part in reversed(PARTS):
+        found, digest, table = Found(), hashlib.sha256(), schema(part, classify=labels is not None)
+        processes = _cores() if surveys[part].rows >= MANY_ROWS else 0
+        with pyarrow.ipc.new_stream(folder / f"{part}.arrow", table) as file:
+            for block in load_blocks(Blocks(rows[part], BLOCK, convert, encoder), processes):
+                hashes = [_short_hash(one.input_ids) for one in block.examples]
+                if part == "eval":
+                    held_out.update(hashes)
+                else:
+                    shared.update(held_out.keys() & hashes)
+                digest.update(block.content)
+                found.merge(block.found)
+                file.write_batch(as_table(block.examples, table))
+                yield
+        report[part] = {"rows": found_rows[part], **found.report(), "sha256": digest.hexdigest()}
+    for part in PARTS:
+        notes += _columns_note(settings, part, format_, columns, surveys[part])
+        notes += _notes(settings, part, report[part])
+    if shared:
+        notes.append(
+            f"warning: {sum(held_out[one] for one in shared)} of {report['eval']['used']} held-out examples are also "
+            "training examples, so their score does not measure new data"
+        )
+    return {**report, "notes": notes}
 
 
-def _subset(settings: DataSettings, part: str, rows: list[Row], seed: int, notes: list[str]) -> list[Row]:
-    """Draw a seeded sample, in the order of the rows."""
+def _short_hash(ids: list[int]) -> bytes:
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+
+
+def _survey(rows: Rows, label: str | None) -> Generator[None, None, Survey]:
+    survey = Survey(label)
+    for number, taken in enumerate(rows):
+        for where, row in taken:
+            survey.add(where, row)
+        if number % 1000 == 0:
+            yield
+    return survey
+
+
+def _cores() -> int:
+    """Return the number of processes for many rows: the other ranks of the machine wait for them."""
+    return min(16, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 0
+
+
+def _subset(settings: DataSettings, part: str, rows: int, seed: int, notes: list[str]) -> Sequence[int] | None:
+    """Draw a seeded sample of the numbers of rows, in their order; None: all."""
     n = settings.train_examples if part == "train" else settings.eval_examples
     if n and not rows:
         raise UserError(
             f"data.eval_examples: {n}, but {settings.name!r} has nothing held out here; give data.eval_split "
             "or data.eval_path, or set data.eval_examples to 0"
         )
-    if n is None or n == len(rows):
-        return rows
-    if n > len(rows):
-        notes.append(f"{part}: data.{part}_examples is {n}, but there are only {len(rows)}; all are used")
-        return rows
-    notes.append(f"{part}: {n} of {len(rows)} rows are drawn by the seed (data.{part}_examples)")
-    return [rows[i] for i in sorted(random.Random(f"{part} {seed}").sample(range(len(rows)), n))]
+    if n is None or n == rows:
+        return None
+    if n > rows:
+        notes.append(f"{part}: data.{part}_examples is {n}, but there are only {rows}; all are used")
+        return None
+    notes.append(f"{part}: {n} of {rows} rows are drawn by the seed (data.{part}_examples)")
+    return array("q", sorted(random.Random(f"{part} {seed}").sample(range(rows), n)))
 
 
 def _notes(settings: DataSettings, part: str, counts: dict[str, Any]) -> list[str]:
@@ -195,15 +305,14 @@ def _notes(settings: DataSettings, part: str, counts: dict[str, Any]) -> list[st
 
 
 def _columns_note(
-    settings: DataSettings, part: str, format_: str, columns: dict[str, str], rows: list[Row]
+    settings: DataSettings, part: str, format_: str, columns: dict[str, str], survey: Survey
 ) -> list[str]:
     """Name the columns of a user's data that are not used. Those of published sets are known."""
     if len(possible_formats(settings.name)) < len(FORMATS):
         return []
-    found = unused_columns(format_, columns, rows)
     named = []
-    for name, places in found.items():
-        some = f" (in {len(places)} of {len(rows)} rows, the first is {places[0]})" if len(places) < len(rows) else ""
+    for name, (rows, first) in unused_columns(format_, columns, survey).items():
+        some = f" (in {rows} of {survey.rows} rows, the first is {first})" if rows < survey.rows else ""
         named.append(f"{listed([name])}{some}")
     return [f"{part}: columns not used: {', '.join(named[:20] + ['...'] * (len(named) > 20))}"] if named else []
 

@@ -55,6 +55,15 @@ class Remarks:
         if name and (name in remark.names or len(remark.names) < MAX_NAMES) and self._is_new(matter, name, where):
             remark.names[name] = remark.names.get(name, 0) + 1
 
+    def merge(self, later: Remarks) -> None:
+        """Add what was found in later rows."""
+        for matter, one in later.found.items():
+            remark = self.found.setdefault(matter, Remark(first=one.first))
+            remark.rows += one.rows
+            for name, rows in one.names.items():
+                if name in remark.names or len(remark.names) < MAX_NAMES:
+                    remark.names[name] = remark.names.get(name, 0) + rows
+
     def _is_new(self, matter: str, name: str, where: str) -> bool:
         is_new = self._latest.get((matter, name)) != where
         self._latest[matter, name] = where

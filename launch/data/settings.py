@@ -42,6 +42,9 @@ class DataSettings:
     # true: prompt and completion become a user's and an assistant's turn in the tokenizer's chat template;
     # false: they are joined, with a space if neither side has whitespace; null = true if there is a template.
     template: bool | None = None
+    # Folder for the tokenized rows, which later starts and all ranks of a machine share. null: `hift_ds` in the cache
+    # of datasets (HF_DATASETS_CACHE).
+    cache: str | None = None
     # Processes of each rank that prepare batches ahead; 0: the rank itself does while its device computes.
     workers: int = 0
 
@@ -82,6 +85,8 @@ class DataSettings:
                     f"data.columns: unknown column {key!r}; expected {', '.join(COLUMNS)} as keys and the file's "
                     f"columns as values, as in {{prompt: question}}{nearest(key, COLUMNS)}"
                 )
+        if self.cache is not None and (reason := paths.fault(self.cache, inside=paths.INSIDE)):
+            found.append(f"data.cache: {reason}")
         for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2), ("workers", 0)):
             value = getattr(self, key)
             if value is not None and value < least:

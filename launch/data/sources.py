@@ -1,15 +1,16 @@
 """Read rows from files and from the Hugging Face Hub, and find the splits to train on and to hold out.
 
-Rows keep the values of their source, and each has its place for messages; `formats.py` converts them. `name` is
-`data.name` in lower case, except for `read_hub`.
+Rows keep the values of their source, and each has its place for messages; `formats.py` converts them. They are read
+one after another and never held together. `name` is `data.name` in lower case, except for `open_hub`.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ PUBLISHED = {
         for task in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
     },
 }
+BATCH = 100  # rows of a table that are in memory at a time
 MAX_LEVELS = 100  # of lists and objects in a row
 # Publishers' names for the validation split. `eval_split: null` looks for these splits in this order.
 VALIDATION = ("validation", "val", "dev")
@@ -124,22 +126,27 @@ def _eval_splits(name: str, eval_split: str | None) -> tuple[str, ...]:
     return VALIDATION if name == "sst2" or name.startswith("superglue/") else HELD_OUT
 
 
-def read_file(path: Path, name: str) -> list[Row]:
-    """Read the rows of a file with the values as they are written, each with its file and line.
+def read_file(path: Path, name: str, start: int = 0) -> Iterator[Row]:
+    """Yield the rows of a file with the values as they are written, each with its file and line.
+
+    Args:
+        start: rows at the beginning of the file that are passed over. They are not parsed.
 
     Raises:
         UserError: the file cannot be read, or a row is broken.
     """
-    if path.stat().st_size == 0:
-        return []
     if name == "parquet":
-        return [(f"{path} row {i}", _without_fillers(row)) for i, row in enumerate(_load_file("parquet", path), 1)]
+        if path.stat().st_size:
+            rows = itertools.islice(_load_file("parquet", path), start, None)
+            yield from ((f"{path} row {i}", _without_fillers(row)) for i, row in enumerate(rows, start + 1))
+        return
     # Read lines, because the json and csv readers of `datasets` guess types: text that looks like a date or a number
     # becomes one, "null" becomes None, and "false" in a mixed column becomes a bool.
     lines = read_lines(path)
     if name in ("csv", "tsv", "sst2"):
-        return _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2")
-    return _parse_json(path, lines)
+        yield from _parse_table(path, lines, "," if name == "csv" else "\t", quoted=name != "sst2", start=start)
+    else:
+        yield from _parse_json(path, lines, start)
 
 
 def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
@@ -157,40 +164,37 @@ def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
     return {column: cleaned(value) for column, value in row.items()}
 
 
-def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
-    """Read the lines of a text file, with their line ends.
+def read_lines(path: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
+    """Yield the lines of a text file, with their line ends.
 
     Raises:
         UserError: the file cannot be read or decoded.
     """
-    if path.stat().st_size == 0:
-        return []
-    return [row["text"] for row in _load_file("text", path, encoding=encoding, keep_linebreaks=True)]
+    if path.stat().st_size:
+        options = {"encoding": encoding, "keep_linebreaks": True, "chunksize": 2**20}
+        yield from (row["text"] for row in _load_file("text", path, **options))
 
 
-def _load_file(builder: str, path: Path, **options: Any) -> list[dict[str, Any]]:
+def _load_file(builder: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
     import datasets  # takes seconds; settings are checked without it
 
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        # Use a temporary cache, so that no rank waits for another's lock and no copy of the data remains.
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.load_dataset(
-                builder,
-                data_files={"train": [str(path)]},
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            ).to_list()
+        # A stream is not copied to the cache of `datasets`.
+        rows = datasets.load_dataset(
+            builder, data_files={"train": [str(path)]}, split="train", streaming=True, **options
+        )
+        yield from _rows_of(rows)
     except Exception as error:  # decompressors and decoders have errors of their own
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise _not_decoded(path, error.__cause__) from error
-        raise UserError(f"{path}: cannot be read as {builder}: {error.__cause__ or error}") from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise _not_decoded(path, cause) from error
+        raise UserError(f"{path}: cannot be read as {builder}: {cause}") from error
+
+
+def _rows_of(rows: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a set of `datasets` as they are stored: pictures and sound are not decoded."""
+    for table in rows.with_format("arrow").iter(BATCH):
+        yield from table.to_pylist()
 
 
 def _not_decoded(path: Path, error: UnicodeDecodeError) -> UserError:
@@ -209,20 +213,29 @@ def _not_decoded(path: Path, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{path}: cannot be read as text: {error}")
 
 
-def _parse_json(path: Path, lines: Sequence[str]) -> list[Row]:
-    """Parse JSON lines, or one list of objects."""
-    if next((line.lstrip() for line in lines if line.strip()), "").startswith("["):
-        elements = _parse_value(path, 0, "".join(lines))
-        rows = [(f"{path} element {i}", element) for i, element in enumerate(elements, 1)]
+def _parse_json(path: Path, lines: Iterator[str], start: int) -> Iterator[Row]:
+    """Parse JSON lines one by one, or one list of objects, which is in memory as a whole."""
+    opening = []
+    for line in lines:
+        opening.append(line)
+        if line.strip():
+            break
+    lines = itertools.chain(opening, lines)
+    rows: Iterator[tuple[str, Any]]
+    if "".join(opening).lstrip().startswith("["):
+        elements = enumerate(_parse_value(path, 0, "".join(lines)), 1)
+        rows = ((f"{path} element {i}", element) for i, element in elements)
+        rows = itertools.islice(rows, start, None)
     else:
         # Files that were joined have a byte-order mark in the middle.
         numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, 1))
-        rows = [(f"{path}:{number}", _parse_value(path, number, line)) for number, line in numbered if line.strip()]
+        written = itertools.islice((one for one in numbered if one[1].strip()), start, None)
+        rows = ((f"{path}:{number}", _parse_value(path, number, line)) for number, line in written)
     for where, value in rows:
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected a JSON object with named columns, got {shown(value)}")
         _check_row(where, value)
-    return rows
+        yield where, value
 
 
 def _parse_value(path: Path, number: int, text: str) -> Any:
@@ -271,7 +284,7 @@ def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bool) -> list[Row]:
+def _parse_table(path: Path, lines: Iterable[str], separator: str, *, quoted: bool, start: int) -> Iterator[Row]:
     """Parse rows of texts. Unless `quoted`, quotation marks are ordinary characters, as in GLUE's files."""
     csv.field_size_limit(1 << 30)
     reader = csv.reader(
@@ -280,36 +293,72 @@ def _parse_table(path: Path, lines: Sequence[str], separator: str, *, quoted: bo
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         strict=True,
     )
-    rows = []
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise UserError(f"{path}:1: a column name occurs twice ({listed(header)}); rename one")
-        for values in reader:
-            if values and values[0].startswith("\ufeff"):
+        for values in itertools.islice(filter(None, reader), start, None):
+            if values[0].startswith("\ufeff"):
                 raise UserError(
                     f"{path}:{reader.line_num}: a byte-order mark in the middle, as after joining files with headers; "
                     "remove the mark and the second header"
                 )
-            if len(values) == len(header):
-                rows.append((f"{path}:{reader.line_num}", dict(zip(header, values, strict=True))))
-            elif values:
+            if len(values) != len(header):
                 raise UserError(
                     f"{path}:{reader.line_num}: {len(values)} values for {len(header)} columns "
                     f"({listed(header)}); a value that holds the separator must be quoted"
                 )
+            yield f"{path}:{reader.line_num}", dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken table ({error})") from error
-    return rows
 
 
-def read_hub(
-    name: str, subset: str | None, revision: str | None, split: str, eval_split: str | None
-) -> dict[str, list[Row]]:
-    """Read the rows of "train" and "eval" from the Hub; "eval" is empty if nothing is held out.
+@dataclass
+class HubSplit:
+    """The rows of a split on the Hub, which can be read several times.
+
+    Attributes:
+        label: the data set and the split, for messages.
+        rows: the split, of `datasets`.
+        remedy: what to do where its rows cannot be read.
+    """
+
+    label: str
+    rows: Any
+    remedy: str
+
+    def read(self, start: int = 0) -> Iterator[Row]:
+        """Yield the rows from `start` on.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        rows = _rows_of(self.rows.skip(start) if start else self.rows)
+        for i in itertools.count(start + 1):
+            try:
+                row = next(rows, None)
+            except Exception as error:  # of the network, of decompressors and of decoders
+                raise UserError(
+                    f"data.name: the rows of {self.label} cannot be read: {error}; {self.remedy}"
+                ) from error
+            if row is None:
+                return
+            yield f"{self.label} row {i}", _without_fillers(row)
+
+
+def open_hub(
+    name: str,
+    subset: str | None,
+    revision: str | None,
+    split: str,
+    eval_split: str | None,
+    streaming: bool = False,
+) -> dict[str, HubSplit]:
+    """Find the splits "train" and, if something is held out, "eval" on the Hub.
 
     Args:
         name, subset, revision, split, eval_split: the keys of the `data` section.
+        streaming: whether rows are read from the Hub as they come; else the data set is downloaded now.
 
     Raises:
         UserError: the Hub cannot be reached, the data set cannot be loaded, or a named split is not there or is trained
@@ -322,7 +371,7 @@ def read_hub(
     label = f"{identity} ({subset})" if subset else identity
     remedy = "give the publisher's files as data.path" if published else f"use files ({', '.join(FILE_KINDS)})"
     try:
-        loaded = datasets.load_dataset(identity, subset, revision=revision)
+        loaded = datasets.load_dataset(identity, subset, revision=revision, streaming=streaming)
     except ConnectionError as error:  # offline mode, too
         raise UserError(
             f"data.name: {name!r}: the Hugging Face Hub cannot be reached for {label}, and it is not "
@@ -333,7 +382,7 @@ def read_hub(
             f"data.name: {name!r}: {label} cannot be loaded from the Hub: {error}; check data.name, "
             f"data.subset and data.revision, or {remedy}"
         ) from error
-    splits: dict[str, list[Row]] = {"train": [], "eval": []}
+    splits: dict[str, HubSplit] = {}
     trained: str | None = None  # the split to train on
     for part, key, asked, wanted in (
         ("train", "split", split, (split,)),
@@ -346,13 +395,7 @@ def read_hub(
             raise UserError(f"data.eval_split: {present[0]!r} of {label} is trained on; name another split")
         if present:
             trained = trained or present[0]
-            try:
-                rows = loaded[present[0]].to_list()
-            except Exception as error:  # whatever decoders of pictures and sound raise
-                raise UserError(
-                    f"data.name: {name!r}: the rows of {label} cannot be read: {error}; {remedy}"
-                ) from error
-            splits[part] = [(f"{label} {present[0]} row {i}", _without_fillers(row)) for i, row in enumerate(rows, 1)]
+            splits[part] = HubSplit(f"{label} {present[0]}", loaded[present[0]], remedy)
         elif asked is not None:
             raise UserError(f"data.{key}: {label} has no split {asked!r}; it has {', '.join(loaded)}")
     return splits

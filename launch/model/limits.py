@@ -10,13 +10,19 @@ from hift_ds.model.positions import position_limit
 
 
 def check_limits(
-    model: Any, tokenizer: Any, train: Sequence[Any], held_out: Sequence[Any], longest: int, answered: int
+    model: Any,
+    tokenizer: Any,
+    examples: Mapping[str, Iterable[Any]],
+    found: Mapping[str, Mapping[str, Any]],
+    longest: int,
+    answered: int,
 ) -> list[str]:
     """Refuse examples that the model cannot take, before its weights are loaded.
 
     Args:
         model: the model on the meta device.
-        train, held_out: the examples (`input_ids`, `token_type_ids`).
+        examples: the examples (`input_ids`) by "training" and "held-out".
+        found: the `highest_token` and the `highest_type` in these examples, by the same names.
         longest: tokens of the longest example, after truncation to `data.max_length`.
         answered: tokens of the longest held-out prompt with `training.max_new_tokens`; 0 if nothing is generated.
 
@@ -27,10 +33,16 @@ def check_limits(
         UserError: naming every problem.
     """
     notes: list[str] = []
-    parts = {"training": train, "held-out": held_out}
     problems = _position_problems(model, longest, answered)
-    tokens = {f"{part} examples": (one.input_ids for one in examples) for part, examples in parts.items()}
-    problems += token_problems(model, tokenizer, tokens, notes) + _type_problems(model, parts)
+    size = _vocabulary(model)
+    # Examples are read only where one has such a token.
+    tokens = {
+        f"{part} examples": (one.input_ids for one in own)
+        for part, own in examples.items()
+        if size is not None and found[part]["highest_token"] >= size
+    }
+    problems += token_problems(model, tokenizer, tokens, notes)
+    problems += _type_problems(model, max(one["highest_type"] for one in found.values()))
     if problems:
         raise UserError("\n".join(problems))
     return notes
@@ -69,19 +81,21 @@ def token_problems(
             the model does not have.
         notes: gets a note if no text has such a token.
     """
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    size = _vocabulary(model)
     vocabulary = tokenizer.get_vocab()
     if size is None or max(vocabulary.values(), default=0) < size:
         return []
     outside = f"{sum(one >= size for one in vocabulary.values())} tokens of the tokenizer have ids from {size}"
     problems = []
     for part, texts in parts.items():
-        highest = [max(ids, default=0) for ids in texts]
-        using = [token for token in highest if token >= size]
+        using, number, first = 0, 0, 0
+        for number, ids in enumerate(texts, 1):  # noqa: B007
+            if (highest := max(ids, default=0)) >= size:
+                using, first = using + 1, first or highest
         if using:
             problems.append(
-                f"model.tokenizer: {len(using)} of {len(highest)} {part} have a token that the model does "
-                f"not have, e.g. {tokenizer.convert_ids_to_tokens(using[0])!r} (id {using[0]}); its "
+                f"model.tokenizer: {using} of {number} {part} have a token that the model does "
+                f"not have, e.g. {tokenizer.convert_ids_to_tokens(first)!r} (id {first}); its "
                 f"vocabulary has {size} tokens."
             )
     if problems:
@@ -96,14 +110,15 @@ def token_problems(
     return problems
 
 
-def _type_problems(model: Any, parts: Mapping[str, Sequence[Any]]) -> list[str]:
+def _vocabulary(model: Any) -> int | None:
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+
+def _type_problems(model: Any, highest: int) -> list[str]:
     types = getattr(model.config.get_text_config(), "type_vocab_size", None)
-    found = {
-        max(one.token_type_ids, default=0) for examples in parts.values() for one in examples if one.token_type_ids
-    }
-    if not types or max(found, default=0) < types:
+    if not types or highest < types:
         return []
     return [
-        f"model.tokenizer: it marks texts with the token types 0 to {max(found)}, but the model has {types} "
+        f"model.tokenizer: it marks texts with the token types 0 to {highest}, but the model has {types} "
         "(type_vocab_size). Use the model's own tokenizer (model.tokenizer=null), or put both texts into one column."
     ]

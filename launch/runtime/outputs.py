@@ -27,6 +27,7 @@ from hift_ds.checkpoint.lock import Lock
 from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.launch import cuts
 from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.batches import Order
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.table import METHODS
@@ -37,7 +38,7 @@ LOGS = "logs"  # rank logs start before the earlier run in the folder is replace
 # Settings that may change between a run and its continuation, because they do not change what is trained, or because
 # a checkpoint is converted. Instead of the paths of the data, the hashes of the rows are compared.
 FREE = (
-    *("data.path", "data.eval_path", "data.workers", "model.gradient_checkpointing", "model.attention"),
+    *("data.path", "data.eval_path", "data.workers", "data.cache", "model.gradient_checkpointing", "model.attention"),
     *("deepspeed.hift.offload", *(f"deepspeed.hift.{key}" for key in cuts.KEYS)),
 )
 STAGE, RANKS = "deepspeed.zero_optimization.stage", "number of ranks"  # DeepSpeed's own engine needs them as they were
@@ -225,6 +226,8 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     }
     if METHODS[settings.method.name].engine == "deepspeed":
         found |= {STAGE: settings.zero_stage, RANKS: world_size}
+    if len(data.train) > Order.LISTED:  # earlier versions shuffled a list of them
+        found[f"order of more than {Order.LISTED} examples"] = "computed"
     return found
 
 

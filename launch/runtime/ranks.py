@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from io import RawIOBase
@@ -38,6 +38,7 @@ from hift_ds.launch.config.credentials import redacted
 from hift_ds.launch.errors import UserError, shown
 from hift_ds.launch.exit_codes import RANK_LOST
 
+MEETING = 5.0  # seconds between two meetings of ranks that wait for long work
 PATIENCE = 60.0  # seconds that a failed rank waits for the same failure on the others
 MOST = 16  # ranks or differences listed in a message
 _T = TypeVar("_T")
@@ -116,6 +117,43 @@ def together(action: Callable[[], _T]) -> _T:
     if problems:
         raise UserError("\n".join(f"rank {i}: {text}" for i, text in problems.items()))
     return own[0]
+
+
+def first_on_node(work: Iterable[_T | None]) -> _T:
+    """Do long work without collectives on the first rank of each machine, and return its last result on all its ranks.
+
+    The ranks meet every few seconds. So no collective times out, however long the work takes.
+
+    Args:
+        work: yields None now and then, and the result at the end.
+
+    Raises:
+        UserError: on every rank, if the work raises one anywhere. The message names the ranks, unless it is the same on
+            all that work.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    steps, result, problem = iter(work if local == 0 else ()), None, None
+    is_done = False
+    while not is_done:
+        until = time.monotonic() + MEETING
+        try:
+            for latest in steps:
+                result = latest
+                if time.monotonic() > until:
+                    break
+            else:
+                is_done = True
+        except UserError as error:
+            problem, is_done = str(error), True
+        states = collectives.gather((is_done, result, problem, local))
+        is_done = all(state[0] for state in states)
+        problems = {rank: state[2] for rank, state in enumerate(states) if state[2] is not None}
+        if problems:
+            working = [state for state in states if state[3] == 0]
+            if len(problems) == len(working) and len(set(problems.values())) == 1:
+                raise UserError(next(iter(problems.values())))
+            raise UserError("\n".join(f"rank {rank}: {text}" for rank, text in problems.items()))
+    return states[collectives.rank() - local][1]  # type: ignore[return-value]
 
 
 def check_same(what: str, value: Mapping[str, Any], remedy: str) -> None:

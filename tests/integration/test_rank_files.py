@@ -26,7 +26,7 @@ def train_at_home(argv: Sequence[str], homes: Sequence[str]) -> tuple[int, str]:
 
     printed = io.StringIO()
     with (
-        mock.patch.dict(os.environ, HOME=homes[int(os.environ["RANK"])]),
+        mock.patch.dict(os.environ, HOME=homes[int(os.environ["RANK"])], LOCAL_RANK="0"),
         mock.patch.object(process, "time", types.SimpleNamespace(sleep=lambda seconds: None)),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from hift_ds.launch.data.formats import convert
+from hift_ds.launch.data.formats import converter
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests.launch.data.test_chat import WITH_TOOLS
@@ -409,7 +409,7 @@ def test_prompts_of_messages_are_explained() -> None:
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]}
     with pytest.raises(UserError, match="row 1: .*one column 'messages', with weight: 0"):
-        convert("jsonl", "prompt-completion", {}, {"train": [("row 1", row)]})
+        converter("jsonl", "prompt-completion", {})(row, "row 1")
     messages = [prompt[0], prompt[1] | {"weight": 0}, prompt[2], *row["completion"]]
-    rows, _ = convert("jsonl", "chat", {}, {"train": [("row 1", {"messages": messages})]})
-    assert [one.get("weight") for one in rows["train"][0][1]["messages"]] == [None, 0, None, None]
+    row = converter("jsonl", "chat", {})({"messages": messages}, "row 1")
+    assert [one.get("weight") for one in row["messages"]] == [None, 0, None, None]

@@ -71,9 +71,9 @@ def test_the_split_to_train_on_is_never_held_out(plain_tokenizer: Any, tmp_path:
     rows = [{"prompt": str(i), "completion": "x"} for i in range(10)]
     folder: dict[str, Any] = {"name": "jsonl", "path": str(tmp_path)}
     write_jsonl(tmp_path / "train.jsonl", rows[:4])
-    assert load(plain_tokenizer, **folder).eval == []
+    assert len(load(plain_tokenizer, **folder).eval) == 0
     write_jsonl(tmp_path / "validation.jsonl", rows[4:7])
-    assert load(plain_tokenizer, **folder, split="validation").eval == []
+    assert len(load(plain_tokenizer, **folder, split="validation").eval) == 0
     with pytest.raises(UserError, match="data.eval_split: 'dev' is .*validation.jsonl, which is trained on"):
         load(plain_tokenizer, **folder, split="val", eval_split="dev")
     write_jsonl(tmp_path / "test.jsonl", rows[7:9])
@@ -92,7 +92,7 @@ def test_a_test_part_without_labels_is_not_taken_by_itself(plain_tokenizer: Any,
     row = {"premise": "a", "hypothesis": "b"}
     write_jsonl(tmp_path / "train.jsonl", [{**row, "label": "entailment"}])
     write_jsonl(tmp_path / "test.jsonl", [row])
-    assert load(plain_tokenizer, name="superglue/rte", path=str(tmp_path)).eval == []
+    assert len(load(plain_tokenizer, name="superglue/rte", path=str(tmp_path)).eval) == 0
     with pytest.raises(UserError, match="test.jsonl:1: label None"):
         load(plain_tokenizer, name="superglue/rte", path=str(tmp_path), eval_split="test")
 
@@ -232,7 +232,7 @@ def test_hub_sets(hub_folder: Any, plain_tokenizer: Any) -> None:
 
     hub_folder("me/chats", "default", {"train": [{"prompt": "a", "completion": "b"}]})
     assert len(load(plain_tokenizer, name="me/chats").train) == 1
-    assert load(plain_tokenizer, name="me/chats").eval == []
+    assert len(load(plain_tokenizer, name="me/chats").eval) == 0
     with pytest.raises(UserError, match="data.split: me/chats has no split 'all'; it has train"):
         load(plain_tokenizer, name="me/chats", split="all")
     with pytest.raises(UserError, match=r"me/chats \(none\) cannot be loaded.*data.subset"):

@@ -33,7 +33,15 @@ def example(*ids: int, types: list[int] | None = None) -> Example:
 
 def check(model: Any, tokenizer: Any, *train: Example, held_out: Any = (), answered: int = 0) -> list[str]:
     longest = max(len(one.input_ids) for one in train)
-    return check_limits(model, tokenizer, train, held_out, longest, answered)
+    examples = {"training": train, "held-out": held_out}
+    found = {
+        part: {
+            "highest_token": max((token for one in own for token in one.input_ids), default=-1),
+            "highest_type": max((kind for one in own for kind in one.token_type_ids or ()), default=-1),
+        }
+        for part, own in examples.items()
+    }
+    return check_limits(model, tokenizer, examples, found, longest, answered)
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("roberta", 64), ("bert", 66), ("llama", 66)])
