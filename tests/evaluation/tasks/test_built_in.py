@@ -86,6 +86,6 @@ def test_errors_point_to_the_tasks_that_need_no_data(monkeypatch: pytest.MonkeyP
     def unreachable(*_: object) -> None:
         raise UserError("the Hub cannot be reached")
 
-    monkeypatch.setattr(loading, "read_hub", unreachable)
+    monkeypatch.setattr(loading, "open_hub", unreachable)
     with pytest.raises(UserError, match=f"the Hub cannot be reached; {remedy}"):
         load_task(find_task("sst2"), seed=0)
