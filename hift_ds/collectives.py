@@ -27,7 +27,9 @@ def gather(value: _T) -> list[_T]:
     return values
 
 
-def on_every_rank(action: Callable[[], _T], expected: type[Exception]) -> tuple[list[_T], dict[int, str]]:
+def on_every_rank(
+    action: Callable[[], _T], expected: type[Exception] | tuple[type[Exception], ...]
+) -> tuple[list[_T], dict[int, str]]:
     """Run an action on every rank, and exchange the results and errors. All ranks call it.
 
     Args:

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -416,14 +416,35 @@ class HiFTEngine(CheckpointingEngine):
         window are not saved. Arguments and errors: :meth:`SavingEngine.save_checkpoint
         <hift_ds.checkpoint.engine.SavingEngine.save_checkpoint>`.
         """
-        # What a rank cannot write to its files, or read from them, must not leave the others waiting.
-        _, problems = on_every_rank(self.block_optimizers.settle, OSError)
-        if problems:
-            raise CheckpointError(
-                "\n".join(f"rank {i} could not finish its last step: {text}" for i, text in problems.items())
-            )
+        self._on_every_rank("finish its last step", self.block_optimizers.settle)
         with self._all_blocks():
             return super().save_checkpoint(*args, **kwargs)
+
+    @staticmethod
+    def _on_every_rank(what: str, action: Callable[[], Any]) -> Any:
+        """Run an action on every rank. What one rank cannot do must not leave the others waiting for it.
+
+        Returns:
+            The result on this rank.
+
+        Raises:
+            CheckpointError: on every rank, if the action failed on any rank because of a file, a value or memory.
+        """
+        result = None
+
+        def act() -> None:
+            nonlocal result
+            result = action()
+
+        _, problems = on_every_rank(act, (OSError, ValueError, MemoryError))
+        if problems:
+            texts = {text: [i for i, other in problems.items() if other == text] for text in problems.values()}
+            raise CheckpointError(
+                "\n".join(
+                    f"rank {', '.join(map(str, ranks))} could not {what}: {text}" for text, ranks in texts.items()
+                )
+            )
+        return result
 
     @contextmanager
     def saving_into(self, folder: str) -> Iterator[None]:
@@ -454,6 +475,7 @@ class HiFTEngine(CheckpointingEngine):
             ValueError: the checkpoint is damaged, or was saved without HiFT, or with another dtype, optimizer or
                 ``freeze``, or with other blocks in the middle of a cycle. Nothing is changed then.
         """
+        self._on_every_rank("finish its last step", self.block_optimizers.settle)
         with self._all_blocks():
             loaded = super().load_checkpoint(*args, **kwargs)
             if self._host_weights is not None:
@@ -461,6 +483,7 @@ class HiFTEngine(CheckpointingEngine):
             return loaded
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._on_every_rank("finish its last step", self.block_optimizers.settle)
         with self._all_blocks():  # with `exclude_frozen_parameters`, inactive blocks would be left out
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
 
@@ -510,11 +533,16 @@ class HiFTEngine(CheckpointingEngine):
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load weights and state by parameter name, and let DeepSpeed load the rest."""
-        load = functools.partial(self.checkpoint_engine.load, map_location="cpu")
-        contents = Contents(Path(load_dir) / tag, load, self.checkpoint_mp_rank)
-        if continues := load_optimizer_states and not load_module_only:
-            self.block_optimizers.check_state(contents.states)
-        self._loading = contents
+        continues = load_optimizer_states and not load_module_only
+
+        def read() -> Contents:
+            load = functools.partial(self.checkpoint_engine.load, map_location="cpu")
+            contents = Contents(Path(load_dir) / tag, load, self.checkpoint_mp_rank)
+            if continues:
+                self.block_optimizers.check_state(contents.states)
+            return contents
+
+        self._loading = contents = self._on_every_rank("load the checkpoint", read)
         try:
             path, client_state = super()._load_checkpoint(
                 load_dir,
@@ -528,9 +556,8 @@ class HiFTEngine(CheckpointingEngine):
         finally:
             self._loading = None
         if continues:
-            self.block_optimizers.load_state_dict(
-                state_dict_list=contents.states, load_from_fp32_weights=self.zero_load_from_fp32_weights()
-            )
+            options = {"load_from_fp32_weights": self.zero_load_from_fp32_weights()}
+            self.block_optimizers.load_state_dict(state_dict_list=contents.states, **options)
         elif hasattr(self.optimizer, "refresh_fp32_params"):
             self.optimizer.refresh_fp32_params()
         return path, client_state and {key: value for key, value in client_state.items() if key != "optimizer"}
