@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,3 +173,29 @@ def test_what_cannot_continue_is_refused_by_name_and_changes_nothing(tmp_path: P
     assert "it is state of AdamW, and this run uses SGD" in optimizer
     assert "model.norm.weight" in frozen and "hift.freeze" in frozen
     assert "it has 1 parameter groups, and this run has 2" in groups
+
+
+def unreadable(folder: str) -> tuple[str, bool]:
+    """In a rank: what all ranks are told if one of them cannot read a file, and whether the weights are as before."""
+    engine = tiny.initialize(Case(stage=2, ranks=2))
+    start, load = tiny.weights(engine), engine.checkpoint_engine.load
+
+    def fail(path: str, **kwargs: Any) -> Any:
+        if torch.distributed.get_rank() == 1 and "optim_states" in path:
+            raise OSError(5, "Input/output error", path)
+        return load(path, **kwargs)
+
+    try:
+        with mock.patch.object(engine.checkpoint_engine, "load", fail), pytest.raises(ValueError) as error:
+            engine.load_checkpoint(folder, tag="saved")
+        return str(error.value), tiny.identical(tiny.weights(engine), start)
+    finally:
+        engine.destroy()
+
+
+def test_a_rank_that_cannot_read_stops_all(tmp_path: Path) -> None:
+    run_on_ranks(2, saved, Case(stage=2, ranks=2), str(tmp_path), Case().k)
+    results = run_on_ranks(2, unreadable, str(tmp_path))
+    for message, is_unchanged in results:
+        assert message.startswith("rank 1 could not load the checkpoint: ") and "Input/output error" in message
+        assert is_unchanged
