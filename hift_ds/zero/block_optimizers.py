@@ -331,7 +331,7 @@ class BlockOptimizers:
         of_zero: list[dict[str, Any]] = []
         for block in self.optimizers:
             with block.decoded(changes=False, folder=self.scratch_folder):
-                found = block.block_state.saved(self._spans(block), self._counted, block.saves_masters)
+                found = block.block_state.saved(self._spans(block), self._counted_by(block), block.saves_masters)
                 masters += [master.entry() for master in found]
                 of_zero.append(block.entries_of_zero())
         settings = [
@@ -378,7 +378,7 @@ class BlockOptimizers:
         saved, spans = self._read(entries)
         recount = functools.partial(_as_counted_by, type(self.optimizer))
         anew = [
-            block.load(saved, own, self._counted, load_from_fp32_weights, recount)
+            block.load(saved, own, self._counted_by(block), load_from_fp32_weights, recount)
             for block, own in zip(self.optimizers, spans, strict=True)
         ]
         if saved.encoded != (now := self._formats()):
@@ -435,6 +435,12 @@ class BlockOptimizers:
             [Span(self._names[id(parameter)], *place) for parameter, *place in block.elements(index)]
             for index in range(len(block.masters()))
         ]
+
+    def _counted_by(self, block: Any) -> set[str]:
+        """Return the settings in which a block's torch optimizer counts: some make them in their first step."""
+        own = {key for group in block.optimizer.param_groups for key in group}
+        configured = {key for group in self.optimizer.param_groups for key in group}
+        return {*(own - configured), *self._counted}
 
     def _log(self, text: str) -> None:
         log_dist(text, ranks=[0], level=logging.WARNING)

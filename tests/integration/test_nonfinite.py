@@ -79,13 +79,12 @@ def spoil(gradient: torch.Tensor, value: float) -> torch.Tensor:
 
 def state(engine: Any) -> dict[str, Any]:
     """All that a step may change, but fp16's search for a loss scale: copied tensors by where they are, and numbers."""
-    owners = engine.block_optimizers.optimizers
     found: dict[str, Any] = {f"weights {name}": value for name, value in tiny.weights(engine).items()}
     found |= {f"master {name}": value for name, value in tiny.masters(engine).items()}
     for index, block in enumerate(tiny.block_states(engine)):
         found |= {f"block {index} {name}": value for name, value in block.items()}
-    for index, owner in enumerate(owners):
-        found |= {f"block {index} {name}": value for name, value in numbers(owner.state_dict()).items()}
+    for index, entries in enumerate(tiny.block_entries(engine)):
+        found |= {f"block {index} {name}": value for name, value in numbers(entries).items()}
     place = (engine.active_block, engine.cycle, engine.get_lr()[0], engine.lr_scheduler.last_epoch)
     return {**found, "place": torch.tensor(place, dtype=torch.float64)}
 

@@ -424,14 +424,19 @@ def tensors(state: Any, path: str = "") -> dict[str, Tensor]:
     return {k: v for key, value in entries for k, v in tensors(value, f"{path}/{key}").items()}
 
 
-def block_states(engine: Any) -> list[dict[str, Tensor]]:
-    """All that each block's optimizer keeps on this rank (masters, moments, step counts), copied."""
+def block_entries(engine: Any) -> list[list[dict[str, Any]]]:
+    """What a checkpoint holds of each block's optimizer on this rank: masters, moments, counts."""
     found = []
     for block in engine.block_optimizers.optimizers:
         with block.decoded(changes=False):
             masters = block.block_state.saved([[]] * len(block.masters()), ("step",), with_masters=True)
-            found.append(tensors([master.entry() for master in masters]))
+            found.append([master.entry() for master in masters])
     return found
+
+
+def block_states(engine: Any) -> list[dict[str, Tensor]]:
+    """All that each block's optimizer keeps on this rank (masters, moments, step counts), copied."""
+    return [tensors(entries) for entries in block_entries(engine)]
 
 
 def identical(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
