@@ -10,17 +10,20 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed
 
 from hift_ds.state.step import BlockState
+from hift_ds.weights import node
 from hift_ds.weights.node import Node
 from hift_ds.weights.turns import Turns
-from tests.integration.test_host_weights import cycles_with_a_save, different, make, same, trained
+from tests.integration.test_host_weights import cycles_with_a_save, different, launched, make, same, trained
 from tests.support import tiny
 from tests.support.pairwise import others_slow
 from tests.support.poisoned_slots import poisoned
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
+from tests.support.training import arguments, records
 
 WAITING: dict[str, Any] = {"waiting": "cpu", "ranks": 2}
 CASES = [
@@ -37,7 +40,7 @@ CASES += [
     Case(stage=0, optimizer="Adafactor", tied=True, **WAITING),
     Case(stage=0, dtype="bf16", optimizer="Adafactor", **WAITING),
 ]
-TABLE = [CASES[0], CASES[3], CASES[5], CASES[10], *CASES[-6:]]
+TABLE = [CASES[1], CASES[3], CASES[6], *CASES[-6:-3], *CASES[-2:]]
 
 
 @pytest.mark.parametrize("case", others_slow(CASES, TABLE), ids=str)
@@ -45,15 +48,35 @@ def test_the_place_of_weights_does_not_matter(case: Case) -> None:
     assert run_on_ranks(2, different, case) == [[], []]
 
 
-@pytest.mark.parametrize("offload", ({"master": "fp32"}, {"moments": "8bit"}, {"prefetch": 2**20}), ids=str)
-def test_with_each_format_of_state(offload: dict[str, Any]) -> None:
-    for stage in (0, 2):
-        case = Case(stage=stage, dtype="bf16", layers_per_block=2, decay_groups=True, **WAITING)
-        assert run_on_ranks(2, different, case, **offload) == [[], []]
+FORMATS = [(stage, key, value) for key, value in (("master", "fp32"), ("moments", "8bit")) for stage in (0, 1, 2)]
 
 
-@pytest.mark.parametrize("defer", (False, True))
-@pytest.mark.parametrize("case", (CASES[0], CASES[2], CASES[10]), ids=str)
+@pytest.mark.parametrize(("stage", "key", "value"), others_slow(FORMATS, [FORMATS[0], FORMATS[5]]))
+def test_with_each_format_of_state(stage: int, key: str, value: str) -> None:
+    case = Case(stage=stage, dtype="bf16", layers_per_block=2, decay_groups=True, **WAITING)
+    assert run_on_ranks(2, different, case, **{key: value}) == [[], []]
+
+
+@pytest.mark.parametrize("stage", (0, 2))
+def test_with_state_in_files(stage: int, tmp_path: Path) -> None:
+    case = Case(stage=stage, dtype="bf16", place="nvme", **WAITING)
+    assert run_on_ranks(2, different, case, nvme_path=str(tmp_path)) == [[], []]
+
+
+def on_machines_of_their_own(case: Case) -> list[str]:
+    """In a rank, which takes itself for the only one of its machine: what is not as with weights on the device."""
+    with mock.patch.object(node, "machine", lambda: (f"machine {distributed.get_rank()}", "")):
+        return different(case)
+
+
+def test_several_machines_have_a_copy_each() -> None:
+    assert run_on_ranks(2, on_machines_of_their_own, CASES[0]) == [[], []]
+
+
+LAZY = [(case, defer) for case in (CASES[0], CASES[2], CASES[10]) for defer in (False, True)]
+
+
+@pytest.mark.parametrize(("case", "defer"), others_slow(LAZY, [LAZY[1], LAZY[2], LAZY[5]]), ids=str)
 def test_nothing_is_read_or_overwritten_too_early(case: Case, defer: bool) -> None:
     assert run_on_ranks(2, different, case, lazy=True, defer=defer) == [[], []]
 
@@ -75,10 +98,10 @@ def late(rank: int, owner: Any, name: str, seconds: float = 0.02) -> Iterator[No
         yield
 
 
-def _reduced_before_the_events(node: Node, events: Any) -> Any:
-    node.meet_on_device()
-    with node._lane.after(*events):
-        return node._lane.mark()
+def _reduced_before_the_events(own: Node, events: Any) -> Any:
+    own.meet_on_device()
+    with own._lane.after(*events):
+        return own._lane.mark()
 
 
 def _nothing(*_: Any) -> None:
@@ -117,7 +140,10 @@ def test_a_late_rank_is_waited_for(name: str) -> None:
 # ---- between steps ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[10]], ids=str)
+CONTINUED = [CASES[0], CASES[2], CASES[10]]
+
+
+@pytest.mark.parametrize("case", others_slow(CONTINUED, [CASES[0], CASES[10]]), ids=str)
 def test_a_run_continues_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
     found = run_on_ranks(2, cycles_with_a_save, case, str(tmp_path / "cpu"))
     assert all(same(continued, ours) for ours, continued, _ in found)
@@ -174,7 +200,10 @@ def changed_between_steps(case: Case) -> Any:
         return seen, weights
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[6], CASES[10]], ids=str)
+HANDLED = [CASES[0], CASES[2], CASES[6], CASES[10]]
+
+
+@pytest.mark.parametrize("case", others_slow(HANDLED, [CASES[0], CASES[10]]), ids=str)
 def test_what_a_script_does_between_steps(case: Case) -> None:
     ours = run_on_ranks(2, changed_between_steps, case)
     truth = run_on_ranks(2, changed_between_steps, replace(case, waiting="device"))
@@ -182,3 +211,63 @@ def test_what_a_script_does_between_steps(case: Case) -> None:
         assert tiny.identical(weights, wanted)
         assert tiny.identical(tiny.tensors(seen), tiny.tensors(expected))
         assert [one for one in seen if isinstance(one, float)] == [one for one in expected if isinstance(one, float)]
+
+
+# ---- what cannot be shared ----------------------------------------------------------------------------------------
+
+
+def refused(case: Case, reason: str) -> str:
+    """In a rank: the message of the error."""
+    rank = distributed.get_rank()
+    cause: Any = {
+        "several machines": mock.patch.object(node, "machine", lambda: (f"machine {rank}", "")),
+        "model parallelism": mock.patch.object(node, "check_ranks", node.check_ranks),
+        "no access": mock.patch.object(node.os, "open", mock.Mock(side_effect=PermissionError(13, "not allowed"))),
+        "another process": mock.patch.object(node.os, "getpid", lambda: 1),
+        "no memory": mock.patch.object(node, "Region", mock.Mock(side_effect=MemoryError("a test"))),
+    }[reason]
+    mpu = mock.Mock(get_model_parallel_world_size=lambda: 2) if reason == "model parallelism" else None
+    if mpu is not None:
+        with pytest.raises(ValueError) as raised:
+            node.check_ranks(0, mpu)
+        return str(raised.value)
+    with cause, pytest.raises((ValueError, MemoryError)) as raised:
+        make(case)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("several machines", ("on 2 machines", "stage=2", "offload_param.device='cpu'")),
+        ("model parallelism", ("model-parallel ranks have different ones", "weights='device'")),
+        ("no access", ("rank 1:", "not allowed", "as one user in one container")),
+        ("another process", ("rank 1:", "/proc/1/fd", "as one user in one container")),
+        ("no memory", ("weights: ", "rank 0: a test", "rank 1: a test", "weights='device'")),
+    ],
+)
+def test_what_is_refused(reason: str, words: tuple[str, ...]) -> None:
+    first, second = run_on_ranks(2, refused, CASES[10], reason)
+    assert first == second and all(word in first for word in words)
+
+
+def test_memory_that_cannot_be_page_locked_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    own = Node(torch.device("cpu"), True)
+    region = mock.Mock(register=mock.Mock(side_effect=RuntimeError("limit\nmore")))
+    with mock.patch.object(node.logger, "warning") as warning:
+        own._pins = True
+        own._page_lock(region)
+    assert not own._pins and "(limit)" in warning.call_args.args[0] and "ulimit -l" in warning.call_args.args[0]
+
+
+def test_a_run_of_the_command(tmp_path: Path) -> None:
+    """With held-out scores, a checkpoint, and an export."""
+    found = []
+    for waiting in ("device", "cpu"):
+        out = tmp_path / waiting
+        options = ("training.max_steps=4", "training.save_every=3", f"deepspeed.hift.offload.weights={waiting}")
+        run_on_ranks(2, launched, arguments(out, *options))
+        model = load_file(out / "model" / "model.safetensors")
+        found.append(([(record["loss"], record.get("eval")) for record in records(out)], model))
+    (truth, weights), (losses, ours) = found
+    assert losses == truth and tiny.identical(ours, weights)

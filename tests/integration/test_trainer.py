@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support import integrations, tiny
@@ -583,3 +584,28 @@ def without_deepspeed(callback: bool, folder: Path, out: Path) -> str:
 def test_a_trainer_without_deepspeed_is_an_error(callback: bool, folder: Path, tmp_path: Path) -> None:
     (message,) = run_on_ranks(1, without_deepspeed, callback, folder, tmp_path)
     assert "TrainingArguments(deepspeed='config.json')" in message
+
+
+# ---- weights in host memory ----------------------------------------------------------------------------------------
+
+
+def kept_best(run: Run, folder: Path, out: Path) -> list[dict[str, Any]]:
+    """In a rank: the log of a training that is evaluated, saved, resumed at its best checkpoint, and exported."""
+    with trainer(run, folder, out) as made:
+        made.train()
+        made.save_model(str(out / "model"))
+        made.deepspeed.destroy()
+        made.evaluate()  # of the model that is left
+        return [{k: v for k, v in entry.items() if "loss" in k or "norm" in k} for entry in made.state.log_history]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_in_host_memory(ranks: int, folder: Path, tmp_path: Path) -> None:
+    saving = (("save_strategy", "steps"), ("save_steps", 3), ("load_best_model_at_end", True), *EVALUATED)
+    found, saved = [], []
+    for place in ("device", "cpu"):
+        section = (("layers_per_block", 1), ("offload", {"weights": place}))
+        run = Run(ranks=ranks, dtype="bf16", arguments=saving, section=section)
+        found.append(run_on_ranks(ranks, kept_best, run, folder, tmp_path / place))
+        saved.append(load_file(tmp_path / place / "model" / "model.safetensors"))
+    assert found[0] == found[1] and tiny.identical(*saved)
