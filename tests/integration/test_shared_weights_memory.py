@@ -1,5 +1,6 @@
 """Memory of two ranks with ``hift.offload.weights: cpu``: one copy in the host memory of the machine, and no rest."""
 
+import gc
 import os
 import re
 import signal
@@ -37,6 +38,8 @@ def of_mappings() -> dict[str, int]:
 
 def shared_and_private(case: Case) -> tuple[int, dict[str, int], dict[str, int], Any]:
     """In a rank: bytes of the model, of the mappings, and of the ledger; with an engine that was stepped."""
+    gc.collect()
+    before = of_mappings()  # of engines that Python does not free
     llama = wide(case.dtype)
     nbytes = sum(p.nbytes for p in llama.parameters())
     if distributed.get_rank():  # what the others have loaded does not matter
@@ -46,7 +49,8 @@ def shared_and_private(case: Case) -> tuple[int, dict[str, int], dict[str, int],
     for step in range(len(engine.blocks)):
         tiny.optimizer_step(engine, step)
     distributed.barrier()
-    mapped, ledger, weights = of_mappings(), engine.memory_ledger(), tiny.weights(engine)
+    mapped = {name: size - before.get(name, 0) for name, size in of_mappings().items()}
+    ledger, weights = engine.memory_ledger(), tiny.weights(engine)
     distributed.barrier()
     engine.destroy()
     return nbytes, mapped, ledger, weights
