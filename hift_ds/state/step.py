@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from hift_ds.config import SLOT_OVERHEAD
 from hift_ds.optim.properties import assembled, has_elements, parts
@@ -327,6 +328,8 @@ class BlockState:
             for plan, elements in zip(self._plans, self._elements, strict=True):
                 of_plan = saved.counted(own, elements)
                 plan.is_new, counts = of_plan.is_new, recount(of_plan.counts)
+                if self._on_host is None and (group.get("fused") or group.get("capturable")):  # kernels of torch count
+                    counts = tree_map_only(torch.Tensor, lambda count: count.to(self._staging.device), counts)
                 plan.counts[index], plan.settings[self._groups[index]] = counts, dict(of_plan.settings)
                 if not self._is_shared:
                     state |= counts

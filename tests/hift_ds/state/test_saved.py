@@ -109,6 +109,15 @@ def test_what_was_updated_differently_often_is_not_trained_together() -> None:
         mixed.counted([Span("a", 0, 10, 0), Span("b", 0, 7, 10)])
 
 
+def test_a_first_update_is_not_mixed_with_later_ones() -> None:
+    """Momentum without a count: the first update sets it, and later ones add to it."""
+    new, old = Counted(None, {}, {}, True), Counted(None, {}, {}, False)
+    saved = SavedState([master([Span("a", 0, 10, 0)], 10, new), master([Span("b", 0, 7, 0)], 7, old)])
+    assert saved.counted([Span("a", 0, 10, 0)]).is_new and not saved.counted([Span("b", 0, 7, 0)]).is_new
+    with pytest.raises(ValueError, match="differently often"):
+        saved.counted([Span("a", 0, 10, 0), Span("b", 0, 7, 10)])
+
+
 def test_state_that_no_step_has_made_is_zero() -> None:
     """A rank whose rows no step has trained yet has none."""
     spans = [Span("a", 0, 10, 0)]
