@@ -91,7 +91,7 @@ class OffloadConfig:
             reads of the weights after a step need ``engine.settle()`` first.
         nvme_path: an existing folder, for ``device: nvme``.
         weights: ``device``: the weights of the whole model are on the device; ``cpu``: they wait in host memory, and
-            layers take turns in two slots on the device. For one rank at ZeRO 0 to 2.
+            layers take turns in two slots on the device. For ZeRO 0 to 2; the ranks of a machine share one copy.
         master: the format of masters off the device: ``fp32``; ``split``: what the bf16 weights lack of them, which
             is exact, in 2.125 bytes an element; ``auto``: ``split`` if the weights are bf16, the optimizer is
             element-wise, and it computes on the device.

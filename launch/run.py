@@ -45,6 +45,7 @@ from hift_ds.launch.methods.table import METHODS
 from hift_ds.launch.model import loading
 from hift_ds.launch.model.batch_loss import loss_note
 from hift_ds.launch.model.classes import set_classes
+from hift_ds.launch.model.hollow import without_weights
 from hift_ds.launch.model.limits import check_limits
 from hift_ds.launch.runtime import extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
@@ -276,7 +277,12 @@ class Run:
         # No device may have the memory for all weights: ZeRO-3 moves them to the devices one by one, or they stay.
         waits = bool(self.blocks) and hift.get("offload", {}).get("weights") == "cpu"
         device = get_accelerator().current_device_name() if zero.get("stage", 0) < 3 and not waits else None
-        model = together(lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, say, device))
+        # Then all ranks get those of rank 0. To find what the loss depends on, an example may need the weights.
+        is_hollow = waits and self.rank > 0 and self.unreached is not None
+        with without_weights() if is_hollow else contextlib.nullcontext():
+            model = together(
+                lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, say, device)
+            )
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
             say(

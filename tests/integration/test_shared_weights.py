@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
+from hift_ds.launch.model import loading
 from hift_ds.state.step import BlockState
 from hift_ds.weights import node
 from hift_ds.weights.node import Node
 from hift_ds.weights.turns import Turns
 from tests.integration.test_host_weights import cycles_with_a_save, different, launched, make, same, trained
-from tests.support import tiny
+from tests.support import integrations, tiny
 from tests.support.pairwise import others_slow
 from tests.support.poisoned_slots import poisoned
 from tests.support.ranks import run_on_ranks
@@ -260,13 +261,29 @@ def test_memory_that_cannot_be_page_locked_is_said_once(caplog: pytest.LogCaptur
     assert not own._pins and "(limit)" in warning.call_args.args[0] and "ulimit -l" in warning.call_args.args[0]
 
 
+def launched_from_files(argv: list[str]) -> bool:
+    """In a rank: whether it has loaded the weights, in a run of the command."""
+    load, seen = loading.load_model, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        seen.append(any(parameter.any() for parameter in model.parameters()))
+        return model
+
+    with mock.patch.object(loading, "load_model", watched):
+        launched(argv)
+    return seen[0]
+
+
 def test_a_run_of_the_command(tmp_path: Path) -> None:
-    """With held-out scores, a checkpoint, and an export."""
-    found = []
+    """With held-out scores, a checkpoint, and an export. With weights that are shared, one rank loads them."""
+    found, files = [], integrations.model_folder(tmp_path / "files")
     for waiting in ("device", "cpu"):
         out = tmp_path / waiting
         options = ("training.max_steps=4", "training.save_every=3", f"deepspeed.hift.offload.weights={waiting}")
-        run_on_ranks(2, launched, arguments(out, *options))
+        model = (f"model.name_or_path={files}", "model.config=null", "model.tokenizer=null")
+        loaded = run_on_ranks(2, launched_from_files, arguments(out, *options, *model))
+        assert loaded == [True, waiting == "device"]
         model = load_file(out / "model" / "model.safetensors")
         found.append(([(record["loss"], record.get("eval")) for record in records(out)], model))
     (truth, weights), (losses, ours) = found
