@@ -17,13 +17,16 @@ SECTION = "hift"
 LR_TICKS = ("cycle", "step")
 
 
-class _Defer(str, Enum):
+class _Internal(str, Enum):
     WHERE_POSSIBLE = "where possible"
+    AS_ALLOWED = "as allowed"
 
 
 # Value of `offload.defer` in loops that need no `settle()`: true wherever the engine can do it. Not for users: a string
 # in a config is never this object.
-WHERE_POSSIBLE = _Defer.WHERE_POSSIBLE
+WHERE_POSSIBLE = _Internal.WHERE_POSSIBLE
+# Value of `offload.pin_memory` after a check of what the system allows: `auto` without another check.
+AS_ALLOWED = _Internal.AS_ALLOWED
 # Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
 # Bytes by which the alignment of encoded values can enlarge a chunk in a slot, at most.
@@ -80,7 +83,8 @@ class OffloadConfig:
             ``auto``: streamed if the optimizer is element-wise.
         buffer_size: bytes of a chunk, as the step needs them. A slot holds one chunk, in the formats of ``master`` and
             ``moments``. Two slots are on the device, or what ``prefetch`` says.
-        pin_memory: page-lock the host buffers.
+        pin_memory: page-lock the host buffers. ``auto``: as far as the system allows it, with a warning if that is not
+            all; true: refuse to run otherwise.
         prefetch: start to copy state to the device before the step. With ``streamed``, chunks are copied during
             forward and backward, as many as there are slots; with ``block``, the whole state is copied after backward.
             A number of bytes is the memory for slots, in place of two. A chunk has ``buffer_size`` bytes, but at
@@ -104,7 +108,7 @@ class OffloadConfig:
     device: str = "cpu"
     step: str = "auto"
     buffer_size: int = 67108864
-    pin_memory: bool = True
+    pin_memory: bool | str = "auto"
     prefetch: bool | int = True
     defer: bool | str = "auto"
     nvme_path: str | None = None
@@ -112,6 +116,11 @@ class OffloadConfig:
     master: str = "auto"
     moments: str = "fp32"
     nvme: str = "all"
+
+    @property
+    def pins(self) -> bool:
+        """Whether host buffers are page-locked where the system allows it."""
+        return self.pin_memory is not False
 
     @property
     def defers(self) -> bool:
@@ -260,7 +269,7 @@ _OFFLOAD_CHECKS: dict[str, _Check] = {
     "device": (lambda v: v in ("cpu", "nvme", "none"), "cpu, nvme or none"),
     "step": (lambda v: v in ("auto", "block", "streamed"), "auto, block or streamed"),
     "buffer_size": (lambda v: _is_int(v) and v >= MIN_BUFFER, f"bytes, an integer of at least {MIN_BUFFER}"),
-    "pin_memory": (lambda v: isinstance(v, bool), "true or false"),
+    "pin_memory": (lambda v: isinstance(v, bool) or v == "auto" or v is AS_ALLOWED, "true, false or auto"),
     "prefetch": (
         lambda v: isinstance(v, bool) or _is_int(v) and v >= 2 * MIN_BUFFER,
         f"true, false, or the bytes of all slots, an integer of at least {2 * MIN_BUFFER}",
@@ -315,6 +324,8 @@ def needs_streamed_step(offload: Mapping[str, Any]) -> dict[str, str]:
         found[f"{SECTION}.offload.prefetch={prefetch}"] = "set prefetch to true, or remove it"
     if offload.get("defer") is True:
         found[f"{SECTION}.offload.defer=true"] = "set defer to auto, or remove it"
+    if (size := offload.get("buffer_size", OffloadConfig.buffer_size)) != OffloadConfig.buffer_size:
+        found[f"{SECTION}.offload.buffer_size={size}"] = "remove it"
     return found
 
 

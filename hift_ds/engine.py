@@ -1048,9 +1048,10 @@ class HiFTEngine(CheckpointingEngine):
             ranks=self.dp_world_size if self.zero_optimization() else 1,
             has_masters=self.zero_optimization() or self.bfloat16_enabled(),
             aio=self.aio_config(),
+            weights=self._page_locked_weights(),
         )
         if self.hift.offload.weights == "cpu":
-            self._host_weights = HostWeights(self.module, self.device, self.hift.offload.pin_memory)
+            self._host_weights = HostWeights(self.module, self.device, self.hift.offload.pins)
             make_optimizer = functools.partial(_make_on_host, self._host_weights, make_optimizer, flattens)
         if self.zero_optimization_stage() == 3:  # DeepSpeed gathers weights ahead of the layers that use them
             placed["defer"] = False
@@ -1062,6 +1063,17 @@ class HiFTEngine(CheckpointingEngine):
             self._host_weights.start(made.staging)
         return_freed_memory()  # DeepSpeed flattens weights in host memory
         return made
+
+    def _page_locked_weights(self) -> int:
+        """Return the bytes of weights that wait in page-locked memory of this rank."""
+        weights = self.zero_offload_param() if self.zero_optimization_stage() == 3 else None
+        if weights is not None and weights.device == OffloadDeviceEnum.cpu and weights.pin_memory:
+            ranks = self.dp_world_size
+        elif self.hift.offload.weights == "cpu" and self.hift.offload.pins:
+            ranks = 1
+        else:
+            return 0
+        return sum(-(-numel_of(p) // ranks) * p.element_size() for p in self.module.parameters())
 
     def _step_timers(self) -> Any:
         return self.timers if self.wall_clock_breakdown() else NoopTimer()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from deepspeed import comm as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 import hift_ds
 from hift_ds.blocks.block import numel_of
-from hift_ds.config import with_deferred_step
+from hift_ds.config import AS_ALLOWED, with_deferred_step
+from hift_ds.launch.config.deepspeed_trial import plain_optimizer
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.cuts import cut_of
 from hift_ds.launch.errors import NotApplicable, UserError
@@ -19,6 +23,9 @@ from hift_ds.launch.methods.adapters import ADAPTERS
 from hift_ds.launch.methods.package_engines import make_plain_engine
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.optim.properties import has_fused
+from hift_ds.state.placement import host_needs
+from hift_ds.state.placement import page_locking_problem as locking_problem
+from hift_ds.state.trial import examine
 
 
 def find_blocks(settings: Settings, model: Any) -> list[hift_ds.Block]:
@@ -46,6 +53,46 @@ def schedule_ticks(settings: Settings, blocks: Sequence[hift_ds.Block]) -> int:
     update in Algorithm 1), unless the schedule counts steps. An incomplete last cycle counts, too.
     """
     return math.ceil(settings.training.max_steps / cut_of(settings, len(blocks)).steps_per_tick)
+
+
+def page_locking_problem(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any) -> str | None:
+    """Return what the system does not let HiFT page-lock, with what that costs and the remedy. All ranks call it.
+
+    Args:
+        blocks: from `find_blocks`.
+        model: the model, or its skeleton on the meta device.
+
+    Raises:
+        UserError: the settings demand it, or do not fit the optimizer.
+    """
+    hift = hift_ds.HiFTConfig.from_dict(settings.deepspeed["hift"])
+    zero = settings.deepspeed.get("zero_optimization", {})
+    section, waiting = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    on_host = SimpleNamespace(**{"pin_memory": False, **section}) if section.get("device", "none") != "none" else None
+    if not blocks or hift.offload.device == "none" and on_host is None:
+        return None
+    if (optimizer := plain_optimizer(settings.deepspeed["optimizer"])) is None:
+        return None  # the engine finds out
+    dtype, ranks = getattr(torch, settings.dtype), dist.get_world_size()
+    named = dict(model.named_parameters())
+    of_weights = ranks if waiting.get("device") == "cpu" and waiting.get("pin_memory") else 0
+    of_weights = 1 if hift.offload.weights == "cpu" and hift.offload.pins else of_weights
+    weights = sum(-(-numel_of(p) // of_weights) * dtype.itemsize for p in named.values()) if of_weights else 0
+    try:
+        needs = host_needs(
+            hift.offload,
+            blocks,
+            [[named[name] for name in block.parameter_names] for block in blocks],
+            type(optimizer),
+            examine(optimizer),
+            on_host,
+            (dtype, dtype),
+            ranks if settings.zero_stage else 1,
+            has_masters=settings.zero_stage > 0 or settings.dtype == "bfloat16",
+        )
+        return locking_problem(hift.offload, needs, on_host, weights)
+    except ValueError as error:
+        raise UserError(f"deepspeed: {error}") from None
 
 
 def check_reach(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any, unreached: Sequence[str]) -> str:
@@ -90,13 +137,20 @@ def check_reach(settings: Settings, blocks: Sequence[hift_ds.Block], model: Any,
     )
 
 
-def make_engine(model: Any, settings: Settings, factor: Callable[[int], float], unreached: Sequence[str] = ()) -> Any:
+def make_engine(
+    model: Any,
+    settings: Settings,
+    factor: Callable[[int], float],
+    unreached: Sequence[str] = (),
+    page_locking_is_checked: bool = False,
+) -> Any:
     """Make the engine of the method, with `training.lr_schedule` unless the deepspeed section has a scheduler.
 
     Args:
         factor: the learning rate at a tick of the schedule (0-based), as a fraction of the highest one.
         unreached: names of the parameters that the loss does not depend on. Methods without blocks do not train them:
             they would take memory for gradients and optimizer state, and weight decay or MeZO would change them.
+        page_locking_is_checked: by `page_locking_problem`, so that the engine does not check and warn again.
 
     Raises:
         NotApplicable: the method does not fit the model.
@@ -114,6 +168,10 @@ def make_engine(model: Any, settings: Settings, factor: Callable[[int], float], 
         return make_plain_engine(model, settings, factor)
     config = copy.deepcopy(settings.deepspeed)
     config["hift"] = with_deferred_step(config["hift"])
+    if page_locking_is_checked:
+        offload = config["hift"].get("offload", {})
+        if offload.get("pin_memory", "auto") == "auto":
+            config["hift"]["offload"] = {**offload, "pin_memory": AS_ALLOWED}
     has_scheduler = config.get("scheduler")
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer")
     if config["optimizer"]["type"].lower() in ("adam", "adamw") and not offloaded:

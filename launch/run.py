@@ -39,6 +39,7 @@ from hift_ds.launch.make_engine import (
     cycle_steps,
     find_blocks,
     make_engine,
+    page_locking_problem,
     schedule_ticks,
 )
 from hift_ds.launch.methods.table import METHODS
@@ -271,6 +272,9 @@ class Run:
 
     def build_engine(self, say: Callable[[str], None]) -> None:
         """Load the model, and make the engine in the present cut."""
+        skeleton = loading.skeleton(self.settings.model, self.config)
+        if problem := page_locking_problem(self.settings, self.blocks, skeleton):
+            say(f"warning: {problem}")
         seed_generators(self.settings.training.seed)
         hift = self.settings.deepspeed["hift"]
         zero = self.settings.deepspeed.get("zero_optimization", {})
@@ -290,7 +294,13 @@ class Run:
                 "exported model (eos_token_id)"
             )
         together(lambda: self.check_loss(model, say))
-        self.engine = make_engine(model, self.settings, lr_factor(self.settings, self.cuts), self.unreached or ())
+        self.engine = make_engine(
+            model,
+            self.settings,
+            lr_factor(self.settings, self.cuts),
+            self.unreached or (),
+            page_locking_is_checked=True,
+        )
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 

@@ -167,7 +167,7 @@ class Arena:
                 reason = str(error).splitlines()[0]
                 way = self._ways.pop(0)
                 if way is _registered:
-                    _clear_error()
+                    clear_error()
                     logger.info(f"host memory cannot be registered ({reason}); torch page-locks it")
                 else:
                     logger.warning(
@@ -205,7 +205,7 @@ def _wait_for_copies(process: int) -> None:
             get_accelerator().synchronize()
 
 
-def _clear_error() -> None:
+def clear_error() -> None:
     """Consume the error that a refused registration leaves behind in CUDA: the next kernel would report it."""
     try:
         torch.zeros(1, device=get_accelerator().current_device_name())

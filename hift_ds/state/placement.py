@@ -4,20 +4,25 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.lion import FusedLion
+from deepspeed.utils import logger
 
 from hift_ds.blocks.block import Block, numel_of
-from hift_ds.config import OffloadConfig
+from hift_ds.collectives import rank
+from hift_ds.config import AS_ALLOWED, OffloadConfig, file_buffer_bytes
 from hift_ds.optim.lion import Lion
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
 from hift_ds.state.codec import ALIGNMENT as CODEC_ALIGNMENT
 from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Split
+from hift_ds.state.direct_io import library
 from hift_ds.state.host_step import HostStep
+from hift_ds.state.page_locking import check_page_locking
 from hift_ds.state.trial import Traits
 
 # Elements by which DeepSpeed makes the shares of a block's parameter groups larger, at most.
@@ -43,6 +48,7 @@ def place_state(
     ranks: int,
     has_masters: bool,
     aio: Mapping[str, Any] | None,
+    weights: int = 0,
 ) -> dict[str, Any]:
     """Choose where state lives, and in which chunks it comes to the device.
 
@@ -57,13 +63,14 @@ def place_state(
         ranks: number of ranks that share the state.
         has_masters: the run has fp32 masters in addition to the weights.
         aio: DeepSpeed's ``aio`` section with all its keys.
+        weights: bytes of weights that this rank page-locks beside the state.
 
     Returns:
         Keyword arguments for :class:`~hift_ds.zero.block_optimizers.BlockOptimizers`.
 
     Raises:
         ValueError: a streamed step or ``max_block_numel`` cuts a tensor that the optimizer needs whole; state has no
-            such format; the memory or drive is too small for all state.
+            such format; the memory or drive is too small for all state; the system does not page-lock what must be.
     """
     slices = [_slice(block) for block in blocks]
     name_of_optimizer = optimizer.__name__
@@ -76,26 +83,21 @@ def place_state(
         )
     if offload.device == "none" and on_host is None:
         return {"slices": slices, "host": None}
-    numels = [
-        [block.numel] if block.slices else [numel_of(parameter) for parameter in own]
-        for block, own in zip(blocks, parameters, strict=True)
-    ]
+    numels = _numels(blocks, parameters)
+    needs = host_needs(offload, blocks, parameters, optimizer, traits, on_host, dtypes, ranks, has_masters)
     if on_host is not None:
         host = HostMemory(on_host.pin_memory)
-        weights, gradients = dtypes
-        largest = max(sum(-(-numel // ranks) for numel in own) for own in numels)
-        areas = (largest + _PADDING) * (weights.itemsize + gradients.itemsize) + 2 * ALIGNMENT
-        needed = _host_bytes(parameters, ranks, traits, has_masters) + areas
-        host.check_room(needed)
-        host.reserve(needed)
-        through = HostStep(host, gradients, weights)
+        host.check_room(needs.total)
+        _warn_of_page_locking(offload, needs, on_host, weights)
+        host.reserve(needs.total)
+        through = HostStep(host, dtypes[1], dtypes[0])
         return {"slices": slices, "host": host, "on_host": through, "state": traits.state}
     if offload.step == "streamed" and traits.shaped:
         raise ValueError(
             f"hift.offload.step='streamed' cuts tensors, and {name_of_optimizer} is not element-wise "
             f"({traits.shaped}); use 'block' or 'auto', or an element-wise optimizer such as AdamW"
         )
-    codecs = choose_codecs(offload, optimizer, traits, dtypes[0], has_masters)
+    codecs = needs.codecs
     decoded, stored = 4 + int(traits.state_bytes), bytes_in_store(codecs, traits)
     weights_on_host = offload.weights == "cpu"
     if weights_on_host and has_masters:
@@ -104,17 +106,10 @@ def place_state(
     if not traits.shaped and offload.step != "block":
         is_other = bool(codecs) or weights_on_host
         chunk_bytes, slots = offload.slots(numels, ranks, decoded, stored if is_other else None)
-    for_masters: dict[str | None, Codec] = {name: codec for name, codec in codecs.items() if name is None}
-    no_state = replace(traits, state_bytes=0.0, state=())
-    in_files = bytes_in_store(codecs, traits)
-    if not has_masters or offload.nvme == "moments":
-        in_files -= bytes_in_store(for_masters, no_state)
-    largest = math.ceil(max(sum(-(-numel // ranks) for numel in own) for own in numels) * in_files)
-    host = HostMemory(offload.pin_memory, offload.nvme_path, aio, offload.nvme == "all", largest)
-    needed = _host_bytes(parameters, ranks, traits, has_masters, codecs)
-    of_masters = _host_bytes(parameters, ranks, no_state, has_masters, for_masters)
-    host.check_room(needed, of_masters)
-    host.reserve(needed, of_masters)
+    host = HostMemory(offload.pins, offload.nvme_path, aio, offload.nvme == "all", needs.largest)
+    host.check_room(needs.total, needs.of_masters)
+    _warn_of_page_locking(offload, needs, None, weights)
+    host.reserve(needs.total, needs.of_masters)
     return {
         "slices": slices,
         "host": host,
@@ -127,6 +122,88 @@ def place_state(
         "defer": offload.defers and offload.device == "cpu",
         "state": traits.state,
     }
+
+
+class HostNeeds(NamedTuple):
+    """What a rank's masters and state need off the device.
+
+    Attributes:
+        total: bytes of all buffers.
+        of_masters: bytes of those for masters.
+        largest: the most bytes that one block has in files.
+        moved: bytes that a step copies between host and device, the mean over the blocks.
+        codecs: from :func:`choose_codecs`.
+    """
+
+    total: int
+    of_masters: int
+    largest: int
+    moved: float
+    codecs: dict[str | None, Codec]
+
+
+def host_needs(
+    offload: OffloadConfig,
+    blocks: Sequence[Block],
+    parameters: Sequence[Sequence[torch.nn.Parameter]],
+    optimizer: type[torch.optim.Optimizer],
+    traits: Traits,
+    on_host: Any,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    ranks: int,
+    has_masters: bool,
+) -> HostNeeds:
+    """Return what a rank needs off the device; arguments and errors as for :func:`place_state`."""
+    numels = [sum(-(-numel // ranks) for numel in own) for own in _numels(blocks, parameters)]
+    if on_host is not None:
+        both = sum(dtype.itemsize for dtype in dtypes)  # weights and gradients
+        total = _host_bytes(parameters, ranks, traits, has_masters) + (max(numels) + _PADDING) * both + 2 * ALIGNMENT
+        return HostNeeds(total, 0, 0, both * sum(numels) / len(numels), {})
+    codecs = choose_codecs(offload, optimizer, traits, dtypes[0], has_masters)
+    for_masters: dict[str | None, Codec] = {name: codec for name, codec in codecs.items() if name is None}
+    no_state = replace(traits, state_bytes=0.0, state=())
+    in_files = bytes_in_store(codecs, traits)
+    if not has_masters or offload.nvme == "moments":
+        in_files -= bytes_in_store(for_masters, no_state)
+    total = _host_bytes(parameters, ranks, traits, has_masters, codecs)
+    of_masters = _host_bytes(parameters, ranks, no_state, has_masters, for_masters)
+    return HostNeeds(total, of_masters, math.ceil(max(numels) * in_files), 2 * total / len(blocks), codecs)
+
+
+def page_locking_problem(offload: OffloadConfig, needs: HostNeeds, on_host: Any, weights: int) -> str | None:
+    """Return what :func:`~hift_ds.state.page_locking.check_page_locking` says of a run. All ranks call it.
+
+    Args:
+        offload: the section ``hift.offload``.
+        needs: from :func:`host_needs`.
+        on_host: as for :func:`place_state`.
+        weights: bytes of weights that this rank page-locks beside the state.
+    """
+    uses_files = offload.device == "nvme" and on_host is None
+    in_memory = needs.total if not uses_files else needs.of_masters if offload.nvme == "moments" else 0
+    pins = on_host.pin_memory if on_host is not None else offload.pins
+    wanted = {}
+    if get_accelerator().device_name() != "cpu":
+        wanted = {"masters and optimizer state": in_memory if pins else 0, "weights": weights}
+    if uses_files and library()[0] is not None:
+        wanted["transfers of state in files"] = file_buffer_bytes(needs.largest)
+    required = "hift.offload.pin_memory=true" if offload.pin_memory is True else None
+    return check_page_locking(wanted, needs.moved + 2 * weights, required) if any(wanted.values()) else None
+
+
+def _warn_of_page_locking(offload: OffloadConfig, needs: HostNeeds, on_host: Any, weights: int) -> None:
+    if offload.pin_memory is AS_ALLOWED:
+        return
+    if (problem := page_locking_problem(offload, needs, on_host, weights)) and rank() == 0:
+        logger.warning(problem)
+
+
+def _numels(blocks: Sequence[Block], parameters: Sequence[Sequence[torch.nn.Parameter]]) -> list[list[int]]:
+    """Return for each block the elements of each parameter that it updates."""
+    return [
+        [block.numel] if block.slices else [numel_of(parameter) for parameter in own]
+        for block, own in zip(blocks, parameters, strict=True)
+    ]
 
 
 def choose_codecs(
@@ -167,6 +244,11 @@ def choose_codecs(
     if offload.moments == "8bit":
         of_moments = MOMENTS.get(optimizer, {})
         codecs.update((name, of_moments[name]) for name, _ in traits.state if name in of_moments)
+        if optimizer in MOMENTS and not traits.state:
+            problems.append(
+                f"hift.offload.moments='8bit' has no effect: {optimizer.__name__} keeps no state with these settings; "
+                "remove it, or give SGD a momentum"
+            )
         is_known = optimizer in MOMENTS and all(name in of_moments and d == torch.float32 for name, d in traits.state)
         if not is_known or traits.shaped:
             names = sorted({kind.__name__ for kind in MOMENTS})
@@ -174,6 +256,11 @@ def choose_codecs(
                 f"hift.offload.moments='8bit' knows the state of {', '.join(names)}, not of {optimizer.__name__}; use "
                 "one of these, or 'fp32'"
             )
+    if offload.device == "nvme" and offload.nvme == "moments" and not traits.state_bytes:
+        problems.append(
+            f"hift.offload.nvme='moments': {optimizer.__name__} keeps no state with these settings, so nothing would "
+            "be in files; set nvme to all, or device to cpu"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     return codecs

@@ -28,7 +28,7 @@ from hift_ds.engine import scheduler_class
 from hift_ds.launch.config.checking import check_keys, fit
 from hift_ds.launch.errors import nearest, shown
 from hift_ds.optim.lion import Lion
-from hift_ds.optim.properties import optimizer_class
+from hift_ds.optim.properties import ELEMENTWISE, optimizer_class
 
 # The sections that DeepSpeed checks with a model, and where its parsed config has the model.
 MODELS = {
@@ -272,13 +272,30 @@ def _optimizer_problems(section: Mapping[str, Any]) -> list[str]:
     _check_params(params, {**_signature_keys(made), **extra}, f"{where}.params", problems)
     if problems:
         return problems
-    # Fused kernels are compiled for the device, so the same step is tried with the class that needs none.
-    plain = {"lion": Lion, "lamb": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}.get(name, made)
-    plain = torch.optim.AdamW if name in ("adam", "adamw") else plain
-    taken = {key: value for key, value in params.items() if key in inspect.signature(plain).parameters}
+    plain, taken = _plain(name, made, params)
     if get_accelerator().device_name() != "cpu":
         taken = {key: value for key, value in taken.items() if key not in ("fused", "capturable")}
     return _tried(lambda params: _step(plain, params), taken, f"{where}.params")
+
+
+def _plain(name: str, made: type, params: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Return the class that needs no kernel compiled for the device, and those parameters that it takes."""
+    plain = {"lion": Lion, "lamb": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}.get(name, made)
+    plain = torch.optim.AdamW if name in ("adam", "adamw") else plain
+    return plain, {key: value for key, value in params.items() if key in inspect.signature(plain).parameters}
+
+
+def plain_optimizer(section: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """Return the optimizer of an `optimizer` section over one small parameter, by the class that needs no kernel.
+
+    None: it is no element-wise optimizer of DeepSpeed or torch.
+    """
+    name = section["type"].lower()
+    plain, taken = _plain(name, optimizer_class(section["type"]) or object, section.get("params", {}))
+    if name == "lamb" or plain not in ELEMENTWISE:
+        return None
+    made: torch.optim.Optimizer = plain([torch.nn.Parameter(torch.zeros(8))], **taken)
+    return made
 
 
 def _step(kind: type, params: Mapping[str, Any]) -> None:

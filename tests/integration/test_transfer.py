@@ -61,7 +61,8 @@ def run(case: Case, way: Way) -> tuple[dict[str, torch.Tensor], list[dict[str, t
 
     config = tiny.ds_config(case)
     offload = config["hift"]["offload"] = {"device": way.place, "step": way.step, "prefetch": way.prefetch}
-    offload |= {"buffer_size": 65536, "defer": way.defer} | ({"nvme_path": way.folder} if way.folder else {})
+    offload |= {"buffer_size": 65536} if way.place != "none" and way.step != "block" and not case.offload else {}
+    offload |= {"defer": way.defer} | ({"nvme_path": way.folder} if way.folder else {})
     offload |= {"master": way.master, "moments": way.moments}
     with contextlib.ExitStack() as stack:
         if way.lazy:

@@ -21,9 +21,13 @@ ENDLESS = ("training.max_steps=100000", "data.eval_examples=0", "output.export=f
 
 
 def launch(
-    ranks: int, argv: Sequence[str], port: int | None = None, script: str = "launch/train.py"
+    ranks: int,
+    argv: Sequence[str],
+    port: int | None = None,
+    script: str = "launch/train.py",
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it."""
+    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it; `before` runs in the launcher."""
     command = [
         sys.executable,
         str(Path(sys.executable).with_name("deepspeed")),
@@ -35,7 +39,9 @@ def launch(
         *argv,
     ]
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=before
+    )
 
 
 class Job:

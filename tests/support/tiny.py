@@ -257,7 +257,9 @@ def ds_config(case: Case, stock: bool = False) -> dict[str, Any]:
             "balance": case.balance,
         }
         if not case.offload:  # the smallest slices: several to a block
-            config["hift"]["offload"] = {"device": case.place, "step": case.step, "buffer_size": 65536}
+            config["hift"]["offload"] = {"device": case.place, "step": case.step}
+            if case.place != "none" and case.step != "block":
+                config["hift"]["offload"]["buffer_size"] = 65536
             weights = case.waiting if case.stage < 3 else "device"
             config["hift"]["offload"] |= {"weights": weights, "moments": case.moments}
         if case.in_files:  # they have no names

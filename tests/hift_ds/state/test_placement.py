@@ -84,6 +84,18 @@ def test_formats_that_there_are_not(
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_an_optimizer_without_state_has_nothing_to_encode() -> None:
-    found = choose_codecs(OffloadConfig(moments="8bit"), torch.optim.SGD, SGD, torch.bfloat16, True)
-    assert found == SPLIT
+@pytest.mark.parametrize(
+    ("offload", "words"),
+    [
+        ({"moments": "8bit"}, ("moments='8bit' has no effect", "SGD", "momentum")),
+        ({"device": "nvme", "nvme": "moments"}, ("nvme='moments'", "SGD", "nothing would be in files", "nvme to all")),
+    ],
+)
+def test_settings_for_state_that_an_optimizer_does_not_have_are_refused(
+    offload: dict[str, str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        choose_codecs(OffloadConfig(**offload), torch.optim.SGD, SGD, torch.bfloat16, True)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    momentum = Traits(None, 4, state=(("momentum_buffer", torch.float32),))
+    assert choose_codecs(OffloadConfig(**offload), torch.optim.SGD, momentum, torch.bfloat16, True)[None] == Split()
