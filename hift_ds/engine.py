@@ -659,7 +659,7 @@ class HiFTEngine(CheckpointingEngine):
         Returns:
             ``{"device": {...}, "host": {...}, "nvme": {...}}``, each with bytes of ``parameters``, ``gradients``,
             ``master_weights``, ``optimizer_state`` and ``buffers``. Activations and the temporary memory of kernels are
-            not included.
+            not included. Weights in host memory that the ranks of a machine share count at its first rank.
         """
         return copy.deepcopy(self._peak_ledger) if peak else self._count_memory()
 

@@ -39,7 +39,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from hift_ds.collectives import gather, on_every_rank, rank, world_size
-from hift_ds.state.arena import Region
+from hift_ds.state.arena import Region, clear_error
 from hift_ds.state.transfer import Lane
 
 # Size of the file that ranks map. It takes memory only where it is used.
@@ -168,6 +168,7 @@ class Node:
         try:
             region.register()
         except RuntimeError as error:
+            clear_error()
             self._pins = False
             logger.warning(
                 f"weights that ranks share in host memory cannot be page-locked ({str(error).splitlines()[0]}); they "
