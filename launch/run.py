@@ -48,6 +48,7 @@ from hift_ds.launch.model.batch_loss import loss_note
 from hift_ds.launch.model.classes import set_classes
 from hift_ds.launch.model.hollow import without_weights
 from hift_ds.launch.model.limits import check_limits
+from hift_ds.launch.model.partitioned import PartitionedLoading
 from hift_ds.launch.runtime import extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.runtime.export import export_model
@@ -55,6 +56,7 @@ from hift_ds.launch.runtime.preemption import Preemption, Stopped
 from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, first_on_node, join, together
 from hift_ds.model import loss as losses
 from hift_ds.model.reach import unreached_by_example, unreached_by_text
+from hift_ds.zero.partitioning import gathered_in_turn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -276,17 +278,7 @@ class Run:
         if problem := page_locking_problem(self.settings, self.blocks, skeleton):
             say(f"warning: {problem}")
         seed_generators(self.settings.training.seed)
-        hift = self.settings.deepspeed["hift"]
-        zero = self.settings.deepspeed.get("zero_optimization", {})
-        # No device may have the memory for all weights: ZeRO-3 moves them to the devices one by one, or they stay.
-        waits = bool(self.blocks) and hift.get("offload", {}).get("weights") == "cpu"
-        device = get_accelerator().current_device_name() if zero.get("stage", 0) < 3 and not waits else None
-        # Then all ranks get those of rank 0. To find what the loss depends on, an example may need the weights.
-        is_hollow = waits and self.rank > 0 and self.unreached is not None
-        with without_weights() if is_hollow else contextlib.nullcontext():
-            model = together(
-                lambda: loading.load_model(self.settings.model, self.config, self.settings.dtype, say, device)
-            )
+        model = self.load_model(say)
         if added := loading.stop_at(model, self.data.report["train"]["ends"]):
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(added)))
             say(
@@ -304,12 +296,31 @@ class Run:
         if self.settings.training.loss_chunk and (problem := losses.chunking_problem(self.engine.module)):
             raise UserError(f"training.loss_chunk: {problem}. Remove it, or set it to 0.")
 
+    def load_model(self, say: Callable[[str], None]) -> PreTrainedModel:
+        """Load the model: onto the device, into host memory, or at ZeRO 3 this rank's part of each tensor."""
+        settings, method = self.settings, METHODS[self.settings.method.name]
+        if settings.zero_stage == 3 and method.uses_deepspeed and not method.adapter:
+            partitioned = PartitionedLoading({k: v for k, v in settings.deepspeed.items() if k != "hift"})
+            model = together(
+                lambda: loading.load_model(settings.model, self.config, settings.dtype, say, partitioned=partitioned)
+            )
+            check_same("weights", partitioned.checksums, "Give every machine the same model (model.name_or_path).")
+            return model
+        # No device may have the memory for all weights: then they stay in host memory, or ZeRO 3 moves them one by one.
+        waits = bool(self.blocks) and settings.deepspeed["hift"].get("offload", {}).get("weights") == "cpu"
+        device = get_accelerator().current_device_name() if settings.zero_stage < 3 and not waits else None
+        # Then all ranks get those of rank 0. To find what the loss depends on, an example may need the weights.
+        is_hollow = waits and self.rank > 0 and self.unreached is not None
+        with without_weights() if is_hollow else contextlib.nullcontext():
+            return together(lambda: loading.load_model(settings.model, self.config, settings.dtype, say, device))
+
     def check_loss(self, model: PreTrainedModel, say: Callable[[str], None]) -> None:
         """Check that the loss depends on all blocks, and say what it does not depend on and what it includes."""
         if self.unreached is None:
             some = itertools.islice(self.data.train, 100)
             example = min(some, key=lambda example: len(example.input_ids))
-            self.unreached = unreached_by_example(model, collate([example], self.tokenizer.pad_token_id))
+            with gathered_in_turn(model):
+                self.unreached = unreached_by_example(model, collate([example], self.tokenizer.pad_token_id))
         if note := check_reach(self.settings, self.blocks, model, self.unreached):
             say(note)
         if note := loss_note(model):
@@ -487,7 +498,8 @@ class Run:
             if self.checkpoints.saved == last:
                 self.stop.nothing_to_lose = f"the checkpoint of step {last} is whole; continue with --resume"
             use_cache, files = getattr(self.config, "use_cache", None), self.processor_files
-            export_model(self.engine, self.tokenizer, self.folder / "model", use_cache, files)
+            size = self.settings.output.max_shard_size
+            export_model(self.engine, self.tokenizer, self.folder / "model", use_cache, files, size)
             if files:
                 self.say(
                     f"note: copied from {self.settings.model.name_or_path} to the exported model: {', '.join(files)}"

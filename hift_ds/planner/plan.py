@@ -788,6 +788,14 @@ def _notes(request: Request, built: BuiltModel, config: Any, task: str, lengths:
             "the ranks of a machine share one copy of the weights in host memory: the first rank has all of it, the "
             "others none; ZeRO-1 and ZeRO-2 need all ranks on one machine"
         )
+    if request.stage == 3 and request.method in ("hift", "full"):
+        tensor = max(_numels(built.shapes.values()))
+        part = sum(_numels(built.shapes.values())) // request.ranks if request.offload_param == "cpu" else 0
+        what = "its part of the weights and one tensor" if part else "one tensor of the weights"
+        notes.append(
+            f"while launch/train.py loads files, the host memory of a rank holds {what} at a time, at most "
+            f"{request.weight * (part + tensor) / 2**30:.2f} GiB"
+        )
     if request.recomputes:
         value = '"cpu"' if request.checkpoint_offload else "true"
         notes.append(f"enable activation checkpointing in the run's YAML: model.gradient_checkpointing: {value}")

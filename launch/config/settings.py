@@ -8,6 +8,7 @@ torch nor transformers nor DeepSpeed. These libraries check their sections in a 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from hift_ds.launch.methods.lr_schedules import SCHEDULES
 from hift_ds.launch.methods.settings import MethodSettings
 from hift_ds.launch.methods.table import TRAINED
 from hift_ds.launch.model.settings import ModelSettings
+
+MAX_SHARD_SIZE = "50GB"  # transformers' default
+_SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class OutputSettings:
     dir: str | None = None
     overwrite: bool = False  # true: an earlier run's files in `dir` are deleted first
     export: bool = True  # false: OUT/model is not written
+    max_shard_size: int | str = MAX_SHARD_SIZE  # of a file of weights in OUT/model, in bytes or as "5GB"
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,7 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
     is_fp16 = isinstance(fp16, Mapping) and bool(fp16.get("enabled"))
     problems += sections["method"].problems(sections["training"].save_every, is_fp16)
     problems += output_problems(sections["output"].dir, "runs/first")
+    problems += _shard_problems(sections["output"].max_shard_size)
     notes: list[str] = []
     sections["deepspeed"] = deepspeed_section.complete(
         sections["deepspeed"],
@@ -223,6 +229,21 @@ def output_problems(folder: str | None, example: str) -> list[str]:
     if reason is None and Path(folder).expanduser().is_file():
         reason = f"{folder!r} is a file; expected a folder, or a name that is free"
     return [f"output.dir: {reason}."] if reason else []
+
+
+def _shard_problems(size: int | str) -> list[str]:
+    """Return the problem of `output.max_shard_size`, which transformers would find when the training is done."""
+    if isinstance(size, int):
+        fits = size > 0
+    else:
+        found = _SHARD_SIZE.fullmatch(size.strip())
+        fits = found is not None and float(found[1]) >= 1
+    if fits:
+        return []
+    return [
+        f"output.max_shard_size: got {size!r}, expected a number of bytes, or at least 1 with the unit KB, MB, GB or "
+        f"TB, such as {MAX_SHARD_SIZE}."
+    ]
 
 
 def _training_problems(training: TrainingSettings, method: MethodSettings, data: DataSettings, given: Any) -> list[str]:

@@ -33,6 +33,7 @@ from hift_ds.checkpoint.files import sha256_of
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model import weights
 from hift_ds.launch.model.classes import number_of_classes
+from hift_ds.launch.model.partitioned import PartitionedLoading
 from hift_ds.launch.model.settings import ModelSettings
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from hift_ds.model.quantization import quantization_problem
@@ -221,6 +222,7 @@ def load_model(
     dtype: str,
     say: Callable[[str], object] = print,
     device: str | None = None,
+    partitioned: PartitionedLoading | None = None,
 ) -> PreTrainedModel:
     """Load the model with weights in `dtype`: "float32", "bfloat16", "float16", or "auto" as saved.
 
@@ -231,14 +233,17 @@ def load_model(
         say: called with notes for the user, e.g. about a new classification head.
         device: load files onto this device, a few tensors at a time, so that no copy of the model is made in host
             memory; None: into host memory.
+        partitioned: for ZeRO 3: keep this rank's part of each tensor. A model from scratch is whole until it is drawn.
 
     Raises:
         UserError: the model cannot be found or reached, does not fit the task, or its files do not hold its weights.
     """
     if settings.config is not None:
         model = _from_config(settings, config)
+        if partitioned is not None:
+            partitioned.finish(model)
     else:
-        model = _from_files(settings, config, dtype, say, device)
+        model = _from_files(settings, config, dtype, say, device, partitioned)
     if model.can_generate():
         _make_savable(model.generation_config)
     model.config.use_cache = False  # training needs no key-value cache; generation enables it
@@ -319,7 +324,12 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _from_files(
-    settings: ModelSettings, config: PretrainedConfig, dtype: str, say: Callable[[str], object], device: str | None
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    dtype: str,
+    say: Callable[[str], object],
+    device: str | None,
+    partitioned: PartitionedLoading | None,
 ) -> PreTrainedModel:
     key, name = "model.name_or_path", str(settings.name_or_path)
     options: dict[str, Any] = {
@@ -345,18 +355,20 @@ def _from_files(
                 raise ValueError(f"{error} (logging.verbose=true prints the report)") from error
             raise
 
-    with _gguf_bar_as_set():
+    with _gguf_bar_as_set(), partitioned or contextlib.nullcontext():
         model, found = _explained(key, name, load)
-    if wrapped := sorted(one for one in found["unexpected_keys"] if weights.unwrapped(one) != one):
-        say(f"note: {key}: a wrapper has changed the names of {len(wrapped)} tensors, e.g. {wrapped[0]}; they are read "
-            f"as {weights.unwrapped(wrapped[0])}")  # fmt: skip
-        # Not by `key_mapping` of transformers: it would apply the mapping in reverse when the model is saved.
-        tensors = weights.read_unwrapped(_folder(name, settings.revision))
-        generation, model_class = getattr(model, "generation_config", None), type(model)
-        del model
-        options.pop("trust_remote_code")
-        model, found = model_class.from_pretrained(None, state_dict=tensors, **options)
-        model.config.name_or_path, model.generation_config = name, generation
+        if wrapped := sorted(one for one in found["unexpected_keys"] if weights.unwrapped(one) != one):
+            say(f"note: {key}: a wrapper has changed the names of {len(wrapped)} tensors, e.g. {wrapped[0]}; they are "
+                f"read as {weights.unwrapped(wrapped[0])}")  # fmt: skip
+            # Not by `key_mapping` of transformers: it would apply the mapping in reverse when the model is saved.
+            tensors = weights.read_unwrapped(_folder(name, settings.revision))
+            generation, model_class = getattr(model, "generation_config", None), type(model)
+            del model
+            options.pop("trust_remote_code")
+            model, found = model_class.from_pretrained(None, state_dict=tensors, **options)
+            model.config.name_or_path, model.generation_config = name, generation
+    if partitioned is not None:
+        partitioned.finish(model)
     _forget_gguf(model)
     if getattr(model, "peft_config", None):
         raise UserError(
@@ -364,7 +376,8 @@ def _from_files(
             "copy, or merge it with PEFT's merge_and_unload and save the result."
         )
     try:
-        for note in weights.check_weights(model, found, settings.task):
+        broken = None if partitioned is None else partitioned.broken
+        for note in weights.check_weights(model, found, settings.task, broken):
             say(note)
     except UserError as error:
         raise UserError(f"{key}: {name!r}: {error}") from None

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterable
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,14 @@ def read_unwrapped(folder: Path) -> dict[str, torch.Tensor]:
     """Read the weight files of a model's folder, and return their tensors by their names without wrappers."""
     tensors: dict[str, torch.Tensor] = {}
     for path in _files(folder):
-        tensors |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            tensors |= load_file(path)
+        else:  # mapped, as safetensors are: the ranks of a node share them
+            tensors |= torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     return {unwrapped(name): tensor for name, tensor in tensors.items()}
 
 
-def check_weights(model: Any, found: dict[str, Any], task: str) -> list[str]:
+def check_weights(model: Any, found: dict[str, Any], task: str, broken: Sequence[str] | None = None) -> list[str]:
     """Refuse weights that would train from random numbers, and weights in the files that the model should have.
 
     A classification head may be new. Heads of other tasks may be in the files. Poolers count as parts of heads.
@@ -57,6 +61,7 @@ def check_weights(model: Any, found: dict[str, Any], task: str) -> list[str]:
         model: as loaded; weights that were missing or had another shape are new.
         found: transformers' report about the files, without tied weights: `missing_keys`, `unexpected_keys` and
             `mismatched_keys` (name, shape in the files, shape in the model).
+        broken: names of the parameters with values that are not finite; None: read them from the model.
 
     Returns:
         Notes for the user: weights that are new, not used, or not finite.
@@ -112,7 +117,9 @@ def check_weights(model: Any, found: dict[str, Any], task: str) -> list[str]:
         notes.append(f"note: the classification head is new ({'; '.join(weights)})")
     if unused:
         notes.append(f"note: not used for {task}: {_tensors(unused)} of the files, {_examples(unused)}")
-    if broken := [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]:
+    if broken is None:
+        broken = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    if broken:
         notes.append(f"warning: NaN or infinite values in {_tensors(broken)} of the model, {_examples(broken)}")
     return notes
 
@@ -191,7 +198,8 @@ def _module(model: torch.nn.Module, path: str) -> torch.nn.Module | None:
         return None
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value of a tensor is NaN or infinite."""
     # Reads the tensor once, copies nothing, and takes a thirtieth of the time of a sum of 16-bit values in fp32.
     return tensor.numel() == 0 or all(map(math.isfinite, torch.aminmax(tensor.detach())))
 

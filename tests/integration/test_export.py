@@ -1,5 +1,6 @@
 """The exported folder is the trained model, bit for bit, after each block's update; it is there whole or not at all."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def export_after_each_block(name: str, stage: int, folder: Path, weights: str = "none") -> dict[str, Any]:
+def export_after_each_block(
+    name: str, stage: int, folder: Path, weights: str = "none", **options: Any
+) -> dict[str, Any]:
     """What is wrong with each export, on rank 0; and how many parameters each step changed."""
     from deepspeed import comm as dist
 
@@ -101,7 +104,7 @@ def export_after_each_block(name: str, stage: int, folder: Path, weights: str = 
         block = engine.active_block
         engine.backward(engine(**make_batch(name, dist.get_rank())).loss)
         engine.step()
-        export_model(engine, byte_tokenizer(), folder, None)
+        export_model(engine, byte_tokenizer(), folder, None, **options)
         expected = whole_state(engine)
         changed.append(sum(not torch.equal(before[key], value) for key, value in expected.items()))
         before = expected
@@ -138,6 +141,33 @@ def test_after_each_blocks_update_of_weights_on_the_host(name: str, tmp_path: Pa
     result = run_on_ranks(2, export_after_each_block, name, 3, tmp_path / "model", "cpu")[0]
     assert result["wrong"] == []
     assert result["blocks"] >= 4 and all(result["changed"])
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "ranks"),
+    [
+        pytest.param(name, stage, ranks, marks=() if (name, stage) in chosen else pytest.mark.slow)
+        for chosen in [(("llama, tied", 3), ("gpt2, tied", 0))]
+        for name in MODELS
+        for stage, ranks in ((0, 1), (2, 2), (3, 2))
+    ],
+)
+def test_in_shards(name: str, stage: int, ranks: int, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    result = run_on_ranks(ranks, export_after_each_block, name, stage, folder, max_shard_size="10KB")[0]
+    assert result["wrong"] == []
+    model, _ = make_model(name)
+    widest = max(tensor.nbytes for tensor in model.state_dict().values())
+    shards = files_of(folder)
+    header = 2000  # bytes, of a file with few tensors
+    assert len(shards) > 2 and max(shards.values()) <= max(widest, 10_000) + header
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == shards.keys()
+    assert index["metadata"]["total_parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 KILLED = """

@@ -66,6 +66,16 @@ def test_a_masked_language_model_is_said_to_be_planned_as_a_classifier() -> None
     assert not any("names" in note for note in plan_memory(LLAMA | {"architectures": ["LlamaForCausalLM"]}).notes)
 
 
+@pytest.mark.parametrize(("offload_param", "shares"), [("none", 1), ("cpu", 1.5)])
+def test_what_loading_takes_at_zero_3(offload_param: str, shares: float) -> None:
+    """The embedding is nearly the whole model: a rank holds it, and with weights on the host also a half of all."""
+    wide = LLAMA | {"vocab_size": 262_144, "hidden_size": 2048, "tie_word_embeddings": True}
+    plan = plan_memory(wide, seq_len=16, zero_stage=3, ranks=2, offload_param=offload_param)
+    (note,) = (note for note in plan.notes if note.startswith("while launch/train.py loads files"))
+    size = 2 * plan.total_parameters / 2**30
+    assert float(note.split()[-2]) == pytest.approx(shares * size, rel=0.06)
+
+
 # --- more than one tower ------------------------------------------------------------------------------------------
 
 
