@@ -572,36 +572,46 @@ class HiFTEngine(CheckpointingEngine):
             return super()._get_all_ckpt_names(checkpoints_path, tag)
         return [str(self._loading.files[min(dist.get_rank(), len(self._loading.files) - 1)])]
 
-    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def load_module_state_dict(self, checkpoint: dict[str, Any], strict: bool = True, **kwargs: Any) -> None:
         """Load the weights of a checkpoint, from whole ones or from the parts that ranks saved at ZeRO 3."""
         custom = kwargs.get("custom_load_fn") is not None or self.has_moe_layers
         if self._loading is not None and not custom:
             if self.zero_optimization_partition_weights():
-                self._load_partitions(self._loading, checkpoint["module"])
+                self._load_partitions(self._loading, checkpoint["module"], strict)
                 return
             if self._loading.are_weights_sharded:
                 checkpoint = {**checkpoint, "module": self._whole_weights(self._loading, checkpoint["module"])}
                 del checkpoint["frozen_param_fragments"]
-        super().load_module_state_dict(checkpoint, *args, **kwargs)
+        super().load_module_state_dict(checkpoint, strict, **kwargs)
 
     def place(self) -> dict[str, Any]:
         """Return the position in the cycle and the blocks, for the manifest."""
         return {"position": self._schedule.state_dict(), "blocks": [[block.name, block.numel] for block in self.blocks]}
 
-    def _load_partitions(self, contents: Contents, module: Mapping[str, Any]) -> None:
+    def _load_partitions(self, contents: Contents, module: Mapping[str, Any], strict: bool) -> None:
         """At ZeRO 3: load this rank's part of each weight, and the buffers.
 
         Args:
             contents: of the checkpoint.
             module: what the file of this rank holds; of weights that are sharded there, it has none.
+            strict: the names must be the same.
 
         Raises:
-            ValueError: weights are not in the checkpoint.
+            ValueError: they are not.
         """
         named = dict(self.module.named_parameters())
-        if missing := [name for name in named if not contents.has_weight(name)]:
-            raise ValueError(f"{len(missing)} weights are not in the checkpoint, such as {missing[0]}")
+        known = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        unknown = sorted(contents.names - known - {name for name, _ in self.module.named_buffers()})
+        missing = sorted(named.keys() - contents.names)
+        if strict and (missing or unknown):
+            raise ValueError(
+                f"weights that are not in the checkpoint: {', '.join(missing[:4]) or 'none'}; weights of the "
+                f"checkpoint that are not in the model: {', '.join(unknown[:4]) or 'none'}; use the same model, or "
+                "load_module_strict=False"
+            )
         for name, parameter in named.items():
+            if name in missing:
+                continue
             partition = parameter.ds_tensor
             start = parameter.ds_zero_partition_rank * partition.ds_numel
             stop = min(start + partition.ds_numel, parameter.ds_numel)
@@ -617,11 +627,13 @@ class HiFTEngine(CheckpointingEngine):
         found = {name: module[name] for name, _ in self.module.named_buffers() if name in module}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             saved = names.setdefault(id(parameter), name)
-            if contents.has_weight(saved):
+            if saved in contents.names:
                 shape = contents.shape(saved)
-                whole = contents.weight(saved, 0, shape.numel()).to(parameter.dtype)
-                found[name] = found[saved] if saved != name else whole.view(shape)
-        return found
+                is_first = saved == name  # of the names of a tied weight
+                whole = contents.weight(saved, 0, shape.numel()).to(parameter.dtype) if is_first else found[saved]
+                found[name] = whole.view(shape)
+        # torch names those that the model does not have
+        return found | {name: torch.empty(0) for name in contents.names - set(names.values())}
 
     def position(self) -> dict[str, Any]:
         """Return HiFT's entry for the client state of a checkpoint."""

@@ -55,11 +55,12 @@ class Contents:
     def _masters(self) -> SavedState:
         return SavedState.read(self.states)
 
-    def has_weight(self, name: str) -> bool:
-        """Whether there is a weight of this name. Tied weights have the first of their names."""
+    @functools.cached_property
+    def names(self) -> set[str]:
+        """Names of the weights. Where ranks saved parts, tied weights have the first of their names."""
         if self.are_weights_sharded:
-            return name in self._masters.names or name in self.weights[0]["frozen_param_fragments"]
-        return name in self.weights[0]["module"]
+            return self._masters.names | set(self.weights[0]["frozen_param_fragments"])
+        return set(self.weights[0]["module"])
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a weight that is sharded."""

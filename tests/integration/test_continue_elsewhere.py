@@ -199,3 +199,41 @@ def test_a_rank_that_cannot_read_stops_all(tmp_path: Path) -> None:
     for message, is_unchanged in results:
         assert message.startswith("rank 1 could not load the checkpoint: ") and "Input/output error" in message
         assert is_unchanged
+
+
+def weights_alone(case: Case, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, str, bool]:
+    """In a rank: weights and masters that were loaded without the rest, the steps done, and what a model with one layer
+    less is told, and whether it has the others if it asks for no more."""
+    engine = tiny.initialize(case)
+    try:
+        engine.load_checkpoint(folder, tag="saved", load_module_only=True)
+        weights, masters, steps = tiny.weights(engine), tiny.masters(engine), engine.global_steps
+    finally:
+        engine.destroy()
+    engine = tiny.initialize(case, llama=tiny.model(case.dtype, layers=tiny.LAYERS - 1))
+    try:
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            engine.load_checkpoint(folder, tag="saved", load_module_only=True)
+        engine.load_checkpoint(folder, tag="saved", load_module_only=True, load_module_strict=False)
+        others = tiny.weights(engine)
+        return (
+            weights,
+            masters,
+            steps,
+            str(error.value),
+            all(torch.equal(others[name], weights[name]) for name in others),
+        )
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("before, after", ((2, 3), (3, 3), (3, 1)))
+def test_weights_alone_are_loaded_from_any_stage(before: int, after: int, tmp_path: Path) -> None:
+    case = Case(stage=before, ranks=2, dtype="bf16")
+    truth = run_on_ranks(2, saved, case, str(tmp_path), case.k)[0]
+    (weights, masters, steps, error, has_others) = run_on_ranks(
+        1, weights_alone, Case(stage=after, dtype="bf16"), str(tmp_path)
+    )[0]
+    assert all(torch.equal(weights[name], values["weight"]) for name, values in truth.items())
+    assert all(torch.equal(masters[name], weights[name].float().view(-1)) for name in truth)
+    assert steps == 0 and f"layers.{tiny.LAYERS - 1}." in error and has_others
