@@ -55,7 +55,7 @@ from hift_ds.optim.rates import needs_metrics, rates_of_cycle
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.free_memory import return_freed_memory
 from hift_ds.state.ledger import Held, Ledger, count, device_total
-from hift_ds.state.placement import place_state
+from hift_ds.state.placement import bytes_in_store, place_state
 from hift_ds.state.trial import examine
 from hift_ds.weights.host import HostWeights
 from hift_ds.weights.node import check_ranks
@@ -305,6 +305,19 @@ class HiFTEngine(CheckpointingEngine):
     def steps_per_cycle(self) -> int:
         """Number of steps in a cycle."""
         return self._schedule.steps_per_cycle
+
+    def block_after(self, steps: int) -> int:
+        """Index into ``blocks`` of the block that is trained after so many more applied steps; after 0: the active."""
+        return self._schedule.block_at(self._schedule.step + steps)
+
+    @property
+    def checkpoint_nbytes(self) -> int:
+        """Bytes of tensors in a checkpoint, of all ranks together, without padding: the same after every step."""
+        parameters = self.module.parameters()
+        weights = sum(numel_of(parameter) * parameter.element_size() for parameter in parameters)
+        state = sum(block.numel for block in self.blocks) * self._saved_per_element
+        # At ZeRO 3, masters stand for the weights.
+        return round(state) + (0 if self.zero_optimization_partition_weights() else weights)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """DeepSpeed's ``backward``: compute the active block's gradients.
@@ -1049,6 +1062,7 @@ class HiFTEngine(CheckpointingEngine):
                     f"{setting} has no effect: {name} is not element-wise ({traits.shaped}), and only the streamed "
                     f"step has slots and is deferred; {remedy}, or use an element-wise optimizer such as AdamW"
                 )
+        has_masters = self.zero_optimization() or self.bfloat16_enabled()
         placed = place_state(
             offload,
             self.blocks,
@@ -1058,10 +1072,12 @@ class HiFTEngine(CheckpointingEngine):
             on_host=self.zero_offload_optimizer() if self.zero_use_cpu_optimizer() else None,
             dtypes=self.get_data_types(),
             ranks=self.dp_world_size if self.zero_optimization() else 1,
-            has_masters=self.zero_optimization() or self.bfloat16_enabled(),
+            has_masters=has_masters,
             aio=self.aio_config(),
             weights=self._page_locked_weights(),
         )
+        formats = {name: codec for name, codec in placed.get("codecs", {}).items() if name is not None}
+        self._saved_per_element = bytes_in_store(formats, traits) - (0 if has_masters else 4)  # masters are in fp32
         if self.hift.offload.weights == "cpu":
             self._host_weights = HostWeights(self.module, self.device, self.hift.offload.pins)
             make_optimizer = functools.partial(_make_on_host, self._host_weights, make_optimizer, flattens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +15,15 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LambdaLR
 
+from hift_ds.blocks.block import numel_of
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.collectives import gather
 from hift_ds.launch.callbacks.callback import Callback
 from hift_ds.launch.callbacks.checkpoints import Checkpoints, CycleEnd, load_checkpoint, steps_of, tag
+from hift_ds.launch.callbacks.forecast import Forecast
+from hift_ds.launch.callbacks.grace import GraceNote, smaller_state
 from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
 from hift_ds.launch.callbacks.records import Records, RunLog
 from hift_ds.launch.callbacks.skipped import SkippedSteps
@@ -49,10 +53,10 @@ from hift_ds.launch.model.classes import set_classes
 from hift_ds.launch.model.hollow import without_weights
 from hift_ds.launch.model.limits import check_limits
 from hift_ds.launch.model.partitioned import PartitionedLoading
-from hift_ds.launch.runtime import extensions, logs, outputs, summary
+from hift_ds.launch.runtime import drive, extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.launch.runtime.export import export_model
-from hift_ds.launch.runtime.preemption import Preemption, Stopped
+from hift_ds.launch.runtime.preemption import Preemption, Stopped, has_limit
 from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, first_on_node, join, together
 from hift_ds.model import loss as losses
 from hift_ds.model.reach import unreached_by_example, unreached_by_text
@@ -117,10 +121,13 @@ class Run:
     checkpoints: Checkpoints
     stopping: Stopping
     log: RunLog | None  # rank 0's
+    forecast: Forecast
+    grace: GraceNote
     # training
     held_out: HeldOut
     cycle_end: CycleEnd
     cycles: int
+    predicted: dict[str, Any] | None  # the first estimate of the time to the end, and what it took
 
     def __init__(self, settings: Settings, resume: str | None, stop: Preemption, watch: RankWatch) -> None:
         self.settings, self.resume, self.stop, self.watch = settings, resume, stop, watch
@@ -150,6 +157,7 @@ class Run:
             self.cycles = getattr(self.engine, "cycle", self.settings.training.max_steps)
             self.take_best()
             after = self.evaluate_last()
+        self.predicted = self.forecast.outcome()
         self.export()
         self.summarize(after)
 
@@ -346,7 +354,8 @@ class Run:
                 self.say(note)
             if (self.folder / "summary.json").exists():
                 self.say("note: summary.json and model/ are those of the shorter run until this one ends")
-        self.checkpoints = Checkpoints(self.engine, self.settings, self.first_step, best)
+        self.forecast = Forecast(self.settings.training, bool(self.data.eval))
+        self.checkpoints = Checkpoints(self.engine, self.settings, self.first_step, best, self.forecast.saved)
         self.last_step = max(self.first_step, self.settings.training.max_steps)
         self.stopping = Stopping(self.settings, self.checkpoints, self.stop, self.watch, self.last_step)
         self.watch.progress()
@@ -359,6 +368,7 @@ class Run:
                 self.say(f"evaluating {len(self.data.eval)} held-out examples before training")
             before = self.evaluate(self.watch.progress)
         self.log = None
+        self.say_what_it_takes()
         if self.rank == 0:
             if not self.found:
                 outputs.clear(self.folder)
@@ -366,14 +376,40 @@ class Run:
             self.recorded = {"identity": self.identity, "before": before, "wandb_id": self.log.wandb_id}
             self.recorded["data"] = self.data.report
             self.record()
+        dist.barrier()
+        self.stop.nothing_to_lose = None
+
+    def say_what_it_takes(self) -> None:
+        """Say how many steps the run takes, what it needs on its drive, and if a signal may end a save too early."""
         steps, a_cycle = self.settings.training.max_steps, cycle_steps(self.engine, self.settings)
+        continued = f"steps {self.first_step + 1} to {steps}" if self.first_step else f"{steps} steps"
+        cycles = f", {steps / a_cycle:.1f} cycles of {a_cycle} steps" if a_cycle else ""
+        self.say(f"run: {continued}{cycles}")
         if steps < a_cycle:
             self.say(
                 f"warning: the run takes {steps} steps, and a cycle over all blocks takes {a_cycle}: some blocks will "
                 "not be trained. Raise training.max_steps or training.epochs, or deepspeed.hift.layers_per_block."
             )
-        dist.barrier()
-        self.stop.nothing_to_lose = None
+        nbytes = getattr(self.engine, "checkpoint_nbytes", None)
+        if nbytes is not None:
+            if nbytes > drive.PROBE:
+                self.forecast.saving = drive.seconds_of_save(self.folder, nbytes, self.engine.device)
+            model = sum(numel_of(p) * p.element_size() for p in self.engine.module.parameters())
+            together(lambda: self._report_drive(nbytes, model if self.settings.output.export else 0))
+        method = METHODS[self.settings.method.name]
+        self.grace = GraceNote(
+            self.forecast,
+            lambda text: self.say(text) if self.log is None else self.log.say(text),
+            self.folder / outputs.LOGS / "rank0.log",
+            smaller_state(self.engine),
+            applies=has_limit() and method.resumable,
+        )
+        self.grace.begin()
+
+    def _report_drive(self, checkpoint: int, model: int) -> None:
+        if self.rank == 0:
+            training = self.settings.training
+            self.say(drive.room(self.folder, training, checkpoint, model).report(training))
 
     def load(self, found: Checkpoint) -> dict[str, Any]:
         """Load a checkpoint; return its client state. If its blocks are others, a new cut begins here."""
@@ -432,14 +468,17 @@ class Run:
         self.held_out = HeldOut(
             training.eval_every, training.max_steps, lambda: self.evaluate(self.stopping.after_batch)
         )
+        self.forecast.use(getattr(self.engine, "block_after", lambda steps: 0), cycle_steps(self.engine, self.settings))
         self.cycle_end = CycleEnd(self.checkpoints, ends_training=self.asked is not None)
         return [
+            self.forecast,
             self.held_out,
-            Records(self.log),
+            Records(self.log, self.forecast),
             SkippedSteps(self.engine, self.settings, len(self.data.train)),
             self.checkpoints,
             self.cycle_end,
             self.stopping,
+            self.grace,
         ]
 
     @contextlib.contextmanager
@@ -489,7 +528,10 @@ class Run:
 
     def evaluate(self, after_batch: Callable[[], None]) -> dict[str, Any] | None:
         """Evaluate the model on the held-out examples."""
-        return evaluate(self.engine, self.data, self.tokenizer, self.settings, after_batch)
+        started = time.perf_counter()
+        result = evaluate(self.engine, self.data, self.tokenizer, self.settings, after_batch)
+        self.forecast.evaluated(time.perf_counter() - started)
+        return result
 
     def export(self) -> None:
         """Write OUT/model, unless `output.export` is false."""
@@ -516,7 +558,7 @@ class Run:
             self.folder, self.settings, self.recorded, after, block_names(self.engine), self.cycles
         )
         result |= {"best": self.checkpoints.best} if self.settings.training.keep_best else {}
-        result |= memory
+        result |= memory | {"time_to_end": self.predicted}
         self.log.close(result)
         outputs.write_json(self.folder / "summary.json", result)
         exported = f"\nmodel              {self.folder / 'model'}" if self.settings.output.export else ""

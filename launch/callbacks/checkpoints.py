@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed import comm as dist
@@ -22,6 +24,7 @@ class Checkpoints(Callback):
     Args:
         saved: step of the checkpoint that a continued run was loaded from.
         best: step and held-out result of the best model of a continued run.
+        timed: called with the seconds of each save.
 
     Attributes:
         best: `{"step": ..., "held_out": ...}` of the best evaluation so far; None before the first.
@@ -29,8 +32,15 @@ class Checkpoints(Callback):
         is_pending: whether a signal has interrupted the evaluation of the latest step. A continued run repeats it.
     """
 
-    def __init__(self, engine: Any, settings: Settings, saved: int = 0, best: dict[str, Any] | None = None) -> None:
-        self.engine, self.settings, self.saved, self.best = engine, settings, saved, best
+    def __init__(
+        self,
+        engine: Any,
+        settings: Settings,
+        saved: int = 0,
+        best: dict[str, Any] | None = None,
+        timed: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.engine, self.settings, self.saved, self.best, self.timed = engine, settings, saved, best, timed
         self.is_pending = False
 
     def after_step(self, step: Step, total: float) -> bool:
@@ -57,6 +67,7 @@ class Checkpoints(Callback):
             UserError: the checkpoint cannot be written; earlier ones are unchanged.
         """
         training, folder = self.settings.training, outputs.folder(self.settings) / "checkpoints"
+        started = time.perf_counter()
         state = {"step": step, "best": self.best, "evaluation_is_pending": self.is_pending}
         try:
             self.engine.save_checkpoint(str(folder), tag=tag(step), client_state=state)
@@ -72,6 +83,7 @@ class Checkpoints(Callback):
                 store.prune(folder, training.keep_last, training.keep_every, keep)
             except (CheckpointError, OSError) as error:  # the next save tries again
                 logs.warn(f"an old checkpoint in {folder} could not be deleted: {error}")
+        self.timed(time.perf_counter() - started)
 
 
 class CycleEnd(Callback):

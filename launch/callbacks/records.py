@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from hift_ds.checkpoint.files import write_durably
 from hift_ds.launch.callbacks.callback import Callback, Step
+from hift_ds.launch.callbacks.forecast import Forecast, as_time
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.errors import shown
 from hift_ds.launch.runtime import outputs
@@ -23,15 +24,16 @@ class Records(Callback):
 
     Args:
         log: rank 0's log; None on other ranks.
+        forecast: knows the time to the end.
     """
 
-    def __init__(self, log: RunLog | None) -> None:
-        self.log = log
+    def __init__(self, log: RunLog | None, forecast: Forecast) -> None:
+        self.log, self.forecast = log, forecast
 
     def after_step(self, step: Step, total: float) -> bool:
         """Write the record."""
         if self.log is not None:
-            self.log.step(step.record)
+            self.log.step(step.record, self.forecast.left(step.number))
         return False
 
 
@@ -55,11 +57,12 @@ class RunLog:
         with outputs.writing(path):
             write_durably(path, "".join(f"{line}\n" for line in kept))
             self.file = path.open("ab", buffering=0)  # unbuffered: a killed process loses no record
-        self.bar = tqdm(
+        self.bar = _Bar(
             total=settings.training.max_steps,
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}{postfix}]",
             disable=not sys.stderr.isatty(),
         )
         self.wandb = start_wandb(folder, settings, wandb_id, warn)
@@ -69,12 +72,17 @@ class RunLog:
         """Id of the W&B run, if there is one."""
         return self.wandb.id if self.wandb is not None else None
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Write the record of a step."""
+    def step(self, record: dict[str, Any], left: float | None) -> None:
+        """Write the record of a step.
+
+        Args:
+            left: seconds to the end of the run; None: not known.
+        """
         with outputs.writing(self.path):
             self.file.write(f"{json.dumps(record, allow_nan=False)}\n".encode())
         if self.wandb is not None:
             self.wandb.log(record)
+        self.bar.left = left
         self.bar.set_postfix_str(f"block {record['block_name']}, loss {as_text(record['loss'])}")
         self.bar.update()
         step, steps = record["step"], self.settings.training.max_steps
@@ -85,11 +93,16 @@ class RunLog:
                 f"learning rate {record['learning_rate']:.3g}",
                 f"block {record['block_name']}",
                 f"{record['tokens_per_second']:.0f} tokens/s",
+                *([] if left is None or step == steps else [f"{as_time(left)} left"]),
                 *_held_out(record),
                 *(["skipped" + _why(record)] if record["skipped"] else []),
             ]
-            self.bar.write(", ".join(parts), file=sys.stdout)
-            sys.stdout.flush()
+            self.say(", ".join(parts))
+
+    def say(self, text: str) -> None:
+        """Print a text above the bar."""
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self, summary: dict[str, Any] | None) -> None:
         """Close the file and W&B.
@@ -101,6 +114,21 @@ class RunLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.close(summary)
+
+
+class _Bar(tqdm):
+    """A progress bar with the time to the end by the run's own estimate.
+
+    That of tqdm follows the last steps, and blocks differ in time.
+    """
+
+    left: float | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What the format of the bar may name."""
+        left = "?" if self.left is None else self.format_interval(self.left)
+        return {**super().format_dict, "left": left}
 
 
 def _step_of(line: str) -> float:

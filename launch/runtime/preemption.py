@@ -38,6 +38,7 @@ from hift_ds.launch.exit_codes import STOPPED
 SAME = 5.0  # seconds within which signals count as one
 LOOK = 1.0  # seconds between two checks of the launcher
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LAUNCHER = "deepspeed.launcher.launch"  # the module that starts the ranks of a machine
 RUNNERS = ("deepspeed", "deepspeed.pt", "ds")  # DeepSpeed's names of its outer command
 
 
@@ -140,11 +141,19 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
+def has_limit() -> bool:
+    """Return whether DeepSpeed's `launch.py` started this process, which kills it some time after a signal."""
+    try:
+        return _LAUNCHER in psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return False
+
+
 def _launcher_watch() -> Callable[[], bool]:
     """Return a function that tells whether the `launch.py` or `deepspeed` that started this process is gone."""
     try:
         parent = psutil.Process(os.getppid())
-        if "deepspeed.launcher.launch" not in parent.cmdline():
+        if _LAUNCHER not in parent.cmdline():
             return lambda: False
         runner = parent.parent()
         words = runner.cmdline()[:3] if runner is not None else []

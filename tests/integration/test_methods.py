@@ -70,8 +70,8 @@ def train(argv: Sequence[str], stop_after: int | None = None, wrap: Any = contex
             seen["logits"] = engine.module(**text()).logits
         export(engine, *rest)
 
-    def step_until(log: Any, record: dict[str, Any]) -> None:
-        record_step(log, record)
+    def step_until(log: Any, record: dict[str, Any], *left: Any) -> None:
+        record_step(log, record, *left)
         if record["step"] == stop_after:
             raise KeyboardInterrupt
 

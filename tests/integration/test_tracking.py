@@ -35,8 +35,8 @@ def train_and_disturb(argv: Sequence[str], signal_to_wandb: int = 0, file_size: 
     record_step, limits = log_records.RunLog.step, resource.getrlimit(resource.RLIMIT_FSIZE)
     hit: list[int] = []
 
-    def step(log: Any, record: dict[str, Any]) -> None:
-        record_step(log, record)
+    def step(log: Any, record: dict[str, Any], *left: Any) -> None:
+        record_step(log, record, *left)
         if record["step"] != 3:
             return
         if file_size is not None:

@@ -12,6 +12,7 @@ import torch
 
 from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.callbacks.checkpoints import Checkpoints
+from hift_ds.launch.callbacks.forecast import Forecast
 from hift_ds.launch.callbacks.records import Records, RunLog
 from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.callbacks.stop_on_signal import Stopping
@@ -151,7 +152,7 @@ def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
         watcher = Watcher(waits, engine)
         callbacks = [
             watcher,
-            Records(log),
+            Records(log, Forecast(settings.training, False)),
             SkippedSteps(engine, settings, len(data.train)),
             TimeLimit(3600.0),
             checkpoints,

@@ -61,8 +61,8 @@ def train_and_compare(
         export(engine, tokenizer, folder, *others)
         seen["folder"] = folder
 
-    def step_until(log: Any, record: dict[str, Any]) -> None:
-        record_step(log, record)
+    def step_until(log: Any, record: dict[str, Any], *left: Any) -> None:
+        record_step(log, record, *left)
         if record["step"] == stop_after:
             raise KeyboardInterrupt
 
