@@ -136,6 +136,8 @@ is, is in [Memory](memory.md#planned-and-measured).
 GiB that the run needs in addition to the process itself and the system, for which the planner keeps 4 GiB free. The
 figure after "+" is the space in files on a drive. Masters are split (`offload.master: split`). 8-bit moments are
 `offload.moments: 8bit`, weights in host memory `offload.weights: cpu`, state in files `offload.device: nvme`.
+Several cards in one machine share the weights in host memory, and at ZeRO 2 each rank has its part of the state: the
+figures are those of all ranks together.
 
 {host}
 

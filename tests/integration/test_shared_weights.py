@@ -16,6 +16,7 @@ from torch import distributed
 from hift_ds.launch.model import loading
 from hift_ds.state.step import BlockState
 from hift_ds.weights import node
+from hift_ds.weights.host import HostWeights
 from hift_ds.weights.node import Node
 from hift_ds.weights.turns import Turns
 from tests.integration.test_host_weights import cycles_with_a_save, different, launched, make, same, trained
@@ -136,6 +137,30 @@ def without(name: str, is_removed: bool) -> bool:
 def test_a_late_rank_is_waited_for(name: str) -> None:
     assert run_on_ranks(2, without, name, False) == [False, False]
     assert any(run_on_ranks(2, without, name, True))
+
+
+def loss_after_loading(is_removed: bool) -> float:
+    """In a rank: the loss of other weights, which are loaded beside a late first rank."""
+    engine = make(CASES[10])
+    other = {name: value * 0.5 for name, value in engine.module.state_dict().items()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(late(0, HostWeights, "settle"))
+        if is_removed:
+            stack.enter_context(mock.patch.object(Node, "meet", _nothing))
+        engine.module.load_state_dict(other)
+        engine.eval()
+        with torch.no_grad():
+            loss = float(engine(**tiny.micro_batch(0, 0)).loss)
+    distributed.barrier()
+    engine.destroy()
+    return loss
+
+
+def test_the_rank_that_loads_weights_is_waited_for() -> None:
+    first, second = run_on_ranks(2, loss_after_loading, False)
+    assert first == second
+    first, second = run_on_ranks(2, loss_after_loading, True)
+    assert first != second
 
 
 # ---- between steps ------------------------------------------------------------------------------------------------
