@@ -382,9 +382,9 @@ class Run:
     def say_what_it_takes(self) -> None:
         """Say how many steps the run takes, what it needs on its drive, and if a signal may end a save too early."""
         steps, a_cycle = self.settings.training.max_steps, cycle_steps(self.engine, self.settings)
-        continued = f"steps {self.first_step + 1} to {steps}" if self.first_step else f"{steps} steps"
-        cycles = f", {steps / a_cycle:.1f} cycles of {a_cycle} steps" if a_cycle else ""
-        self.say(f"run: {continued}{cycles}")
+        done = f", {self.first_step} of them done" if self.first_step else ""
+        cycles = f" in {steps / a_cycle:.1f} cycles of {a_cycle}" if a_cycle else ""
+        self.say(f"run: {steps} steps{cycles}{done}")
         if steps < a_cycle:
             self.say(
                 f"warning: the run takes {steps} steps, and a cycle over all blocks takes {a_cycle}: some blocks will "
