@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hift_ds.blocks.block import Block
+from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.config import HiFTConfig
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.errors import UserError
@@ -71,8 +72,7 @@ def other_cut(about: Mapping[str, Any], blocks: Sequence[Block]) -> bool:
 
 def is_in_cycle(about: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint was saved in the middle of a cycle, by the description in its manifest."""
-    position = about.get("position", about)
-    return position["step"] % (len(position["order"]) * position["steps_per_block"]) != 0
+    return BlockSchedule.steps_left(about["position"]) > 0
 
 
 def check_change(settings: Settings, before: Cut, now: Cut) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import time
@@ -21,7 +22,7 @@ from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.collectives import gather
 from hift_ds.launch.callbacks.callback import Callback
-from hift_ds.launch.callbacks.checkpoints import Checkpoints, CycleEnd, load_checkpoint, steps_of, tag
+from hift_ds.launch.callbacks.checkpoints import Checkpoints, CycleEnd, load_checkpoint, load_weights, steps_of, tag
 from hift_ds.launch.callbacks.forecast import Forecast
 from hift_ds.launch.callbacks.grace import GraceNote, smaller_state
 from hift_ds.launch.callbacks.held_out import HeldOut, evaluate
@@ -449,6 +450,7 @@ class Run:
         self.watch.progress()
         self.engine.destroy()
         self.engine = self.checkpoints.engine = None
+        gc.collect()  # the engine is in circles of references, and its state would stay beside the next one's
         self.use(self.asked)
         self.asked = None
         self.build_engine(lambda text: None)
@@ -516,7 +518,7 @@ class Run:
                 "training.keep_best=false."
             ) from None
         assert found is not None  # `find` raises where a tag is missing
-        load_checkpoint(self.engine, found)
+        load_weights(self.engine, found)
         self.say(f"step {best['step']} was the best; its model is used from here on")
 
     def evaluate_last(self) -> dict[str, Any] | None:

@@ -131,3 +131,18 @@ def load_checkpoint(engine: Any, found: Checkpoint) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--resume: {error}") from error
     return {"best": None, "evaluation_is_pending": False, **state}
+
+
+def load_weights(engine: Any, found: Checkpoint) -> None:
+    """Load a verified checkpoint of this run for its weights; HiFT's may have other blocks.
+
+    Raises:
+        UserError: the checkpoint is of another kind of run.
+    """
+    if not hasattr(engine, "blocks"):
+        load_checkpoint(engine, found)
+        return
+    try:
+        engine.load_checkpoint(str(found.path.parent), tag=found, load_module_only=True)
+    except ValueError as error:
+        raise UserError(f"training.keep_best: {error}") from error

@@ -83,6 +83,19 @@ def test_another_kind_of_run_is_refused_by_name(tmp_path: Path) -> None:
     assert len(records(out)) == 4
 
 
+def test_mezo_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """All ranks hold the same; only the sum of the losses is rounded otherwise."""
+    settings = (*SETTINGS, "method.name=mezo", "training.learning_rate=1e-5", "training.max_steps=8")
+    out = tmp_path / "run"
+    assert run_tiny(2, out, *settings, "training.max_steps=4")["code"] == 0
+    resumed = run_tiny(1, out, *settings, resume="yes")
+    assert resumed["code"] == 0 and "ranks 1 (before: 2)" in resumed["printed"], resumed["printed"]
+    straight = run_tiny(1, tmp_path / "straight", *settings)["digest"]
+    assert resumed["digest"] == pytest.approx(straight, rel=1e-4, abs=1e-4)
+    losses = [[record["loss"] for record in records(path)] for path in (out, tmp_path / "straight")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ("data.eval_examples=0", "training.max_steps=10", "training.save_every=1", "training.keep_every=4")

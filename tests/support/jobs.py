@@ -26,8 +26,12 @@ def launch(
     port: int | None = None,
     script: str = "launch/train.py",
     before: Callable[[], None] | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it; `before` runs in the launcher."""
+    """`deepspeed --num_gpus RANKS launch/train.py ARGV`, as a user would type it, with these environment variables.
+
+    `before` runs in the launcher.
+    """
     command = [
         sys.executable,
         str(Path(sys.executable).with_name("deepspeed")),
@@ -39,6 +43,7 @@ def launch(
         *argv,
     ]
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= variables
     return subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=before
     )
