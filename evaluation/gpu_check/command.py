@@ -7,7 +7,7 @@
 It runs with what is installed, and makes no environment. On a machine without a network, install the wheels that
 `python -m evaluation.gpu_check.prepare FOLDER` has downloaded elsewhere. Each task has a process and a time limit of
 its own; a task that fails or takes too long becomes a row of the table, and the others go on. On a CPU, the same code
-runs on a tiny model, where only the weights say something.
+runs on a tiny model, where only the weights say something. What needs two GPUs is skipped on one, with the reason.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from hift_ds.evaluation.gpu_check.training import Workload
 
 SHORT, LONG = 512, 8192  # tokens in a sequence
 COMPILE_SECONDS = 240.0
+TWO = "two GPUs"
 STREAMED = f"hift large, {ON_HOST}"
 PREFETCHED = {"prefetch": 3 * GIB, "defer": True}  # slots for the state of LLaMA-7B's largest block
 
@@ -63,6 +64,8 @@ def tasks(small: str, large: str, on_device: bool) -> list[Task]:
         Task("lomo large", ("methods",), 40, False, method("lomo", large, 5)),
         Task("hift large, prefetch", both, 170, True, Workload(
             "hift", large, lengths=(short, long), offload=prefetched, profiled=profiled)),
+        Task(TWO, ("ranks",), 150 if on_device else 400, True, Workload(
+            "hift", small, lengths=(short,), profiled=2), ranks=2),
         Task("badam large", ("methods",), 60, False, method("badam", large, 0)),
         Task("lora large", ("methods",), 45, True, method("lora", large, 20)),
         Task("hift large, two slots", both[:2], 110, True, Workload(
@@ -86,7 +89,8 @@ def check(chosen: Sequence[Task], limit: float, save: Callable[[Mapping[str, Any
         save: is called with all results so far after each task.
     """
     start = time.monotonic()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {task.name: {"skipped": why} for task in chosen if (why := task.skipped())}
+    chosen = [task for task in chosen if task.name not in results]
     processes: list[subprocess.Popen] = []
     compiler = _compile()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -184,7 +188,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                     length,
                     *row,
                     _number(result, "task_seconds", 0),
-                    " ".join(str(result.get("reason", "")).split())[:120],
+                    " ".join(str(result.get("reason", result.get("skipped", ""))).split())[:120],
                 ]
             )
     return markdown(head, rows)

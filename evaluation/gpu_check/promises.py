@@ -40,13 +40,57 @@ def promises(results: Results, on_device: bool) -> list[Promise]:
         results: of the tasks by name.
         on_device: the accelerator is not the CPU. Times and memory of a CPU promise nothing.
     """
-    return [*_weights(results.get("weights", {})), *(_of_a_device(results) if on_device else ())]
+    several = [
+        (name, result) for name, result in results.items() if {"cases", "runs"} & set(result) and name != "weights"
+    ]
+    found = list(_weights(results.get("weights", {})))
+    for name, result in several:
+        found += _weights(result, f"{name}, weights")
+        found += _of_ranks(name, result, on_device)
+    found += _of_a_device(results) if on_device else ()
+    return found + [
+        Promise(f"all of {name!r}", result["skipped"], None) for name, result in results.items() if "skipped" in result
+    ]
 
 
-def _weights(result: Mapping[str, Any]) -> Iterator[Promise]:
+def _of_ranks(name: str, result: Mapping[str, Any], on_device: bool) -> Iterator[Promise]:
+    """Of runs on several ranks: planned memory on each, waits, collectives beside copies; what one rank continues."""
+    if found := result.get("continued"):
+        is_right = found.get("equal", False) and found["block"] == found["blocks"] - 1
+        measured = found.get("reason", f"equal weights: {found.get('equal')}, block {found.get('block')}")
+        yield Promise(f"{name}: one rank continues a checkpoint of all", measured, is_right)
+    for run, ranks in result.get("runs", {}).items():
+        reasons = [found["reason"] for found in ranks if "reason" in found]
+        if reasons:
+            yield Promise(f"{name}, {run}: it runs", reasons[0], False)
+            continue
+        if not on_device:
+            yield Promise(f"{name}, {run}: it runs", f"{len(ranks)} ranks", True)
+            continue
+        yield Promise(
+            f"{name}, {run}: planned device peak within {PLANNED:.0%} on each rank",
+            ", ".join(
+                f"{found['planned'] / GIB:.2f} planned, {found['peak'] / GIB:.2f} GiB measured" for found in ranks
+            ),
+            all(abs(found["planned"] - found["peak"]) <= PLANNED * found["peak"] for found in ranks),
+        )
+        waits = [found["trace"]["waits"] - found["trace"]["waits_in_forward"] for found in ranks]
+        most = f"at most {WAITS} wait a step" if "ZeRO 3" not in run else "waits a step (DeepSpeed gathers)"
+        yield Promise(
+            f"{name}, {run}: {most}", f"{max(waits):.2f}", max(waits) <= WAITS if "ZeRO 3" not in run else None
+        )
+        beside = [found["trace"] for found in ranks]
+        yield Promise(
+            f"{name}, {run}: collectives beside copies",
+            ", ".join(f"{t['collective_beside_copies_ms']:.1f} of {t['collective_ms']:.1f} ms" for t in beside),
+            None,
+        )
+
+
+def _weights(result: Mapping[str, Any], title: str = "weights") -> Iterator[Promise]:
     for name, case in result.get("cases", {}).items():
         error = f"{case['error']:.1e}" if "error" in case else case["reason"]
-        yield Promise(f"weights, {name}: error at most {case['bound']:g}", error, case.get("holds", False))
+        yield Promise(f"{title}, {name}: error at most {case['bound']:g}", error, case.get("holds", False))
 
 
 def _of_a_device(results: Results) -> Iterator[Promise]:

@@ -75,8 +75,9 @@ def summary(events: Iterable[Event]) -> dict[str, Any]:
 
     Returns:
         Milliseconds and counts, each the mean of a step. `wall_ms`: of the host. `kernel_ms`, `h2d_ms`, `d2h_ms`:
-        some kernel, some copy in this direction runs; `device_ms`: anything runs on the device. `stream_ms`: the same
-        for each stream. `kernels`, `copies`: their number. `waits`: the host waits for the device; `waits_in_forward`
+        some kernel, some copy in this direction runs; `device_ms`: anything runs on the device; `collective_ms`: a
+        kernel of NCCL, and `collective_beside_copies_ms` such a kernel and a copy at once. `stream_ms`: the same for
+        each stream. `kernels`, `copies`: their number. `waits`: the host waits for the device; `waits_in_forward`
         those inside the model's forward pass; `wait_ms`: how long; `waits_by`: their number by the operation that
         waits. `allocations`: calls that allocate or free device or page-locked memory. `operations`: operations of
         PyTorch. `slowest`: milliseconds of the kernels that take most, by name.
@@ -101,6 +102,8 @@ def summary(events: Iterable[Event]) -> dict[str, Any]:
         by_name[event["name"][:90]] += event["dur"]
     streams = sorted({str(event.get("args", {}).get("stream")) for event in device})
     copies = {way: [e for e in device if way in e["name"]] for way in ("HtoD", "DtoH")}
+    both = [*copies["HtoD"], *copies["DtoH"]]
+    collectives = [e for e in kernels if "nccl" in e["name"].lower()]
     return {
         "steps": count,
         "wall_ms": round((end - start) / 1000 / count, 3),
@@ -108,6 +111,8 @@ def summary(events: Iterable[Event]) -> dict[str, Any]:
         "h2d_ms": busy(copies["HtoD"]),
         "d2h_ms": busy(copies["DtoH"]),
         "device_ms": busy(device),
+        "collective_ms": busy(collectives),
+        "collective_beside_copies_ms": round(busy(collectives) + busy(both) - busy([*collectives, *both]), 3),
         "stream_ms": {
             stream: busy(e for e in device if str(e.get("args", {}).get("stream")) == stream) for stream in streams
         },

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 import hift_ds
+from hift_ds.collectives import gather, rank, world_size
 from hift_ds.config import with_deferred_step
 from hift_ds.evaluation.cost.plain_loop import NamedTensors, PlainHiFT
 from hift_ds.evaluation.cost.timed_methods import DTYPES, make_batch, make_model
@@ -27,7 +28,7 @@ ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_
 CLIP = 0.02  # clips at every step
 
 
-def check(offload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def check(offload: Mapping[str, Any], ranks: int = 1) -> Iterator[dict[str, Any]]:
     """Train with each stage and precision, and yield the errors so far.
 
     torch's AdamW takes the step, which the plain loop uses, too, except in two cases with the optimizer of a DeepSpeed
@@ -35,22 +36,27 @@ def check(offload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     Args:
         offload: the section ``hift.offload``. The step is deferred wherever the engine can do it.
+        ranks: number of ranks, which share the examples of a step. All call it, and get the largest error.
 
     Yields:
         ``cases``: the error and the bound of each case by name, and why a case failed.
     """
     cases: dict[str, dict[str, Any]] = {}
+    stages = (0, 1, 2, 3) if ranks == 1 else (0, 2, 3)
     todo: list[tuple[str, str, int, bool, dict[str, str]]] = [
-        (f"{dtype} ZeRO {stage}", dtype, stage, False, {}) for dtype in BOUNDS for stage in (0, 1, 2, 3)
+        (f"{dtype} ZeRO {stage}", dtype, stage, False, {}) for dtype in BOUNDS for stage in stages
     ]
-    todo += [(f"{dtype} ZeRO 2, AdamW of the config", dtype, 2, True, {}) for dtype in BOUNDS]
     todo += [(f"{d} ZeRO {s}, {ON_HOST}", d, s, False, {"weights": "cpu"}) for d, s in (("fp32", 0), ("bf16", 2))]
-    todo.append(("bf16 ZeRO 2, moments in 8 bits", "bf16", 2, False, {"moments": "8bit"}))
+    if ranks == 1:
+        todo += [(f"{dtype} ZeRO 2, AdamW of the config", dtype, 2, True, {}) for dtype in BOUNDS]
+        todo.append(("bf16 ZeRO 2, moments in 8 bits", "bf16", 2, False, {"moments": "8bit"}))
+    else:
+        todo.append((f"bf16 ZeRO 3, {ON_HOST}", "bf16", 3, False, {"offload_param": "cpu"}))
     truths = {dtype: _plain(dtype) for dtype in BOUNDS}
     for name, dtype, stage, by_config, more in todo:
         bound = EIGHT_BITS if "moments" in more else BOUNDS[dtype]
         try:
-            error = _error(_train(dtype, stage, by_config, {**offload, **more}), *truths[dtype])
+            error = max(gather(_error(_train(dtype, stage, by_config, {**offload, **more}), *truths[dtype])))
         except Exception as problem:  # one case must not hide the others
             cases[name] = {"bound": bound, "reason": f"{type(problem).__name__}: {problem}"}
         else:
@@ -90,12 +96,14 @@ def _plain(dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
 
 def _train(dtype: str, stage: int, by_config: bool, offload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Train with the engine; return the weights."""
-    model = _model(dtype)
+    model, ranks = _model(dtype), world_size()
+    waits = {"offload_param": {"device": "cpu", "pin_memory": True}} if "offload_param" in offload else {}
+    offload = {key: value for key, value in offload.items() if key != "offload_param"}
     config = {
-        "train_micro_batch_size_per_gpu": BATCH,
+        "train_micro_batch_size_per_gpu": BATCH // ranks,
         "gradient_clipping": CLIP,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **waits},
         "bf16": {"enabled": dtype == "bf16"},
         "hift": with_deferred_step({"offload": {"buffer_size": 65536, **offload}}),
     }
@@ -107,7 +115,8 @@ def _train(dtype: str, stage: int, by_config: bool, offload: Mapping[str, Any]) 
     )
     try:
         for step in _steps(len(engine.blocks)):
-            engine.backward(engine(**make_batch("tiny", step, BATCH, LENGTH)).loss)
+            batch = make_batch("tiny", step, BATCH, LENGTH)
+            engine.backward(engine(**{name: rows[rank() :: ranks] for name, rows in batch.items()}).loss)
             engine.step()
         engine.settle()
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
 from hift_ds.evaluation.cost.timed_methods import join_world
-from hift_ds.evaluation.gpu_check import command, weights
+from hift_ds.evaluation.gpu_check import command, several, weights
 from hift_ds.evaluation.gpu_check.task import PARTS, run
+from tests.support.ranks import run_on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the tasks here, which saves a process for each; tests/evaluation/gpu_check has the processes."""
 
     def check(chosen: Any, limit: float, save: Any) -> dict[str, Any]:
-        return {task.name: {"task_seconds": 0.0, **list(run(task))[-1]} for task in chosen}
+        return {task.name: {"task_seconds": 0.0, **list(run(task))[-1]} for task in chosen if task.ranks == 1}
 
     monkeypatch.setattr(command, "check", check)
 
@@ -37,9 +39,8 @@ def test_all_parts_run_on_a_tiny_model(
     found = json.loads(output.read_text(encoding="utf-8"))
     results = found["results"]
     tasks = command.tasks("tiny", "tiny", on_device=False)
-    assert list(results) == [task.name for task in tasks] and {part for task in tasks for part in task.parts} == {
-        *PARTS
-    }
+    assert list(results) == [task.name for task in tasks if task.ranks == 1]
+    assert {part for task in tasks for part in task.parts} == {*PARTS}
     assert not [name for name, result in results.items() if "reason" in result]
     assert len(results["weights"]["cases"]) == 13 and all(promise["holds"] for promise in found["promises"])
     hift = results["hift large, prefetch"]
@@ -70,3 +71,23 @@ def test_each_part_has_its_tasks() -> None:
     assert names["weights"] == ["weights"]
     assert {"badam large", "lora large", "lomo large", "full small"} <= set(names["methods"])
     assert dataclasses.asdict(command.tasks("tiny", "tiny", True)[2])["work"]["lengths"] == (512, 8192)
+
+
+def of_two_ranks() -> dict[str, Any]:
+    """In a rank: one of the runs on several ranks."""
+    deepspeed.init_distributed(verbose=False)
+    return several._measure("tiny", 16, 1, 2, {"weights": "cpu"}, on_host=False)
+
+
+def test_a_run_on_two_ranks_is_planned_timed_and_profiled() -> None:
+    for found in run_on_ranks(2, of_two_ranks):
+        assert found["planned"] > 0 < found["seconds"] and found["trace"]["operations"] > 100
+
+
+@pytest.mark.slow
+def test_what_two_gpus_would_show_runs_on_two_gloo_ranks_through_the_launcher(tmp_path: Path) -> None:
+    output = tmp_path / "gpu-check.json"
+    assert command.main(["--only", "ranks", "--output", str(output)]) == 0
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert len(found["promises"]) == 15 and all(promise["holds"] for promise in found["promises"])
+    assert found["results"][command.TWO]["continued"]["equal"]

@@ -1,11 +1,13 @@
 """Tasks in processes of their own: results, failures and time limits."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from hift_ds.evaluation.gpu_check import command
+from hift_ds.evaluation.gpu_check import command, task
 from hift_ds.evaluation.gpu_check.prepare import carried, commands
+from hift_ds.evaluation.gpu_check.promises import promises
 from hift_ds.evaluation.gpu_check.task import PARTS, Task
 from hift_ds.evaluation.gpu_check.training import Workload
 
@@ -34,7 +36,7 @@ def test_without_time_left_no_task_starts() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "speed"], "'speed': expected some of weights,memory,step,methods"),
+        (["--only", "speed"], "'speed': expected some of weights,memory,step,ranks,methods"),
         (["--shapes", "tiny"], "--shapes tiny: expected two, a small and a large model"),
         (["--output", "no/such/folder/x.json"], "there is no folder"),
     ],
@@ -62,3 +64,17 @@ def test_wheels_are_downloaded_but_for_what_is_published_as_source() -> None:
     named = {package for package in [*download, *build] if "==" in package}
     assert named == set(carried())
     assert [package.split("==")[0] for package in build if "==" in package] == ["deepspeed"]
+
+
+def test_what_needs_two_gpus_is_skipped_on_one_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = mock.Mock(device_name=lambda: "cuda", device_count=lambda: 1)
+    monkeypatch.setattr(task, "get_accelerator", lambda: device)
+    monkeypatch.setattr(command, "_compile", lambda: None)
+    both = Task("two", ("ranks",), 60, False, Workload("hift", "tiny"), ranks=2)
+    results = command.check([both], 60, lambda found: None)
+    assert results == {"two": {"skipped": "skipped: it needs 2 GPUs, and this machine has 1"}}
+    assert "it needs 2 GPUs, and this machine has 1" in command.table(results)
+    (promise,) = promises(results, on_device=True)
+    assert promise.holds is None and "this machine has 1" in promise.measured
+    device.device_count = lambda: 2
+    assert both.skipped() is None
