@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from hift_ds.launch.callbacks.callback import Callback, Step, finite
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.data.batches import Batch, Window, Windows, load_windows, on_device
+from hift_ds.launch.data.batches import Batch, Share, Window, load_windows, on_device
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.make_engine import block_names
 from hift_ds.launch.methods.steps import take_step
@@ -35,10 +35,9 @@ def train(
     A step takes one global batch of `training.batch_size` examples, cut into micro-batches and over the ranks.
     """
     training, rank, world = settings.training, dist.get_rank(), dist.get_world_size()
-    windows = Windows(
-        data.train, pad_token_id, training.seed, training.batch_size, settings.micro_batch_size, rank, world
-    )
-    loader = load_windows(windows, first_step, training.max_steps, settings.data.workers)
+    share = Share(pad_token_id, training.batch_size, settings.micro_batch_size, rank, world)
+    last_step, workers = training.max_steps, settings.data.workers
+    loader = load_windows(data.train, training.seed, share, first_step, last_step, workers, data.position)
     names, ledgers, sums = block_names(engine), Ledgers(engine), StepSums(engine.device, len(callbacks))
 
     def fetch() -> tuple[Window | None, list[Batch]]:
@@ -52,7 +51,7 @@ def train(
             callback.before_step(number)
         started = time.perf_counter()
         assert window is not None
-        tokens, targets = float(window.tokens), float(window.targets)
+        tokens, targets, rows, position = float(window.tokens), float(window.targets), window.rows, window.position
         block, cycle = getattr(engine, "active_block", 0), getattr(engine, "cycle", number - 1)
         learning_rate = engine.basic_optimizer.param_groups[0]["lr"]
         # Dropout depends only on the step and the rank, so a resumed run draws the same masks.
@@ -74,7 +73,8 @@ def train(
         record = {"step": number, "cycle": cycle, "block": block, "block_name": names[block], "loss": finite(loss)}
         record |= {"learning_rate": learning_rate, "tokens": int(tokens), "trained_tokens": int(targets)}
         record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "skipped": not is_applied}
-        step = Step(number, record | engine_record(engine) | ledgers.record(block, cycle), own_loss)
+        data.position = position
+        step = Step(number, record | engine_record(engine) | ledgers.record(block, cycle), own_loss, rows, position)
         for callback in callbacks:
             callback.describe(step)
         if any([c.after_step(step, total) for c, total in zip(callbacks, totals, strict=True)]):

@@ -35,6 +35,7 @@ from hift_ds.launch.config.settings import Settings, load_settings
 from hift_ds.launch.cuts import Cut, check_change, cut_of, cuts_until, is_in_cycle, lr_factor, other_cut, with_cut
 from hift_ds.launch.data.batches import collate
 from hift_ds.launch.data.loading import Data, open_data, prepare_data
+from hift_ds.launch.data.stream import Stream
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.learning_rates import low_rate_warning
 from hift_ds.launch.loop import train
@@ -52,7 +53,7 @@ from hift_ds.launch.model import loading
 from hift_ds.launch.model.batch_loss import loss_note
 from hift_ds.launch.model.classes import set_classes
 from hift_ds.launch.model.hollow import without_weights
-from hift_ds.launch.model.limits import check_limits
+from hift_ds.launch.model.limits import check_limits, highest_ids
 from hift_ds.launch.model.partitioned import PartitionedLoading
 from hift_ds.launch.runtime import drive, extensions, logs, outputs, summary
 from hift_ds.launch.runtime.determinism import deterministic, seed_generators
@@ -211,17 +212,21 @@ class Run:
 
     def _load_data(self, folder: Path) -> None:
         settings = self.settings
-        self.data = open_data(settings.data, folder)
+        self.data = open_data(settings.data, self.tokenizer, folder)
         if settings.training.eval_every and not self.data.eval:
             raise UserError(
                 f"training.eval_every: got {settings.training.eval_every}, but the data has no held-out examples. Set "
                 "data.eval_split or data.eval_path, or remove training.eval_every."
             )
-        self.settings = settings = settings.with_steps(len(self.data.train))
+        if not isinstance(self.data.train, Stream):
+            self.settings = settings = settings.with_steps(len(self.data.train))
         if labels := self.data.report["labels"]:
             self.data.renumber(set_classes(self.config, settings.model, labels, self.say))
         longest, answered = self.data.longest(settings.training.max_new_tokens)
         skeleton = loading.skeleton(settings.model, self.config)
+        if isinstance(self.data.train, Stream):
+            self.data.train.say = self.say
+            self.data.train.highest_token, self.data.train.highest_type = highest_ids(skeleton)
         examples = {"training": self.data.train, "held-out": self.data.eval}
         found = {"training": self.data.report["train"], "held-out": self.data.report["eval"]}
         self.data.report["notes"] += check_limits(skeleton, self.tokenizer, examples, found, longest, answered)
@@ -349,6 +354,7 @@ class Run:
         self.first_step, best = 0, None
         if self.found:
             state = self.load(self.found)
+            self.data.position = state.get("stream")
             self.first_step, best = state["step"], state["best"] if self.settings.training.keep_best else None
             self.say(f"{self.folder}: the run continues after step {self.first_step} ({self.found.path})")
             if note := outputs.layout_note(self.settings, self.world, self.found.about):
@@ -476,7 +482,7 @@ class Run:
             self.forecast,
             self.held_out,
             Records(self.log, self.forecast),
-            SkippedSteps(self.engine, self.settings, len(self.data.train)),
+            SkippedSteps(self.engine, self.settings),
             self.checkpoints,
             self.cycle_end,
             self.stopping,
@@ -552,6 +558,8 @@ class Run:
     def summarize(self, after: dict[str, Any] | None) -> None:
         """Write and print the summary."""
         memory = summary.peak_memory(self.engine.device)
+        if isinstance(self.data.train, Stream):
+            self.data.report["train"] |= self.data.train.found.report()
         if hasattr(self.engine, "memory_ledger"):
             memory["memory"] = self.engine.memory_ledger(peak=True)
         if self.log is None:

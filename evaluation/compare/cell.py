@@ -226,7 +226,7 @@ class Cells:
         only_train = Data(list(examples), [], report, None)
         callbacks = [
             recorder,
-            SkippedSteps(engine, settings, len(examples)),
+            SkippedSteps(engine, settings),
             TimeLimit(budget.seconds or math.inf),
         ]
         with deterministic(settings.training.deterministic):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,15 @@ class Step:
         number: steps done, this one included.
         record: the step's line of metrics.jsonl; callbacks may add to it in `describe`.
         own_loss: this rank's share of the step's loss.
+        rows: the step's examples over all ranks, as indices of the training data, or the places of a stream's rows.
+        position: of a stream, where it is after the step.
     """
 
     number: int
     record: dict[str, Any]
     own_loss: float
+    rows: Sequence[int | str] = ()
+    position: dict[str, Any] | None = None
 
 
 class Callback:

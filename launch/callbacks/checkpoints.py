@@ -42,6 +42,11 @@ class Checkpoints(Callback):
     ) -> None:
         self.engine, self.settings, self.saved, self.best, self.timed = engine, settings, saved, best, timed
         self.is_pending = False
+        self.position: dict[str, Any] | None = None  # of a stream of data
+
+    def describe(self, step: Step) -> None:
+        """Remember where the data is after the step."""
+        self.position = step.position
 
     def after_step(self, step: Step, total: float) -> bool:
         """Save if the step is a multiple of `training.save_every`, the last one, or the best so far."""
@@ -69,6 +74,7 @@ class Checkpoints(Callback):
         training, folder = self.settings.training, outputs.folder(self.settings) / "checkpoints"
         started = time.perf_counter()
         state = {"step": step, "best": self.best, "evaluation_is_pending": self.is_pending}
+        state |= {} if self.position is None else {"stream": self.position}
         try:
             self.engine.save_checkpoint(str(folder), tag=tag(step), client_state=state)
         except (CheckpointError, OSError) as error:

@@ -10,7 +10,6 @@ from deepspeed import comm as dist
 
 from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.data.batches import window_batches
 from hift_ds.launch.errors import UserError, shown
 from hift_ds.launch.methods.table import METHODS
 
@@ -20,11 +19,10 @@ class SkippedSteps(Callback):
 
     Args:
         settings: settings of the run; `training.max_skipped_steps` is the longest series of skipped steps allowed.
-        n_examples: number of training examples.
     """
 
-    def __init__(self, engine: Any, settings: Settings, n_examples: int) -> None:
-        self.engine, self.training, self.n_examples = engine, settings.training, n_examples
+    def __init__(self, engine: Any, settings: Settings) -> None:
+        self.engine, self.training = engine, settings.training
         # DeepSpeed's own engine cannot take another step after one that it skipped, except in fp16.
         can_continue = METHODS[settings.method.name].engine != "deepspeed" or engine.fp16_enabled()
         self.limit = settings.training.max_skipped_steps if can_continue else 0
@@ -34,7 +32,7 @@ class SkippedSteps(Callback):
         """Add to the record of a skipped step:
 
         `not_finite`: "loss" or "gradient"; `ranks`: the ranks with such a loss, if not all; `rows`: the batch's
-        examples, as indices of the training data.
+        examples, as indices of the training data, or of a stream the places of their rows.
 
         Steps that fp16 skips while it searches for a loss scale do not count, as long as the scale can still fall.
         """
@@ -45,13 +43,8 @@ class SkippedSteps(Callback):
             self.in_a_row += 1
             is_loss = record["loss"] is None
             ranks = _ranks_with(self.engine.device, not math.isfinite(step.own_loss)) if is_loss else []
-            record |= {"not_finite": "loss" if is_loss else "gradient", "rows": self._rows(step.number)}
+            record |= {"not_finite": "loss" if is_loss else "gradient", "rows": list(step.rows)}
             record["ranks"] = ranks if len(ranks) < dist.get_world_size() else []
-
-    def _rows(self, number: int) -> list[int]:
-        size = self.training.batch_size
-        (rows,) = next(window_batches(self.n_examples, self.training.seed, size, size, 0, 1, number - 1))
-        return rows
 
     def after_step(self, step: Step, total: float) -> bool:
         """End the run, on all ranks alike, if too many steps in a row were skipped.

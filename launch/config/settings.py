@@ -258,6 +258,16 @@ def _training_problems(training: TrainingSettings, method: MethodSettings, data:
             f"training.epochs: got {training.epochs:g}, and training.max_steps is {training.max_steps}. Expected one "
             "of them; remove the other, e.g. by --set training.max_steps=null."
         )
+    if data.streaming and training.epochs is not None:
+        problems.append(
+            f"training.epochs: got {training.epochs:g}, but the rows of a stream are not counted (data.streaming). Set "
+            "training.max_steps instead."
+        )
+    elif data.streaming and (not isinstance(given, Mapping) or given.get("max_steps") is None):
+        problems.append(
+            "training.max_steps: not set, but data.streaming is true, and a stream has no end. Expected the number of "
+            "steps."
+        )
     if training.eval_every and data.eval_examples == 0:
         problems.append(
             f"training.eval_every: got {training.eval_every}, but data.eval_examples is 0, so nothing is held out. "

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -15,8 +15,10 @@ from torch.utils.data import Dataset
 from hift_ds.launch.data.blocks import load
 from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example
 from hift_ds.launch.data.permutation import Permutation
+from hift_ds.launch.data.stream import Position, Stream
 from hift_ds.model.loss import Targets, find_targets
 
+_T = TypeVar("_T")
 Batch = dict[str, Any]  # tensors by name; `labels` may be Targets
 _ALIGNMENT = 16  # bytes; where tensors begin in the buffer that they share on the way to the device
 
@@ -109,31 +111,7 @@ class Order:
         return lambda places: [order[place] for place in places]
 
 
-def window_batches(
-    n_examples: int,
-    seed: int,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    start_step: int = 0,
-) -> Iterator[list[list[int]]]:
-    """Yield this rank's micro-batches for each step from `start_step` on, without end, as indices of examples.
-
-    The order is that of :class:`Order`.
-
-    Raises:
-        ValueError: a size is below 1, or `global_batch` is not a multiple of `micro_batch` times `world`.
-    """
-    if min(n_examples, global_batch, micro_batch, world) < 1 or not 0 <= rank < world or start_step < 0:
-        raise ValueError(f"{n_examples=} {global_batch=} {micro_batch=} {rank=} {world=} {start_step=}")
-    if global_batch % (micro_batch * world):
-        raise ValueError(f"{global_batch=} is not a multiple of {micro_batch=} times {world=}")
-    order = Order(n_examples, seed, global_batch)
-    return (_cut(order.window(step), micro_batch, world)[rank] for step in itertools.count(start_step))
-
-
-def _cut(window: Sequence[int], micro_batch: int, world: int) -> list[list[list[int]]]:
+def _cut(window: Sequence[_T], micro_batch: int, world: int) -> list[list[list[_T]]]:
     """Return each rank's micro-batches of a step's examples."""
     width = micro_batch * world
     return [
@@ -149,45 +127,65 @@ class Window:
     Attributes:
         batches: its micro-batches, as `collate` makes them. The `labels` of language models are `Targets`.
         tokens, targets: the numbers of tokens without padding, and of those that enter the loss, over all ranks.
+        rows: the step's examples over all ranks, as indices of the training data, or the places of a stream's rows.
+        position: of a stream, where it is after the step.
     """
 
     batches: list[Batch]
     tokens: int
     targets: int
+    rows: Sequence[int | str] = ()
+    position: Position | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the examples of a step are cut, and which of them are this rank's.
+
+    Args:
+        global_batch, micro_batch: examples of a step over all ranks, and of one forward pass.
+
+    Raises:
+        ValueError: a size is below 1, or `global_batch` is not a multiple of `micro_batch` times `world`.
+    """
+
+    pad_token_id: int
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if min(self.global_batch, self.micro_batch, self.world) < 1 or not 0 <= self.rank < self.world:
+            raise ValueError(str(self))
+        if self.global_batch % (self.micro_batch * self.world):
+            raise ValueError(f"{self}: global_batch is not a multiple of micro_batch times world")
+
+    def window(
+        self, examples: Sequence[Example], rows: Sequence[int | str], position: Position | None = None
+    ) -> Window:
+        """Return this rank's part of a step."""
+        ranks = _cut(examples, self.micro_batch, self.world)
+        targets = [[sum(map(_targets_of, batch)) for batch in batches] for batches in ranks]
+        batches: list[Batch] = []
+        for number, own in enumerate(ranks[self.rank]):
+            batch: Batch = collate(own, self.pad_token_id)
+            if batch["labels"].dim() == 2:
+                batch["labels"] = find_targets(batch["labels"], most=max(one[number] for one in targets))
+            batches.append(batch)
+        return Window(batches, sum(len(one.input_ids) for one in examples), sum(map(sum, targets)), rows, position)
 
 
 class Windows(Dataset[Window]):
     """The windows of a run on one rank, by step (0-based)."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        pad_token_id: int,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self._examples, self._pad = examples, pad_token_id
-        self._order = Order(len(examples), seed, global_batch)
-        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+    def __init__(self, examples: Sequence[Example], seed: int, share: Share) -> None:
+        self._examples, self._share = examples, share
+        self._order = Order(len(examples), seed, share.global_batch)
 
     def __getitem__(self, step: int) -> Window:
-        window = self._order.window(step)
-        ranks = [
-            [[self._examples[i] for i in indices] for indices in batches]
-            for batches in _cut(window, self._micro_batch, self._world)
-        ]
-        targets = [[sum(map(_targets_of, batch)) for batch in batches] for batches in ranks]
-        batches: list[Batch] = []
-        for number, examples in enumerate(ranks[self._rank]):
-            batch: Batch = collate(examples, self._pad)
-            if batch["labels"].dim() == 2:
-                batch["labels"] = find_targets(batch["labels"], most=max(own[number] for own in targets))
-            batches.append(batch)
-        tokens = sum(len(one.input_ids) for own in ranks for examples in own for one in examples)
-        return Window(batches, tokens, sum(map(sum, targets)))
+        indices = self._order.window(step)
+        return self._share.window([self._examples[i] for i in indices], indices)
 
 
 def _targets_of(example: Example) -> int:
@@ -196,13 +194,33 @@ def _targets_of(example: Example) -> int:
     return len(labels) - 1 - labels[1:].count(IGNORED) if isinstance(labels, list) else 1
 
 
-def load_windows(windows: Windows, first_step: int, last_step: int, workers: int) -> Iterator[Window]:
+def load_windows(
+    examples: Sequence[Example] | Stream,
+    seed: int,
+    share: Share,
+    first_step: int,
+    last_step: int,
+    workers: int,
+    position: Position | None = None,
+) -> Iterator[Window]:
     """Yield the windows of the steps from `first_step` up to `last_step` (exclusive), in order.
 
     Args:
         workers: processes that prepare windows ahead; 0: this process prepares each one when it is asked for.
+        position: of a stream, where it is before `first_step`.
     """
-    return load(windows, workers, sampler=range(first_step, last_step))
+    if isinstance(examples, Stream):
+        return itertools.islice(_stream_windows(examples, seed, share, workers, position), last_step - first_step)
+    return load(Windows(examples, seed, share), workers, sampler=range(first_step, last_step))
+
+
+def _stream_windows(
+    stream: Stream, seed: int, share: Share, workers: int, position: Position | None
+) -> Iterator[Window]:
+    examples = stream.shuffled(seed, position, workers)
+    while window := list(itertools.islice(examples, share.global_batch)):
+        made, rows, positions = zip(*window, strict=True)
+        yield share.window(made, rows, positions[-1]())
 
 
 def on_device(batches: Sequence[Batch], device: torch.device | str) -> list[Batch]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import signal
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hift_ds.launch.data.encoding import Encoder, EvalExample, Found, row_bytes
+from hift_ds.launch.data.encoding import Encoder, Found, row_bytes
+from hift_ds.launch.data.examples import as_table
 from hift_ds.launch.data.formats import Converter, flatten
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError
@@ -31,19 +35,58 @@ class Rows:
     readers: Sequence[Callable[[int], Iterable[Row]]]
     chosen: Sequence[int] | None = None
 
-    def __iter__(self) -> Iterator[list[Row]]:
-        """Yield the rows that each row of the source stands for, without empty lists."""
+    def sources(self, file: int = 0, row: int = 0) -> Iterator[tuple[int, int, list[Row]]]:
+        """Yield the number of a file, the number of a row in it, and the rows that this row stands for.
+
+        Args:
+            file, row: where to begin; earlier rows are not parsed. Only without `chosen`.
+        """
         chosen = None if self.chosen is None else iter(self.chosen)
         wanted, number = None if chosen is None else next(chosen, None), -1
-        for where, row in itertools.chain.from_iterable(read(0) for read in self.readers):
-            taken = []
-            for flat in flatten(self.name, row, where):
-                number += 1
-                if chosen is None or number == wanted:
-                    taken.append((where, flat))
-                    wanted = None if chosen is None else next(chosen, None)
-            if taken:
-                yield taken
+        for place, read in enumerate(self.readers[file:], file):
+            for source, (where, columns) in enumerate(read(row), row):
+                taken = []
+                for flat in flatten(self.name, columns, where):
+                    number += 1
+                    if chosen is None or number == wanted:
+                        taken.append((where, flat))
+                        wanted = None if chosen is None else next(chosen, None)
+                yield place, source, taken
+            row = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a block begins: its number in a pass over the rows, and its first row."""
+
+    epoch: int = 0
+    block: int = 0
+    file: int = 0
+    row: int = 0
+
+
+def cut(rows: Rows, size: int, start: Start | None = None) -> Iterator[tuple[Start, list[Row]]]:
+    """Cut rows into blocks.
+
+    Args:
+        size: rows of the source in a block.
+        start: where to begin; after the last row, the next epoch begins. None: once through all rows.
+
+    Raises:
+        UserError: there is no row.
+    """
+    at = start or Start()
+    while True:
+        sources = rows.sources(at.file, at.row)
+        while taken := list(itertools.islice(sources, size)):
+            at = Start(at.epoch, at.block, taken[0][0], taken[0][1])
+            yield at, [one for _, _, own in taken for one in own]
+            at = Start(at.epoch, at.block + 1)
+        if start is None:
+            return
+        if at.block == 0:
+            raise UserError("data: the files have no rows any more; there is nothing to train on")
+        at = Start(at.epoch + 1)
 
 
 @dataclass
@@ -51,28 +94,37 @@ class Block:
     """Consecutive rows, tokenized.
 
     Attributes:
-        examples: their examples.
-        places: the place of each example's row.
+        start: where it begins.
+        table: the examples (see `hift_ds.launch.data.examples`).
+        hashes, places: of each example, the hash of its tokens and the place of its row.
         found: what was found in the rows.
         content: the rows as they enter their hash.
     """
 
-    examples: list[EvalExample] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    found: Found = field(default_factory=Found)
-    content: bytes = b""
+    start: Start
+    table: pyarrow.RecordBatch
+    hashes: list[bytes]
+    places: list[str]
+    found: Found
+    content: bytes
 
 
 class Blocks(IterableDataset):
-    """The blocks of rows, in order.
+    """Tokenized blocks, in order.
 
     Args:
-        rows: the rows of each row of the source.
-        size: rows of the source in a block.
+        blocks: returns the blocks of rows, from :func:`cut`.
+        columns: of the tables.
     """
 
-    def __init__(self, rows: Iterable[list[Row]], size: int, convert: Converter, encoder: Encoder) -> None:
-        self._rows, self._size, self._convert, self._encoder = rows, size, convert, encoder
+    def __init__(
+        self,
+        blocks: Callable[[], Iterator[tuple[Start, list[Row]]]],
+        convert: Converter,
+        encoder: Encoder,
+        columns: pyarrow.Schema,
+    ) -> None:
+        self._blocks, self._convert, self._encoder, self._columns = blocks, convert, encoder, columns
 
     def __iter__(self) -> Iterator[Block | UserError]:
         """Yield the blocks of this process: each of `n` processes makes every n-th block.
@@ -81,27 +133,28 @@ class Blocks(IterableDataset):
         """
         process = get_worker_info()
         own, n = (0, 1) if process is None else (process.id, process.num_workers)
-        rows = iter(self._rows)
         try:
-            for number in itertools.count():
-                sources = list(itertools.islice(rows, self._size))
-                if not sources:
-                    return
+            for number, (start, rows) in enumerate(self._blocks()):
                 if number % n == own:
-                    yield self._encoded(itertools.chain.from_iterable(sources))
+                    yield self._encoded(start, rows)
         except UserError as error:
             yield error
 
-    def _encoded(self, rows: Iterable[Row]) -> Block:
-        block, content = Block(), []
+    def _encoded(self, start: Start, rows: Iterable[Row]) -> Block:
+        found, content, places, made = Found(), [], [], []
         for where, row in rows:
             converted = self._convert(row, where)
             content.append(row_bytes(converted))
-            examples = self._encoder.encode(where, converted, block.found)
-            block.examples += examples
-            block.places += [where] * len(examples)
-        block.content = b"".join(content)
-        return block
+            examples = self._encoder.encode(where, converted, found)
+            made += examples
+            places += [where] * len(examples)
+        hashes = [hash_of(one.input_ids) for one in made]
+        return Block(start, as_table(made, self._columns), hashes, places, found, b"".join(content))
+
+
+def hash_of(ids: Sequence[int]) -> bytes:
+    """Return a hash of tokens, to find the same examples in two parts."""
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
 def load_blocks(blocks: Blocks, processes: int) -> Iterator[Block]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hift_ds.launch.data.chat import Written, write_conversation
-from hift_ds.launch.data.remarks import Remarks
+from hift_ds.launch.data.remarks import Remark, Remarks
 from hift_ds.launch.data.sources import Row
 from hift_ds.launch.errors import UserError, shown
 
@@ -82,6 +82,7 @@ class Found:
         longest, longest_prompt: tokens of the longest example and of the longest prompt.
         highest_token, highest_type: the highest token id and the highest token type of the examples; -1 if none.
         ends: ids of the tokens that end answers.
+        first: the place of the first row that was cut ("truncated") or skipped ("skipped_no_target").
         remarks: see `hift_ds.launch.data.remarks`.
     """
 
@@ -96,6 +97,7 @@ class Found:
     highest_token: int = -1
     highest_type: int = -1
     ends: set[int] = field(default_factory=set)
+    first: dict[str, str] = field(default_factory=dict)
     remarks: Remarks = field(default_factory=Remarks)
 
     def add(self, example: EvalExample, length: int, trained: int, max_length: int) -> None:
@@ -116,12 +118,20 @@ class Found:
         for name in ("longest", "longest_prompt", "highest_token", "highest_type"):
             setattr(self, name, max(getattr(self, name), getattr(later, name)))
         self.ends |= later.ends
+        self.first = later.first | self.first
         self.remarks.merge(later.remarks)
+
+    @classmethod
+    def of(cls, report: dict[str, Any]) -> Found:
+        """Return what `report` has returned."""
+        remarks = {matter: Remark(**one) for matter, one in report["remarks"].items()}
+        first = dict(report["first"])
+        return cls(**{**report, "ends": set(report["ends"]), "first": first, "remarks": Remarks(remarks)})
 
     def report(self) -> dict[str, Any]:
         """Return it for JSON."""
         remarks = {matter: asdict(remark) for matter, remark in self.remarks.found.items()}
-        return {**vars(self), "ends": sorted(self.ends), "remarks": remarks}
+        return {**vars(self), "ends": sorted(self.ends), "first": dict(self.first), "remarks": remarks}
 
 
 class Encoder:
@@ -160,6 +170,10 @@ class Encoder:
         counted = ((example, length, _count_trained(example)) for example, length in made)
         used = [one for one in counted if one[2]]
         found.skipped_no_target += not used
+        if not used:
+            found.first.setdefault("skipped_no_target", where)
+        if any(length > self._max_length for _, length, _ in used):
+            found.first.setdefault("truncated", where)
         for example, length, trained in used:
             found.add(example, length, trained, self._max_length)
         return [example for example, _, _ in used]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import pyarrow
 
 from hift_ds.launch.data.encoding import Example
-
-if TYPE_CHECKING:
-    import pyarrow
 
 _T = TypeVar("_T", bound=Example)
 _COLUMNS = {
@@ -19,17 +18,20 @@ _COLUMNS = {
 
 
 class Examples(Sequence[_T]):
-    """The examples of an Arrow file. Reading one makes it from the file; nothing is kept in the process.
+    """The examples of an Arrow file or of a table. Reading one makes it from there; nothing else is in memory.
 
     Args:
-        path: a stream of tables as :func:`as_table` makes them.
+        content: a file with a stream of tables as :func:`as_table` makes them, or one such table.
         make: `Example`, or `EvalExample` for held-out examples.
     """
 
-    def __init__(self, path: Path, make: Callable[..., _T]) -> None:
+    def __init__(self, content: Path | pyarrow.RecordBatch, make: Callable[..., _T]) -> None:
         import datasets  # takes seconds
 
-        self._rows = datasets.Dataset.from_file(str(path))
+        if isinstance(content, Path):
+            self._rows = datasets.Dataset.from_file(str(content))
+        else:
+            self._rows = datasets.Dataset(pyarrow.Table.from_batches([content]))
         self._make = make
         self._numbers: list[int] | None = None
 
@@ -62,8 +64,6 @@ def schema(part: str, *, classify: bool) -> pyarrow.Schema:
     Args:
         classify: whether labels are the numbers of classes; else there is one for each token.
     """
-    import pyarrow
-
     tokens, text = pyarrow.list_(pyarrow.int32()), pyarrow.string()
     kinds = {"prompt": text, "reference": text, "accepted": pyarrow.list_(text)}
     kinds |= {"labels": pyarrow.int64()} if classify else {}
@@ -72,7 +72,5 @@ def schema(part: str, *, classify: bool) -> pyarrow.Schema:
 
 def as_table(examples: Sequence[Example], columns: pyarrow.Schema) -> pyarrow.RecordBatch:
     """Return examples as a table with the columns of :func:`schema`."""
-    import pyarrow
-
     values = {name: [getattr(one, name) for one in examples] for name in columns.names}
     return pyarrow.RecordBatch.from_pydict(values, schema=columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -23,10 +24,10 @@ import pyarrow
 
 from hift_ds.checkpoint.files import sha256_of, write_durably
 from hift_ds.launch.data import cache, scores
-from hift_ds.launch.data.blocks import Blocks, Rows, load_blocks
+from hift_ds.launch.data.blocks import Blocks, Rows, cut, hash_of, load_blocks
 from hift_ds.launch.data.built_in import BUILT_IN, built_in_rows
 from hift_ds.launch.data.encoding import Encoder, EvalExample, Example, Found, choose_template
-from hift_ds.launch.data.examples import Examples, as_table, schema
+from hift_ds.launch.data.examples import Examples, schema
 from hift_ds.launch.data.formats import (
     CHOICE_TASKS,
     FORMATS,
@@ -42,13 +43,15 @@ from hift_ds.launch.data.formats import (
 from hift_ds.launch.data.remarks import sentence
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.data.sources import Row, open_hub, read_file
+from hift_ds.launch.data.stream import Position, Stream
 from hift_ds.launch.errors import UserError, listed
 
 PARTS = ("train", "eval")
 DEFAULT_PROBLEMS = {"train": 4096, "eval": 256}  # numbers of built-in problems by default
 BLOCK = 500  # rows that are converted and tokenized at a time
 MANY_ROWS = 20_000  # from here on, several processes tokenize
-FREE = ("workers", "cache")  # settings that do not change the examples
+PEEK = 100  # rows of a stream by which its format is found
+FREE = ("workers", "cache", "shuffle_rows")  # settings that do not change the examples
 
 
 @dataclass
@@ -65,10 +68,11 @@ class Data:
             (classification) of held-out examples. None if the data has no score.
     """
 
-    train: Sequence[Example]
+    train: Sequence[Example] | Stream
     eval: Sequence[EvalExample]
     report: dict[str, Any]
     score: Callable[[Sequence[Any], Sequence[EvalExample]], scores.Score] | None
+    position: Position | None = None
 
     def longest(self, max_new_tokens: int) -> tuple[int, int]:
         """Return the tokens of the longest example, and of the longest held-out prompt with its answer.
@@ -86,7 +90,7 @@ class Data:
         """Number the classes by their place in `labels`, in which all names of `report["labels"]` are."""
         numbers = [labels.index(name) for name in self.report["labels"]]
         for examples in (self.train, self.eval):
-            assert isinstance(examples, Examples)
+            assert isinstance(examples, Examples | Stream)
             examples.renumber(numbers)
         self.report["labels"] = labels
 
@@ -95,13 +99,28 @@ def load_data(settings: DataSettings, tokenizer: Any, *, task: str, seed: int) -
     """Tokenize the data, unless an earlier start has done so, and open it. See :func:`prepare_data`."""
     *_, folder = prepare_data(settings, tokenizer, task=task, seed=seed)
     assert folder is not None
-    return open_data(settings, folder)
+    return open_data(settings, tokenizer, folder)
 
 
-def open_data(settings: DataSettings, folder: Path) -> Data:
-    """Open the tokenized data of a folder of :func:`prepare_data`. The files are mapped into memory, not read."""
+def open_data(settings: DataSettings, tokenizer: Any, folder: Path) -> Data:
+    """Open the tokenized data of a folder of :func:`prepare_data`. The files are mapped into memory, not read.
+
+    With `data.streaming`, training rows are read from their source when they are needed.
+    """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    train, held_out = Examples(folder / "train.arrow", Example), Examples(folder / "eval.arrow", EvalExample)
+    held_out = Examples(folder / "eval.arrow", EvalExample)
+    train: Sequence[Example] | Stream = Examples(folder / "train.arrow", Example)
+    if settings.streaming:
+        readers, _, _ = _readers(settings, 0)
+        rows = Rows(settings.name.lower(), readers["train"])
+        labels, template, question = report["labels"], report["template"], settings.name.lower() in SOLUTION_TASKS
+        length = settings.max_length
+        encoder = Encoder(tokenizer, labels=labels, template=template, question=question, max_length=length)
+        convert = converter(settings.name, report["format"], report["columns"])
+        columns = schema("train", classify=labels is not None)
+        hashes = {hash_of(one.input_ids) for one in held_out}
+        train = Stream(rows, settings.shuffle_rows, convert, encoder, columns, hashes, length)
+        report["train"]["longest"] = length  # the longest that may come
     return Data(train, held_out, report, _find_score(settings, report["format"]))
 
 
@@ -126,7 +145,11 @@ def prepare_data(
     problems = settings.problems()
     if problems:
         raise UserError("\n".join(problems))
-    rows, source = _sources(settings, seed)
+    readers, paths, identity = _readers(settings, seed)
+    rows = {part: Rows(settings.name.lower(), readers[part]) for part in PARTS}
+    streamed = "train" if settings.streaming else None
+    files = {str(path): _ends_of(path) if part == streamed else sha256_of(path) for path, part in paths.items()}
+    source = {"files": files, "identity": identity}
     decides = {key: value for key, value in asdict(settings).items() if key not in ("path", "eval_path", *FREE)}
     is_drawn = settings.train_examples is not None or settings.eval_examples or settings.name.lower() in BUILT_IN
     decides |= {"source": source, "task": task, "seed": seed if is_drawn else None}
@@ -140,20 +163,26 @@ def prepare_data(
         say(f"warning: the tokenized data in {folder} are damaged, and are made anew")
     say(f"data: the rows are tokenized once, into {folder}")
     started = time.monotonic()
-    files = source["files"]
     with cache.written(folder) as aside:
         report = yield from _write(settings, rows, tokenizer, task, seed, aside)
+        if settings.streaming:
+            # Paths may change.
+            contents = [files[str(path)] for path, part in paths.items() if part == streamed] or identity
+            report["train"]["sha256"] = f"stream of {contents}"
         write_durably(aside / "report.json", json.dumps({**report, "files": files}))
     n = sum(report[part]["read"] for part in PARTS)
     say(f"data: {n} rows tokenized in {time.monotonic() - started:.1f} s")
     yield folder
 
 
-def _sources(settings: DataSettings, seed: int) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """Return the rows of each part (none if nothing is held out), and what identifies them."""
+def _readers(
+    settings: DataSettings, seed: int
+) -> tuple[dict[str, list[Callable[[int], Iterable[Row]]]], dict[Path, str], list[str]]:
+    """Return the readers of each part (none if nothing is held out), the files with their parts, and what else
+    identifies the rows."""
     name = settings.name.lower()
     readers: dict[str, list[Callable[[int], Iterable[Row]]]] = {part: [] for part in PARTS}
-    files: dict[str, str] = {}
+    files: dict[Path, str] = {}
     identity: list[str] = []
     if name in BUILT_IN:
         for part, split, n in (("train", "train", settings.train_examples), ("eval", "test", settings.eval_examples)):
@@ -162,14 +191,25 @@ def _sources(settings: DataSettings, seed: int) -> tuple[dict[str, Rows], dict[s
         for part, paths in settings.files().items():
             for path in paths:
                 readers[part].append(functools.partial(read_file, path, name))
-                files[str(path)] = sha256_of(path)
+                files[path] = part
                 identity.append(f"{part} {path}")
     else:
-        found = open_hub(settings.name, settings.subset, settings.revision, settings.split, settings.eval_split)
+        keys = settings.subset, settings.revision, settings.split, settings.eval_split
+        found = open_hub(settings.name, *keys, streaming=settings.streaming)
         for part, one in found.items():
             readers[part].append(one.read)
-            identity.append(f"{part} {one.label} {one.rows._fingerprint}")
-    return {part: Rows(name, readers[part]) for part in PARTS}, {"files": files, "identity": identity}
+            identity.append(f"{part} {one.label} {one.identity}")
+    return readers, files, identity
+
+
+def _ends_of(path: Path) -> str:
+    """Return what identifies a file that is too large to be read for that: its size, and the hash of both ends."""
+    size, end = path.stat().st_size, 2**20
+    with path.open("rb") as file:
+        ends = file.read(end)
+        file.seek(max(0, size - end))
+        ends += file.read(end)
+    return f"{size} bytes, the first and last MiB: {hashlib.sha256(ends).hexdigest()}"
 
 
 def _generated(name: str, split: str, n: int, seed: int) -> Callable[[int], Iterable[Row]]:
@@ -187,8 +227,9 @@ def _write(
     label = None if labels_known else settings.columns.get("label", "label")
     surveys: dict[str, Survey] = {}
     found_rows: dict[str, int] = {}
+    streamed = ("train",) if settings.streaming else ()
     for part in PARTS:
-        surveys[part] = yield from _survey(rows[part], label)
+        surveys[part] = yield from _survey(rows[part], label, PEEK if part in streamed else None)
         found_rows[part] = surveys[part].rows
     if not found_rows["train"]:
         raise UserError(
@@ -203,6 +244,11 @@ def _write(
     if columns != settings.columns:
         notes.append(f"data.columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}} is used")
     numbers, labels = None, None
+    if format_ == "text-label" and settings.streaming and name not in LABEL_TASKS:
+        raise UserError(
+            "data.streaming: true, but labels are numbered when all rows are known; remove it (rows are then tokenized "
+            "into data.cache)"
+        )
     if format_ == "text-label":
         numbers = None if name in LABEL_TASKS else Labels.of(surveys)
         labels = list(LABEL_TASKS[name].labels if numbers is None else numbers.names)
@@ -210,7 +256,7 @@ def _write(
     question = name in SOLUTION_TASKS
     encoder = Encoder(tokenizer, labels=labels, template=template, question=question, max_length=settings.max_length)
     convert = converter(name, format_, columns, numbers)
-    report: dict[str, Any] = {"format": format_, "template": template, "labels": labels}
+    report: dict[str, Any] = {"format": format_, "columns": columns, "template": template, "labels": labels}
     held_out: Counter[bytes] = Counter()
     shared: set[bytes] = set()
     # The held-out rows are the fewer ones, and their hashes are in memory.
@@ -218,17 +264,22 @@ def _write(
         found, digest, table = Found(), hashlib.sha256(), schema(part, classify=labels is not None)
         processes = _cores() if surveys[part].rows >= MANY_ROWS else 0
         with pyarrow.ipc.new_stream(folder / f"{part}.arrow", table) as file:
-            for block in load_blocks(Blocks(rows[part], BLOCK, convert, encoder), processes):
-                hashes = [_short_hash(one.input_ids) for one in block.examples]
+            blocks = functools.partial(cut, rows[part], PEEK if part in streamed else BLOCK)
+            encoded = load_blocks(Blocks(blocks, convert, encoder, table), processes)
+            for block in itertools.islice(encoded, 1 if part in streamed else None):
                 if part == "eval":
-                    held_out.update(hashes)
+                    held_out.update(block.hashes)
                 else:
-                    shared.update(held_out.keys() & hashes)
+                    shared.update(held_out.keys() & block.hashes)
                 digest.update(block.content)
                 found.merge(block.found)
-                file.write_batch(as_table(block.examples, table))
+                if part not in streamed:
+                    file.write_batch(block.table)
                 yield
         report[part] = {"rows": found_rows[part], **found.report(), "sha256": digest.hexdigest()}
+    for part in streamed:
+        # What is found later is said when it is found.
+        report[part] = {"rows": None, **Found(ends=set(report[part]["ends"])).report()}
     for part in PARTS:
         notes += _columns_note(settings, part, format_, columns, surveys[part])
         notes += _notes(settings, part, report[part])
@@ -240,13 +291,10 @@ def _write(
     return {**report, "notes": notes}
 
 
-def _short_hash(ids: list[int]) -> bytes:
-    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
-
-
-def _survey(rows: Rows, label: str | None) -> Generator[None, None, Survey]:
+def _survey(rows: Rows, label: str | None, most: int | None = None) -> Generator[None, None, Survey]:
+    """Read rows, at most `most` of the source, and yield now and then."""
     survey = Survey(label)
-    for number, taken in enumerate(rows):
+    for number, (_, _, taken) in enumerate(itertools.islice(rows.sources(), most)):
         for where, row in taken:
             survey.add(where, row)
         if number % 1000 == 0:

@@ -45,6 +45,10 @@ class DataSettings:
     # Folder for the tokenized rows, which later starts and all ranks of a machine share. null: `hift_ds` in the cache
     # of datasets (HF_DATASETS_CACHE).
     cache: str | None = None
+    # true: training rows are read as they are needed, again and again, and never stored.
+    streaming: bool = False
+    # Rows that are shuffled together with data.streaming.
+    shuffle_rows: int = 10_000
     # Processes of each rank that prepare batches ahead; 0: the rank itself does while its device computes.
     workers: int = 0
 
@@ -85,9 +89,22 @@ class DataSettings:
                     f"data.columns: unknown column {key!r}; expected {', '.join(COLUMNS)} as keys and the file's "
                     f"columns as values, as in {{prompt: question}}{nearest(key, COLUMNS)}"
                 )
+        if self.streaming and name in BUILT_IN:
+            found.append(f"data.streaming: true, but {self.name!r} is generated, not read; remove it")
+        if self.streaming and self.train_examples is not None:
+            found.append(
+                f"data.train_examples: {self.train_examples}, but the rows of a stream are not counted, so none can be "
+                "drawn (data.streaming); set it to null"
+            )
         if self.cache is not None and (reason := paths.fault(self.cache, inside=paths.INSIDE)):
             found.append(f"data.cache: {reason}")
-        for key, least in (("train_examples", 1), ("eval_examples", 0), ("max_length", 2), ("workers", 0)):
+        for key, least in (
+            ("train_examples", 1),
+            ("eval_examples", 0),
+            ("max_length", 2),
+            ("workers", 0),
+            ("shuffle_rows", 1),
+        ):
             value = getattr(self, key)
             if value is not None and value < least:
                 found.append(f"data.{key}: {value} is too small; expected at least {least}")

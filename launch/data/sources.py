@@ -320,11 +320,13 @@ class HubSplit:
     Attributes:
         label: the data set and the split, for messages.
         rows: the split, of `datasets`.
+        identity: what changes with the rows.
         remedy: what to do where its rows cannot be read.
     """
 
     label: str
     rows: Any
+    identity: str
     remedy: str
 
     def read(self, start: int = 0) -> Iterator[Row]:
@@ -371,7 +373,10 @@ def open_hub(
     label = f"{identity} ({subset})" if subset else identity
     remedy = "give the publisher's files as data.path" if published else f"use files ({', '.join(FILE_KINDS)})"
     try:
-        loaded = datasets.load_dataset(identity, subset, revision=revision, streaming=streaming)
+        builder = datasets.load_dataset_builder(identity, subset, revision=revision)
+        if not streaming:
+            builder.download_and_prepare()
+        loaded = builder.as_streaming_dataset() if streaming else builder.as_dataset()
     except ConnectionError as error:  # offline mode, too
         raise UserError(
             f"data.name: {name!r}: the Hugging Face Hub cannot be reached for {label}, and it is not "
@@ -395,7 +400,9 @@ def open_hub(
             raise UserError(f"data.eval_split: {present[0]!r} of {label} is trained on; name another split")
         if present:
             trained = trained or present[0]
-            splits[part] = HubSplit(f"{label} {present[0]}", loaded[present[0]], remedy)
+            rows = loaded[present[0]]
+            version = f"{builder.hash} {builder.config_id}" if streaming else rows._fingerprint
+            splits[part] = HubSplit(f"{label} {present[0]}", rows, version, remedy)
         elif asked is not None:
             raise UserError(f"data.{key}: {label} has no split {asked!r}; it has {', '.join(loaded)}")
     return splits

@@ -110,6 +110,12 @@ def token_problems(
     return problems
 
 
+def highest_ids(model: Any) -> tuple[int | None, int | None]:
+    """Return the highest token id and token type that a model takes; None: any."""
+    size, types = _vocabulary(model), getattr(model.config.get_text_config(), "type_vocab_size", None)
+    return size and size - 1, types and types - 1
+
+
 def _vocabulary(model: Any) -> int | None:
     return getattr(model.get_input_embeddings(), "num_embeddings", None)
 

@@ -29,6 +29,7 @@ from hift_ds.launch import cuts
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.data.batches import Order
 from hift_ds.launch.data.loading import Data
+from hift_ds.launch.data.stream import Stream
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.table import METHODS
 
@@ -209,10 +210,11 @@ def clear(folder: Path) -> None:
 
 def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     """Return what a continued run must share with the run it continues, by the names of the settings."""
+    absent = () if settings.data.streaming else ("streaming", "shuffle_rows")  # and in runs of earlier versions
     found = {
         "method": asdict(settings.method),
         "model": asdict(settings.model),
-        "data": asdict(settings.data),
+        "data": {key: value for key, value in asdict(settings.data).items() if key not in absent},
         "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],
         "training.seed": settings.training.seed,
         "training.batch_size": settings.training.batch_size,
@@ -226,7 +228,9 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     }
     if METHODS[settings.method.name].engine == "deepspeed":
         found |= {STAGE: settings.zero_stage, RANKS: world_size}
-    if len(data.train) > Order.LISTED:  # earlier versions shuffled a list of them
+    if (
+        not isinstance(data.train, Stream) and len(data.train) > Order.LISTED
+    ):  # earlier versions shuffled a list of them
         found[f"order of more than {Order.LISTED} examples"] = "computed"
     return found
 

@@ -149,6 +149,9 @@ def data_report(data: Data) -> str:
     lines = []
     for part, name in (("train", "training data"), ("eval", "held-out data")):
         counts = data.report[part]
+        if counts["rows"] is None:
+            lines.append(f"{name}: a stream; its rows are read as they are needed ({counts['sha256']})")
+            continue
         lines.append(
             f"{name}: {counts['used']} examples, {counts['tokens']} tokens, {counts['trained_tokens']} of them "
             f"with a loss; {counts['truncated']} cut, {counts['skipped_no_target']} skipped"
@@ -185,6 +188,12 @@ def report(summary: dict[str, Any]) -> str:
     ]
     if s.get("best"):
         lines.append(f"best               step {s['best']['step']} of {s['steps']}; exported and evaluated last")
+    if (counts := s["data"]["train"])["rows"] is None:
+        first = "; ".join(f"the first {name.split('_')[0]}: {where}" for name, where in counts["first"].items())
+        lines.append(
+            f"rows read          {counts['read']}; {counts['truncated']} examples cut, {counts['skipped_no_target']} "
+            f"rows skipped{first and f' ({first})'}"
+        )
     if s["steps_skipped"]:
         lines.append(f"skipped            {s['steps_skipped']} steps: loss or gradients not finite")
     if "sample_before" in s:

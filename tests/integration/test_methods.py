@@ -285,10 +285,11 @@ class _Model:
 
 def by_hand(argv: Sequence[str], package: str) -> dict[str, str]:
     """The same steps without launch/'s engines and loop: the package as its authors show it; the weights' hashes."""
-    from hift_ds.launch.data.batches import collate, trained_tokens, window_batches
+    from hift_ds.launch.data.batches import collate, trained_tokens
     from hift_ds.launch.data.loading import load_data
     from hift_ds.launch.model import loading
     from hift_ds.launch.model.batch_loss import summed_loss
+    from tests.support.data_fixtures import window_batches
 
     settings = loaded(argv)
     tokenizer = loading.load_tokenizer(settings.model)

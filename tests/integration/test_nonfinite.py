@@ -21,9 +21,9 @@ from unittest import mock
 import pytest
 import torch
 
-from hift_ds.launch.data.batches import window_batches
 from tests.integration.test_methods import OPTIONS
 from tests.support import tiny
+from tests.support.data_fixtures import window_batches
 from tests.support.pairwise import Row, pairwise
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case

@@ -153,7 +153,7 @@ def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
         callbacks = [
             watcher,
             Records(log, Forecast(settings.training, False)),
-            SkippedSteps(engine, settings, len(data.train)),
+            SkippedSteps(engine, settings),
             TimeLimit(3600.0),
             checkpoints,
             stopping,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from hift_ds.launch.data.batches import Order
 from hift_ds.launch.data.encoding import IGNORED, Example
 from hift_ds.launch.data.loading import load_data
 from hift_ds.launch.data.settings import DataSettings
@@ -55,6 +57,17 @@ def bpe(template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
         chat_template=template,
         **{"pad_token": "<pad>", "eos_token": "<|im_end|>", **special},
     )
+
+
+def window_batches(
+    n: int, seed: int, global_batch: int, micro_batch: int, rank: int, world: int, start: int = 0
+) -> Iterator[list[list[int]]]:
+    """The micro-batches of a rank in each step from `start` on, as indices of examples: ranks take turns."""
+    order = Order(n, seed, global_batch)
+    for step in itertools.count(start):
+        window = order.window(step)
+        starts = range(rank * micro_batch, global_batch, micro_batch * world)
+        yield [window[at : at + micro_batch] for at in starts]
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -100,15 +100,14 @@ def test_damaged_files_are_made_anew(file: str, damage: str, rows: Path) -> None
 SLOW = """
 import sys, time
 from pathlib import Path
-from hift_ds.launch.data import loading
+from hift_ds.launch.data import blocks
 from tests.launch.data.test_cache import prepare
-from tests.support.data_fixtures import bpe
-as_table = loading.as_table
+as_table = blocks.as_table
 def slow(*arguments):
     print("writing", flush=True)
     time.sleep(60)
     return as_table(*arguments)
-loading.as_table = slow
+blocks.as_table = slow
 prepare(Path(sys.argv[1]))
 """
 
@@ -159,7 +158,7 @@ def test_several_processes_make_the_same_files(rows: Path, tmp_path: Path, monke
     monkeypatch.setattr(loading, "_cores", lambda: 2)
     many, _ = prepare(rows, max_length=8, cache=str(tmp_path / "other"))
     assert content(many)["report.json"] == before["report.json"]
-    data = [loading.open_data(DataSettings(), folder) for folder in (one, many)]
+    data = [loading.open_data(DataSettings(), bpe(), folder) for folder in (one, many)]
     assert list(data[0].train) == list(data[1].train) and len(data[0].train) > 1000
     report = json.loads(before["report.json"])["train"]
     assert report["remarks"]["control tokens"]["rows"] == 2 and report["skipped_no_target"] == 2
@@ -192,7 +191,7 @@ def _measured(path: Path, n: int, results: Any) -> None:
     prepare(path, tokenizer, max_length=4)  # what the libraries allocate once
     before = anonymous()
     folder, _ = prepare(path, tokenizer)
-    data = loading.open_data(DataSettings(), folder)
+    data = loading.open_data(DataSettings(), bpe(), folder)
     sums = sum(len(data.train[i].input_ids) for i in range(0, n, 7))
     assert sums > n
     results.put(anonymous() - before)

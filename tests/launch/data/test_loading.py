@@ -14,19 +14,18 @@ import pytest
 import torch
 
 from hift_ds.launch.data.batches import (
-    Windows,
+    Share,
     collate,
     collate_prompts,
     load_windows,
     on_device,
     trained_tokens,
-    window_batches,
 )
 from hift_ds.launch.data.encoding import IGNORED, EvalExample, Example
 from hift_ds.launch.data.settings import DataSettings
 from hift_ds.launch.errors import UserError
 from hift_ds.model.loss import find_targets
-from tests.support.data_fixtures import load, load_rows, write_jsonl
+from tests.support.data_fixtures import load, load_rows, window_batches, write_jsonl
 
 # Settings --------------------------------------------------------------------------------------------
 
@@ -208,9 +207,9 @@ def test_a_later_start_continues_the_same_stream() -> None:
 
 
 def test_windows_that_cannot_be_cut_are_refused_at_once() -> None:
-    for arguments in ((10, 0, 8, 3, 0, 1), (10, 0, 8, 2, 0, 3), (10, 0, 8, 8, 1, 1), (0, 0, 8, 8, 0, 1)):
+    for arguments in ((0, 8, 3, 0, 1), (0, 8, 2, 0, 3), (0, 8, 8, 1, 1), (0, 8, 0, 0, 1)):
         with pytest.raises(ValueError):
-            window_batches(*arguments)
+            Share(*arguments)
 
 
 def test_the_first_token_has_no_prediction() -> None:
@@ -241,8 +240,7 @@ def test_windows_are_what_the_order_of_batches_says(task: str, workers: int) -> 
     data, world = examples(task), 2
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    windows = [Windows(data, 0, 4, 8, 2, rank, world) for rank in range(world)]
-    loaded = [list(load_windows(one, 3, 9, workers)) for one in windows]
+    loaded = [list(load_windows(data, 4, Share(0, 8, 2, rank, world), 3, 9, workers)) for rank in range(world)]
     assert torch.equal(torch.get_rng_state(), before)
     orders = [window_batches(len(data), 4, 8, 2, rank, world, 3) for rank in range(world)]
     for of_ranks in zip(*loaded, strict=True):
@@ -267,7 +265,7 @@ def test_windows_are_what_the_order_of_batches_says(task: str, workers: int) -> 
 
 def test_workers_survive_the_signals_that_ask_a_run_to_stop() -> None:
     others = multiprocessing.active_children()  # of other tests in this process
-    windows = load_windows(Windows(examples("causal"), 0, 4, 2, 2, 0, 1), 0, 30, 1)
+    windows = load_windows(examples("causal"), 4, Share(0, 2, 2, 0, 1), 0, 30, 1)
     first = next(windows)
     (worker,) = (child for child in multiprocessing.active_children() if child not in others)
     os.kill(worker.pid, signal.SIGTERM)
