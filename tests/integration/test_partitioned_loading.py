@@ -108,7 +108,7 @@ def device_peaks(case: Case, folder: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("waiting", ["device", "cpu"])
+@pytest.mark.parametrize("waiting", ["device", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_no_device_has_the_model(waiting: str, tmp_path: Path) -> None:
     large.save(tmp_path / "model", 64, 40, torch.float32, shards="1MB")
     case = Case(3, ranks=2, dtype="bf16", waiting=waiting)
