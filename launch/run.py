@@ -456,6 +456,7 @@ class Run:
         self.watch.progress()
         self.engine.destroy()
         self.engine = self.checkpoints.engine = None
+        self.forecast.use(lambda steps: 0, 1)  # it holds the engine, too
         gc.collect()  # the engine is in circles of references, and its state would stay beside the next one's
         self.use(self.asked)
         self.asked = None
