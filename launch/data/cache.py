@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def written(folder: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_over(folder)
-        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=ASIDE, dir=folder.parent))
+        aside = _aside(folder)
+        aside.mkdir()  # with the permissions of the user's umask, so that others may read a shared cache
         lock = Lock(aside)
         try:
             yield aside
@@ -124,10 +126,15 @@ def _put(aside: Path, folder: Path) -> None:
                 raise
         if is_whole(folder):  # another process was faster
             return
-        damaged = tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=ASIDE, dir=folder.parent)
-        with contextlib.suppress(OSError):  # another process moves it away, too
+        damaged = _aside(folder)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster to move it away
             os.rename(folder, damaged)
-        shutil.rmtree(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)  # files of another user stay
+
+
+def _aside(folder: Path) -> Path:
+    """Return an unused name beside a folder."""
+    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex}{ASIDE}")
 
 
 def _remove_left_over(folder: Path) -> None:

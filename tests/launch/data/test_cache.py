@@ -179,6 +179,32 @@ def test_a_folder_that_cannot_be_written_is_named(rows: Path, tmp_path: Path) ->
     assert DataSettings(cache=" ").problems() == ["data.cache: ' ' is empty; expected a path"]
 
 
+def test_other_users_may_read_what_the_umask_lets_them(rows: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        folder, _ = prepare(rows)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o775
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.glob("*.*"))
+
+
+def test_damaged_files_that_may_not_be_moved_are_named(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = prepare(rows)
+    (folder / "train.arrow").write_bytes(b"damaged")
+    tries = iter(range(5))
+
+    def refused(*paths: Any) -> None:
+        next(tries)  # without an end to its tries, the process would hang
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(UserError, match=r"data\.cache: .*Operation not permitted.*set data\.cache to another folder"):
+        prepare(rows)
+    assert (folder / "train.arrow").read_bytes() == b"damaged"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def anonymous() -> int:
     """Anonymous memory of this process, in bytes."""
     text = Path("/proc/self/smaps_rollup").read_text()
