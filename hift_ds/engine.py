@@ -490,10 +490,7 @@ class HiFTEngine(CheckpointingEngine):
         """
         self._on_every_rank("finish its last step", self.block_optimizers.settle)
         with self._all_blocks():
-            loaded = super().load_checkpoint(*args, **kwargs)
-            if self._host_weights is not None:
-                self._host_weights.forget_slots()  # DeepSpeed copies frozen parameters to where they are now
-            return loaded
+            return super().load_checkpoint(*args, **kwargs)
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._on_every_rank("finish its last step", self.block_optimizers.settle)
@@ -551,6 +548,8 @@ class HiFTEngine(CheckpointingEngine):
         def read() -> Contents:
             load = functools.partial(self.checkpoint_engine.load, map_location="cpu")
             contents = Contents(Path(load_dir) / tag, load, self.checkpoint_mp_rank)
+            if custom_load_fn is None:
+                self._check_shapes(contents)
             if continues:
                 self.block_optimizers.check_state(contents.states)
             return contents
@@ -575,6 +574,19 @@ class HiFTEngine(CheckpointingEngine):
             self.optimizer.refresh_fp32_params()
         return path, client_state and {key: value for key, value in client_state.items() if key != "optimizer"}
 
+    def _check_shapes(self, contents: Contents) -> None:
+        """Raise a ValueError if a weight has another shape in a checkpoint."""
+        differing = []
+        for name, parameter in self.module.named_parameters():
+            ours = self._get_param_shape_func(parameter)
+            if name in contents.names and (theirs := contents.shape(name)) != ours:
+                differing.append(f"{name} {list(theirs)} in the checkpoint, {list(ours)} in this run")
+        if differing:
+            raise ValueError(
+                f"{len(differing)} weights have another shape: {'; '.join(differing[:4])}"
+                f"{' ...' if len(differing) > 4 else ''}; use the model of the run that saved it"
+            )
+
     def _load_zero_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
         """Return True: `_load_checkpoint` has loaded the state."""
         return True
@@ -594,7 +606,8 @@ class HiFTEngine(CheckpointingEngine):
                 return
             if self._loading.are_weights_sharded:
                 checkpoint = {**checkpoint, "module": self._whole_weights(self._loading, checkpoint["module"])}
-                del checkpoint["frozen_param_fragments"]
+        if not self.zero_optimization_partition_weights():  # frozen weights are in the module's state, too
+            checkpoint = {key: value for key, value in checkpoint.items() if key != "frozen_param_fragments"}
         super().load_module_state_dict(checkpoint, strict, **kwargs)
 
     def place(self) -> dict[str, Any]:
@@ -614,7 +627,8 @@ class HiFTEngine(CheckpointingEngine):
         """
         named = dict(self.module.named_parameters())
         known = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        unknown = sorted(contents.names - known - {name for name, _ in self.module.named_buffers()})
+        known |= {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
+        unknown = sorted(contents.names - known)
         missing = sorted(named.keys() - contents.names)
         if strict and (missing or unknown):
             raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.state.saved import SavedState
@@ -56,21 +57,35 @@ class Contents:
         return SavedState.read(self.states)
 
     @functools.cached_property
+    def _without_hift(self) -> dict[str, Any] | None:
+        """The sharded weights that a run without HiFT saved, as DeepSpeed finds them in its flat masters."""
+        if not self.are_weights_sharded or all("masters" in state for state in self.states):
+            return None
+        folder, tag = str(self._folder.parent), self._folder.name
+        return get_fp32_state_dict_from_zero_checkpoint(folder, tag, lazy_mode=True)
+
+    @functools.cached_property
     def names(self) -> set[str]:
         """Names of the weights. Where ranks saved parts, tied weights have the first of their names."""
-        if self.are_weights_sharded:
-            return self._masters.names | set(self.weights[0]["frozen_param_fragments"])
-        return set(self.weights[0]["module"])
+        if not self.are_weights_sharded:
+            return set(self.weights[0]["module"])
+        if self._without_hift is not None:
+            return set(self._without_hift)
+        return self._masters.names | set(self.weights[0]["frozen_param_fragments"] or ())  # None: they were left out
 
     def shape(self, name: str) -> torch.Size:
-        """Return the shape of a weight that is sharded."""
-        shapes = [*self.weights[0]["param_shapes"], self.weights[0]["frozen_param_shapes"]]
+        """Return the shape of a weight."""
+        if not self.are_weights_sharded:
+            return self.weights[0]["module"][name].shape
+        shapes = [*self.weights[0]["param_shapes"], self.weights[0]["frozen_param_shapes"] or {}]
         return next(torch.Size(of_group[name]) for of_group in shapes if name in of_group)
 
     def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements of a flattened weight. Those that ranks saved in parts are rounded from their masters."""
         if not self.are_weights_sharded:
-            return self.weights[0]["module"][name].view(-1)[start:stop]
+            return self.weights[0]["module"][name].reshape(-1)[start:stop]
+        if self._without_hift is not None:
+            return self._without_hift[name].contiguous().view(-1)[start:stop]
         if name in self._masters.names:
             masters = self._masters.parameter(name, start, stop)
             assert masters is not None  # at ZeRO 3 there are some

@@ -782,6 +782,8 @@ class BlockState:
                 optimizer.state[parameter][name] = decoded.views[name][position]
         optimizer.param_groups = [{**before[g], "params": members} for g, members in by_group.items()]
         optimizer.step()
+        for members in by_group.values():
+            _count_alike([optimizer.state[parameter] for parameter in members])
         for g, after in zip(by_group, optimizer.param_groups, strict=True):
             groups[g].update({key: value for key, value in after.items() if key != "params"})
         results = self._store_results(slices, chunk, decoded, parameters, optimizer.state, state, known)
@@ -883,10 +885,7 @@ class BlockState:
                 if name in self._encoded.codecs:
                     continue
                 if not has_elements(value):
-                    # DeepSpeed's fused optimizers count in only one of the tensors of a call. No count ever decreases.
-                    earlier = state[master].get(name)
-                    is_less = isinstance(value, int) and isinstance(earlier, int) and value < earlier
-                    state[master][name] = earlier if is_less else value
+                    state[master][name] = value
                     continue
                 if self._host is None and cut.whole:
                     is_host_new |= name not in known[cut.number]
@@ -951,6 +950,15 @@ class BlockState:
             if self._is_shared:  # the rows of other blocks are not written yet
                 buffer.zero_()
             yield buffer
+
+
+def _count_alike(states: Sequence[dict[str, Any]]) -> None:
+    """Let all tensors of a call have its count of updates: DeepSpeed's fused optimizers count in only one of them."""
+    for name in {name for state in states for name, value in state.items() if type(value) is int}:
+        counting = [state for state in states if name in state]
+        count = max(state[name] for state in counting)
+        for state in counting:
+            state[name] = count
 
 
 def _buffer_in_store(

@@ -27,6 +27,8 @@ _METHODS_OF_MASTERS = ("refresh_fp32_params", "_restore_from_bit16_weights")
 _METHODS_OF_ALL = ("destroy", *_METHODS_OF_MASTERS, "offload_states", "reload_states")
 # Classes with the same state: on the device in torch or by a kernel, and on the host.
 _FAMILIES = ({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"},)
+# Settings of a parameter group that say how this run computes: they stay when a checkpoint is loaded.
+_OF_THIS_RUN = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 class BlockOptimizers:
@@ -386,7 +388,7 @@ class BlockOptimizers:
         elif any(anew):
             self._log("state in 8 bits is encoded anew, because this run cuts it elsewhere: it is not bit-equal")
         for group, settings in zip(self.optimizer.param_groups, entries[0]["settings"], strict=True):
-            group.update(settings)
+            group.update({key: value for key, value in settings.items() if key not in _OF_THIS_RUN})
         if entries[0]["loss_scaler"] is not None and hasattr(self.optimizers[0], "loss_scaler"):
             self.optimizers[0].loss_scaler = entries[0]["loss_scaler"]
         self._share_between_blocks()

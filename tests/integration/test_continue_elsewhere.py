@@ -237,3 +237,169 @@ def test_weights_alone_are_loaded_from_any_stage(before: int, after: int, tmp_pa
     assert all(torch.equal(weights[name], values["weight"]) for name, values in truth.items())
     assert all(torch.equal(masters[name], weights[name].float().view(-1)) for name in truth)
     assert steps == 0 and f"layers.{tiny.LAYERS - 1}." in error and has_others
+
+
+def saved_in_part(case: Case, frozen: str, folder: str) -> dict[str, torch.Tensor]:
+    """In a rank: train with a frozen weight, and save without it."""
+    engine = with_frozen(case, frozen)
+    try:
+        tiny.optimizer_step(engine, 0)
+        engine.save_checkpoint(folder, tag="saved", exclude_frozen_parameters=True)
+        return tiny.weights(engine)
+    finally:
+        engine.destroy()
+
+
+def loaded_in_part(case: Case, frozen: str, folder: str) -> dict[str, torch.Tensor]:
+    engine = with_frozen(case, frozen)
+    try:
+        engine.load_checkpoint(folder, tag="saved", load_module_strict=False)
+        return tiny.weights(engine)
+    finally:
+        engine.destroy()
+
+
+def with_frozen(case: Case, frozen: str) -> Any:
+    model = tiny.model(case.dtype)
+    model.get_parameter(frozen).requires_grad_(False)
+    return tiny.initialize(case, llama=model)
+
+
+@pytest.mark.parametrize("before, after", ((3, 3), (3, 2), (2, 3)))
+def test_frozen_weights_may_be_left_out(before: int, after: int, tmp_path: Path) -> None:
+    frozen = "model.embed_tokens.weight"
+    (truth, _) = run_on_ranks(2, saved_in_part, Case(stage=before, ranks=2), frozen, str(tmp_path))
+    (weights,) = run_on_ranks(1, loaded_in_part, Case(stage=after), frozen, str(tmp_path))
+    assert tiny.identical(weights, truth)
+
+
+def weights_of_frozen(case: Case, folder: str) -> dict[str, torch.Tensor]:
+    engine = with_frozen(case, "model.embed_tokens.weight")
+    try:
+        engine.load_checkpoint(folder, tag="saved", load_module_only=True)
+        return tiny.weights(engine)
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_weights_of_a_run_that_trained_what_is_frozen_now(stage: int, tmp_path: Path) -> None:
+    (truth,) = run_on_ranks(1, saved, Case(stage=stage), str(tmp_path), Case().k)
+    (weights,) = run_on_ranks(1, weights_of_frozen, Case(stage=stage), str(tmp_path))
+    assert all(torch.equal(weights[name], values["weight"]) for name, values in truth.items())
+
+
+def saved_without_hift(case: Case, folder: str) -> dict[str, torch.Tensor]:
+    """In a rank: train without HiFT, and save."""
+    import hift_ds
+
+    model = tiny.model(case.dtype)
+    model.model.norm.weight.requires_grad_(False)
+    config = {**tiny.ds_config(case), "hift": {"enabled": False}}
+    engine = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
+    try:
+        tiny.optimizer_step(engine, 0)
+        engine.save_checkpoint(folder, tag="saved")
+        return tiny.weights(engine)
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_weights_of_a_run_without_hift_at_zero_3(stage: int, tmp_path: Path) -> None:
+    (truth, _) = run_on_ranks(2, saved_without_hift, Case(stage=3, ranks=2), str(tmp_path))
+    (weights,) = run_on_ranks(1, weights_of_frozen, Case(stage=stage), str(tmp_path))
+    assert tiny.identical(weights, truth)
+
+
+def refused_shapes(case: Case, folder: str) -> tuple[list[str], bool]:
+    """In a rank: what a model with a smaller vocabulary is told, and whether its weights are as before."""
+    model = tiny.model(case.dtype)
+    model.resize_token_embeddings(48)
+    engine = tiny.initialize(case, llama=model)
+    start, messages = tiny.weights(engine), []
+    try:
+        for alone in (False, True):
+            with pytest.raises(ValueError) as error:
+                engine.load_checkpoint(folder, tag="saved", load_module_only=alone)
+            messages.append(str(error.value))
+        return messages, tiny.identical(tiny.weights(engine), start)
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_weights_of_another_shape_are_refused_and_change_nothing(stage: int, tmp_path: Path) -> None:
+    run_on_ranks(1, saved, Case(stage=stage), str(tmp_path), Case().k)
+    ((messages, is_unchanged),) = run_on_ranks(1, refused_shapes, Case(stage=stage), str(tmp_path))
+    for message in messages:
+        assert "2 weights have another shape" in message
+        assert "model.embed_tokens.weight [64, 32] in the checkpoint, [48, 32] in this run" in message
+    assert is_unchanged
+
+
+class CountsInOne(torch.optim.Optimizer):
+    """Counts in the last tensor of a call only, as DeepSpeed's FusedAdam does."""
+
+    def __init__(self, params: Any):
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = {"step": 0, "sum": torch.zeros_like(parameter)}
+                self.state[parameter]["sum"].add_(parameter.grad)
+            self.state[group["params"][-1]]["step"] += 1
+            rate = group["lr"] / self.state[group["params"][-1]]["step"]
+            for parameter in group["params"]:
+                parameter.sub_(self.state[parameter]["sum"], alpha=rate)
+
+
+def counted(case: Case, folder: str, is_new: bool) -> set[int]:
+    """In a rank: the counts of all masters after a cycle, saved if it is new, else loaded."""
+    import hift_ds
+
+    model = tiny.model(case.dtype)
+    config = tiny.ds_config(case)
+    engine = hift_ds.initialize(model=model, optimizer=CountsInOne(model.parameters()), config=config)[0]
+    try:
+        if not is_new:
+            engine.load_checkpoint(folder, tag="saved")
+        for step in range(engine.steps_per_cycle):
+            tiny.optimizer_step(engine, step)
+        if is_new:
+            engine.save_checkpoint(folder, tag="saved")
+        return {state["step"] for block in of_blocks(engine) for state in block.optimizer.state.values()}
+    finally:
+        engine.destroy()
+
+
+def test_counts_of_an_optimizer_that_counts_in_one_tensor_of_a_call(tmp_path: Path) -> None:
+    case = Case(stage=0, dtype="bf16", client_optimizer=True)
+    assert run_on_ranks(1, counted, case, str(tmp_path), True) == [{1}]
+    assert run_on_ranks(1, counted, replace(case, layers_per_block=2), str(tmp_path), False) == [{2}]
+    assert run_on_ranks(1, counted, replace(case, stage=2), str(tmp_path), False) == [{2}]
+
+
+def settings_of_another_class(case: Case, folder: str) -> dict[str, Any]:
+    """In a rank: the settings of a run with a class of the same state, after a checkpoint was loaded."""
+    import hift_ds
+
+    model = tiny.model(case.dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5, fused=True)
+    engine = hift_ds.initialize(model=model, optimizer=optimizer, config=tiny.ds_config(case))[0]
+    try:
+        engine.load_checkpoint(folder, tag="saved")
+        return {key: value for key, value in engine.optimizer.param_groups[0].items() if key != "params"}
+    finally:
+        engine.destroy()
+
+
+def test_how_a_run_computes_is_not_in_a_checkpoint(tmp_path: Path) -> None:
+    case = Case(stage=1, client_optimizer=True)
+    run_on_ranks(1, saved, case, str(tmp_path), case.k)
+    (settings,) = run_on_ranks(1, settings_of_another_class, case, str(tmp_path))
+    assert settings["fused"] is True and settings["decoupled_weight_decay"] is False  # torch's AdamW has them otherwise
+    assert settings["lr"] == tiny.LEARNING_RATE
