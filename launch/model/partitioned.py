@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from hift_ds.launch.model.read_parameters import each_read
 from hift_ds.launch.model.weights import is_finite
 from hift_ds.state.free_memory import return_freed_memory
 from hift_ds.zero.partitioning import Partitioner
@@ -41,16 +39,12 @@ class PartitionedLoading:
         self.broken: list[str] = []
 
     def __enter__(self) -> PartitionedLoading:
-        self._handle = register_module_parameter_registration_hook(self._registered)
-        # Else transformers reads tensors ahead in threads, and may have converted the whole model before the first part
-        # is made.
-        self._environment = mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
-        self._environment.start()
+        self._reading = each_read(self._read)
+        self._reading.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._environment.stop()
-        self._handle.remove()
+    def __exit__(self, *error: Any) -> None:
+        self._reading.__exit__(*error)
 
     def finish(self, model: torch.nn.Module) -> None:
         """Partition the parameters that were not in the files. The model is as DeepSpeed needs it afterwards."""
@@ -66,10 +60,7 @@ class PartitionedLoading:
         for buffer in model.buffers():
             buffer.data = buffer.data.to(get_accelerator().current_device_name())
 
-    def _registered(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
-        """Partition a parameter that is assigned to a module, if transformers has marked it as read."""
-        if parameter is None or parameter.is_meta or not getattr(parameter, "_is_hf_initialized", False):
-            return
+    def _read(self, parameter: torch.nn.Parameter) -> None:
         if id(parameter) in self._seen:  # a tied weight
             return
         shape = parameter.shape
