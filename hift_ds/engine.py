@@ -422,7 +422,14 @@ class HiFTEngine(CheckpointingEngine):
             "activation checkpointing is on, use its non-reentrant form (use_reentrant=False)"
         )
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,  # transformers' Trainer looks for this name in the signature
+    ) -> bool:
         """DeepSpeed's ``save_checkpoint``, with the state of all blocks and the position in the cycle.
 
         Inside a gradient-accumulation window, the checkpoint holds the state after the last step; the gradients of the
@@ -431,7 +438,7 @@ class HiFTEngine(CheckpointingEngine):
         """
         self._on_every_rank("finish its last step", self.block_optimizers.settle)
         with self._all_blocks():
-            return super().save_checkpoint(*args, **kwargs)
+            return super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 
     @staticmethod
     def _on_every_rank(what: str, action: Callable[[], Any]) -> Any:
@@ -507,21 +514,27 @@ class HiFTEngine(CheckpointingEngine):
         fixed = ("world_size", "zero_stage") if self.has_moe_layers else ()
         self.check_settings(found, ("dtype", *fixed))
         if "position" in found.about:  # not in that of an adopted checkpoint
-            self._check_cut(str(found.path), found.about)
+            self._check_place(str(found.path), found.about)
 
     def check_loads_weights(self, found: Checkpoint) -> None:
         """Do nothing: the weights alone can always be loaded."""
 
-    def _check_cut(self, where: str, saved: Mapping[str, Any]) -> None:
-        """Check that this run has the blocks of a checkpoint, or begins a new cycle.
+    def _check_place(self, where: str, saved: Mapping[str, Any]) -> None:
+        """Check that this run has the blocks of a checkpoint, or begins a new cycle, and that schedules count alike.
 
         Args:
             where: the checkpoint, for the message.
             saved: what :meth:`place` returned.
 
         Raises:
-            ValueError: neither.
+            ValueError: it does not.
         """
+        if (ticks := saved["lr_ticks"]) != self.hift.lr_ticks:
+            raise ValueError(
+                f"the checkpoint in {where!r} was saved with hift.lr_ticks={ticks!r}, this run has "
+                f"{self.hift.lr_ticks!r}, so its learning-rate schedule counts something else; resume with "
+                f"hift.lr_ticks={ticks!r}"
+            )
         left, ours = self._schedule.steps_left(saved["position"]), self.place()
         is_same = saved["blocks"] == ours["blocks"] and self._schedule.is_same(saved["position"])
         if left and not is_same:
@@ -611,8 +624,9 @@ class HiFTEngine(CheckpointingEngine):
         super().load_module_state_dict(checkpoint, strict, **kwargs)
 
     def place(self) -> dict[str, Any]:
-        """Return the position in the cycle and the blocks, for the manifest."""
-        return {"position": self._schedule.state_dict(), "blocks": [[block.name, block.numel] for block in self.blocks]}
+        """Return the position in the cycle, the blocks and what the schedule counts, for the manifest."""
+        blocks = [[block.name, block.numel] for block in self.blocks]
+        return {"position": self._schedule.state_dict(), "blocks": blocks, "lr_ticks": self.hift.lr_ticks}
 
     def _load_partitions(self, contents: Contents, module: Mapping[str, Any], strict: bool) -> None:
         """At ZeRO 3: load this rank's part of each weight, and the buffers.
@@ -664,7 +678,7 @@ class HiFTEngine(CheckpointingEngine):
 
     def position(self) -> dict[str, Any]:
         """Return HiFT's entry for the client state of a checkpoint."""
-        return {_STATE_KEY: {**self.place(), "lr_ticks": self.hift.lr_ticks, "rates": self.block_optimizers.rates}}
+        return {_STATE_KEY: {**self.place(), "rates": self.block_optimizers.rates}}
 
     def restore_position(self, where: str, client_state: dict[str, Any]) -> None:
         """Continue at the position in the cycle that a checkpoint's client state holds.
@@ -677,14 +691,7 @@ class HiFTEngine(CheckpointingEngine):
             raise ValueError(
                 f"the checkpoint in {where!r} was saved without HiFT; load only its weights with load_module_only=True"
             )
-        self._check_cut(where, position)  # an adopted checkpoint's manifest does not list the blocks
-        ticks = position["lr_ticks"]
-        if ticks != self.hift.lr_ticks:
-            raise ValueError(
-                f"the checkpoint in {where!r} was saved with hift.lr_ticks={ticks!r}, this run has "
-                f"{self.hift.lr_ticks!r}, so its learning-rate schedule counts something else; resume with "
-                f"hift.lr_ticks={ticks!r}"
-            )
+        self._check_place(where, position)  # an adopted checkpoint's manifest does not have it
         self.block_optimizers.rates = position["rates"]
         self._schedule.load_state_dict(position["position"], position["blocks"] == self.place()["blocks"])
 

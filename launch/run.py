@@ -359,7 +359,8 @@ class Run:
             self.say(f"{self.folder}: the run continues after step {self.first_step} ({self.found.path})")
             if note := outputs.layout_note(self.settings, self.world, self.found.about):
                 self.say(note)
-            if (self.folder / "summary.json").exists():
+            is_longer = self.settings.training.max_steps > self.first_step
+            if is_longer and (self.folder / "summary.json").exists():
                 self.say("note: summary.json and model/ are those of the shorter run until this one ends")
         self.forecast = Forecast(self.settings.training, bool(self.data.eval))
         self.checkpoints = Checkpoints(self.engine, self.settings, self.first_step, best, self.forecast.saved)

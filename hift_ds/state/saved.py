@@ -107,7 +107,7 @@ class SavedState:
                 self._of_parameter.setdefault(span.name, []).append((master, span))
         self.names = set(self._of_parameter)
         self.encoded = sorted({name for master in self._masters for name in master.encoded})
-        self._last_decoded: tuple[SavedMaster, str, torch.Tensor] | None = None
+        self._last_decoded: dict[str, tuple[SavedMaster, torch.Tensor]] = {}  # by the name of the state
 
     @classmethod
     def read(cls, of_ranks: Sequence[Mapping[str, Any]]) -> "SavedState":
@@ -246,13 +246,13 @@ class SavedState:
             return master.values
         if name not in master.encoded:
             return master.state.get(name)
-        if self._last_decoded is None or self._last_decoded[0] is not master or self._last_decoded[1] != name:
+        if name not in self._last_decoded or self._last_decoded[name][0] is not master:
             saved = master.encoded[name]
             slices = [Slice(0, start, stop, False, place) for start, stop, place in master.slices]
             codec = Moment(**saved["codec"])
             stored = [saved["parts"][part.name] for part in codec.parts]
-            self._last_decoded = master, name, decoded(codec, stored, slices, torch.Size([master.numel]))
-        return self._last_decoded[2]
+            self._last_decoded[name] = master, decoded(codec, stored, slices, torch.Size([master.numel]))
+        return self._last_decoded[name][1]
 
 
 def encoded_entry(codec: Codec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -281,4 +281,5 @@ def _equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 def _shown(counted: Counted) -> str:
     values = {**counted.counts, **counted.settings}
-    return ", ".join(f"{name} {float(value):g}" for name, value in values.items()) or "no update"
+    numbers = {name: value for name, value in values.items() if value is not None}
+    return ", ".join(f"{name} {float(value):g}" for name, value in numbers.items()) or "no count"

@@ -327,7 +327,8 @@ class BlockState:
                 group.pop(key, None)
             for plan, elements in zip(self._plans, self._elements, strict=True):
                 of_plan = saved.counted(own, elements)
-                plan.is_new, counts = of_plan.is_new, recount(of_plan.counts)
+                plan.is_new = of_plan.is_new
+                counts = dict(of_plan.counts) if plan.is_new else recount(of_plan.counts)
                 if self._on_host is None and (group.get("fused") or group.get("capturable")):  # kernels of torch count
                     counts = tree_map_only(torch.Tensor, lambda count: count.to(self._staging.device), counts)
                 plan.counts[index], plan.settings[self._groups[index]] = counts, dict(of_plan.settings)

@@ -26,7 +26,8 @@ _LISTS_OF_ALL = ("round_robin_bit16_groups", "bit16_groups", "fp16_groups", "bf1
 _METHODS_OF_MASTERS = ("refresh_fp32_params", "_restore_from_bit16_weights")
 _METHODS_OF_ALL = ("destroy", *_METHODS_OF_MASTERS, "offload_states", "reload_states")
 # Classes with the same state: on the device in torch or by a kernel, and on the host.
-_FAMILIES = ({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"},)
+# DeepSpeed's Lion and Adagrad on the host keep other state than those on the device.
+_SAME_STATE = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
 # Settings of a parameter group that say how this run computes: they stay when a checkpoint is loaded.
 _OF_THIS_RUN = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 
@@ -406,17 +407,19 @@ class BlockOptimizers:
     ) -> list[str]:
         """Return why this run cannot continue with a checkpoint's state."""
         problems, ours, theirs = [], type(self.optimizer), entry["optimizer"]
-        if theirs != ours.__name__ and not any({theirs, ours.__name__} <= family for family in _FAMILIES):
-            problems.append(f"it is state of {theirs}, and this run uses {ours.__name__}; use the same optimizer")
+        if theirs != ours.__name__ and not {theirs, ours.__name__} <= _SAME_STATE:
+            problems.append(
+                f"it is state of {theirs}, and this run uses {ours.__name__}; use the same optimizer and the same "
+                "zero_optimization.offload_optimizer"
+            )
         if (count := len(entry["settings"])) != (own := len(self.optimizer.param_groups)):
             problems.append(f"it has {count} parameter groups, and this run has {own}; use the same groups")
         trained = {span.name for of_block in spans for of_master in of_block for span in of_master}
-        for names, what in ((trained - saved.names, "is in no block of"), (saved.names - trained, "is frozen in")):
+        for names, where in ((trained - saved.names, "the run that saved it"), (saved.names - trained, "this run")):
             if names:
-                where = "the run that saved it" if what.startswith("is in no") else "this run"
                 problems.append(
-                    f"{len(names)} parameters, such as {min(names)}, of which each {what} {where}; use the same "
-                    "hift.freeze"
+                    f"{len(names)} parameters, such as {min(names)}, are in no block of {where}; use the same model "
+                    "and hift.freeze"
                 )
         if problems:
             return problems
@@ -453,11 +456,10 @@ class BlockOptimizers:
 
 
 def _as_counted_by(optimizer: type, counts: dict[str, Any]) -> dict[str, Any]:
-    """Return counts as an optimizer class keeps them: DeepSpeed's own ones count updates in a number."""
-    if "step" not in counts or not any(optimizer.__name__ in family for family in _FAMILIES):
+    """Return counts as an optimizer class keeps them: torch's Adam in a tensor, and DeepSpeed's in a number."""
+    if optimizer.__name__ not in _SAME_STATE:
         return dict(counts)
-    number = float(counts["step"])
-    in_torch = optimizer.__module__.startswith("torch.")
+    in_torch, number = optimizer.__module__.startswith("torch."), float(counts["step"])
     return {**counts, "step": torch.tensor(number, dtype=torch.float32) if in_torch else int(number)}
 
 

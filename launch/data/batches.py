@@ -84,7 +84,7 @@ class Order:
     """
 
     # The order of more examples is computed, so that its memory does not grow with them. A list of fewer takes at most
-    # 2.5 MB, and has the order of runs that earlier versions began.
+    # 2.5 MB, and has the order in which the published results were made.
     LISTED = 2**16
 
     def __init__(self, n_examples: int, seed: int, global_batch: int) -> None:

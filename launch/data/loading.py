@@ -168,7 +168,7 @@ def prepare_data(
         if settings.streaming:
             # Paths may change.
             contents = [files[str(path)] for path, part in paths.items() if part == streamed] or identity
-            report["train"]["sha256"] = f"stream of {contents}"
+            report["train"]["sha256"] = f"stream of {', '.join(map(str, contents))}"
         write_durably(aside / "report.json", json.dumps({**report, "files": files}))
     n = sum(report[part]["read"] for part in PARTS)
     say(f"data: {n} rows tokenized in {time.monotonic() - started:.1f} s")
@@ -283,7 +283,7 @@ def _write(
     for part in PARTS:
         notes += _columns_note(settings, part, format_, columns, surveys[part])
         notes += _notes(settings, part, report[part])
-    if shared:
+    if shared and not settings.streaming:  # a stream says what it has in common when it ends
         notes.append(
             f"warning: {sum(held_out[one] for one in shared)} of {report['eval']['used']} held-out examples are also "
             "training examples, so their score does not measure new data"

@@ -27,9 +27,7 @@ from hift_ds.checkpoint.lock import Lock
 from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.launch import cuts
 from hift_ds.launch.config.settings import Settings
-from hift_ds.launch.data.batches import Order
 from hift_ds.launch.data.loading import Data
-from hift_ds.launch.data.stream import Stream
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.table import METHODS
 
@@ -228,10 +226,6 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     }
     if METHODS[settings.method.name].engine == "deepspeed":
         found |= {STAGE: settings.zero_stage, RANKS: world_size}
-    if (
-        not isinstance(data.train, Stream) and len(data.train) > Order.LISTED
-    ):  # earlier versions shuffled a list of them
-        found[f"order of more than {Order.LISTED} examples"] = "computed"
     return found
 
 

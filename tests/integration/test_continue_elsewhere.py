@@ -403,3 +403,32 @@ def test_how_a_run_computes_is_not_in_a_checkpoint(tmp_path: Path) -> None:
     (settings,) = run_on_ranks(1, settings_of_another_class, case, str(tmp_path))
     assert settings["fused"] is True and settings["decoupled_weight_decay"] is False  # torch's AdamW has them otherwise
     assert settings["lr"] == tiny.LEARNING_RATE
+
+
+def moments(case: Case, folder: str, saves: bool) -> dict[str, torch.Tensor]:
+    """In a rank: the first moments of a run that saves a checkpoint, or that continues it and takes one more step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    engine = tiny.initialize(case)
+    try:
+        if saves:
+            for step in range(case.k):
+                tiny.optimizer_step(engine, step)
+            engine.save_checkpoint(folder, tag="saved")
+        else:
+            engine.load_checkpoint(folder, tag="saved")
+        engine.block_optimizers.settle()
+        named = engine.module.named_parameters()
+        found = {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in named}
+        tiny.optimizer_step(engine, 100)
+        return found
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("moves_to_host", (True, False))
+def test_the_step_moves_to_the_host_and_back(moves_to_host: bool, tmp_path: Path) -> None:
+    before, after = (Case(stage=2, offload=at) for at in (not moves_to_host, moves_to_host))
+    (truth,) = run_on_ranks(1, moments, before, str(tmp_path), True)
+    (found,) = run_on_ranks(1, moments, after, str(tmp_path), False)
+    assert tiny.identical(found, truth)

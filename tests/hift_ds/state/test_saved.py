@@ -102,7 +102,7 @@ def test_what_was_updated_differently_often_is_not_trained_together() -> None:
     spans = [Span("a", 0, 10, 0)]
     saved = SavedState([master(spans, 10)._replace(counted=counted)])
     assert saved.counted(spans, (0, 4)).counts == {"step": 2} and saved.counted(spans, (5, 7)).is_new
-    with pytest.raises(ValueError, match=r"differently often: a \(step 2\) and a \(no update\)"):
+    with pytest.raises(ValueError, match=r"differently often: a \(step 2\) and a \(no count\)"):
         saved.counted(spans)
     mixed = SavedState([master([Span("a", 0, 10, 0)], 10), master([Span("b", 0, 7, 0)], 7, counted[0])])
     with pytest.raises(ValueError, match=r"a \(step 3\) and b \(step 2\)"):
