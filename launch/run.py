@@ -238,7 +238,7 @@ class Run:
 
     def find_run(self) -> None:
         """Find the run and the checkpoint to continue from; then fill in what depends on the model."""
-        self.identity = outputs.identity(self.settings, self.world, self.data)
+        self.identity = outputs.identity(self.settings, self.world, self.data, self.config, self.tokenizer)
         self.settings = self.settings.for_model(self.config, self.ticks)
         self.cuts, self.asked = [cut_of(self.settings, len(self.blocks))], None
         self.recorded = decide(
@@ -357,7 +357,7 @@ class Run:
             self.data.position = state.get("stream")
             self.first_step, best = state["step"], state["best"] if self.settings.training.keep_best else None
             self.say(f"{self.folder}: the run continues after step {self.first_step} ({self.found.path})")
-            if note := outputs.layout_note(self.settings, self.world, self.found.about):
+            if note := outputs.layout_note(self.settings, self.world, self.found.about, self.recorded):
                 self.say(note)
             is_longer = self.settings.training.max_steps > self.first_step
             if is_longer and (self.folder / "summary.json").exists():

@@ -40,14 +40,14 @@ def fingerprint(tokenizer: Any, decides: Mapping[str, Any]) -> str:
     """Return a name for the data that a tokenizer and other values decide, together with the code that makes it."""
     parts = {
         "decides": decides,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "code": _hash({one.name: one.read_bytes() for one in Path(__file__).parent.glob("*.py")}),
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Hash what a tokenizer saves: its vocabulary, settings and chat template."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -11,13 +11,14 @@ OUT/summary.json    written last: the run is finished
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -27,19 +28,26 @@ from hift_ds.checkpoint.lock import Lock
 from hift_ds.checkpoint.manifest import Checkpoint
 from hift_ds.launch import cuts
 from hift_ds.launch.config.settings import Settings
+from hift_ds.launch.data.cache import tokenizer_hash
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 OWN_FILES = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "model")
 LOGS = "logs"  # rank logs start before the earlier run in the folder is replaced (ranks.py), so they are not deleted
 
 # Settings that may change between a run and its continuation, because they do not change what is trained, or because
-# a checkpoint is converted. Instead of the paths of the data, the hashes of the rows are compared.
+# a checkpoint is converted. Instead of the paths of the data, the hashes of the rows are compared, and instead of those
+# of the model its configuration and tokenizer.
 FREE = (
+    *("model.name_or_path", "model.revision", "model.tokenizer"),
     *("data.path", "data.eval_path", "data.workers", "data.cache", "model.gradient_checkpointing", "model.attention"),
     *("deepspeed.hift.offload", *(f"deepspeed.hift.{key}" for key in cuts.KEYS)),
 )
+_PLACE_OF_CONFIG = ("_name_or_path", "transformers_version")
 STAGE, RANKS = "deepspeed.zero_optimization.stage", "number of ranks"  # DeepSpeed's own engine needs them as they were
 
 
@@ -206,12 +214,19 @@ def clear(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
-    """Return what a continued run must share with the run it continues, by the names of the settings."""
+def identity(
+    settings: Settings, world_size: int, data: Data, config: PretrainedConfig, tokenizer: Any
+) -> dict[str, Any]:
+    """Return what a continued run must share with the run it continues, by the names of the settings.
+
+    The model may be at another path: the weights come from the checkpoint.
+    """
     absent = () if settings.data.streaming else ("streaming", "shuffle_rows")  # and in runs of earlier versions
     found = {
         "method": asdict(settings.method),
         "model": asdict(settings.model),
+        "configuration of the model (sha256)": _config_hash(config),
+        "tokenizer (sha256)": tokenizer_hash(tokenizer),
         "data": {key: value for key, value in asdict(settings.data).items() if key not in absent},
         "rows of the data (sha256)": [data.report[part]["sha256"] for part in ("train", "eval")],
         "training.seed": settings.training.seed,
@@ -227,6 +242,12 @@ def identity(settings: Settings, world_size: int, data: Data) -> dict[str, Any]:
     if METHODS[settings.method.name].engine == "deepspeed":
         found |= {STAGE: settings.zero_stage, RANKS: world_size}
     return found
+
+
+def _config_hash(config: PretrainedConfig) -> str:
+    """Hash what decides the model's shape and computation, and not where it was found."""
+    content = {key: value for key, value in config.to_dict().items() if key not in _PLACE_OF_CONFIG}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
@@ -268,12 +289,13 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
         yield f"  - {name}: the run has {was}, these settings have {is_now}"
 
 
-def layout_note(settings: Settings, world_size: int, about: dict[str, Any]) -> str:
+def layout_note(settings: Settings, world_size: int, about: dict[str, Any], recorded: dict[str, Any]) -> str:
     """Say in which layout a run continues, if it is not the one that saved the checkpoint; else "".
 
     Args:
         world_size: number of ranks now.
         about: the description of the run in the checkpoint's manifest.
+        recorded: run.json.
     """
     config = about.get("config", {})
     now = {
@@ -290,6 +312,13 @@ def layout_note(settings: Settings, world_size: int, about: dict[str, Any]) -> s
     }
     changed = [
         f"{name} {value} (before: {before[name]})" for name, value in now.items() if before[name] not in (None, value)
+    ]
+    offload = settings.deepspeed["hift"].get("offload", {})
+    earlier = recorded.get("settings", {}).get("deepspeed", {}).get("hift", {}).get("offload", {})
+    changed += [
+        f"offload.{key} {offload.get(key, 'default')} (before: {earlier.get(key, 'default')})"
+        for key in {**earlier, **offload}
+        if offload.get(key) != earlier.get(key)
     ]
     if not changed:
         return ""

@@ -1,5 +1,6 @@
 """A run that meets a damaged checkpoint or a second writer: what it does and what it prints."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -81,6 +82,26 @@ def test_another_kind_of_run_is_refused_by_name(tmp_path: Path) -> None:
         refused = run_tiny(ranks, out, *full, setting, resume="yes")
         assert refused["code"] == 2 and name in refused["printed"], refused["printed"]
     assert len(records(out)) == 4
+
+
+def test_the_model_may_be_at_another_path(tmp_path: Path) -> None:
+    """It is known by its configuration and tokenizer; the weights are those of the checkpoint."""
+    run_tiny(1, tmp_path / "made", *SETTINGS, "training.max_steps=1")
+    model, moved = tmp_path / "made" / "model", tmp_path / "moved"
+    own = (*SETTINGS, "model.config=null", "model.tokenizer=null", f"model.name_or_path={model}")
+    straight = run_tiny(1, tmp_path / "straight", *own)["digest"]
+    out = tmp_path / "run"
+    assert run_tiny(1, out, *own, stop_after=6)["code"] is None
+    model.rename(moved)
+    resumed = run_tiny(
+        1, out, *own[:-1], f"model.name_or_path={moved}", "deepspeed.hift.offload.master=fp32", resume="yes"
+    )
+    assert resumed["code"] == 0 and resumed["digest"] == straight, resumed["printed"]
+    assert "offload.master fp32 (before: default)" in resumed["printed"]
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    refused = run_tiny(1, out, *own[:-1], f"model.name_or_path={moved}", "training.max_steps=16", resume="yes")
+    assert refused["code"] == 2 and "configuration of the model" in refused["printed"]
 
 
 def test_mezo_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
