@@ -23,6 +23,7 @@ from hift_ds.state.free_memory import available_memory
 
 _FIRST, _LEAST = 2**20, 2**16  # bytes of the first piece of a trial, and of its smallest
 _SAMPLE = 2**24  # bytes that are copied to measure a rate
+_LESS, _WITHOUT = "--set deepspeed.hift.offload.moments=8bit", "--set deepspeed.hift.offload.pin_memory=false"
 
 
 def check_page_locking(wanted: Mapping[str, int], moved: float, required: str | None = None) -> str | None:
@@ -62,8 +63,11 @@ def check_page_locking(wanted: Mapping[str, int], moved: float, required: str | 
         f"{reason}. {cost}. To allow it: {remedy}"
     )
     if required is not None:
-        raise ValueError(f"{required}: {message}. Or accept it: set pin_memory=false")
-    return f"{message}. The run goes on, and what cannot be page-locked stays pageable"
+        raise ValueError(f"{required}: {message}. To run without it, slower: {_WITHOUT}")
+    return (
+        f"The run continues, slower. {message[0].upper()}{message[1:]}. To run without it, and without this message: "
+        f"{_WITHOUT}. What cannot be page-locked stays pageable"
+    )
 
 
 @contextlib.contextmanager
@@ -134,16 +138,17 @@ def _explanation(moved: float) -> tuple[str, str, str]:
             "--no-pin-memory predicts a step)"
         )
     if _is_wsl():
-        return " (WSL)", cost, "raise memory= under [wsl2] in .wslconfig of the Windows user, then wsl --shutdown"
-    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
-        remedy = "start the container with --ulimit memlock=-1:-1"
+        reason = " (WSL)"
+        remedy = "raise memory= under [wsl2] in .wslconfig of the Windows user, then wsl --shutdown"
+    elif Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+        remedy = "start the container with --ulimit memlock=-1:-1 (only the provider of a rented pod can)"
     elif "SLURM_JOB_ID" in os.environ:
         remedy = "in slurm.conf, PropagateResourceLimitsExcept=MEMLOCK, and LimitMEMLOCK=infinity for slurmd"
     elif most == resource.RLIM_INFINITY:
         remedy = "ulimit -l unlimited, in the shell that starts the run"
     else:
         remedy = "a line '* - memlock unlimited' in /etc/security/limits.conf, and a new login"
-    return reason, cost, f"{remedy}. To need less: hift.offload.moments='8bit'"
+    return reason, cost, f"{remedy}. To need less: {_LESS} (in a script, the same key of the config)"
 
 
 def _rate() -> float:
@@ -164,4 +169,6 @@ def _is_wsl() -> bool:
 
 
 def _size(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.3g} MiB"
+    if nbytes >= 2**29:
+        return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**10:.3g} KiB" if 0 < nbytes < 2**20 else f"{nbytes / 2**20:.3g} MiB"

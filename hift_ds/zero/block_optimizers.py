@@ -387,7 +387,7 @@ class BlockOptimizers:
         if saved.encoded != (now := self._formats()):
             self._log(f"the checkpoint keeps {_named(saved.encoded)} in fewer bits, this run {_named(now)}: converted")
         elif any(anew):
-            self._log("state in 8 bits is encoded anew, because this run cuts it elsewhere: it is not bit-equal")
+            self._log("8-bit moments are quantized again for the new blocks or ranks; their values differ slightly")
         for group, settings in zip(self.optimizer.param_groups, entries[0]["settings"], strict=True):
             group.update({key: value for key, value in settings.items() if key not in _OF_THIS_RUN})
         if entries[0]["loss_scaler"] is not None and hasattr(self.optimizers[0], "loss_scaler"):

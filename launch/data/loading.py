@@ -161,7 +161,7 @@ def prepare_data(
         return
     if folder.exists():
         say(f"warning: the tokenized data in {folder} are damaged, and are made anew")
-    say(f"data: the rows are tokenized once, into {folder}")
+    say(f"data: the {'held-out ' * settings.streaming}rows are tokenized once, into {folder}")
     started = time.monotonic()
     with cache.written(folder) as aside:
         report = yield from _write(settings, rows, tokenizer, task, seed, aside)

@@ -58,8 +58,8 @@ class Room:
         remedy = "set training.keep_last=1 without training.keep_every, " if lower else ""
         return (
             f"{text}{as_size(self.free)} are free\nwarning: the run needs {as_size(self.needed)} of free "
-            f"room there. The save that finds none ends the run, and earlier checkpoints stay. Make room, {remedy}or "
-            "set output.dir to a folder on a larger drive."
+            "room on the drive of output.dir. The run stops at the first checkpoint that does not fit. Earlier "
+            f"checkpoints are kept. Make room, {remedy}or set output.dir to a folder on a larger drive."
         )
 
 

@@ -90,7 +90,7 @@ def test_a_limit_of_locked_memory(limit: int, tmp_path: Path) -> None:
     allowed = f"the system allows {limit / MIB:.3g} MiB (ulimit -l: {limit / MIB:.3g} MiB)"
     default, demanded, without = found["default"], found["demanded"], found["without"]
     (warning,) = default["warnings"]
-    assert warning.startswith("masters and optimizer state need ") and allowed in warning
+    assert warning.startswith("The run continues, slower. Masters and optimizer state need ") and allowed in warning
     assert default["locked"] <= limit
     assert demanded["error"].startswith("hift.offload.pin_memory=true: masters and optimizer state need ")
     assert allowed in demanded["error"] and demanded["locked"] == 0
@@ -101,7 +101,7 @@ def test_a_limit_of_locked_memory(limit: int, tmp_path: Path) -> None:
         assert allowed in found["small"]["warnings"][0]
     files = found["files"]
     assert files["direct"] is False and files["weights"] == default["weights"]
-    assert files["warnings"][0].startswith("transfers of state in files need ")
+    assert files["warnings"][0].startswith("The run continues, slower. Transfers of state in files need ")
     assert f"(ulimit -l: {limit / MIB:.3g} MiB)" in files["warnings"][0]  # earlier engines may still hold some
     assert "instead of direct I/O" in files["warnings"][0]
     assert "transfers of state in files need" in found["demanded, files"]["error"]

@@ -87,13 +87,20 @@ def test_a_limit_that_holds_is_found_and_said(system: Any) -> None:
     """64 MiB, and none: 75 GiB are wanted, and the trial makes twice the limit at most."""
     device = system(64 * MIB, 64 * MIB)
     text = check_page_locking({STATE: 75 * GIB, WEIGHTS: 0}, 4e9)
-    assert text.startswith(f"{STATE} need 75.00 GiB of page-locked memory on ")
+    assert text.startswith(f"The run continues, slower. {STATE.capitalize()} need 75.00 GiB of page-locked memory on ")
     assert "the system allows 64 MiB (ulimit -l: 64 MiB)" in text and "copies of 3.73 GiB" in text
-    assert "GB/s measured here" in text and "ulimit -l unlimited" in text and "moments='8bit'" in text
+    assert "GB/s measured here" in text and "ulimit -l unlimited" in text
+    for setting in ("moments=8bit", "pin_memory=false"):
+        assert f"--set deepspeed.hift.offload.{setting}" in text
     assert device.highest == 64 * MIB and not device.held and text.endswith("stays pageable")
     system(0, 0, pins=False)
     text = check_page_locking({STATE: GIB, WEIGHTS: GIB}, 4e9)
-    assert f"{STATE} and {WEIGHTS} need 2.00 GiB" in text and "the system allows 0 MiB (ulimit -l: 0 MiB)" in text
+    assert (
+        f"{STATE.capitalize()} and {WEIGHTS} need 2.00 GiB" in text
+        and "the system allows 0 MiB (ulimit -l: 0 MiB)" in text
+    )
+    system(512 * 2**10, 512 * 2**10)
+    assert "the system allows 512 KiB (ulimit -l: 512 KiB)" in check_page_locking({STATE: GIB}, 4e9)
 
 
 def test_a_setting_that_demands_it_is_an_error_with_its_name(system: Any) -> None:

@@ -67,7 +67,7 @@ def test_what_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             ["up to 3 checkpoints of 19.0 GB (training.keep_last=2)", "a model of 3.0 GB; 58.0 GB are free"],
             ["warning"],
         ),
-        (57, {}, ["warning: the run needs 58.0 GB", "keep_last=1", "output.dir"], []),
+        (57, {}, ["warning: the run needs 58.0 GB of free room on the drive of output.dir", "keep_last=1"], []),
         (57, {"keep_last": 1}, ["warning", "output.dir"], ["keep_last=1 without"]),
         (57, {"save_every": None}, ["(if the run is stopped)", "warning"], ["keep_last"]),
     ],
