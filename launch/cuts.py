@@ -75,6 +75,28 @@ def is_in_cycle(about: Mapping[str, Any]) -> bool:
     return BlockSchedule.steps_left(about["position"]) > 0
 
 
+def steps_ahead(steps: int, done: int, blocks: int, steps_per_block: int, rest: int = 0, blocks_then: int = 0) -> str:
+    """Return what a run takes, such as `20 steps, 12 done, then 2.7 cycles of 3 blocks`.
+
+    Args:
+        done: steps done before.
+        blocks: number of blocks now; 0: the method has none.
+        rest: steps from `done` to the end of the cycle, if the run then goes on with `blocks_then` blocks; else 0.
+    """
+    text, left = f"{steps} steps" + (f", {done} done" if done else ""), steps - done
+    if 0 < rest < left:
+        ends = "1 step ends" if rest == 1 else f"{rest} steps end"
+        text, left = f"{text}; {ends} the cycle of {_blocks(blocks)}", left - rest
+        blocks = blocks_then
+    if not blocks or left <= 0:
+        return text
+    return f"{text}{', then' if done else ' in'} {left / (blocks * steps_per_block):.1f} cycles of {_blocks(blocks)}"
+
+
+def _blocks(number: int) -> str:
+    return f"{number} block{'s' * (number != 1)}"
+
+
 def check_change(settings: Settings, before: Cut, now: Cut) -> None:
     """Refuse another number of steps in a cycle where DeepSpeed's schedule counts cycles: it would end elsewhere.
 

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LambdaLR
 
 from hift_ds.blocks.block import numel_of
+from hift_ds.blocks.schedule import BlockSchedule
 from hift_ds.checkpoint import store
 from hift_ds.checkpoint.files import CheckpointError
 from hift_ds.checkpoint.lock import Lock
@@ -32,7 +33,17 @@ from hift_ds.launch.callbacks.stop_on_signal import Stopping
 from hift_ds.launch.config.library_checks import check_with_libraries
 from hift_ds.launch.config.reading import source
 from hift_ds.launch.config.settings import Settings, load_settings
-from hift_ds.launch.cuts import Cut, check_change, cut_of, cuts_until, is_in_cycle, lr_factor, other_cut, with_cut
+from hift_ds.launch.cuts import (
+    Cut,
+    check_change,
+    cut_of,
+    cuts_until,
+    is_in_cycle,
+    lr_factor,
+    other_cut,
+    steps_ahead,
+    with_cut,
+)
 from hift_ds.launch.data.batches import collate
 from hift_ds.launch.data.loading import Data, open_data, prepare_data
 from hift_ds.launch.data.stream import Stream
@@ -390,9 +401,12 @@ class Run:
     def say_what_it_takes(self) -> None:
         """Say how many steps the run takes, what it needs on its drive, and if a signal may end a save too early."""
         steps, a_cycle = self.settings.training.max_steps, cycle_steps(self.engine, self.settings)
-        done = f", {self.first_step} of them done" if self.first_step else ""
-        cycles = f" in {steps / a_cycle:.1f} cycles of {a_cycle}" if a_cycle else ""
-        self.say(f"run: {steps} steps{cycles}{done}")
+        rest, then = 0, 0
+        if self.found and self.asked:
+            rest = BlockSchedule.steps_left(self.found.about["position"])
+            then = len(find_blocks(self.asked, loading.skeleton(self.asked.model, self.config)))
+        per_block = self.settings.deepspeed["hift"].get("steps_per_block", 1)
+        self.say(f"run: {steps_ahead(steps, self.first_step, len(self.blocks), per_block, rest, then)}")
         if steps < a_cycle:
             self.say(
                 f"warning: the run takes {steps} steps, and a cycle over all blocks takes {a_cycle}: some blocks will "

@@ -439,10 +439,15 @@ def _mean(figures: Sequence[Figures]) -> Figures:
     return Figures(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
 
 
+def _digits(card: str) -> str:
+    return "".join(filter(str.isdigit, card))
+
+
 def problems(request: Request, gpu: str) -> list[str]:
     """Return why no step time can be predicted for a request, each with a remedy."""
     if gpu not in CARDS:
-        near = difflib.get_close_matches(gpu, CARDS, n=1)
+        same_number = [card for card in CARDS if _digits(card) == _digits(gpu)]  # 3060 is no misspelled 4060
+        near = difflib.get_close_matches(gpu, same_number, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return [f"--gpu={gpu!r}: expected one of {', '.join(CARDS)}{hint}"]
     reasons = {

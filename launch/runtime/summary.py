@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
 import platform
 import resource
@@ -44,7 +43,7 @@ def summarize(
     losses = [record["loss"] for record in records if record["loss"] is not None]
     window = max(1, min(10, len(losses) // 2))
     applied = [record for record in records if not record["skipped"]]
-    cuts = _cuts(records, [cut["steps_before"] for cut in recorded["cuts"]], block_names)
+    cuts = _cuts(records, [cut["steps_before"] for cut in recorded["cuts"]], block_names, cycles)
     seconds = sum(record["seconds"] for record in records)
     tokens = sum(record["tokens"] for record in records)
     summary: dict[str, Any] = {
@@ -86,21 +85,26 @@ def summarize(
     return summary
 
 
-def _cuts(records: list[dict[str, Any]], starts: list[int], block_names: list[str]) -> list[dict[str, Any]]:
-    """Return the blocks and their updates in each cut of a run, by its records.
+def _cuts(
+    records: list[dict[str, Any]], starts: list[int], block_names: list[str], cycles: int
+) -> list[dict[str, Any]]:
+    """Return the whole cycles, the blocks and their updates in each cut of a run, by its records.
 
     Args:
         starts: the steps of the run before each cut.
         block_names: those of the last cut.
+        cycles: those of the run.
     """
     found = []
-    for first, end in itertools.zip_longest(starts, starts[1:]):
+    begun = [0, *(next((r["cycle"] for r in records if r["step"] > first), cycles) for first in starts[1:]), cycles]
+    for first, end, before, after in zip(starts, [*starts[1:], None], begun[:-1], begun[1:], strict=True):
         own = [r for r in records if r["step"] > first and (end is None or r["step"] <= end)]
         names = {record["block"]: record["block_name"] for record in own} if end else dict(enumerate(block_names))
         updated = [record["block"] for record in own if not record["skipped"]]
         found.append(
             {
                 "first_step": first + 1,
+                "cycles": after - before,
                 "blocks": len(names),
                 "block_names": [names[block] for block in sorted(names)],
                 "updates_per_block": [updated.count(block) for block in sorted(names)],
@@ -162,10 +166,11 @@ def data_report(data: Data) -> str:
 def report(summary: dict[str, Any]) -> str:
     """Return the summary in plain text."""
     s = summary
+    cut, *later = s.get("cuts", [s])
     lines = [
-        f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {s['cycles']} whole "
-        f"cycle{'s' * (s['cycles'] != 1)} of "
-        f"{s['blocks']} block{'s' * (s['blocks'] != 1)}",
+        f"{s['method']} on {s['model']}, {s['dataset']}: {s['steps']} steps, {cut['cycles']} whole "
+        f"cycle{'s' * (cut['cycles'] != 1)} of {cut['blocks']} block{'s' * (cut['blocks'] != 1)}"
+        + "".join(f", then {other['cycles']} of {other['blocks']}" for other in later),
         f"loss               {as_text(s['loss_first'])} at the first step, {as_text(s['loss_last'])} at the last; "
         f"means of {s['loss_window']}: {as_text(s['loss_first_mean'])}, {as_text(s['loss_last_mean'])}",
     ]

@@ -25,16 +25,21 @@ def test_a_run_that_ends_before_the_cycle_does_keeps_its_blocks(tmp_path: Path) 
     assert run_tiny(1, out, *SETTINGS, stop_after=9)["code"] is None
     ended = run_tiny(1, out, *SETTINGS, "training.max_steps=11", TWO, resume="yes")
     assert ended["code"] == 0 and "goes on with 3" not in ended["printed"], ended["printed"]
+    assert "run: 11 steps, 8 done, then 0.5 cycles of 6 blocks" in ended["printed"], ended["printed"]
     assert blocks(out) == [*range(6), *range(5)] and summary(out)["updates_per_block"] == [2] * 5 + [1]
     # Made longer, it finishes the cycle, and goes on with the new blocks; and then with the old ones again.
     longer = run_tiny(1, out, *SETTINGS, "training.max_steps=14", TWO, resume="yes")
     assert longer["code"] == 0, longer["printed"]
+    says = "run: 14 steps, 11 done; 1 step ends the cycle of 6 blocks, then 0.7 cycles of 3 blocks"
+    assert says in longer["printed"], longer["printed"]
     assert blocks(out) == [*range(6), *range(6), 0, 1]
     back = run_tiny(1, out, *SETTINGS, "training.max_steps=18", resume="yes")
     assert back["code"] == 0 and "step 15 ends a cycle over 3 blocks" in back["printed"], back["printed"]
     assert blocks(out) == [*range(6), *range(6), *range(3), *range(3)]
     assert [cut["updates_per_block"] for cut in summary(out)["cuts"]] == [[2] * 6, [1] * 3, [1, 1, 1, 0, 0, 0]]
     assert "updates from       step 13 on: 1 x embeddings" in back["printed"]
+    assert "18 steps, 2 whole cycles of 6 blocks, then 1 of 3, then 0 of 6\n" in back["printed"]
+    assert summary(out)["cycles"] == 3
 
 
 def first_is_best(argv: Sequence[str], stop_after: int | None = None) -> dict[str, Any]:

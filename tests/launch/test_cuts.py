@@ -6,7 +6,16 @@ import random
 import pytest
 
 from hift_ds.launch.config.settings import Settings, load_settings
-from hift_ds.launch.cuts import Cut, check_change, cut_of, cuts_until, lr_factor, schedule_position, with_cut
+from hift_ds.launch.cuts import (
+    Cut,
+    check_change,
+    cut_of,
+    cuts_until,
+    lr_factor,
+    schedule_position,
+    steps_ahead,
+    with_cut,
+)
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.methods.lr_schedules import schedule_factor
 from tests.support.training import TINY
@@ -100,6 +109,28 @@ def test_cuts_that_no_step_was_trained_in_are_forgotten() -> None:
     recorded = [{"keys": {}, "steps_per_tick": 6}, {"keys": {}, "steps_per_tick": 3, "steps_before": 12}]
     assert cuts_until(recorded, 13) == [cut(6), cut(3, 12)]
     assert cuts_until(recorded, 12) == cuts_until(recorded, 0) == [cut(6)]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((300, 0, 6, 1), "300 steps in 50.0 cycles of 6 blocks"),
+        ((300, 0, 6, 2), "300 steps in 25.0 cycles of 6 blocks"),
+        ((20, 12, 3, 1), "20 steps, 12 done, then 2.7 cycles of 3 blocks"),
+        ((300, 29, 6, 1, 1, 3), "300 steps, 29 done; 1 step ends the cycle of 6 blocks, then 90.0 cycles of 3 blocks"),
+        (
+            (300, 26, 6, 2, 10, 1),
+            "300 steps, 26 done; 10 steps end the cycle of 6 blocks, then 132.0 cycles of 1 block",
+        ),
+        ((11, 9, 6, 1, 3, 3), "11 steps, 9 done, then 0.3 cycles of 6 blocks"),  # it ends before the cycle does
+        ((12, 9, 6, 1, 3, 3), "12 steps, 9 done, then 0.5 cycles of 6 blocks"),
+        ((12, 12, 6, 1), "12 steps, 12 done"),
+        ((12, 14, 6, 1), "12 steps, 14 done"),
+        ((12, 5, 0, 1), "12 steps, 5 done"),
+    ],
+)
+def test_what_a_run_takes(given: tuple[int, ...], text: str) -> None:
+    assert steps_ahead(*given) == text
 
 
 def test_a_schedule_of_deepspeed_keeps_its_cycles_and_the_remedy_works() -> None:

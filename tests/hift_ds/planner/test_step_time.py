@@ -419,7 +419,8 @@ def test_more_slots_take_more_memory() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gpu": "4091"}, "did you mean '4090'"),
+        ({"gpu": "rtx4090"}, "did you mean '4090'"),
+        ({"gpu": "3060"}, "--gpu='3060': expected one of .*b200, h200, .*, 3090$"),  # a 4060 is another card
         ({"gpu": "h200", "method": "mezo"}, "--gpu=h200 with --method=mezo"),
         ({"gpu": "h200", "layout": "paper"}, "--layout=paper"),
         ({"gpu": "h200", "offload_optimizer": "cpu"}, "whose processor sets the pace"),
