@@ -77,13 +77,14 @@ APART = """
 import os, sys
 sys.path[0] = {repository!r}
 os.environ["HOME"] = {home!r} + os.environ["RANK"]
+os.environ["LOCAL_RANK"] = "0"
 from hift_ds.launch.train import command
 command()
 """
 
 
 def launch_apart(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Two ranks under the launcher, each with a home folder of its own."""
+    """Two ranks under the launcher, each as on a machine of its own, with another home folder."""
     script = tmp_path / "apart.py"
     script.write_text(APART.format(repository=str(REPOSITORY), home=str(tmp_path / "home")))
     return launch(2, arguments(Path("~/run"), *SHORT, *overrides, resume="auto"), script=str(script))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Split
-from hift_ds.state.encoded import EncodedState, Slice
+from hift_ds.state.encoded import EncodedState, Slice, decoded
 
 
 def encoded(slices: list[Slice], codecs: dict[str | None, Any]) -> EncodedState:
@@ -58,8 +58,8 @@ def test_codes_are_loaded_as_they_are_or_decoded_for_a_run_without_them() -> Non
     saved = state.parts_of(0)["exp_avg"]
     other.load(0, "exp_avg", saved)
     assert all(torch.equal(other.parts_of(0)["exp_avg"][part], tensor) for part, tensor in saved.items())
-    decoded = encoded(cuts, {}).decode(0, FIRST_MOMENT, values.shape, saved)
-    assert torch.equal(decoded, state.read(0, "exp_avg", values.shape))
+    found = decoded(FIRST_MOMENT, [saved[part.name] for part in FIRST_MOMENT.parts], cuts, values.shape)
+    assert torch.equal(found, state.read(0, "exp_avg", values.shape))
     other.forget_state()
     assert other.names(0) == []
 

@@ -21,6 +21,7 @@ import hift_ds.state.step
 import hift_ds.state.transfer
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Split
+from hift_ds.state.saved import SavedState, Span
 from hift_ds.state.step import BlockState
 from hift_ds.state.transfer import Lane, Slot, Staging
 from tests.support.device_memory import DeviceMemory
@@ -418,7 +419,11 @@ def test_parts_of_a_tensor_count_for_themselves() -> None:
             assert owner.optimizer.param_groups[0]["step"] == done[part]
             assert owner.optimizer.state[tensor]["count"] == done[part]
     other = BlockState(owner, HostMemory(), Staging(CPU, SLOTS["streamed"]), bytes_per_element=12, slices=parts)
-    other.load_step_counts(state.step_counts())
+    spans = [[Span("weight", 0, 5000, 0)]]
+    (ours,) = state.saved(spans, {"step"}, True)
+    theirs = ours.counted[0]._replace(elements=parts[2])
+    saved = [ours, ours._replace(spans=[Span("weight", 5000, 2000, 0)], counted=[theirs])]
+    other.load(SavedState(saved), spans, {"step"})
     other.select(0)
     other.step()
     assert owner.optimizer.param_groups[0]["step"] == owner.optimizer.state[tensor]["count"] == done[0] + 1
@@ -471,7 +476,8 @@ def test_a_step_that_ends_between_two_chunks_is_not_taken_again() -> None:
     with pytest.raises(RuntimeError, match="load a checkpoint"):
         state.step()
     state.settle()
-    state.load_step_counts(state.step_counts())  # as a checkpoint does
+    spans = [[Span("weight", 0, 4000, 0)]]
+    state.load(SavedState(state.saved(spans, (), True)), spans, ())  # as a checkpoint does
     state.step()
 
 

@@ -498,6 +498,8 @@ def test_resume_with_other_settings(command: Any) -> None:
     (command.out / "checkpoints" / "latest").write_text("step4")
     assert "run.json" in command(resume="yes")  # what the run was is not known
     (command.out / "run.json").write_text('{"identity": {"training.seed": 7}}')
+    assert "an earlier version of hift_ds" in command(resume="auto")
+    (command.out / "run.json").write_text('{"identity": {"training.seed": 7}, "cuts": []}')
     message = command(resume="auto")
     assert "training.seed: the run has 7, these settings have 0" in message
     assert "training.batch_size: the run has nothing, these settings have 4" in message
