@@ -60,10 +60,12 @@ class Outcome:
     Attributes:
         record: the cell's record for results.jsonl.
         dev_score: the score on the validation set, by which the learning rate is chosen; higher is better.
+        dev_loss: the mean loss on the right answers there (nats), which decides between equal scores.
     """
 
     record: dict[str, Any]
     dev_score: float | None = None
+    dev_loss: float | None = None
 
 
 class Cells:
@@ -150,9 +152,8 @@ class Cells:
             else:
                 measured, encoded = _untrained(), {"truncated": 0}
                 model = self._model(task, dtype).to(get_accelerator().current_device_name())
-            dev = self._predict(task, model, data.dev, shown).values if tune and data.dev else None
+            dev = self._predict(task, model, data.dev, shown) if tune and data.dev else None
             tested = self._predict(task, model, data.test, shown)
-            losses = self._answer_losses(task, model, [*data.dev, *data.test] if tune else data.test, shown)
         total = sum(numel_of(p) for p in model.parameters())
         if engine is not None:
             engine.destroy()
@@ -181,13 +182,15 @@ class Cells:
         }
         missing = [name for name in task.metrics if name not in record["metrics"]]
         record["notes"] = notes + [f"{name} is missing: {metrics.MISSING[name]}" for name in missing]
-        dev_score = None
-        if losses:
-            record["metrics"]["answer_loss"] = statistics.fmean(losses[-len(data.test) :])
-        if dev is not None:
+        if tested.losses:
+            record["metrics"]["answer_loss"] = statistics.fmean(tested.losses)
+        if dev is None:
+            return Outcome(record)
+        loss = statistics.fmean(dev.losses) if dev.losses else None
+        if task.max_new_tokens and loss is not None:
             # A small model writes few right answers, so exact match cannot rank rates; the loss of the answers can.
-            dev_score = -statistics.fmean(losses[: len(data.dev)]) if losses else score(dev, data.dev)[task.metrics[0]]
-        return Outcome(record, dev_score)
+            return Outcome(record, -loss, loss)
+        return Outcome(record, score(dev.values, data.dev)[task.metrics[0]], loss)
 
     def not_run(self, row: Row, task: Task, budget: Budget, seed: int, status: str, reason: str) -> dict[str, Any]:
         """Return the record of a cell without a result."""
@@ -279,14 +282,13 @@ class Cells:
         }
         if self.classifies:
             return classify(task, model, self.tokenizer, examples, **options)
-        return predict(task, model, self.tokenizer, examples, demonstrations=shown, **options)
+        found = predict(task, model, self.tokenizer, examples, demonstrations=shown, **options)
+        if task.max_new_tokens:
+            found.losses = self._answer_losses(model, examples, shown)
+        return found
 
-    def _answer_losses(
-        self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
-    ) -> list[float]:
-        """Return the mean loss of each reference answer's tokens; an empty list for tasks without written answers."""
-        if self.classifies or not task.max_new_tokens:
-            return []
+    def _answer_losses(self, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]) -> list[float]:
+        """Return the mean loss of each reference answer's tokens."""
         before = few_shot(shown)
         pairs = [(before + one.prompt, one.completion) for one in examples]
         size, length = self.comparison.evaluation.batch_size, position_limit(model).tokens

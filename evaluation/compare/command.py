@@ -22,6 +22,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -145,10 +146,15 @@ def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWa
                         trainings = [Training(row, entry, parts[seed], budget, seed, rate, tune) for rate in rates]
                         tried = [_one(cells, runs, watch, training, retry_failed) for training in trainings]
                         best = _best(tried)
-                        record = {key: value for key, value in best.items() if key not in ("key", "dev_score")}
+                        own = ("key", "dev_score", "dev_loss")  # of runs, not of cells
+                        record = {key: value for key, value in best.items() if key not in own}
                         if number == 0:
                             tuning = [
-                                {"learning_rate": one.get("learning_rate"), "score": one.get("dev_score")}
+                                {
+                                    "learning_rate": one.get("learning_rate"),
+                                    "score": one.get("dev_score"),
+                                    "loss": one.get("dev_loss"),
+                                }
                                 for one in tried
                             ]
                             rates = (best.get("learning_rate") or rates[0],) if best["status"] == "ok" else rates[:1]
@@ -241,7 +247,7 @@ def _guarded(
     began = time.monotonic()
     try:
         outcome = run()
-        return outcome.record | {"dev_score": outcome.dev_score}
+        return outcome.record | {"dev_score": outcome.dev_score, "dev_loss": outcome.dev_loss}
     except Exception as error:
         place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         place_hash = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
@@ -258,10 +264,18 @@ def _guarded(
 
 
 def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the run with the best validation score, the first of equal ones; if none is ok, the first run."""
+    """Return the run with the best validation score, of equal ones that with the least loss; if none is ok, the first.
+
+    Runs of earlier versions have no loss; a loss that is not a number counts as the greatest.
+    """
     ok = [run for run in tried if run["status"] == "ok"]
     scored = [run for run in ok if run.get("dev_score") is not None and run["dev_score"] == run["dev_score"]]
-    return max(scored, key=lambda run: run["dev_score"]) if scored else (ok or list(tried))[0]
+
+    def rank(run: dict[str, Any]) -> tuple[float, float]:
+        loss = run.get("dev_loss")
+        return run["dev_score"], -loss if loss is not None and loss == loss else -math.inf
+
+    return max(scored, key=rank) if scored else (ok or list(tried))[0]
 
 
 def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[int, TaskData]]:

@@ -106,9 +106,9 @@ def other_metrics(section: Section) -> list[Part]:
         values = [[record["metrics"].get(name) for record in section.ok(label, task)] for task, name in columns]
         rows.append([label, *map(_plain, values)])
     caption = (
-        "Mean ± standard deviation, from 0 to 1 and not in %. answer_loss is the loss of the right answers' tokens, in "
+        "Mean ± standard deviation, from 0 to 1 and not in %. answer_loss is the cross entropy of the right answers in "
+        "nats: of their tokens, or among the candidates or classes. Lower is better."
     )
-    caption += "nats; lower is better."
     head = ["method", *(f"{task}, {name}" for task, name in columns)]
     return [Heading("Other metrics", 3), Paragraph(caption), Table(head, rows)]
 

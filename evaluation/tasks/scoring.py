@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,10 +36,13 @@ class Predictions:
     Attributes:
         values: from `predict`, indices of candidates or texts; from `classify`, indices of classes or numbers.
         truncated: how many prompts were cut on the left (`predict`), or texts on the right (`classify`).
+        losses: the cross entropy (nats) of the right candidate among the candidates, by their average log-likelihoods,
+            or of the right class, for each example that has one. Empty for written answers and regressions.
     """
 
     values: list[Any]
     truncated: int
+    losses: list[float] = field(default_factory=list)
 
 
 def predict(
@@ -80,13 +83,16 @@ def predict(
     pairs = [(before + one.prompt, candidate) for one in examples for candidate in one.candidates]
     likelihoods, truncated = average_log_likelihoods(model, tokenizer, pairs, batch_size, limit, after_batch)
     values: list[int] = []
+    losses: list[float] = []
     start, cut = 0, 0
     for one in examples:
         stop = start + len(one.candidates)
         values.append(max(range(stop - start), key=lambda i, start=start: likelihoods[start + i]))  # type: ignore[misc]
+        if one.label >= 0:
+            losses.append(-torch.tensor(likelihoods[start:stop]).log_softmax(-1)[one.label].item())
         cut += any(truncated[start:stop])
         start = stop
-    return Predictions(values, cut)
+    return Predictions(values, cut, losses)
 
 
 def classify(
@@ -124,6 +130,7 @@ def classify(
     padding = _padding(tokenizer) if model.config.pad_token_id is None else model.config.pad_token_id
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     values: list[Any] = [None] * len(encoded)
+    losses = [] if task.regression else [0.0] * len(encoded)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -138,8 +145,11 @@ def classify(
             chosen = logits.squeeze(-1) if task.regression else logits.argmax(dim=-1)
             for i, value in zip(batch, chosen.tolist(), strict=True):
                 values[i] = value
+            if not task.regression:
+                for i, chances in zip(batch, logits.log_softmax(-1).tolist(), strict=True):
+                    losses[i] = -chances[examples[i].target]
             after_batch()
-    return Predictions(values, counts["truncated"])
+    return Predictions(values, counts["truncated"], losses)
 
 
 def average_log_likelihoods(

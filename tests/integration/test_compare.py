@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -116,7 +117,7 @@ def test_the_tiny_comparison_needs_no_data(tmp_path: Path) -> None:
     for (label, task), one in found.items():
         assert one["status"] == "ok" and one["n"] == 8, (label, task, one["reason"])
         assert one["metric"] == ("exact_match" if task == "arithmetic" else "accuracy")
-        assert ("answer_loss" in one["metrics"]) is (task == "arithmetic")
+        assert math.isfinite(one["metrics"]["answer_loss"])
         assert one["unanswered"] == (8 if task == "arithmetic" else None)  # a random model writes no `#### N`
     assert "### Empty answers" in (tmp_path / "report.md").read_text("utf-8")
     assert not result["leaked"]
@@ -310,7 +311,7 @@ def test_wandb_offline(copy: tuple[Path, list[str]]) -> None:
 def test_a_rate_is_chosen_on_the_validation_part(
     whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
-    """With the first seed; the others take it. On the test part another one is better."""
+    """With the first seed; the others take it. On the test part another one is better. Older records have no loss."""
     template = lines(whole[0] / "results.jsonl")[3]
     overrides = ["methods=[full]", "tasks=[rte]", "seeds=[0, 1]", "learning_rates=[1e-3, 1e-4, 1e-5]"]
     dev = {1e-3: 0.2, 1e-4: 0.9, 1e-5: 0.9}  # of equal ones the first counts
@@ -323,7 +324,7 @@ def test_a_rate_is_chosen_on_the_validation_part(
     first, second = read_results(tmp_path / "results.jsonl")
     assert first["learning_rate"] == second["learning_rate"] == 1e-4
     assert first["score"] == pytest.approx(0.1)
-    assert first["tuning"] == [{"learning_rate": rate, "score": score} for rate, score in dev.items()]
+    assert first["tuning"] == [{"learning_rate": rate, "score": score, "loss": None} for rate, score in dev.items()]
 
 
 GOOD, BAD = 1e-3, 1e-4  # rates: the first is better on the validation set, the second on the test set
@@ -367,10 +368,22 @@ def test_validation_examples_alone_decide_the_rate(task: str, tmp_path: Path) ->
     assert record["learning_rate"] == GOOD and record["score"] == 0 and record["n"] == len(test)
     scores = [0, 1] if task == "yes-no" else [-2, -1]
     assert record["tuning"] == [
-        {"learning_rate": rate, "score": score} for rate, score in zip((BAD, GOOD), scores, strict=True)
+        {"learning_rate": BAD, "score": scores[0], "loss": 2},
+        {"learning_rate": GOOD, "score": scores[1], "loss": 1},
     ]
-    if task == "arithmetic":
-        assert record["metrics"]["answer_loss"] == 4
+    assert record["metrics"]["answer_loss"] == 4
+
+
+def test_the_loss_decides_between_rates_with_equal_accuracy(tmp_path: Path) -> None:
+    """Not where the accuracies differ: the rate with the least loss of all is right on one example less."""
+    data = load_task(find_task("yes-no"), seed=0, **SIZES)
+    dev, test = ([one.prompt for one in examples] for examples in (data.dev, data.test))
+    grid = {BAD: (len(dev), math.nan), 1e-3: (len(dev), 0.5), GOOD: (len(dev), 0.25), 1e-5: (len(dev) - 1, 0.125)}
+    right = {("full", rate): set(dev[:count]) for rate, (count, _) in grid.items()}
+    losses = {("full", rate): dict.fromkeys([*dev, *test], loss) for rate, (_, loss) in grid.items()}
+    rows = f"methods=[{{name: full, learning_rates: [{', '.join(map(str, grid))}]}}]"
+    _, (record,) = constructed_comparison(tmp_path, "yes-no", rows, right=right, losses=losses)
+    assert record["learning_rate"] == GOOD and record["metrics"]["answer_loss"] == 0.25
 
 
 def test_methods_share_their_resamples(tmp_path: Path) -> None:
@@ -517,7 +530,7 @@ def test_every_task_with_a_prompt_is_trained_and_scored(tmp_path: Path) -> None:
     assert len(found) == len(paths) and all(one["steps"] == 1 for one in found.values())
     for (_, name), one in found.items():
         assert one["metric"] == TASKS[name].metrics[0] and {*TASKS[name].metrics} - {*one["metrics"]} <= {"meteor"}
-        assert ("answer_loss" in one["metrics"]) is bool(TASKS[name].max_new_tokens)
+        assert math.isfinite(one["metrics"]["answer_loss"])
     assert [
         note
         for note in found["full", "e2e"]["notes"]

@@ -127,7 +127,7 @@ def constructed(
 
     Args:
         right: by method and learning rate, the prompts that are answered rightly; all others are answered wrongly.
-        losses: by method and learning rate, the loss of the right answer to each prompt.
+        losses: by method and learning rate, the loss on the right answer to each prompt.
     """
     from hift_ds.evaluation.compare import cell
     from hift_ds.evaluation.tasks.scoring import Predictions
@@ -143,7 +143,9 @@ def constructed(
         known = right[trained[-1]]
         if task.max_new_tokens:
             return Predictions([one.completion if one.prompt in known else "?" for one in examples], 0)
-        return Predictions([one.label if one.prompt in known else 1 - one.label for one in examples], 0)
+        values = [one.label if one.prompt in known else 1 - one.label for one in examples]
+        found = (losses or {}).get(trained[-1], {})
+        return Predictions(values, 0, [found[one.prompt] for one in examples if one.prompt in found])
 
     def log_likelihoods(model: Any, tokenizer: Any, pairs: Any, *rest: Any) -> Any:
         found = (losses or {})[trained[-1]]

@@ -202,19 +202,22 @@ def texts(name: str, n: int = 14) -> list[TaskExample]:
 def test_predictions_are_those_of_one_text_at_a_time(name: str, make: Any) -> None:
     task, examples = find_task(name), texts(name)
     model = make(len(task.labels)).train()
-    expected = []
+    expected, losses = [], []
     for one in examples:
         inputs = tokenizer()(one.text, one.text_pair, return_tensors="pt")
         logits = model.eval()(**inputs).logits[0].double()
         expected.append(logits.item() if task.regression else max(range(len(logits)), key=lambda i: logits[i]))
+        losses.append((logits.logsumexp(0) - logits[one.target]).item() if not task.regression else None)
     for batch_size in (1, 4, 64):
         model.train()
         found = classify(task, model, tokenizer(), examples, batch_size=batch_size)
         assert model.training and found.truncated == 0
         if task.regression:
             assert found.values == pytest.approx(expected, abs=1e-5) and len(set(found.values)) == len(examples)
+            assert found.losses == []
         else:
             assert found.values == expected and len(set(expected)) > 1
+            assert found.losses == pytest.approx(losses, abs=1e-5)
 
 
 def test_of_equal_logits_the_first_class_is_chosen() -> None:

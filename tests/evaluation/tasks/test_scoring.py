@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -105,14 +106,16 @@ def test_choices_do_not_depend_on_the_batch(start: str) -> None:
     seen = set()
     for seed in range(4):
         model = llama(seed)
-        expected = []
+        expected, losses = [], []
         for one in choices():
             scores = [one_by_one(model, tokenizer, start + one.prompt, text) for text in one.candidates]
             expected.append(scores.index(max(scores)))
+            losses.append(math.log(sum(math.exp(score - scores[one.label]) for score in scores)))
         for batch_size in (1, 5, 64):
             model.train()
             found = predict(task, model, tokenizer, choices(), batch_size=batch_size, demonstrations=demonstrations)
             assert found.values == expected and found.truncated == 0
+            assert found.losses == pytest.approx(losses, abs=1e-5)
             assert model.training  # as it was
         seen.update(expected)
     assert len(seen) > 2  # the models do not always choose the same
@@ -128,6 +131,11 @@ def test_of_equally_likely_candidates_the_first_is_chosen(batch_size: int) -> No
     )
     found = predict(find_task("copa"), model, tokenizer, examples, batch_size=batch_size)
     assert found.values == ([0, 0, 0, 1] if red_wins else [0, 0, 1, 0])
+    assert found.losses[:2] == pytest.approx([math.log(2), math.log(3)], abs=1e-5)
+    without = [dataclasses.replace(one, label=-1) for one in examples[:1]]  # no candidate is right
+    assert predict(find_task("copa"), model, tokenizer, without + examples[1:]).losses == pytest.approx(
+        found.losses[1:], abs=1e-5
+    )
 
 
 BLANKS = " \0\t\n\v\f\r\x1c\x1d\x1e\x1f"  # of what is one byte
@@ -159,7 +167,8 @@ def test_written_answers_do_not_depend_on_the_batch() -> None:
             expected = [greedy(model, tokenizer, one.prompt, 12, stop) for one in examples]
             stopped += sum(len(text) < 3 for text in expected)
             for batch_size in (1, 4, 10):
-                assert predict(task, model, tokenizer, examples, batch_size=batch_size).values == expected
+                found = predict(task, model, tokenizer, examples, batch_size=batch_size)
+                assert found.values == expected and found.losses == []
     assert stopped  # some end by the stop text
     task = dataclasses.replace(find_task("squad"), max_new_tokens=12)
     cut = predict(task, llama(0, len(tokenizer)), tokenizer, examples, max_length=30)
