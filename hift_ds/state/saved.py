@@ -149,10 +149,6 @@ class SavedState:
                         )
         return list(dict.fromkeys(found))
 
-    def holds(self, spans: Sequence[Span], numel: int) -> bool:
-        """Whether a master of the checkpoint has these spans and as many elements."""
-        return self._same(spans, numel) is not None
-
     def state_names(self, spans: Sequence[Span], numel: int) -> list[str]:
         """Return the names of the state of a master that has elements."""
         same = self._same(spans, numel)

@@ -250,7 +250,8 @@ class BlockState:
         """
         found = []
         for index, (master, own) in enumerate(zip(self._masters, spans, strict=True)):
-            group, state = self._owner.optimizer.param_groups[self._groups[index]], self._state_of(master)
+            group = self._owner.optimizer.param_groups[self._groups[index]]
+            state = self._owner.optimizer.state.get(master, {})
             if self._is_shared:  # another rank knows the counts of what it alone trains
                 of_plans = [
                     Counted(elements, plan.counts[index], plan.settings[self._groups[index]], plan.is_new)
@@ -347,9 +348,6 @@ class BlockState:
         """Raise a ValueError if what one block of this run trains was updated differently often."""
         for own, elements in itertools.product(spans, self._elements):
             saved.counted(own, elements)
-
-    def _state_of(self, master: torch.Tensor) -> dict[str, Any]:
-        return dict(self._owner.optimizer.state.get(master, {}))
 
     def to_host(self) -> None:
         """Move masters and state to the store, into their earlier buffers if they have any."""
