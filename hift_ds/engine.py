@@ -55,7 +55,7 @@ from hift_ds.optim.rates import needs_metrics, rates_of_cycle
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.free_memory import return_freed_memory
 from hift_ds.state.ledger import Held, Ledger, count, device_total
-from hift_ds.state.placement import bytes_in_store, place_state
+from hift_ds.state.placement import StateSpec, bytes_in_store, place_state
 from hift_ds.state.trial import examine
 from hift_ds.weights.host import HostWeights
 from hift_ds.weights.node import check_ranks
@@ -1084,7 +1084,7 @@ class HiFTEngine(CheckpointingEngine):
                     f"step has slots and is deferred; {remedy}, or use an element-wise optimizer such as AdamW"
                 )
         has_masters = self.zero_optimization() or self.bfloat16_enabled()
-        placed = place_state(
+        spec = StateSpec(
             offload,
             self.blocks,
             self._block_parameters,
@@ -1094,9 +1094,8 @@ class HiFTEngine(CheckpointingEngine):
             dtypes=self.get_data_types(),
             ranks=self.dp_world_size if self.zero_optimization() else 1,
             has_masters=has_masters,
-            aio=self.aio_config(),
-            weights=self._page_locked_weights(),
         )
+        placed = place_state(spec, self.aio_config(), self._page_locked_weights())
         formats = {name: codec for name, codec in placed.get("codecs", {}).items() if name is not None}
         self._saved_per_element = bytes_in_store(formats, traits) - (0 if has_masters else 4)  # masters are in fp32
         if self.hift.offload.weights == "cpu":

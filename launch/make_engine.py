@@ -23,7 +23,7 @@ from hift_ds.launch.methods.adapters import ADAPTERS
 from hift_ds.launch.methods.package_engines import make_plain_engine
 from hift_ds.launch.methods.table import METHODS
 from hift_ds.optim.properties import has_fused
-from hift_ds.state.placement import host_needs
+from hift_ds.state.placement import StateSpec, host_needs
 from hift_ds.state.placement import page_locking_problem as locking_problem
 from hift_ds.state.trial import examine
 
@@ -79,18 +79,18 @@ def page_locking_problem(settings: Settings, blocks: Sequence[hift_ds.Block], mo
     of_weights = 1 if hift.offload.weights == "cpu" and hift.offload.pins else of_weights
     weights = sum(-(-numel_of(p) // of_weights) * dtype.itemsize for p in named.values()) if of_weights else 0
     try:
-        needs = host_needs(
+        spec = StateSpec(
             hift.offload,
             blocks,
             [[named[name] for name in block.parameter_names] for block in blocks],
             type(optimizer),
             examine(optimizer),
             on_host,
-            (dtype, dtype),
-            ranks if settings.zero_stage else 1,
+            dtypes=(dtype, dtype),
+            ranks=ranks if settings.zero_stage else 1,
             has_masters=settings.zero_stage > 0 or settings.dtype == "bfloat16",
         )
-        return locking_problem(hift.offload, needs, on_host, weights)
+        return locking_problem(spec, host_needs(spec), weights)
     except ValueError as error:
         raise UserError(f"deepspeed: {error}") from None
 

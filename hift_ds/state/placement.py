@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,22 +37,11 @@ MOMENTS: dict[type[torch.optim.Optimizer], dict[str, Moment]] = {
 }
 
 
-def place_state(
-    offload: OffloadConfig,
-    blocks: Sequence[Block],
-    parameters: Sequence[Sequence[torch.nn.Parameter]],
-    optimizer: type[torch.optim.Optimizer],
-    traits: Traits,
-    on_host: Any,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    ranks: int,
-    has_masters: bool,
-    aio: Mapping[str, Any] | None,
-    weights: int = 0,
-) -> dict[str, Any]:
-    """Choose where state lives, and in which chunks it comes to the device.
+@dataclass(frozen=True)
+class StateSpec:
+    """What decides the size and the format of a rank's masters and optimizer state.
 
-    Args:
+    Attributes:
         offload: the section ``hift.offload``.
         blocks: all blocks of the model.
         parameters: each block's parameters.
@@ -62,6 +51,31 @@ def place_state(
         dtypes: those of weights and of reduced gradients.
         ranks: number of ranks that share the state.
         has_masters: the run has fp32 masters in addition to the weights.
+    """
+
+    offload: OffloadConfig
+    blocks: Sequence[Block]
+    parameters: Sequence[Sequence[torch.nn.Parameter]]
+    optimizer: type[torch.optim.Optimizer]
+    traits: Traits
+    on_host: Any
+    dtypes: tuple[torch.dtype, torch.dtype]
+    ranks: int
+    has_masters: bool
+
+    def numels(self) -> list[list[int]]:
+        """Return for each block the elements of each parameter that it updates."""
+        return [
+            [block.numel] if block.slices else [numel_of(parameter) for parameter in own]
+            for block, own in zip(self.blocks, self.parameters, strict=True)
+        ]
+
+
+def place_state(spec: StateSpec, aio: Mapping[str, Any] | None, weights: int = 0) -> dict[str, Any]:
+    """Choose where state lives, and in which chunks it comes to the device.
+
+    Args:
+        spec: the state.
         aio: DeepSpeed's ``aio`` section with all its keys.
         weights: bytes of weights that this rank page-locks beside the state.
 
@@ -72,9 +86,10 @@ def place_state(
         ValueError: a streamed step or ``max_block_numel`` cuts a tensor that the optimizer needs whole; state has no
             such format; the memory or drive is too small for all state; the system does not page-lock what must be.
     """
-    slices = [_slice(block) for block in blocks]
-    name_of_optimizer = optimizer.__name__
-    cut = next((name for block in blocks for name in block.slices), None)
+    offload, traits, on_host = spec.offload, spec.traits, spec.on_host
+    slices = [_slice(block) for block in spec.blocks]
+    name_of_optimizer = spec.optimizer.__name__
+    cut = next((name for block in spec.blocks for name in block.slices), None)
     if cut and traits.shaped:
         raise ValueError(
             f"hift.max_block_numel or hift.balance cuts {cut} by rows, and {name_of_optimizer} is not element-wise "
@@ -83,14 +98,13 @@ def place_state(
         )
     if offload.device == "none" and on_host is None:
         return {"slices": slices, "host": None}
-    numels = _numels(blocks, parameters)
-    needs = host_needs(offload, blocks, parameters, optimizer, traits, on_host, dtypes, ranks, has_masters)
+    needs = host_needs(spec)
     if on_host is not None:
         host = HostMemory(on_host.pin_memory)
         host.check_room(needs.total)
-        _warn_of_page_locking(offload, needs, on_host, weights)
+        _warn_of_page_locking(spec, needs, weights)
         host.reserve(needs.total)
-        through = HostStep(host, dtypes[1], dtypes[0])
+        through = HostStep(host, spec.dtypes[1], spec.dtypes[0])
         return {"slices": slices, "host": host, "on_host": through, "state": traits.state}
     if offload.step == "streamed" and traits.shaped:
         raise ValueError(
@@ -100,15 +114,15 @@ def place_state(
     codecs = needs.codecs
     decoded, stored = 4 + int(traits.state_bytes), bytes_in_store(codecs, traits)
     weights_on_host = offload.weights == "cpu"
-    if weights_on_host and has_masters:
-        stored += dtypes[0].itemsize  # the weights travel with the state
+    if weights_on_host and spec.has_masters:
+        stored += spec.dtypes[0].itemsize  # the weights travel with the state
     chunk_bytes, slots = None, 1
     if not traits.shaped and offload.step != "block":
         is_other = bool(codecs) or weights_on_host
-        chunk_bytes, slots = offload.slots(numels, ranks, decoded, stored if is_other else None)
+        chunk_bytes, slots = offload.slots(spec.numels(), spec.ranks, decoded, stored if is_other else None)
     host = HostMemory(offload.pins, offload.nvme_path, aio, offload.nvme == "all", needs.largest)
     host.check_room(needs.total, needs.of_masters)
-    _warn_of_page_locking(offload, needs, None, weights)
+    _warn_of_page_locking(spec, needs, weights)
     host.reserve(needs.total, needs.of_masters)
     return {
         "slices": slices,
@@ -142,24 +156,16 @@ class HostNeeds(NamedTuple):
     codecs: dict[str | None, Codec]
 
 
-def host_needs(
-    offload: OffloadConfig,
-    blocks: Sequence[Block],
-    parameters: Sequence[Sequence[torch.nn.Parameter]],
-    optimizer: type[torch.optim.Optimizer],
-    traits: Traits,
-    on_host: Any,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    ranks: int,
-    has_masters: bool,
-) -> HostNeeds:
-    """Return what a rank needs off the device; arguments and errors as for :func:`place_state`."""
-    numels = [sum(-(-numel // ranks) for numel in own) for own in _numels(blocks, parameters)]
-    if on_host is not None:
-        both = sum(dtype.itemsize for dtype in dtypes)  # weights and gradients
+def host_needs(spec: StateSpec) -> HostNeeds:
+    """Return what a rank needs off the device; errors as for :func:`place_state`."""
+    offload, parameters, traits = spec.offload, spec.parameters, spec.traits
+    ranks, has_masters = spec.ranks, spec.has_masters
+    numels = [sum(-(-numel // ranks) for numel in own) for own in spec.numels()]
+    if spec.on_host is not None:
+        both = sum(dtype.itemsize for dtype in spec.dtypes)  # weights and gradients
         total = _host_bytes(parameters, ranks, traits, has_masters) + (max(numels) + _PADDING) * both + 2 * ALIGNMENT
         return HostNeeds(total, 0, 0, both * sum(numels) / len(numels), {})
-    codecs = choose_codecs(offload, optimizer, traits, dtypes[0], has_masters)
+    codecs = choose_codecs(offload, spec.optimizer, traits, spec.dtypes[0], has_masters)
     for_masters: dict[str | None, Codec] = {name: codec for name, codec in codecs.items() if name is None}
     no_state = replace(traits, state_bytes=0.0, state=())
     in_files = bytes_in_store(codecs, traits)
@@ -167,18 +173,18 @@ def host_needs(
         in_files -= bytes_in_store(for_masters, no_state)
     total = _host_bytes(parameters, ranks, traits, has_masters, codecs)
     of_masters = _host_bytes(parameters, ranks, no_state, has_masters, for_masters)
-    return HostNeeds(total, of_masters, math.ceil(max(numels) * in_files), 2 * total / len(blocks), codecs)
+    return HostNeeds(total, of_masters, math.ceil(max(numels) * in_files), 2 * total / len(spec.blocks), codecs)
 
 
-def page_locking_problem(offload: OffloadConfig, needs: HostNeeds, on_host: Any, weights: int) -> str | None:
+def page_locking_problem(spec: StateSpec, needs: HostNeeds, weights: int) -> str | None:
     """Return what :func:`~hift_ds.state.page_locking.check_page_locking` says of a run. All ranks call it.
 
     Args:
-        offload: the section ``hift.offload``.
+        spec: the state.
         needs: from :func:`host_needs`.
-        on_host: as for :func:`place_state`.
         weights: bytes of weights that this rank page-locks beside the state.
     """
+    offload, on_host = spec.offload, spec.on_host
     uses_files = offload.device == "nvme" and on_host is None
     in_memory = needs.total if not uses_files else needs.of_masters if offload.nvme == "moments" else 0
     pins = on_host.pin_memory if on_host is not None else offload.pins
@@ -191,19 +197,11 @@ def page_locking_problem(offload: OffloadConfig, needs: HostNeeds, on_host: Any,
     return check_page_locking(wanted, needs.moved + 2 * weights, required) if any(wanted.values()) else None
 
 
-def _warn_of_page_locking(offload: OffloadConfig, needs: HostNeeds, on_host: Any, weights: int) -> None:
-    if offload.pin_memory is AS_ALLOWED:
+def _warn_of_page_locking(spec: StateSpec, needs: HostNeeds, weights: int) -> None:
+    if spec.offload.pin_memory is AS_ALLOWED:
         return
-    if (problem := page_locking_problem(offload, needs, on_host, weights)) and rank() == 0:
+    if (problem := page_locking_problem(spec, needs, weights)) and rank() == 0:
         logger.warning(problem)
-
-
-def _numels(blocks: Sequence[Block], parameters: Sequence[Sequence[torch.nn.Parameter]]) -> list[list[int]]:
-    """Return for each block the elements of each parameter that it updates."""
-    return [
-        [block.numel] if block.slices else [numel_of(parameter) for parameter in own]
-        for block, own in zip(blocks, parameters, strict=True)
-    ]
 
 
 def choose_codecs(
