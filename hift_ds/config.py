@@ -29,6 +29,12 @@ WHERE_POSSIBLE = _Internal.WHERE_POSSIBLE
 AS_ALLOWED = _Internal.AS_ALLOWED
 # Smallest `offload.buffer_size` in bytes: in a smaller one, alignment would take more space than the elements.
 MIN_BUFFER = 65536
+# Vectors of encoded state have a multiple of this many elements. The rest is padded with zeros.
+CODEC_ALIGNMENT = 1024
+# Elements by which the alignment of a parameter's state in a slot can enlarge it, at most, if nothing is encoded.
+PLAIN_ALIGNMENT = 256
+# Spare elements in a chunk that holds a whole block, for the padding of its parameter groups.
+_BLOCK_OVERHEAD = 4096
 # Bytes by which the alignment of encoded values can enlarge a chunk in a slot, at most.
 SLOT_OVERHEAD = 4096
 # Elements of a gradient in one chunk of its norm, which DeepSpeed copies to fp64.
@@ -141,8 +147,10 @@ class OffloadConfig:
             per_element: bytes of fp32 master and state of one element.
             stored: the same in a slot, if the store keeps some of it encoded; None: the same.
         """
-        alignment, overhead, in_slot = (256, 0, 1.0) if stored is None else (1024, SLOT_OVERHEAD, stored / per_element)
-        numel = max(-(-sum(block) // ranks) + alignment * len(block) for block in blocks) + 4096
+        alignment, overhead, in_slot = PLAIN_ALIGNMENT, 0, 1.0
+        if stored is not None:
+            alignment, overhead, in_slot = CODEC_ALIGNMENT, SLOT_OVERHEAD, stored / per_element
+        numel = max(-(-sum(block) // ranks) + alignment * len(block) for block in blocks) + _BLOCK_OVERHEAD
         largest = max(numel * per_element, MIN_BUFFER)
         chunk = min(self.buffer_size, largest)
         if not isinstance(self.prefetch, bool):

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hift_ds.config import NORM_CHUNK, SLOT_OVERHEAD
+from hift_ds.config import CODEC_ALIGNMENT, NORM_CHUNK, SLOT_OVERHEAD
 from hift_ds.planner.simulation import LiveMemory, StepBase
 from hift_ds.planner.timeline import Operation, Trace
-from hift_ds.state.codec import ALIGNMENT, FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Plain, Split, tables
+from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Plain, Split, tables
 
 FP32 = 4  # bytes of an element
 FP64 = 8
@@ -71,7 +71,7 @@ class Encoding(NamedTuple):
 
     def stored(self, numel: int) -> tuple[int, int]:
         """Return the bytes of the master weights and of the state of a tensor in the store."""
-        with_room = -(-numel // ALIGNMENT) * ALIGNMENT  # of what is encoded
+        with_room = -(-numel // CODEC_ALIGNMENT) * CODEC_ALIGNMENT  # of what is encoded
         found = []
         for codecs, is_coded in zip(self._codecs(), (self.splits, self.eight_bit), strict=True):
             count = with_room if is_coded else numel
@@ -115,7 +115,8 @@ class Encoding(NamedTuple):
         masters, moments = self._codecs()
         needed = [codec.temporary for codec in masters if self.splits]
         needed += [codec.temporary + FP32 for codec in moments if self.eight_bit]
-        room = 0 if self.is_plain else FP32 * ALIGNMENT * (1 + self.moments)  # by which decoded tensors are larger
+        # Decoded tensors are larger than the values by this.
+        room = 0 if self.is_plain else FP32 * CODEC_ALIGNMENT * (1 + self.moments)
         return max(needed, default=0) * numel + room
 
     def kernels(self) -> list[Operation]:

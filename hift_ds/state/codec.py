@@ -1,11 +1,11 @@
 """How the store holds a block's state in fewer bytes, and how a chunk on the device is encoded and decoded.
 
 A chunk is one flat vector for each tensor of state. Encoding and decoding take a constant number of operations,
-whatever number of parameters a chunk holds. They work within blocks of 256 elements at most, so that a step in chunks
-gives the same bits as a step of the whole block. The host never waits for the device.
+whatever number of parameters a chunk holds. They work within blocks of ``BLOCK`` elements at most, so that a step in
+chunks gives the same bits as a step of the whole block. The host never waits for the device.
 
 * :class:`Split` holds an fp32 master beside its bf16 weight in 17 bits, exactly.
-* :class:`Moment` holds an fp32 moment in 8 bits and one fp32 scale for each 256 elements, not exactly.
+* :class:`Moment` holds an fp32 moment in 8 bits and one fp32 scale for each ``BLOCK`` elements, not exactly.
 * :class:`Plain` holds what is not encoded.
 """
 
@@ -16,8 +16,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-# Vectors of state have a multiple of this many elements. The rest is padded with zeros.
-ALIGNMENT = 1024
 # Elements that share a scale, as in bitsandbytes and torchao.
 BLOCK = 256
 # Bits 0 to 16 of an fp32 number, and their value at a tie that bf16 rounds down: to the even upper half.
@@ -81,9 +79,9 @@ def quantize(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, si
     Takes 4 bytes of temporary memory an element.
 
     Args:
-        values: fp32[n], n a multiple of 256. It is overwritten.
+        values: fp32[n], n a multiple of ``BLOCK``. It is overwritten.
         codes: uint8[n], receives the codes.
-        scales: fp32[n / 256], receives the largest magnitude of each block.
+        scales: fp32[n / BLOCK], receives the largest magnitude of each block.
         signed: values may be negative.
         root: encode the square roots, for values whose quotients span twice as many decades as the codes. A second
             moment that becomes zero beside a first moment that does not makes a very large update.
@@ -164,7 +162,7 @@ class Codec(Protocol):
     """How fp32 values are held in the store.
 
     Attributes:
-        parts: the tensors that hold n values, each with n / grain elements. n is a multiple of ``ALIGNMENT``.
+        parts: the tensors that hold n values, each with n / grain elements. n is a multiple of ``CODEC_ALIGNMENT``.
         temporary: bytes of temporary memory an element that encoding or decoding takes on the device.
     """
 

@@ -256,7 +256,7 @@ class DirectIO:
             OSError: direct I/O does not work in this folder.
         """
         (memory,) = self.buffers
-        source, target = memory[:PAGE].random_(256), memory[-PAGE:].fill_(0)
+        source, target = memory[:PAGE].random_(), memory[-PAGE:].fill_(0)
         with tempfile.TemporaryFile(prefix="hift-", dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, PAGE)
             fd = _reopened(file.fileno())

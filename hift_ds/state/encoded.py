@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from deepspeed.utils import logger
 
+from hift_ds.config import CODEC_ALIGNMENT
 from hift_ds.state.allocator import scratch
-from hift_ds.state.codec import ALIGNMENT, BLOCK, Codec
+from hift_ds.state.codec import BLOCK, Codec
 from hift_ds.state.transfer import Run
 
 # Elements that are encoded at a time outside of a step, where no slot limits the temporary memory.
@@ -19,7 +20,7 @@ class Slice(NamedTuple):
 
     Attributes:
         whole: these are all of its elements.
-        place: where the slice begins in encoded buffers, in elements: a multiple of ``ALIGNMENT``.
+        place: where the slice begins in encoded buffers, in elements: a multiple of ``CODEC_ALIGNMENT``.
     """
 
     number: int
@@ -31,7 +32,7 @@ class Slice(NamedTuple):
     @property
     def room(self) -> int:
         """Elements from the start of this slice to the next one's, in encoded buffers."""
-        return -(-(self.stop - self.start) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.stop - self.start) // CODEC_ALIGNMENT) * CODEC_ALIGNMENT
 
 
 def view(tensor: torch.Tensor, cut: Slice) -> torch.Tensor:
@@ -94,7 +95,7 @@ class EncodedState:
                     values.zero_()
             for part, values in zip(self.codecs[name].parts, self._parts(number, name), strict=True):
                 end = cut.place + cut.room
-                values[(end - ALIGNMENT) // part.grain : end // part.grain].zero_()
+                values[(end - CODEC_ALIGNMENT) // part.grain : end // part.grain].zero_()
 
     def clear(self, name: str | None) -> None:
         """Zero all parts of a value: masters are then their weights."""

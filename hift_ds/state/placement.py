@@ -14,11 +14,10 @@ from deepspeed.utils import logger
 
 from hift_ds.blocks.block import Block, numel_of
 from hift_ds.collectives import rank
-from hift_ds.config import AS_ALLOWED, OffloadConfig, file_buffer_bytes
+from hift_ds.config import AS_ALLOWED, CODEC_ALIGNMENT, OffloadConfig, file_buffer_bytes
 from hift_ds.optim.lion import Lion
 from hift_ds.state.allocator import HostMemory
 from hift_ds.state.arena import ALIGNMENT
-from hift_ds.state.codec import ALIGNMENT as CODEC_ALIGNMENT
 from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Split
 from hift_ds.state.direct_io import library
 from hift_ds.state.host_step import HostStep

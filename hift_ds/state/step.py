@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
-from hift_ds.config import SLOT_OVERHEAD
+from hift_ds.config import CODEC_ALIGNMENT, SLOT_OVERHEAD
 from hift_ds.optim.properties import assembled, has_elements, parts
 from hift_ds.state.allocator import HostMemory
-from hift_ds.state.codec import ALIGNMENT, Codec
+from hift_ds.state.codec import Codec
 from hift_ds.state.encoded import EncodedState, Slice, view, without_memory
 from hift_ds.state.gradients import fp32_slice
 from hift_ds.state.host_step import CHUNK, HostStep
@@ -179,7 +179,7 @@ class BlockState:
         if self._moves_state and staging.slot_bytes is not None and bytes_per_element:
             limit = int((staging.slot_bytes - (SLOT_OVERHEAD if codecs or weights_on_host else 0)) // bytes_per_element)
         # Elements by which the alignment of tensors in a slot can enlarge a slice, at most.
-        overhead = ALIGNMENT if codecs or weights_on_host else _SLICE_OVERHEAD
+        overhead = CODEC_ALIGNMENT if codecs or weights_on_host else _SLICE_OVERHEAD
         self._elements: list[tuple[int, int] | None] = list(slices) or [None]
         owned = self._slices_of_blocks(slices)
         self._plans = [self._plan(of_block, limit, overhead) for of_block in owned]
@@ -1000,7 +1000,7 @@ def _chunks(slices: list[Slice], limit: int | None, overhead: int) -> list[list[
     for index, start, stop, whole, place in slices:
         size = stop - start
         while start < stop:
-            taken = stop - start if stop - start <= room else max(room, 0) // ALIGNMENT * ALIGNMENT
+            taken = stop - start if stop - start <= room else max(room, 0) // CODEC_ALIGNMENT * CODEC_ALIGNMENT
             if taken:
                 chunks[-1].append(Slice(index, start, start + taken, whole and taken == size, place))
                 start, place = start + taken, place + taken

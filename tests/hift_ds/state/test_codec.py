@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from hift_ds.config import CODEC_ALIGNMENT
 from hift_ds.optim.lion import Lion
 from hift_ds.state import codec
 from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Moment, Plain, Split
@@ -224,14 +225,14 @@ def test_a_codec_in_pieces_gives_the_same_bits(kind: codec.Codec) -> None:
     kind.encode(values.clone(), stored)
     whole = values.bfloat16().float()
     kind.decode(stored, whole)
-    for start in range(0, 8192, codec.ALIGNMENT):
-        cut = slice(start, start + codec.ALIGNMENT)
-        pieces, out = _stored(kind, codec.ALIGNMENT), values[cut].bfloat16().float()
+    for start in range(0, 8192, CODEC_ALIGNMENT):
+        cut = slice(start, start + CODEC_ALIGNMENT)
+        pieces, out = _stored(kind, CODEC_ALIGNMENT), values[cut].bfloat16().float()
         kind.encode(values[cut].clone(), pieces)
         kind.decode(pieces, out)
         assert torch.equal(out, whole[cut])
         for part, piece, of_all in zip(kind.parts, pieces, stored, strict=True):
-            assert torch.equal(piece, of_all.view(-1, codec.ALIGNMENT // part.grain)[start // codec.ALIGNMENT])
+            assert torch.equal(piece, of_all.view(-1, CODEC_ALIGNMENT // part.grain)[start // CODEC_ALIGNMENT])
 
 
 def test_bytes_of_state() -> None:
