@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from hift_ds.state.direct_io import DirectIO, Job
+from hift_ds.state.direct_io import DirectIO, Job, issue_copies
 
 # Byte offsets inside a staging area are multiples of this, which suits every dtype and every copy engine.
 _ALIGNMENT = 256
@@ -74,12 +74,6 @@ def _record(stream: Any) -> Any:
     event = kind()
     event.record(stream)
     return event
-
-
-def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Issue the copies of many tensors by one call, which takes the host less time than one call for each."""
-    if targets:
-        torch._foreach_copy_(targets, sources, non_blocking=True)
 
 
 class Run(NamedTuple):
@@ -233,7 +227,7 @@ class Staging:
         if self._direct is not None:
             return slot, copies, self._direct.read(pairs, self.fetching, slot.free, written, ready)
         with self.fetching.after(slot.free, written, ready):
-            _copy([target for target, _ in pairs], [part for _, part in pairs])
+            issue_copies([target for target, _ in pairs], [part for _, part in pairs])
         return slot, copies, self.fetching.mark()
 
     def drain(self, slot: Slot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
@@ -252,7 +246,7 @@ class Staging:
             self.free.append(slot)
             return job
         with self.storing.after(mark()):
-            _copy([host for host, _ in pairs], [device for _, device in pairs])
+            issue_copies([host for host, _ in pairs], [device for _, device in pairs])
             for _, device in pairs:
                 self.storing.outlives(device)
         slot.free = self.storing.mark()
