@@ -18,7 +18,7 @@ from torch import Tensor
 from hift_ds.config import CODEC_ALIGNMENT, NORM_CHUNK, SLOT_OVERHEAD
 from hift_ds.planner.simulation import LiveMemory, StepBase
 from hift_ds.planner.timeline import Operation, Trace
-from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Plain, Split, tables
+from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Codec, Moment, Split, tables
 
 FP32 = 4  # bytes of an element
 FP64 = 8
@@ -58,11 +58,10 @@ class Encoding(NamedTuple):
     eight_bit: bool = False
     carried: int = 0
 
-    def _codecs(self) -> tuple[list[Codec], list[Codec]]:
-        """Return the codecs of master weights and of state."""
-        masters: list[Codec] = [Split() if self.splits else Plain()] if self.masters else []
-        of_moments: list[Codec] = [FIRST_MOMENT, SECOND_MOMENT] if self.eight_bit else [Plain(), Plain()]
-        return masters, of_moments[: self.moments]
+    def codecs(self) -> tuple[list[Codec], list[Codec]]:
+        """Return the codecs of master weights and of state; empty: they are not encoded, or there are none."""
+        of_state = [FIRST_MOMENT, SECOND_MOMENT][: self.moments] if self.eight_bit else []
+        return [Split()] if self.masters and self.splits else [], [*of_state]
 
     @property
     def is_plain(self) -> bool:
@@ -72,12 +71,12 @@ class Encoding(NamedTuple):
     def stored(self, numel: int) -> tuple[int, int]:
         """Return the bytes of the master weights and of the state of a tensor in the store."""
         with_room = -(-numel // CODEC_ALIGNMENT) * CODEC_ALIGNMENT  # of what is encoded
-        found = []
-        for codecs, is_coded in zip(self._codecs(), (self.splits, self.eight_bit), strict=True):
-            count = with_room if is_coded else numel
-            parts = [part for codec in codecs for part in codec.parts]
-            found.append(sum(part.dtype.itemsize * (count // part.grain) for part in parts))
-        return found[0], found[1]
+        masters, state = (
+            sum(part.dtype.itemsize * (with_room // part.grain) for codec in codecs for part in codec.parts)
+            for codecs in self.codecs()
+        )
+        plain_masters, plain_state = self._plain
+        return masters + FP32 * plain_masters * numel, state + FP32 * plain_state * numel
 
     def encoded(self, numel: int) -> int:
         """Return the bytes of what is encoded of a tensor and of its weights, with the alignment of its parts."""
@@ -89,14 +88,20 @@ class Encoding(NamedTuple):
     @property
     def tables(self) -> int:
         """Bytes of the tables of the codecs on the device."""
-        kinds = {codec.signed for codec in self._codecs()[1] if isinstance(codec, Moment)}
+        kinds = {codec.signed for codec in self.codecs()[1] if isinstance(codec, Moment)}
         return sum(table.nbytes for signed in kinds for table in tables(torch.device("meta"), signed))
 
     @property
     def per_element(self) -> tuple[float, float]:
         """Bytes of an element's master weight and state in the store."""
-        masters, state = (sum(codec.bytes_per_value for codec in codecs) for codecs in self._codecs())
-        return masters, state
+        masters, state = (sum(codec.bytes_per_value for codec in codecs) for codecs in self.codecs())
+        plain_masters, plain_state = self._plain
+        return masters + FP32 * plain_masters, state + FP32 * plain_state
+
+    @property
+    def _plain(self) -> tuple[int, int]:
+        """The number of tensors of master weights and of state that are not encoded."""
+        return self.masters and not self.splits, 0 if self.eight_bit else self.moments
 
     @property
     def moved(self) -> float:
@@ -112,9 +117,8 @@ class Encoding(NamedTuple):
 
     def temporary(self, numel: int) -> int:
         """Return the bytes of temporary tensors while a chunk is encoded, the copy of new state included."""
-        masters, moments = self._codecs()
-        needed = [codec.temporary for codec in masters if self.splits]
-        needed += [codec.temporary + FP32 for codec in moments if self.eight_bit]
+        masters, state = self.codecs()
+        needed = [codec.temporary for codec in masters] + [codec.temporary + FP32 for codec in state]
         # Decoded tensors are larger than the values by this.
         room = 0 if self.is_plain else FP32 * CODEC_ALIGNMENT * (1 + self.moments)
         return max(needed, default=0) * numel + room
@@ -129,9 +133,9 @@ TRACED = 2**20  # elements
 
 @cache
 def _kernels(encoding: Encoding) -> tuple[Operation, ...]:
-    masters, moments = encoding._codecs()
+    masters, state = encoding.codecs()
     trace = Trace()
-    for codec in [*masters] * encoding.splits + [*moments] * encoding.eight_bit:
+    for codec in [*masters, *state]:
         empty = partial(torch.empty, device="meta")
         stored = [empty(TRACED // part.grain, dtype=part.dtype) for part in codec.parts]
         values = empty(TRACED)

@@ -6,7 +6,6 @@ chunks gives the same bits as a step of the whole block. The host never waits fo
 
 * :class:`Split` holds an fp32 master beside its bf16 weight in 17 bits, exactly.
 * :class:`Moment` holds an fp32 moment in 8 bits and one fp32 scale for each ``BLOCK`` elements, not exactly.
-* :class:`Plain` holds what is not encoded.
 """
 
 from collections.abc import Sequence
@@ -185,27 +184,6 @@ class Codec(Protocol):
     def bytes_per_value(self) -> float:
         """Bytes of all parts for each value."""
         return sum(part.dtype.itemsize / part.grain for part in self.parts)
-
-
-@dataclass(frozen=True)
-class Plain(Codec):
-    """Values in a dtype of their own."""
-
-    dtype: torch.dtype = torch.float32
-    temporary = 0
-
-    @property
-    def parts(self) -> tuple[Part, ...]:  # type: ignore[override]
-        """The values."""
-        return (Part("values", self.dtype, 1),)
-
-    def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor]) -> None:
-        """Copy the values."""
-        stored[0].copy_(values)
-
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Copy the values."""
-        out.copy_(stored[0])
 
 
 @dataclass(frozen=True)

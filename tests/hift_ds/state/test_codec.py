@@ -8,7 +8,7 @@ import torch
 from hift_ds.config import CODEC_ALIGNMENT
 from hift_ds.optim.lion import Lion
 from hift_ds.state import codec
-from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Moment, Plain, Split
+from hift_ds.state.codec import FIRST_MOMENT, SECOND_MOMENT, Moment, Split
 from hift_ds.state.placement import MOMENTS
 from tests.support.waits import DEVICE, Waits
 
@@ -218,7 +218,7 @@ def test_outliers_make_no_large_updates() -> None:
 # --- both ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Plain(), Plain(torch.bfloat16), Split(), FIRST_MOMENT, SECOND_MOMENT])
+@pytest.mark.parametrize("kind", [Split(), FIRST_MOMENT, SECOND_MOMENT])
 def test_a_codec_in_pieces_gives_the_same_bits(kind: codec.Codec) -> None:
     values = torch.randn(8192, generator=torch.Generator().manual_seed(0)).abs_()
     stored = _stored(kind, 8192)
@@ -236,7 +236,6 @@ def test_a_codec_in_pieces_gives_the_same_bits(kind: codec.Codec) -> None:
 
 
 def test_bytes_of_state() -> None:
-    assert Plain().bytes_per_value == 4 and Plain(torch.bfloat16).bytes_per_value == 2
     assert Split().bytes_per_value == 2.125 and FIRST_MOMENT.bytes_per_value == 1 + 4 / 256
 
 
@@ -244,7 +243,7 @@ def test_the_host_does_not_wait() -> None:
     for signed in (True, False):
         codec.tables(DEVICE, signed)
     values = torch.randn(8192).abs_()
-    kinds = (Plain(), Split(), FIRST_MOMENT, SECOND_MOMENT)
+    kinds = (Split(), FIRST_MOMENT, SECOND_MOMENT)
     everything = [(kind, _stored(kind, 8192)) for kind in kinds]
     with Waits() as waits:
         for kind, stored in everything:
