@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def export_model(
             for name, content in (files or {}).items():
                 if not (beside / name).exists():
                     (beside / name).write_bytes(content)
+            _allow_as_usual(beside)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(beside, folder)
@@ -83,6 +85,17 @@ def _write(module: Any, weights: dict[str, torch.Tensor], folder: Path, max_shar
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"]["total_parameters"] = numel  # transformers counts no partitioned parameters
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _allow_as_usual(folder: Path) -> None:
+    """Let others read the files as the user's umask says: safetensors lets only the user read those that it writes."""
+    usual = folder / ".new"
+    usual.touch()
+    mode = stat.S_IMODE(usual.stat().st_mode)
+    usual.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def _gather(module: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:

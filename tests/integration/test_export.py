@@ -1,6 +1,7 @@
 """The exported folder is the trained model, bit for bit, after each block's update; it is there whole or not at all."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def export_after_each_block(
     engine, auto = make_engine(name, stage, weights)
     wrong: list[str] = []
     changed = []
+    umask = os.umask(0o027)  # others of the group may read
     before = whole_state(engine)
     for _ in engine.blocks:
         block = engine.active_block
@@ -120,10 +122,13 @@ def export_after_each_block(
                 for key, value in expected.items()
                 if found[key].dtype != value.dtype or not torch.equal(found[key], value)
             ]
+            modes = {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
+            wrong += [f"block {block}: {path} has mode {mode}" for path, mode in modes.items() if mode != "0o640"]
             if [p for p in folder.parent.iterdir() if p != folder]:
                 wrong.append(f"block {block}: something is left beside the folder")
         dist.barrier()
     engine.destroy()
+    os.umask(umask)
     return {"wrong": wrong, "changed": changed, "blocks": len(changed)}
 
 
