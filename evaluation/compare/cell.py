@@ -12,10 +12,12 @@ import functools
 import gc
 import math
 import statistics
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -25,6 +27,7 @@ from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.process_memory import peak_memory
+from hift_ds.evaluation.cost.spent import Spent, process_age
 from hift_ds.evaluation.report.resampling import bootstrap_scores, interval
 from hift_ds.evaluation.tasks import metrics
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
@@ -35,7 +38,7 @@ from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.callbacks.time_limit import TimeLimit
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.cuts import cut_of, lr_factor
-from hift_ds.launch.data.encoding import encode
+from hift_ds.launch.data.encoding import EvalExample, encode
 from hift_ds.launch.data.loading import Data
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.learning_rates import low_rate_warning
@@ -78,7 +81,10 @@ class Cells:
 
     def __init__(self, comparison: Comparison, machine: str, progress: Callable[[], object]):
         self.comparison, self.progress = comparison, progress
-        self.tokenizer = loading.load_tokenizer(comparison.model)
+        self.spent = Spent()  # of the next or present cell; of the first one with the start of the process
+        self.spent.add("start", process_age())
+        with self.spent.part("tokenizer"):
+            self.tokenizer = loading.load_tokenizer(comparison.model)
         self.versions = summary.versions()
         self.machine = machine
         rank0 = dist.get_rank() == 0  # copies on other machines may have additional files next to the weights
@@ -86,13 +92,14 @@ class Cells:
         self._loaded: dict[str, Any] = {}
         self._say = functools.cache(functools.partial(logs.say, dist.get_rank()))  # each note once, not for each cell
         self._plans: dict[Any, dict[str, int] | None] = {}
+        self._configs: dict[int | None, Any] = {}
+        self._encoded: dict[tuple[str, str], tuple[list[Any], dict[str, Any]]] = {}
         self.classifies = comparison.model.task == "sequence-classification"
 
     @functools.cached_property
     def _skeleton(self) -> Any:
         """The model on the meta device."""
-        config = loading.load_config(self.comparison.model, self.tokenizer, say=self._say)
-        return loading.skeleton(self.comparison.model, config)
+        return loading.skeleton(self.comparison.model, self._config(None))
 
     @functools.cached_property
     def _unreached(self) -> list[str]:
@@ -124,22 +131,32 @@ class Cells:
         Raises:
             NotApplicable: the method does not apply to the model or the task.
         """
-        world = dist.get_world_size()
+        try:
+            with self.spent.part("other"), freed():
+                outcome = self._run(row, task, data, budget, seed, rate, tune)
+            outcome.record["spent"] = {name: round(seconds, 3) for name, seconds in self.spent.seconds.items()}
+            return outcome
+        finally:
+            self.spent = Spent()
+
+    def _run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
+        world, spent = dist.get_world_size(), self.spent
         settings = self.comparison.run_settings(row, budget, seed, rate, world) if row.trained else None
         dtype = _dtype(row) if settings is None else settings.dtype
         if not self._made_anew:
             self._pretrained(dtype)  # load before memory is measured and random numbers are drawn
         seed_generators(seed)
-        engine, notes = None, list(data.report["notes"])
+        notes = list(data.report["notes"])
         shown = data.demonstrations(min(row.shots, len(data.train)), seed) if row.method == "icl" else []
         if row.method == "icl" and len(shown) < row.shots:
             notes.append(f"{row.label}: only {len(shown)} demonstrations, because there are no more training examples")
-        with contextlib.ExitStack() as measuring:
+        with contextlib.ExitStack() as engines, contextlib.ExitStack() as measuring:
             peak = measuring.enter_context(peak_memory())
             if settings is not None:
-                engine, measured, encoded = self._train(row, settings, task, data, budget)
+                engine, measured, encoded = self._train(row, settings, task, data, budget, engines)
                 measuring.close()  # the peak of training; methods without training report the peak of evaluation
-                measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
+                with spent.part("plan"):
+                    measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
                 if left_out := encoded["skipped_no_target"]:
                     length = self.comparison.data.max_length
                     notes.append(
@@ -152,19 +169,19 @@ class Cells:
             else:
                 measured, encoded = _untrained(), {"truncated": 0}
                 model = self._model(task, dtype).to(get_accelerator().current_device_name())
-            dev = self._predict(task, model, data.dev, shown) if tune and data.dev else None
-            tested = self._predict(task, model, data.test, shown)
-        total = sum(numel_of(p) for p in model.parameters())
-        if engine is not None:
-            engine.destroy()
-        del engine, model
-        gc.collect()
+            with spent.part("validation"):
+                dev = self._predict(task, model, data.dev, shown) if tune and data.dev else None
+            with spent.part("test"):
+                tested = self._predict(task, model, data.test, shown)
+            total = sum(numel_of(p) for p in model.parameters())
+        with spent.part("scores"):
+            scores = self._scores(task, data.test, tested.values)
         score = functools.partial(task.score, classified=self.classifies)
         record = {
             **_identity(row, task, budget, seed, self.comparison.model_name),
             "status": "ok",
             "reason": None,
-            **self._scores(task, data.test, tested.values),
+            **scores,
             **measured,
             "truncated": {"train": encoded["truncated"], "test": tested.truncated},
             "unanswered": task.unanswered(tested.values) if task.max_new_tokens and not self.classifies else None,
@@ -192,10 +209,24 @@ class Cells:
             return Outcome(record, -loss, loss)
         return Outcome(record, score(dev.values, data.dev)[task.metrics[0]], loss)
 
-    def not_run(self, row: Row, task: Task, budget: Budget, seed: int, status: str, reason: str) -> dict[str, Any]:
-        """Return the record of a cell without a result."""
+    def not_run(
+        self,
+        row: Row,
+        task: Task,
+        budget: Budget,
+        seed: int,
+        status: str,
+        reason: str,
+        out_of_memory: bool = False,
+    ) -> dict[str, Any]:
+        """Return the record of a cell without a result.
+
+        Args:
+            out_of_memory: see `ran_out_of_memory`. Such a cell may succeed when it has the device for itself.
+        """
         identity = _identity(row, task, budget, seed, self.comparison.model_name)
-        return {**identity, "status": status, "reason": reason, "versions": self.versions, "machine": self.machine}
+        told = {"status": status, "reason": reason, "out_of_memory": out_of_memory}
+        return {**identity, **told, "versions": self.versions, "machine": self.machine}
 
     def why_not(self, row: Row, task: Task) -> str | None:
         """Return why a method does not apply to a task with this kind of model, or None if it applies."""
@@ -208,23 +239,30 @@ class Cells:
         return None
 
     def _train(
-        self, row: Row, settings: Settings, task: Task, data: TaskData, budget: Budget
+        self,
+        row: Row,
+        settings: Settings,
+        task: Task,
+        data: TaskData,
+        budget: Budget,
+        engines: contextlib.ExitStack,
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` and `remarks`."""
-        rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
-        labels = list(task.labels) if self.classifies else None
-        length = self.comparison.data.max_length
-        examples, report = encode(
-            rows, self.tokenizer, labels=labels, template=False, question=False, max_length=length
-        )
-        if not examples:
-            raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
+        """Train, and return the engine, the measurements, and the counts of `encode` with `longest` and `remarks`.
+
+        Args:
+            engines: destroys the engine when it is closed.
+        """
+        spent = self.spent
+        with spent.part("encoding"):
+            examples, report = self._training_examples(task, data)
         model = self._model(task, settings.dtype)
-        blocks = find_blocks(settings, model)
-        ticks = schedule_ticks(settings, blocks)
-        settings = settings.for_model(model.config, ticks)
-        reach = check_reach(settings, blocks, model, self._unreached)
-        engine = make_engine(model, settings, lr_factor(settings, [cut_of(settings, len(blocks))]), self._unreached)
+        with spent.part("engine"):
+            blocks = find_blocks(settings, model)
+            ticks = schedule_ticks(settings, blocks)
+            settings = settings.for_model(model.config, ticks)
+            reach = check_reach(settings, blocks, model, self._unreached)
+            engine = make_engine(model, settings, lr_factor(settings, [cut_of(settings, len(blocks))]), self._unreached)
+            engines.push(functools.partial(_destroy, engine))
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
         callbacks = [
@@ -232,18 +270,31 @@ class Cells:
             SkippedSteps(engine, settings),
             TimeLimit(budget.seconds or math.inf),
         ]
-        with deterministic(settings.training.deterministic):
+        with deterministic(settings.training.deterministic), spent.part("around steps"):
             train(engine, only_train, self.tokenizer.pad_token_id, settings, callbacks)
+            spent.add("training", sum(record["seconds"] for record in recorder.records))
         warning = low_rate_warning(settings, ticks, cycle_steps(engine, settings) or 1)
         longest = max(len(one.input_ids) for one in examples)
         return engine, recorder.measured(), report | {"longest": longest, "remarks": [warning, reach]}
+
+    def _training_examples(self, task: Task, data: TaskData) -> tuple[list[EvalExample], dict[str, Any]]:
+        """Tokenize a training set, once for all methods and rates; return what `encode` returns."""
+        key = task.name, data.report["train"]["sha256"]
+        if key not in self._encoded:
+            rows = classification_rows(data.train) if self.classifies else training_rows(data.train)
+            labels, length = list(task.labels) if self.classifies else None, self.comparison.data.max_length
+            options: dict[str, Any] = {"labels": labels, "template": False, "question": False, "max_length": length}
+            examples, report = encode(rows, self.tokenizer, **options)
+            if not examples:
+                raise UserError(f"{task.name}: no training example has a trained token within data.max_length {length}")
+            self._encoded[key] = examples, report
+        return self._encoded[key]
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
         """Plan the memory for sequences of `length` tokens, once for each row, task and length, on rank 0."""
         key = (row.label, task.name, length)
         if key not in self._plans and dist.get_rank() == 0:
-            labels = len(task.labels) if self.classifies else None
-            config = loading.load_config(self.comparison.model, self.tokenizer, labels, self._say)
+            config = self._config(task)
             try:
                 self._plans[key] = planned_memory(settings, config, length, dist.get_world_size())
             except Exception as error:  # the finished training must not be lost
@@ -253,9 +304,8 @@ class Cells:
 
     def _model(self, task: Task, dtype: str) -> Any:
         """Return an untrained model; new weights are drawn from torch's generator."""
-        if self._made_anew:
-            return self._load(task, dtype)
-        return copy.deepcopy(self._pretrained(dtype))
+        with self.spent.part("model"):
+            return self._load(task, dtype) if self._made_anew else copy.deepcopy(self._pretrained(dtype))
 
     @property
     def _made_anew(self) -> bool:
@@ -265,13 +315,19 @@ class Cells:
     def _pretrained(self, dtype: str) -> Any:
         """Load the model once; runs train copies of it."""
         if dtype not in self._loaded:
-            self._loaded[dtype] = self._load(None, dtype)
+            with self.spent.part("weights"):
+                self._loaded[dtype] = self._load(None, dtype)
         return self._loaded[dtype]
 
     def _load(self, task: Task | None, dtype: str) -> Any:
+        return loading.load_model(self.comparison.model, self._config(task), dtype, self._say)
+
+    def _config(self, task: Task | None) -> Any:
+        """Return the model's configuration for a task. To read it from a GGUF file takes seconds."""
         labels = len(task.labels) if task is not None and self.classifies else None
-        config = loading.load_config(self.comparison.model, self.tokenizer, labels, self._say)
-        return loading.load_model(self.comparison.model, config, dtype, self._say)
+        if labels not in self._configs:
+            self._configs[labels] = loading.load_config(self.comparison.model, self.tokenizer, labels, self._say)
+        return copy.deepcopy(self._configs[labels])
 
     def _predict(
         self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
@@ -284,7 +340,8 @@ class Cells:
             return classify(task, model, self.tokenizer, examples, **options)
         found = predict(task, model, self.tokenizer, examples, demonstrations=shown, **options)
         if task.max_new_tokens:
-            found.losses = self._answer_losses(model, examples, shown)
+            with self.spent.part("answer losses"):
+                found.losses = self._answer_losses(model, examples, shown)
         return found
 
     def _answer_losses(self, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]) -> list[float]:
@@ -319,6 +376,48 @@ class Cells:
             "interval": list(interval(replicates)),
             "bootstrap": [round(value, 6) for value in replicates],
         }
+
+
+@contextlib.contextmanager
+def freed() -> Iterator[None]:
+    """Free the memory that a `with` block has taken on host and device, also if it fails: the next cell needs it.
+
+    The locals of a failed block's functions are cleared, because the traceback would keep them: engine, model, batch.
+    """
+    try:
+        yield
+    except BaseException as error:
+        for one in _chain(error):
+            traceback.clear_frames(one.__traceback__)
+        raise
+    finally:
+        gc.collect()
+        get_accelerator().empty_cache()
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error comes from a lack of memory on the device or the host."""
+    # Libraries of a device and torch's allocator of host memory have no error of their own for it.
+    signs = ("out of memory", "alloc_failed", "can't allocate memory")
+    return any(
+        isinstance(one, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(one, RuntimeError)
+        and any(sign in str(one).lower() for sign in signs)
+        for one in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it comes from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _destroy(engine: Any, kind: type[BaseException] | None, *_: object) -> None:
+    """Destroy an engine on the way out of a `with` block; if the block has failed, its error is the one to report."""
+    with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+        engine.destroy()
 
 
 class _Recorder(Callback):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from hift_ds.checkpoint.files import write_durably
 from hift_ds.checkpoint.lock import Lock
-from hift_ds.evaluation.compare.cell import Cells, Outcome
+from hift_ds.evaluation.compare.cell import Cells, Outcome, ran_out_of_memory
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row, TaskEntry, load_comparison
 from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.report.content import write_report
@@ -213,8 +213,8 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
     if known is not None and not (retry_failed and known["status"] == "failed"):
         return known | {"label": one.row.label, "budget": str(one.budget)}  # several rows may share a run
 
-    def not_run(status: str, reason: str) -> dict[str, Any]:
-        return cells.not_run(one.row, task, one.budget, one.seed, status, reason)
+    def not_run(status: str, reason: str, out_of_memory: bool = False) -> dict[str, Any]:
+        return cells.not_run(one.row, task, one.budget, one.seed, status, reason, out_of_memory)
 
     if (reason := cells.why_not(one.row, task)) is not None:
         run = not_run("not_applicable", reason)
@@ -237,7 +237,7 @@ def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed
 
 
 def _guarded(
-    run: Callable[[], Outcome], not_run: Callable[[str, str], dict[str, Any]], watch: RankWatch, name: str
+    run: Callable[[], Outcome], not_run: Callable[..., dict[str, Any]], watch: RankWatch, name: str
 ) -> dict[str, Any]:
     """Run a training and return its record, also if it fails.
 
@@ -257,10 +257,10 @@ def _guarded(
         if isinstance(error, NotApplicable):
             return not_run("not_applicable", str(error))
         if isinstance(error, UserError):
-            return not_run("failed", str(error))
+            return not_run("failed", str(error), ran_out_of_memory(error))
         print(credentials.redacted(traceback.format_exc()), file=sys.stderr, flush=True)
         reason = credentials.redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return not_run("failed", reason[:500])
+        return not_run("failed", reason[:500], ran_out_of_memory(error))
 
 
 def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -85,6 +85,18 @@ def test_every_method_has_a_result_or_a_reason(whole: tuple[Path, dict[str, Any]
     assert "44 cells ok, 0 not applicable, 0 failed" in result["printed"]
 
 
+def test_records_have_the_seconds_of_each_part(whole: tuple[Path, dict[str, Any]]) -> None:
+    """The first one also those of the start of the process."""
+    runs = lines(whole[0] / "runs.jsonl")
+    always = {"other", "test", "scores"}
+    for i, one in enumerate(runs):
+        parts = always | ({"start", "tokenizer"} if i == 0 else set()) | {"model", "validation"}
+        if one["method"] in TRAINED:
+            parts |= {"encoding", "engine", "training", "around steps", "plan"}
+        assert set(one["spent"]) == parts and all(0 <= seconds < 500 for seconds in one["spent"].values())
+        assert one["spent"].get("training", 0) == round(one["seconds"], 3)
+
+
 def test_the_report_is_there(whole: tuple[Path, dict[str, Any]]) -> None:
     out, _ = whole
     for name in ("report.md", "report.html"):
@@ -422,13 +434,16 @@ def test_with_one_rate_nothing_is_tuned(whole: tuple[Path, dict[str, Any]]) -> N
 
 
 def test_a_failing_cell_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+    """Nor does it keep its engine and its model from being freed."""
     argv = arguments(data, tmp_path, "methods=[full, lora, zero-shot]", "tasks=[sst2]")
     result = once(argv, broken="lora")
-    assert result["code"] == 1 and "Traceback" in result["printed"]
+    assert result["code"] == 1 and "Traceback" in result["printed"] and result["failed"] == 2
     found = cells_of(tmp_path)
     assert [one["status"] for one in found.values()] == ["ok", "failed", "ok"]
-    assert found["lora", "sst2"]["reason"] == "RuntimeError: out of memory"
-    assert "1 failed" in result["printed"] and "RuntimeError: out of memory" in (tmp_path / "report.md").read_text()
+    assert (
+        found["lora", "sst2"]["reason"] == "OutOfMemoryError: out of memory" and found["lora", "sst2"]["out_of_memory"]
+    )
+    assert "1 failed" in result["printed"] and "OutOfMemoryError: out of memory" in (tmp_path / "report.md").read_text()
     result = once(argv)
     assert result["code"] == 1 and result["ran"] == []
     result = once([*argv, "--retry-failed"])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from unittest import mock
 import torch
 
 from hift_ds.evaluation.report.results import read_results
+from hift_ds.launch.callbacks.callback import Callback
 from tests import ENVIRONMENT
 from tests.support.data_fixtures import write_jsonl
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_on_ranks
 
 TINY = str(REPOSITORY / "configs" / "compare_tiny.yaml")
-WALL = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory")
+WALL = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory", "spent")
 MEZO = ("mezo", "mezo-adam", "mezo-lora", "mezo-prefix")
 FEW = "methods=[zero-shot, full, hift, {name: mezo, learning_rates: [1e-6]}]"
 
@@ -82,26 +84,36 @@ def compare(argv: Sequence[str], broken: str | None = None) -> dict[str, Any]:
     """Run the command line on this rank; its exit code, what it printed, what it ran, and test examples in training.
 
     Args:
-        broken: a method whose engine cannot be made.
+        broken: a method that runs out of memory after its first step.
     """
     from hift_ds.evaluation.compare import cell, command
 
-    run, make_engine = cell.Cells.run, cell.make_engine
+    run, make_engine, train = cell.Cells.run, cell.make_engine, cell.train
     ran: list[Any] = []
     leaked: set[str] = set()
+    failed: list[weakref.ref[Any]] = []  # engines and models of the method `broken`
 
     def spy(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
+        assert not any(one() for one in failed)
         ran.append((row.label, task.name, *rest))
         tested = {one.fingerprint for one in data.test}
         leaked.update(tested & {one.fingerprint for one in (*data.train, *data.dev)})
         return run(cells, row, task, data, budget, *rest)
 
-    def engine_of(model: Any, settings: Any, *rest: Any) -> Any:
+    def failing(engine: Any, data: Any, padding: int, settings: Any, callbacks: Any) -> None:
         if settings.method.name == broken:
-            raise RuntimeError("out of\nmemory")
-        return make_engine(model, settings, *rest)
+            failed.extend((weakref.ref(engine), weakref.ref(engine.module)))
+            callbacks = [*callbacks, mock.Mock(spec=Callback, contribution=lambda number: 0.0, after_step=exhausted)]
+        train(engine, data, padding, settings, callbacks)
 
-    return _recorded(command, argv, ran, spy, engine_of) | {"leaked": leaked}
+    with mock.patch.object(cell, "train", failing) if broken else contextlib.nullcontext():
+        found = _recorded(command, argv, ran, spy, make_engine)
+    assert not any(one() for one in failed)
+    return found | {"leaked": leaked, "failed": len(failed)}
+
+
+def exhausted(*_: Any) -> bool:
+    raise torch.OutOfMemoryError("out of\nmemory")
 
 
 def fabricated(argv: Sequence[str], template: dict[str, Any], dev: dict[float, float]) -> dict[str, Any]:
