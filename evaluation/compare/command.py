@@ -115,6 +115,8 @@ class Runs:
 def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
     """Run what is missing, and return the records of all cells in the order of the settings."""
     world, remedy = dist.get_world_size(), "The same command continues with what is missing."
+    for note in comparison.notes:
+        logs.say(rank, note)
     watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
     runs = Runs(comparison.folder, rank)
     if runs.done:
@@ -284,13 +286,13 @@ def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[i
     Raises:
         UserError: with the problems of all tasks.
     """
-    data, problems = comparison.data, []
+    problems = []
     loaded: list[dict[int, TaskData]] = []
-    sizes = {name: getattr(data, name) for name in ("train_examples", "dev_examples", "test_examples", "k_shot")}
     for entry in comparison.tasks:
         by_seed = {}
         try:
             for seed in comparison.seeds:
+                sizes = comparison.sizes(entry)
                 by_seed[seed] = load_task(entry.task, entry.path, revision=entry.revision, seed=seed, **sizes)
                 progress()
             loaded.append(by_seed)

@@ -3,7 +3,8 @@
 title, model_name: the report's title and its name for the model
 model:        as in the YAML of a training run
 data:         {path, train_examples, dev_examples, test_examples, k_shot, max_length}
-tasks:        [yes-no, sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub}]
+tasks:        [yes-no, sst2, {name: rte, path: folder}, {name: trec, revision: a commit on the Hub},
+               {name: gsm8k, test_examples: 200}, {name: boolq, optional: true}]
 methods:      [full, {name: hift, label: "HiFT, m = 4", deepspeed: {hift: {layers_per_block: 4}}}]
 seeds:        [0, 1, 2]
 budgets:      [{samples: 1024}, {seconds: 60}]      the training budgets; each cell runs once with each
@@ -18,12 +19,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hift_ds import paths
 from hift_ds.evaluation.tasks.catalog import GLUE, WITHOUT_DATA, Task, find_task
+from hift_ds.evaluation.tasks.loading import lacking
 from hift_ds.launch.config.checking import build, not_storable, problem_list, setting
 from hift_ds.launch.config.library_checks import library_problems
 from hift_ds.launch.config.reading import read_yaml, source
@@ -34,6 +36,7 @@ from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
 UNLIMITED = 10**9  # steps for a budget in seconds
+SIZES = ("train_examples", "dev_examples", "test_examples")
 ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
 SECTIONS = (
     "title", "model", "model_name", "data", "tasks", "methods", "seeds", "budgets", "learning_rates", "training",
@@ -80,6 +83,7 @@ class TaskEntry:
     task: Task
     path: str | None
     revision: str | None = None  # on the Hub
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of its sets, instead of those of `data`
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Comparison:
     logging: LoggingSettings
     folder: Path
     base: dict[str, Any]  # the sections model and logging of each run
+    notes: list[str]  # sentences for the user, such as which tasks are left out
 
     @property
     def rank_timeout(self) -> float:
@@ -136,6 +141,10 @@ class Comparison:
         default = TrainingSettings.rank_timeout
         rows = [row.sections["training"] for row in self.rows if row.trained]
         return max((training.get("rank_timeout", default) for training in rows), default=default)
+
+    def sizes(self, entry: TaskEntry) -> dict[str, int | None]:
+        """Return the sizes of a task's sets, for `load_task`."""
+        return {key: getattr(self.data, key) for key in (*SIZES, "k_shot")} | dict(entry.sizes)
 
     def run_settings(self, row: Row, budget: Budget, seed: int, learning_rate: float, world_size: int) -> Settings:
         """Return the settings of one training, which `load_comparison` has checked."""
@@ -161,11 +170,14 @@ class Comparison:
             "model": asdict(self.model),
             "model_name": self.model_name,
             "data": asdict(self.data),
-            "tasks": [{"name": one.task.name, "path": one.path, "revision": one.revision} for one in self.tasks],
+            "tasks": [
+                {"name": one.task.name, "path": one.path, "revision": one.revision, **one.sizes} for one in self.tasks
+            ],
             "rows": [asdict(row) for row in self.rows],
             "seeds": self.seeds,
             "budgets": [str(one) for one in self.budgets],
             "evaluation": asdict(self.evaluation),
+            "notes": self.notes,
         }
 
 
@@ -197,12 +209,13 @@ def load_comparison(
     problems += output_problems(output.dir, "runs/compare")
     seeds = _numbers(raw, "seeds", [0], int, 0, problems)
     model = build(ModelSettings, raw.get("model") or {}, "model", problems)
+    notes: list[str] = []
     comparison = Comparison(
         title=str(raw.get("title") or f"Comparison of fine-tuning methods ({Path(path).stem})"),
         model=model,
         model_name=str(raw.get("model_name") or model.describe()),
         data=data,
-        tasks=_tasks(raw, data, problems),
+        tasks=_tasks(raw, data, problems, notes),
         rows=_only(_rows(raw, problems), only, problems),
         seeds=seeds,
         budgets=_budgets(raw, problems),
@@ -210,6 +223,7 @@ def load_comparison(
         logging=build(LoggingSettings, raw.get("logging") or {}, "logging", problems),
         folder=Path(os.path.expanduser(str(output.dir))),
         base={key: raw[key] for key in ("model", "logging") if raw.get(key)},
+        notes=notes,
     )
     problems += _problems_together(comparison)
     if not problems:
@@ -221,47 +235,79 @@ def load_comparison(
     return comparison
 
 
-def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str]) -> list[TaskEntry]:
-    found = []
+def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str], notes: list[str]) -> list[TaskEntry]:
+    found: list[TaskEntry] = []
+    missing: list[str] = []  # optional tasks without data
+    names: list[str] = []
     for given in _listed(raw, "tasks", problems):
         entry = {"name": given} if isinstance(given, str) else given
-        known = {"name", "path", "revision"}
-        good = isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and not set(entry) - known
-        if not good or not all(isinstance(entry.get(key), (str, type(None))) for key in known):
-            problems.append(f"tasks: got {given!r}; expected a task's name, or {{name: ..., path: ..., revision: ...}}")
+        if not _is_task(entry):
+            problems.append(
+                f"tasks: got {given!r}; expected a task's name, or {{name: ..., path: ..., revision: ..., "
+                f"optional: true, {': ..., '.join(SIZES)}: ...}}"
+            )
             continue
         try:
             task = find_task(entry["name"])
         except UserError as error:
             problems.append(f"tasks: {error}")
             continue
+        names.append(task.name)
+        own: list[str] = []
+        sizes = _sizes(entry, data, f"tasks: {task.name}", own)
         revision = entry.get("revision")
+        path = entry.get("path") or _folder_of(task, data.path)
         if task.built_in:
-            problems += [
+            path = None
+            own += [
                 f"tasks: {task.name}: {key}: {entry[key]!r} is not used, because this task is built in; remove it"
-                for key in ("path", "revision")
+                for key in ("path", "revision", "optional")
                 if entry.get(key) is not None
             ]
-            found.append(TaskEntry(task, None))
+        elif path is not None and (reason := paths.fault(path, reads=True)):
+            own.append(f"tasks: {task.name}: {reason}")
+        elif path is not None and entry.get("optional") and (reason := lacking(task, path)):
+            missing.append(f"{task.name} is left out, because {reason}")
             continue
-        path = entry.get("path") or _folder_of(task, data.path)
-        if path is not None and (reason := paths.fault(path, reads=True)):
-            problems.append(f"tasks: {task.name}: {reason}")
         elif path is not None and not Path(path).expanduser().exists():
             glue = (
                 f"; {Path(path).parent / 'glue'} does not, either"
                 if task.data == GLUE and not entry.get("path")
                 else ""
             )
-            problems.append(
-                f"tasks: {task.name}: its folder {path!r} does not exist{looked_in(path)}{glue}; {WITHOUT_DATA}"
-            )
+            own.append(f"tasks: {task.name}: its folder {path!r} does not exist{looked_in(path)}{glue}; {WITHOUT_DATA}")
         if path is not None and revision is not None:
-            problems.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
-        found.append(TaskEntry(task, path, revision))
-    names = [one.task.name for one in found]
+            own.append(f"tasks: {task.name}: revision: {revision!r} is for sets from the Hub; remove it")
+        problems += own
+        found.append(TaskEntry(task, path, revision, sizes))
     problems += [f"tasks: {name} is listed twice; remove one" for name in sorted(set(names)) if names.count(name) > 1]
+    if missing and not found:
+        problems.append(f"tasks: no task is left: {'; '.join(missing)}; {WITHOUT_DATA}")
+    notes += missing
     return found
+
+
+def _is_task(entry: Any) -> bool:
+    kinds = {"name": str, "path": (str, type(None)), "revision": (str, type(None)), "optional": bool}
+    return (
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("name"), str)
+        and set(entry) <= {*kinds, *SIZES}
+        and all(isinstance(entry[key], kind) for key, kind in kinds.items() if key in entry)
+    )
+
+
+def _sizes(entry: Mapping[str, Any], data: DataSettings, where: str, problems: list[str]) -> dict[str, int]:
+    """Return a task's own sizes, which have the bounds of those in `data`."""
+    given = {key: entry[key] for key in SIZES if key in entry}
+    built = build(DataSettings, given, where, problems)
+    if data.k_shot is not None:
+        problems += [
+            f"{where}.{key}: {given[key]!r} is not used with data.k_shot; remove one of them"
+            for key in ("train_examples", "dev_examples")
+            if given.get(key)
+        ]
+    return {key: getattr(built, key) for key in given}
 
 
 def _folder_of(task: Task, path: str | None) -> str | None:
@@ -353,9 +399,11 @@ def _problems_together(comparison: Comparison) -> list[str]:
     if len(grids) > 1:
         sizes = ", ".join(f"{row.label} {len(row.learning_rates)}" for row in comparison.rows if row.trained)
         found.append(f"learning_rates: every method must choose among the same number of rates; these have {sizes}")
-    if max(grids, default=1) > 1 and comparison.data.dev_examples == 0:
+    none = [one.task.name for one in comparison.tasks if comparison.sizes(one)["dev_examples"] == 0]
+    if max(grids, default=1) > 1 and none:
         found.append(
-            "data.dev_examples: 0, but these examples decide the learning rate; raise it, or give one learning rate"
+            f"data.dev_examples: 0 ({', '.join(none)}), but these examples decide the learning rate; raise it, or give "
+            "one learning rate"
         )
     without = [one.task.name for one in comparison.tasks if not one.task.has_classes]
     if comparison.data.k_shot is not None and without:

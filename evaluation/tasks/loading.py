@@ -7,22 +7,23 @@ readers of launch/data read the files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hift_ds.checkpoint.files import sha256_of
 from hift_ds.evaluation.tasks.catalog import WITHOUT_DATA, Task, TaskExample, content_hash
-from hift_ds.evaluation.tasks.publishers import find_published
+from hift_ds.evaluation.tasks.publishers import PUBLISHERS, find_published
 from hift_ds.evaluation.tasks.sampling import SETS, divide, draw, merged, of_each_class, shares_of
 from hift_ds.launch.data.built_in import MAX_PROBLEMS, built_in_rows
 from hift_ds.launch.data.encoding import as_question, spaced
 from hift_ds.launch.data.formats import SOLUTION_TASKS, converter, flatten
-from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, find_files, open_hub, read_file
+from hift_ds.launch.data.sources import FILE_KINDS, PUBLISHED, Row, eval_splits, find_files, open_hub, read_file
 from hift_ds.launch.errors import UserError, looked_in
 
 SEPARATOR = "\n\n"  # between demonstrations, as in MeZO
@@ -219,14 +220,28 @@ def read_task(
             return {"train": [], "eval": []} | {part: list(split.read()) for part, split in splits.items()}, {}
         except UserError as error:
             raise UserError(f"{error}; {WITHOUT_DATA}") from error
+    read, parts = find_parts(task, path, test_split)
+    rows: dict[str, list[Row]] = {"train": [], "eval": []}
+    for part, files in parts.items():
+        for file in files:
+            rows[part] += read(file)
+    return rows, {str(file): sha256_of(file) for files in parts.values() for file in files}
+
+
+def find_parts(
+    task: Task, path: str, test_split: str | None = None
+) -> tuple[Callable[[Path], Iterable[Row]], dict[str, list[Path]]]:
+    """Return the function that reads a file of a task's folder, and the files of "train" and, if any, of "eval".
+
+    Raises:
+        UserError: there is no such folder, or it has no training file.
+    """
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{task.name}: {path!r} does not exist{looked_in(path)}")
     published = find_published(task, place, test_split)
     if published is not None:
-        read, parts = published
-        found_rows = {part: read(file) for part, file in parts.items()}
-        return {"eval": [], **found_rows}, {str(file): sha256_of(file) for file in parts.values()}
+        return published[0], {part: [file] for part, file in published[1].items()}
     kind, train, own = task.data, "train", task.test_split
     if kind not in PUBLISHED:
         files = {one.name for one in ([place] if place.is_file() else place.iterdir())}
@@ -240,11 +255,22 @@ def read_task(
         if test_split is not None or own is None:
             raise
         found = find_files(kind, path, train, None, None)  # the task's test split does not exist
-    rows: dict[str, list[Row]] = {"train": [], "eval": []}
-    for part, paths in found.items():
-        for one in paths:
-            rows[part] += read_file(one, kind)
-    return rows, {str(one): sha256_of(one) for paths in found.values() for one in paths}
+    return functools.partial(read_file, name=kind), found
+
+
+def lacking(task: Task, path: str) -> str | None:
+    """Return what a folder lacks of a task's training and held-out files, or None if it has both."""
+    try:
+        _, parts = find_parts(task, path)
+    except UserError as error:
+        return str(error)
+    if "eval" in parts:
+        return None
+    there = parts["train"][0]
+    publishers = [files.splits for files in PUBLISHERS.get(task.name, ()) if files.splits["train"] == there.name]
+    names = [name for splits in publishers for split, name in splits.items() if split != "train"]
+    names = names or [f"{split}{there.suffix}" for split in eval_splits(task.data, None)]
+    return f"{there.parent} has {there.name}, but no {' or '.join(names)}"
 
 
 def _examples(task: Task, rows: Sequence[Row]) -> list[TaskExample | None]:

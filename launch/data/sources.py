@@ -75,7 +75,7 @@ def find_files(
     held_out = place if eval_path is None else Path(eval_path).expanduser()
     trained = {one.resolve() for one in found["train"]}
     if held_out.is_dir():
-        for candidate in _eval_splits(name, eval_split):
+        for candidate in eval_splits(name, eval_split):
             files = _split_files(held_out, candidate, suffixes)
             if trained.isdisjoint(one.resolve() for one in files):
                 if files:
@@ -119,7 +119,8 @@ def _spellings(split: str) -> tuple[str, ...]:
     return (split, *VALIDATION) if split in VALIDATION else (split,)
 
 
-def _eval_splits(name: str, eval_split: str | None) -> tuple[str, ...]:
+def eval_splits(name: str, eval_split: str | None) -> tuple[str, ...]:
+    """Return the names of the splits that may be held out, in the order in which they are looked for."""
     if eval_split is not None:
         return (eval_split,)
     # The test splits of SST-2 and SuperGLUE are published without labels.
@@ -391,7 +392,7 @@ def open_hub(
     trained: str | None = None  # the split to train on
     for part, key, asked, wanted in (
         ("train", "split", split, (split,)),
-        ("eval", "eval_split", eval_split, _eval_splits(name.lower(), eval_split)),
+        ("eval", "eval_split", eval_split, eval_splits(name.lower(), eval_split)),
     ):
         present = [spelling for one in wanted for spelling in _spellings(one) if spelling in loaded]
         if asked is None:

@@ -164,7 +164,7 @@ def test_shipped_comparisons_have_plans_for_the_planner_s_methods() -> None:
     smollm2 = load_config("smollm2-135m")
     smollm2.num_hidden_layers = 8
     smollm2.layer_types = smollm2.layer_types[:8] if getattr(smollm2, "layer_types", None) else None
-    for path in sorted((REPOSITORY / "configs").glob("compare_smollm2*.yaml")):
+    for path in sorted((REPOSITORY / "configs").glob("*_smollm2*.yaml")):
         overrides = ["data.path=null", "tasks=[rte]"]
         comparison = load_comparison(str(path), overrides)
         for row in comparison.rows:

@@ -105,6 +105,20 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "batch size": (["training.batch_size=eight"], "training.batch_size: got 'eight'"),
     "no batch": (["training.batch_size=0"], "training.batch_size: got 0"),
     "path": (["tasks=[{name: rte, path: 3}]"], "tasks: got {'name': 'rte', 'path': 3}"),
+    "task's size": (
+        ["tasks=[{name: rte, test_examples: 0}, {name: sst2, dev_examples: some}]"],
+        "tasks: rte.test_examples: got 0",
+    ),
+    "task's size of shots": (
+        ["tasks=[{name: rte, train_examples: 8}]", "data.k_shot=4"],
+        "is not used with data.k_shot",
+    ),
+    "nothing to choose by on one task": (
+        ["learning_rates=[1e-3, 1e-4]", "methods=[full]", "tasks=[sst2, {name: rte, dev_examples: 0}]"],
+        "data.dev_examples: 0 (rte), but these examples decide",
+    ),
+    "optional": (["tasks=[{name: rte, optional: perhaps}]"], "tasks: got {'name': 'rte', 'optional': 'perhaps'}"),
+    "built in and optional": (["tasks=[{name: yes-no, optional: true}]"], "optional: True is not used"),
     "built in": (
         ["tasks=[{name: yes-no, path: x}]"],
         "tasks: yes-no: path: 'x' is not used, because this task is built",
@@ -124,15 +138,67 @@ def test_what_is_wrong_is_said(case: str, data: Path) -> None:
     assert expected in problems(data, *overrides)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("compare_*.yaml")), ids=lambda path: path.stem)
+SHIPPED = [path for kind in ("compare", "gpu") for path in sorted((REPOSITORY / "configs").glob(f"{kind}_*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_settings_hold_together(path: Path, data: Path) -> None:
-    comparison = load_comparison(str(path), [f"data.path={data}"])
+    given = [f"data.path={data}"]
+    if path.stem == "gpu_1b":  # the user's model
+        given += ["model.name_or_path=null", "model.config={model_type: llama}", "model.tokenizer=byte"]
+    comparison = load_comparison(str(path), given)
     assert comparison.rows and comparison.tasks and comparison.budgets
     for row in comparison.rows:
         for budget in comparison.budgets if row.trained else ():
             for rate in row.learning_rates:
                 settings = comparison.run_settings(row, budget, comparison.seeds[-1], rate, 1)
                 assert settings.training.learning_rate == rate and settings.method.name == row.method
+
+
+GPU = [path for path in SHIPPED if path.stem.startswith("gpu")]
+
+
+@pytest.mark.parametrize("path", GPU, ids=lambda path: path.stem)
+def test_a_gpu_s_settings_name_their_command_and_that_they_were_not_run(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").partition("\ntitle:")[0]
+    assert "make gpu-compare " in header and f"evaluation.compare --config configs/{path.name}" in header
+    assert "Not run" in header
+
+
+def test_a_task_may_be_optional(data: Path) -> None:
+    """BoolQ has no held-out file here, WiC no folder, and RTE both files."""
+    for name, files in (("BoolQ", ["train.jsonl"]), ("RTE", ["train.jsonl", "val.jsonl"])):
+        (data / "superglue" / name).mkdir()
+        for file in files:
+            (data / "superglue" / name / file).write_text("{}\n")
+    optional = "[sst2, {name: boolq, optional: true}, {name: wic, optional: true}, {name: rte, optional: true}]"
+    comparison = load_comparison(TINY, [f"data.path={data}", f"tasks={optional}"])
+    assert [one.task.name for one in comparison.tasks] == ["sst2", "rte"]
+    boolq, wic = comparison.notes
+    assert boolq.startswith(f"boolq is left out, because {data}/superglue/BoolQ has train.jsonl, but no ")
+    assert "val.jsonl" in boolq and "test.jsonl" not in boolq  # SuperGLUE's test rows have no labels
+    assert wic.startswith("wic is left out, because ") and "no file train" in wic
+    assert comparison.as_dict()["notes"] == comparison.notes
+
+
+def test_a_publisher_s_held_out_file_is_named_as_it_is_published(data: Path) -> None:
+    (data / "snli").mkdir()
+    (data / "snli" / "snli_1.0_train.jsonl").write_text("{}\n")
+    (note,) = load_comparison(TINY, [f"data.path={data}", "tasks=[sst2, {name: snli, optional: true}]"]).notes
+    assert note.endswith("has snli_1.0_train.jsonl, but no snli_1.0_dev.jsonl or snli_1.0_test.jsonl")
+
+
+def test_some_task_must_have_data(data: Path) -> None:
+    text = problems(data, "tasks=[{name: wic, optional: true}]")
+    assert "tasks: no task is left: wic is left out" in text and "arithmetic and yes-no are built in" in text
+
+
+def test_a_task_has_its_own_sizes(data: Path) -> None:
+    tasks = "[sst2, {name: gsm8k, test_examples: 24, dev_examples: 0}]"
+    comparison = load_comparison(TINY, [f"data.path={data}", f"tasks={tasks}"])
+    sst2, gsm8k = map(comparison.sizes, comparison.tasks)
+    assert sst2 == {"train_examples": 16, "dev_examples": 8, "test_examples": 8, "k_shot": None}
+    assert gsm8k == sst2 | {"test_examples": 24, "dev_examples": 0}
 
 
 def test_built_in_tasks_need_no_path() -> None:
