@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
 UNLIMITED = 10**9  # steps for a budget in seconds
+DRY_STEPS, DRY_EXAMPLES = 2, 4  # of each training, and of each evaluation, in a dry run
 SIZES = ("train_examples", "dev_examples", "test_examples")
 ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
 SECTIONS = (
@@ -92,13 +93,14 @@ class Budget:
 
     samples: int | None = None
     seconds: float | None = None
+    at_most: int = UNLIMITED  # steps of any training; lower in a dry run
 
     def __str__(self) -> str:
         return f"{self.samples} samples" if self.samples else f"{self.seconds:g} s"
 
     def steps(self, batch_size: int) -> int:
         """Return the number of optimizer steps; practically unlimited for a budget in seconds."""
-        return math.ceil(self.samples / batch_size) if self.samples else UNLIMITED
+        return min(self.at_most, math.ceil(self.samples / batch_size)) if self.samples else self.at_most
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Comparison:
         rows = [row.sections["training"] for row in self.rows if row.trained]
         return max((training.get("rank_timeout", default) for training in rows), default=default)
 
-    def sizes(self, entry: TaskEntry) -> dict[str, int | None]:
+    def sizes(self, entry: TaskEntry) -> dict[str, Any]:
         """Return the sizes of a task's sets, for `load_task`."""
         return {key: getattr(self.data, key) for key in (*SIZES, "k_shot")} | dict(entry.sizes)
 
@@ -235,6 +237,32 @@ def load_comparison(
     return comparison
 
 
+def dry(comparison: Comparison, folder: Path) -> Comparison:
+    """Return the first steps of every cell: what would fail in a comparison fails in them, in a small part of its time.
+
+    Each row runs on each task with each budget, with the real model and training data, the first seed and the first
+    learning rate. A training ends after two steps, so that HiFT trains two blocks, and its evaluations have a few
+    examples.
+
+    Args:
+        folder: where the records and the report are written.
+    """
+    few: dict[str, Any] = dict.fromkeys(("dev_examples", "test_examples"), DRY_EXAMPLES)
+    return replace(
+        comparison,
+        title=f"{comparison.title}: dry run",
+        data=replace(comparison.data, **few),
+        tasks=[replace(one, sizes={k: v for k, v in one.sizes.items() if k not in few}) for one in comparison.tasks],
+        rows=[replace(row, learning_rates=row.learning_rates[:1]) for row in comparison.rows],
+        seeds=comparison.seeds[:1],
+        budgets=[replace(one, at_most=DRY_STEPS) for one in comparison.budgets],
+        evaluation=replace(comparison.evaluation, bootstrap=50),
+        logging=replace(comparison.logging, wandb="off"),
+        folder=folder,
+        base={key: value for key, value in comparison.base.items() if key != "logging"},
+    )
+
+
 def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str], notes: list[str]) -> list[TaskEntry]:
     found: list[TaskEntry] = []
     missing: list[str] = []  # optional tasks without data
@@ -288,7 +316,7 @@ def _tasks(raw: Mapping[str, Any], data: DataSettings, problems: list[str], note
 
 
 def _is_task(entry: Any) -> bool:
-    kinds = {"name": str, "path": (str, type(None)), "revision": (str, type(None)), "optional": bool}
+    kinds: dict[str, Any] = {"name": str, "path": (str, type(None)), "revision": (str, type(None)), "optional": bool}
     return (
         isinstance(entry, Mapping)
         and isinstance(entry.get("name"), str)

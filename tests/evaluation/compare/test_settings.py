@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hift_ds.evaluation.compare.settings import load_comparison
+from hift_ds.evaluation.compare.settings import dry, load_comparison
 from hift_ds.launch.errors import UserError
 from tests.support.paths import REPOSITORY
 
@@ -223,3 +223,35 @@ def test_only_some_rows_with_all_that_is_theirs(data: Path) -> None:
     assert all(row in every for row in some)
     with pytest.raises(UserError, match=r"--only: 'lorra' is neither the label .* did you mean 'lora'\?"):
         load_comparison(TINY, given, only=["lorra", "full"])
+
+
+def test_a_dry_run_has_the_first_steps_of_every_cell(data: Path, tmp_path: Path) -> None:
+    """Rows with batches of 8 and 2: each takes two steps, with either budget."""
+    given = [
+        f"data.path={data}",
+        "tasks=[sst2, {name: gsm8k, test_examples: 50, train_examples: 30}]",
+        "methods=[zero-shot, full, {name: hift, training: {batch_size: 2}}]",
+        "learning_rates=[1e-3, 1e-4]",
+        "seeds=[7, 8]",
+        "budgets=[{samples: 64}, {seconds: 60}]",
+        "data.dev_examples=500",
+        "logging.wandb=offline",
+    ]
+    whole = load_comparison(TINY, given)
+    small = dry(whole, tmp_path / "aside")
+    assert [str(one) for one in small.budgets] == ["64 samples", "60 s"] and small.seeds == [7]
+    assert [row.learning_rates for row in small.rows] == [(0.0,), (1e-3,), (1e-3,)]
+    for row in small.rows[1:]:
+        for budget in small.budgets:
+            settings = small.run_settings(row, budget, 7, 1e-3, 1)
+            assert settings.training.max_steps == 2 and settings.logging.wandb == "off"
+            assert settings.output.dir == str(tmp_path / "aside")
+    assert [small.sizes(one)["test_examples"] for one in small.tasks] == [4, 4]
+    assert [small.sizes(one)["dev_examples"] for one in small.tasks] == [4, 4]
+    assert [small.sizes(one)["train_examples"] for one in small.tasks] == [16, 30]
+    assert small.logging.wandb == "off" and whole.logging.wandb == "offline" and small.folder == tmp_path / "aside"
+
+
+def test_a_small_budget_stays_small_in_a_dry_run(data: Path, tmp_path: Path) -> None:
+    small = dry(load_comparison(TINY, [f"data.path={data}", "budgets=[{samples: 8}]"]), tmp_path)
+    assert small.budgets[0].steps(8) == 1
