@@ -1,10 +1,12 @@
 """Write the report of a comparison of fine-tuning methods: tables and pictures, as Markdown and as one HTML file.
 
-    python -m evaluation.report OUT [--add FOLDER...] [--verdicts verdicts.jsonl] [--title TITLE] [--wandb offline]
+    python -m evaluation.report OUT [--add FOLDER...] [--join-budgets] [--title TITLE]
+        [--verdicts verdicts.jsonl] [--wandb offline]
 
 OUT is a folder with results.jsonl. The command writes report.md, report.html and plots/ into it. --add first copies the
-cells of other comparisons into OUT/results.jsonl, e.g. seeds or tasks that ran on another machine. The default title is
-the title of the comparison; it is also the name of the group of runs at Weights & Biases.
+cells of other comparisons into OUT/results.jsonl, e.g. seeds or tasks that ran on another machine. --join-budgets shows
+tasks with budgets of their own side by side. The default title is the title of the comparison; it is also the name of
+the group of runs at Weights & Biases.
 """
 
 from __future__ import annotations
@@ -48,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--add", nargs="+", type=paths.to_read, metavar="FOLDER", help=f"first copy the cells of its {RESULTS} into OUT"
     )
     parser.add_argument(
+        "--join-budgets",
+        action="store_true",
+        help="count a model's budgets in samples as one, and those in seconds as one",
+    )
+    parser.add_argument(
         "--verdicts", type=paths.to_read, metavar="FILE", help="verdicts of MT-Bench, written by evaluation.mt_bench"
     )
     parser.add_argument("--title", help=f"default: the title of the comparison, or {TITLE!r}")
@@ -60,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.add:
             results.add_cells(options.out, options.add)
         found = results.read_results(options.out / RESULTS)
+        if options.join_budgets:
+            found = results.with_joined_budgets(found)
         judged = read_verdicts(options.verdicts) if options.verdicts else None
         title = options.title or _title(options.out)
         write_report(found, options.out, title, verdicts=judged)

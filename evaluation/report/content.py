@@ -1,4 +1,4 @@
-"""The contents of a report: header, a section for each model and budget, MT-Bench, and the paper's own tables."""
+"""The contents of a report: an overview, what was run, each model and budget, MT-Bench, and the paper's own tables."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.mt_bench.questions import PAIRWISE, SINGLE
 from hift_ds.evaluation.mt_bench.verdicts import TOTAL, summarize
-from hift_ds.evaluation.report import paper, plots, results, tables
+from hift_ds.evaluation.report import glance, glance_picture, paper, plots, results, tables
 from hift_ds.evaluation.report.document import Heading, Items, Paragraph, Part, Picture, Table, as_html, markdown
 from hift_ds.evaluation.report.results import OK, Section, as_text, tried_rates
 from hift_ds.evaluation.report.tables import NOTHING, joined
 from hift_ds.launch.errors import UserError
 
+MEASURED = "measured"  # of the field `seconds_are`
+
 
 def write_report(records: list[Record], folder: Path, title: str, *, verdicts: list[Record] | None = None) -> None:
     """Write report.md, report.html (one file with its pictures) and plots/*.png into `folder`.
 
-    Older pictures in plots/ are deleted.
+    Older pictures in plots/ are deleted. Cells of the plan in `folder` that have no record yet are said to be missing.
 
     Args:
         records: the cells of a comparison, see results.py.
@@ -28,7 +30,7 @@ def write_report(records: list[Record], folder: Path, title: str, *, verdicts: l
     Raises:
         UserError: a record lacks a field, or the folder cannot be written.
     """
-    sections = results.arrange(results.checked(records))
+    sections = results.arrange(results.checked(records), results.read_plan(folder))
     summary = summarize(verdicts or ())
     try:
         drawn, radars = _draw(sections, summary, folder)
@@ -48,7 +50,15 @@ def _draw(
         old.unlink()
     labels = [label for method in _ordered(sections) for label in method]
     styles = plots.make_styles([*labels, *(one["model"] for one in summary[SINGLE])])
-    drawn = [plots.draw_section(number, section, styles, folder) for number, section in enumerate(sections, 1)]
+    drawn = []
+    for number, section in enumerate(sections, 1):
+        pictures = plots.draw_section(number, section, styles, folder)
+        if (overview := glance_picture.draw(section, styles)) is not None:
+            path = f"plots/{number}-{glance_picture.KIND}.png"
+            overview.savefig(folder / path, dpi=plots.DPI)
+            text = f"{glance_picture.TEXT} ({section.model}, {section.budget})."
+            pictures[glance_picture.KIND] = [Picture(path, text)]
+        drawn.append(pictures)
     return drawn, plots.draw_verdicts(summary, styles, folder)
 
 
@@ -66,7 +76,7 @@ def build(
         drawn: the pictures of each section, by kind.
         radars: the pictures of MT-Bench.
     """
-    parts: list[Part] = [Heading(title, 1), *_header(sections)]
+    parts: list[Part] = [Heading(title, 1), *_at_a_glance(sections, drawn), *_header(sections)]
     for section, pictures in zip(sections, drawn, strict=True):
         parts += _section(section, pictures)
     if summary[SINGLE] or summary[PAIRWISE]:
@@ -79,6 +89,17 @@ def _ordered(sections: Sequence[Section]) -> list[list[str]]:
     rows = {label: method for section in sections for label, method in section.rows.items()}
     order = [*results.METHODS, *sorted(set(rows.values()) - set(results.METHODS))]
     return [[label for label, of in rows.items() if of == method] for method in order]
+
+
+# --- overview -------------------------------------------------------------------------------------------
+
+
+def _at_a_glance(sections: Sequence[Section], drawn: Sequence[Mapping[str, list[Picture]]]) -> list[Part]:
+    parts: list[Part] = [Heading("At a glance")] if sections else []
+    for section, pictures in zip(sections, drawn, strict=True):
+        parts.append(Heading(f"{section.model}, {section.budget}", 3))
+        parts += glance.parts(section, pictures.get(glance_picture.KIND, ()))
+    return parts
 
 
 # --- header ---------------------------------------------------------------------------------------------
@@ -107,9 +128,9 @@ def _header(sections: Sequence[Section]) -> list[Part]:
         facts += [f"{what}: {text}." for text in [joined(_fact(record, name) for record in good)] if text]
     dates = sorted(as_text(record["date"]) for record in good)
     facts += [f"Date: {dates[0]}" + (f" to {dates[-1]}." if dates[-1] != dates[0] else ".")] if dates else []
-    parts: list[Part] = [Items(facts), Heading("How to read this", 2)]
+    parts: list[Part] = [Heading("What was run"), Items(facts), Heading("How to read this")]
     if not good:
-        return [*parts[:1], Paragraph("No cell has a score yet.")]
+        return [*parts[:2], Paragraph("No cell has a score yet.")]
     several = any(len(section.seeds) > 1 for section in sections)
     reading = [
         "Scores are in %, on the test set; higher is better.",
@@ -121,10 +142,32 @@ def _header(sections: Sequence[Section]) -> list[Part]:
         "choice of test examples, not from the choice of seeds" + (", which ± shows." if several else "."),
         "Differences to full fine-tuning are paired: the i-th resample has the same test examples for all methods. The "
         "resampled scores are averaged over the seeds that both methods have, then subtracted.",
+        "Intervals at a glance are wider: plus and minus Student's t times a standard error, whose variance adds up "
+        "that between seeds (of each task's paired differences) and that over test examples.",
+        "Time and memory at a glance are geometric means over tasks of the ratio of the means over the common seeds.",
+        *_times(good),
         "Bold marks the best score of a column if the interval of its difference to the second best excludes 0. If "
         "nothing is bold, the test set is too small to separate the best two.",
     ]
     return [*parts, Items([*reading, _tuning(good)]), *_about_data(good)]
+
+
+def _times(good: Sequence[Record]) -> list[str]:
+    """Say how the seconds of training were measured. Records of earlier versions ran one at a time."""
+    trained = [record for record in good if record["steps"]]
+    jobs = sorted({record.get("jobs", 1) for record in trained})
+    alone = [record for record in trained if record.get("seconds_are", MEASURED) != MEASURED]
+    if not trained or jobs == [1] and not alone:
+        return []
+    at_a_time = f"{jobs[0]}" if len(jobs) == 1 else f"{jobs[0]} to {jobs[-1]}"
+    text = f"{at_a_time} cells at a time shared the machine."
+    if not alone:
+        return [f"{text} Seconds of training were measured while they did, so they are longer than alone."]
+    some = "" if len(alone) == len(trained) else f" in {len(alone)} of {len(trained)} cells, measured in the others"
+    return [
+        f"{text} Seconds of training are what it would take alone{some}: the number of steps times the time of a step, "
+        "which was measured alone, once for each method and task."
+    ]
 
 
 def _about_data(good: Sequence[Record]) -> list[Part]:

@@ -123,6 +123,9 @@ thead th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: n
 tbody tr:hover td { background: #f3f6fa; }
 figure { margin: 1.5em 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: 13px; }
 p, li { max-width: 60rem; overflow-wrap: anywhere; }
+@media (max-width: 700px) {
+  body { padding: 0 .8rem; } figure { overflow-x: auto; } figure img { max-width: none; width: 42rem; }
+}
 @media print { .wide { overflow: visible; } }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no external content

@@ -115,12 +115,12 @@ def loss_curves(section: Section, task: str, styles: Mapping[str, Style]) -> Fig
             axes.plot(x, y, color=style.color, linestyle=style.line, linewidth=1.6)
         ends = [x[-1] for x, _ in found.values() if x[-1] > 0]
         if ends and max(ends) > 20 * min(ends):
-            _log(axes, "x")
+            logarithmic(axes, "x")
         axes.set_xlabel(units[axis])
-        _plain(axes)
+        plain(axes)
     losses = np.concatenate([y for found in curves.values() for _, y in found.values()])
     if losses.min() > 0 and losses.max() > 30 * losses.min():
-        _log(panels[0], "y")
+        logarithmic(panels[0], "y")
     panels[0].set_ylabel(f"training loss, smoothed over {WINDOW:.0%} of the run")
     figure.suptitle(_name(f"{task}: training loss", 80))
     _legend(figure, labels, styles, lines=True)
@@ -191,11 +191,11 @@ def score_against(section: Section, styles: Mapping[str, Style], cost: str) -> F
                 color=style.color, marker=style.marker, markersize=6, elinewidth=0.9, capsize=2,
             )  # fmt: skip
         if reached and max(reached) > 10 * min(reached):
-            _log(axes, "x")
+            logarithmic(axes, "x")
         axes.set_title(_name(task, 40), fontsize=11)
         axes.set_xlabel(unit)
         axes.set_ylabel(_name(f"{section.metric(task)}, %"))
-        _plain(axes)
+        plain(axes)
     for axes in figure.axes[len(tasks) :]:  # hide unused panels
         axes.set_visible(False)
     _legend(figure, labels, styles, without=[label for label in labels if not _has(section, label, cost)])
@@ -243,7 +243,7 @@ def memory_bars(section: Section, task: str) -> Figure | None:
     axes.set_xlim(0, 1.05 * max(left.max(), *(peak for peak, _ in measured), 1e-9))
     axes.set_xlabel("memory, GiB")
     axes.set_title(_name(f"{task}: planned memory (bars) and measured peak", 80))
-    _plain(axes, grid="x")
+    plain(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda i: isinstance(handles[i], Line2D))  # the measured peak comes last
@@ -295,7 +295,7 @@ def ablations(section: Section, styles: Mapping[str, Style]) -> Figure | None:
         axes.set_ylabel("score, %")
         axes.set_title(f"HiFT: {title}")
         axes.margins(y=0.12)
-        _plain(axes, grid="y")
+        plain(axes, grid="y")
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=max(1, int(width / 2.4)))
     return figure
 
@@ -351,13 +351,14 @@ def _height(labels: Sequence[str], least: float) -> float:
     return max(least, 0.8 + 0.24 * len(labels))
 
 
-def _plain(axes: Axes, grid: str = "both") -> None:
+def plain(axes: Axes, grid: str = "both") -> None:
+    """Give a panel a light grid and two spines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#e4e4e4", linewidth=0.7)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
 
 
-def _log(axes: Axes, which: str) -> None:
+def logarithmic(axes: Axes, which: str) -> None:
     """Make an axis logarithmic with plain numbers, at 1, 2 and 5 of each power of ten if there are few powers."""
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if which == "x" else axes.yaxis

@@ -158,7 +158,65 @@ def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
     return found
 
 
+def with_joined_budgets(found: Sequence[Record]) -> list[Record]:
+    """Give all cells of a model with budgets in samples one budget, and those with budgets in seconds another one.
+
+    The joined budget names that of each task. A model with a single budget of a kind keeps it.
+
+    Raises:
+        UserError: a task has two budgets of the same kind, so they cannot be joined.
+    """
+    kinds: dict[tuple[str, str], dict[str, str]] = {}  # (model, kind) -> task -> budget
+    for record in found:
+        budgets = kinds.setdefault((record["model"], _kind(record)), {})
+        if budgets.setdefault(record["task"], record["budget"]) != record["budget"]:
+            both = f"{budgets[record['task']]!r} and {record['budget']!r}"
+            raise UserError(f"{record['task']}: has the budgets {both}, which cannot be joined; make a report of each")
+    names = {}
+    for key, budgets in kinds.items():
+        tasks: dict[str, list[str]] = {}
+        for task, budget in budgets.items():
+            tasks.setdefault(budget, []).append(task)
+        each = ", ".join(f"{budget} on {' and '.join(some)}" for budget, some in tasks.items())
+        names[key] = next(iter(tasks)) if len(tasks) == 1 else f"equal {key[1]}: {each}"
+    return [record | {"budget": names[record["model"], _kind(record)]} for record in found]
+
+
+def _kind(record: Record) -> str:
+    return "samples" if record["budget"].endswith("samples") else "time"
+
+
 # --- arranging ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells that a comparison asks for: each row on each task with each seed, for each budget.
+
+    Attributes:
+        rows: label -> method.
+    """
+
+    model: str
+    budgets: Sequence[str]
+    rows: Mapping[str, str]
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Read the plan of the comparison in `folder`; None if the folder has none, as after `add_cells`."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return Plan(
+            str(settings["model_name"]),
+            [str(budget) for budget in settings["budgets"]],
+            {str(row["label"]): str(row["method"]) for row in settings["rows"]},
+            [str(task["name"]) for task in settings["tasks"]],
+            [int(seed) for seed in settings["seeds"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass
@@ -167,6 +225,8 @@ class Section:
 
     Attributes:
         rows: label -> method, in the order of the tables' rows.
+        seeds: the seeds of the records.
+        wanted: the seeds that each row should have on each task.
     """
 
     model: str
@@ -174,6 +234,7 @@ class Section:
     rows: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
     cells: dict[tuple[str, str], dict[int, Record]] = field(default_factory=dict)  # (label, task) -> seed -> record
 
     def at(self, label: str, task: str) -> list[Record]:
@@ -230,11 +291,15 @@ def _mean_record(seed: int, members: Sequence[Record]) -> Record:
     }
 
 
-def arrange(found: Sequence[Record]) -> list[Section]:
-    """Arrange records by model and budget, in order of appearance; rows are sorted by method, then by appearance."""
+def arrange(found: Sequence[Record], plan: Plan | None = None) -> list[Section]:
+    """Arrange records by model and budget, in order of appearance; rows are sorted by method, then by appearance.
+
+    Args:
+        plan: adds the rows, tasks, seeds and budgets that have no record yet.
+    """
     sections: dict[tuple[str, str], Section] = {}
     order = {method: place for place, method in enumerate(METHODS)}
-    by_method = sorted(found, key=lambda record: order.get(record["method"], len(order)))
+    methods: dict[tuple[str, str], dict[str, str]] = {}  # of each section: label -> method
     for record in found:
         name = (record["model"], record["budget"])
         section = sections.setdefault(name, Section(*name))
@@ -242,8 +307,17 @@ def arrange(found: Sequence[Record]) -> list[Section]:
             section.tasks.append(record["task"])
         section.seeds = sorted({*section.seeds, record["seed"]})
         section.cells.setdefault((record["label"], record["task"]), {})[record["seed"]] = record
-    for record in by_method:
-        sections[record["model"], record["budget"]].rows.setdefault(record["label"], record["method"])
+        methods.setdefault(name, {}).setdefault(record["label"], record["method"])
+    if plan is not None:
+        for name in ((plan.model, budget) for budget in plan.budgets):
+            section = sections.setdefault(name, Section(*name))
+            section.tasks += [task for task in plan.tasks if task not in section.tasks]
+            section.wanted = list(plan.seeds)
+            methods[name] = methods.get(name, {}) | dict(plan.rows)
+    for name, section in sections.items():
+        section.wanted = sorted({*section.wanted, *section.seeds})
+        rows = sorted(methods[name].items(), key=lambda row: order.get(row[1], len(order)))
+        section.rows = dict(rows)
     return list(sections.values())
 
 

@@ -162,7 +162,7 @@ def _score(section: Section, label: str, task: str, notes: Notes) -> str:
 
 def _seeds(section: Section, some: Sequence[Record]) -> str:
     """Return the number of seeds if some are missing."""
-    return f" ({len(some)} of {len(section.seeds)} seeds)" if len(some) < len(section.seeds) else ""
+    return f" ({len(some)} of {len(section.wanted)} seeds)" if len(some) < len(section.wanted) else ""
 
 
 def _plus_minus(some: Sequence[Record]) -> str:
@@ -267,13 +267,13 @@ def _cost(found: Sequence[Record], full: Mapping[int, Record]) -> list[str]:
         (", ".join(map(format_rate, rates)) or NOTHING) + ("*" if any(map(_is_at_end, found)) else ""),
         _count(mean_of(found, "steps")),
         _count(mean_of(found, "samples")),
-        _seconds(mean_of(found, "seconds")),
-        _seconds(mean_of(found, "step_seconds")),
+        format_seconds(mean_of(found, "seconds")),
+        format_seconds(mean_of(found, "step_seconds")),
         f"{ours / theirs:.2f}" if ours is not None and theirs else NOTHING,
         _count(mean_of(found, "tokens_per_second")),
         _count(mean_of(found, "trained_parameters")),
-        _bytes(max(peaks)) if peaks else NOTHING,
-        _bytes(max(plans)) if plans else NOTHING,
+        format_bytes(max(peaks)) if peaks else NOTHING,
+        format_bytes(max(plans)) if plans else NOTHING,
         _flops(mean_of(found, "flops")),
     ]
 
@@ -292,7 +292,8 @@ def _count(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
-def _seconds(value: float | None) -> str:
+def format_seconds(value: float | None) -> str:
+    """Format a time in seconds or milliseconds; None becomes `NOTHING`."""
     if value is None:
         return NOTHING
     return (
@@ -300,7 +301,8 @@ def _seconds(value: float | None) -> str:
     )
 
 
-def _bytes(value: float) -> str:
+def format_bytes(value: float) -> str:
+    """Format bytes in MiB or GiB."""
     return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.1f} MiB"
 
 

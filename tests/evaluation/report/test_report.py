@@ -585,7 +585,7 @@ def test_wandb_gets_tables_radar_and_pictures_offline(
     files = list((tmp_path / "wandb").glob("offline-run-*/files/media/**/*.*"))
     pictures = {path.name.partition("_")[0] for path in files if path.suffix == ".png"}
     assert pictures == {path.stem for path in (tmp_path / "plots").glob("*.png")}
-    assert "mt-bench-1" in pictures and len(pictures) == 5
+    assert {"mt-bench-1", "1-glance"} <= pictures and len(pictures) == 6
     contents = [json.loads(path.read_text("utf-8")) for path in files if path.name.endswith(".table.json")]
     tables = {content["columns"][0]: content for content in contents}
     rows = [dict(zip(tables["method"]["columns"], row, strict=True)) for row in tables["method"]["data"]]

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hift_ds.evaluation.report.resampling import bootstrap_scores, interval, paired_difference
+from hift_ds.evaluation.report.resampling import (
+    EXAMPLES,
+    SEEDS,
+    bootstrap_scores,
+    interval,
+    mean_difference,
+    paired_difference,
+)
 
 
 def record(seed: int, right: list[int], **changes: Any) -> dict[str, Any]:
@@ -134,3 +141,68 @@ def test_no_common_seed_no_difference() -> None:
     assert paired_difference([record(0, right)], [record(1, right)]) is None
     assert paired_difference([record(0, right, score=math.nan)], [record(0, right)]) is None
     assert paired_difference([], [record(1, right)]) is None
+
+
+# --- over tasks and seeds -------------------------------------------------------------------------------
+
+
+def pairs(
+    gaps: list[float], replicates: list[list[float]] | None = None
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of records, one for each seed, with these differences and replicates of them."""
+    drawn = replicates or [[] for _ in gaps]
+    theirs = {"score": 0.5, "n": 9, "data_sha256": "d"}
+    return [
+        (theirs | {"score": 0.5 + gap, "bootstrap": some}, theirs | {"bootstrap": [0.0] * len(some)})
+        for gap, some in zip(gaps, drawn, strict=True)
+    ]
+
+
+def test_interval_of_one_task_over_seeds_is_that_of_the_t_test() -> None:
+    gaps = [0.01, 0.03, -0.02]
+    found = mean_difference([pairs(gaps)])
+    expected = scipy.stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert found.mean == pytest.approx(np.mean(gaps)) and found.shows == (SEEDS,)
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_interval_of_two_tasks_over_seeds_is_half_of_welchs() -> None:
+    """The mean of two tasks' differences is half of the first less the negative of the second."""
+    one, other = [0.01, 0.03, -0.02], [0.2, 0.1, 0.15, 0.4]
+    found = mean_difference([pairs(one), pairs(other)])
+    expected = scipy.stats.ttest_ind(one, [-gap for gap in other], equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low / 2, expected.high / 2))
+
+
+def test_interval_of_one_seed_is_over_test_examples() -> None:
+    draw = np.random.default_rng(0)
+    some = [draw.normal(0.1, 0.02, 4000).tolist(), draw.normal(0.3, 0.04, 4000).tolist()]
+    found = mean_difference([pairs([0.1], some[:1]), pairs([0.3], some[1:])])
+    assert found.shows == (EXAMPLES,) and found.mean == pytest.approx(0.2)
+    assert found.low is not None and found.high is not None
+    assert (found.low, found.high) == pytest.approx(np.quantile(np.mean(some, axis=0), [0.025, 0.975]), abs=0.002)
+    nothing = mean_difference([pairs([0.1]), pairs([0.3, 0.5])])
+    assert (nothing.mean, nothing.low, nothing.high, nothing.shows) == (pytest.approx(0.25), None, None, ())
+    assert mean_difference([pairs([0.0, 0.0], [[0.0] * 9] * 2)]).low == 0
+
+
+def test_interval_over_seeds_and_test_examples_covers_the_truth_about_as_often_as_it_says() -> None:
+    """And percentiles of replicates that resample three seeds and the test examples do not."""
+    draw, trials, tasks, seeds, examples, draws = np.random.default_rng(0), 250, 2, 3, 60, 200
+    covered = resampled = 0
+    for _ in range(trials):
+        made, brute = [], np.zeros(draws)
+        for _ in range(tasks):
+            # The same test examples for all seeds: each example and each seed shifts the difference.
+            gaps = draw.normal(0, 0.02, (seeds, 1)) + draw.normal(0, 0.1, (1, examples))
+            replicates = gaps[:, draw.integers(0, examples, (draws, examples))].mean(2)
+            made.append(pairs(gaps.mean(1).tolist(), replicates.tolist()))
+            chosen = draw.integers(0, seeds, (draws, seeds))
+            brute += replicates[chosen, np.arange(draws)[:, None]].mean(1) / tasks
+        found = mean_difference(made)
+        assert found.shows == (SEEDS, EXAMPLES) and found.low is not None and found.high is not None
+        covered += found.low <= 0 <= found.high
+        low, high = np.quantile(brute, [0.025, 0.975])
+        resampled += low <= 0 <= high
+    assert 0.9 <= covered / trials <= 0.99
+    assert resampled / trials < 0.92
