@@ -148,6 +148,7 @@ ROOMS = {
         "harness": "json_lines tasks",
         "efficiency": "cost",
         "gpu_check": "compare cost",
+        "offline": "",
         "__init__": "",
     },
 }

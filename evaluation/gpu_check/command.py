@@ -4,10 +4,10 @@
     python -m evaluation.gpu_check --only weights,memory
     python -m evaluation.gpu_check --shapes smollm2-135m,llama-3.2-1b
 
-It runs with what is installed, and makes no environment. On a machine without a network, install the wheels that
-`python -m evaluation.gpu_check.prepare FOLDER` has downloaded elsewhere. Each task has a process and a time limit of
-its own; a task that fails or takes too long becomes a row of the table, and the others go on. On a CPU, the same code
-runs on a tiny model, where only the weights say something. What needs two GPUs is skipped on one, with the reason.
+It runs with what is installed, and makes no environment. docs/offline.md says how it comes to a machine without a
+network. Each task has a process and a time limit of its own; a task that fails or takes too long becomes a row of the
+table, and the others go on. On a CPU, the same code runs on a tiny model, where only the weights say something. What
+needs two GPUs is skipped on one, with the reason.
 """
 
 from __future__ import annotations

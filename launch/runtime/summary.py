@@ -127,7 +127,11 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions that decide the numbers. The commit ends in "+" if files of the repository differ from it."""
+    """Return the versions that decide the numbers.
+
+    The commit ends in "+" if files of the repository differ from it. In an unpacked copy (evaluation/offline), nothing
+    tells whether they do.
+    """
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
     found: dict[str, str | None] = {package: importlib.metadata.version(package) for package in packages}
     return {"hift_ds": hift_ds.__version__, **found, "python": platform.python_version(), "git": _commit()}
@@ -141,11 +145,12 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != repository:
-            return None  # installed inside somebody else's repository
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == repository:  # not installed inside somebody else's
+            return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        pass
+    packed = repository / "COMMIT"
+    return f"{packed.read_text().strip()} (packed)" if packed.exists() else None
 
 
 def data_report(data: Data) -> str:

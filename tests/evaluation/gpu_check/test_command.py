@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 
 from hift_ds.evaluation.gpu_check import command, task
-from hift_ds.evaluation.gpu_check.prepare import carried, commands
 from hift_ds.evaluation.gpu_check.promises import promises
 from hift_ds.evaluation.gpu_check.task import PARTS, Task
 from hift_ds.evaluation.gpu_check.training import Workload
@@ -52,18 +51,6 @@ def test_the_help_explains_the_parts(capsys: pytest.CaptureFixture[str]) -> None
         command.parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert all(f"{name}: {text}" in shown for name, text in PARTS.items())
-
-
-def test_what_is_carried_has_the_pinned_versions() -> None:
-    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    assert set(carried()) <= set(pinned) and carried()
-
-
-def test_wheels_are_downloaded_but_for_what_is_published_as_source() -> None:
-    download, build = commands(Path("wheels"), "3.12")
-    named = {package for package in [*download, *build] if "==" in package}
-    assert named == set(carried())
-    assert [package.split("==")[0] for package in build if "==" in package] == ["deepspeed"]
 
 
 def test_what_needs_two_gpus_is_skipped_on_one_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
