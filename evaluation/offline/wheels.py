@@ -33,7 +33,7 @@ def commands(folder: Path, version: str, packages: Sequence[str]) -> list[list[s
     pip = [sys.executable, "-m", "pip"]
     return [
         [*pip, "download", "--no-deps", *target, "-d", str(folder), *(p for p in packages if p not in built)],
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), *built],
+        [*pip, "wheel", "--no-deps", "--no-cache-dir", "--no-build-isolation", "-w", str(folder), *built],
     ]
 
 
