@@ -21,7 +21,7 @@ _FULL_NOTE = (
 
 
 def table(plan: Plan, full: Plan | None = None, shown: Plan | None = None) -> str:
-    """Return the plan as text, in GiB: first whether it fits, if that was asked, then its sizes.
+    """Return the plan as text: first whether it fits, if that was asked, then its sizes.
 
     Args:
         plan: the plan.
@@ -34,16 +34,13 @@ def table(plan: Plan, full: Plan | None = None, shown: Plan | None = None) -> st
         verdict.append(f"With {plan.fit['change']}:")
         plan = shown
 
-    def gib(sizes: Mapping[str, int], key: str = "total") -> str:
-        return f"{with_total(sizes)[key] / GIB:.2f}"
-
     request, peak = plan.request, plan.peak
     zero = f"ZeRO-{request.stage} on {request.ranks} rank{'s' * (request.ranks > 1)}"
     lines = [
         f"{request.name}: {plan.total_parameters:,} parameters; {request.method}, {request.precision}, "
         f"{request.optimizer}, batch {request.batch_size} x {request.seq_len} tokens, "
         + (zero if request.layout == "engine" else "the paper's accounting"),
-        f"A step trains at most {plan.peak_trainable_parameters:,} parameters. The peak is in the "
+        f"{_needs(plan)} A step trains at most {plan.peak_trainable_parameters:,} parameters. The peak is in the "
         f"{_PHASES[peak['phase']]} of block {peak['block']}, {peak['name']}.",
     ]
     columns = {"device": plan.device, "host": plan.host}
@@ -51,23 +48,48 @@ def table(plan: Plan, full: Plan | None = None, shown: Plan | None = None) -> st
         columns["files"] = plan.nvme
     if full:
         columns["full fine-tuning"] = full.device
-    lines.append(f"\n{'GiB':<18}" + "".join(f"{name:>{_width(name)}}" for name in columns))
+    lines.append(f"\n{'':<18}" + "".join(f"{name:>{_width(name)}}" for name in columns))
     for key in (*CATEGORIES, "total"):
-        row = "".join(f"{gib(sizes, key):>{_width(name)}}" for name, sizes in columns.items())
+        row = "".join(f"{_size(with_total(sizes)[key]):>{_width(name)}}" for name, sizes in columns.items())
         lines.append(f"{key.replace('_', ' '):<18}{row}")
-    figures = [(f"{b.numel:>14,}{gib(b.device):>14}  {_PHASES[b.phase]}", b.name) for b in plan.blocks]
-    rows = []
-    for cells, blocks in groupby(figures, key=lambda row: row[0]):  # consecutive blocks with equal figures
-        names = [name for _, name in blocks]
-        label = names[0] if len(names) == 1 else f"{len(names)} blocks from {names[0]}"
-        rows.append((textwrap.shorten(label, _LONGEST_NAME, placeholder=" ..."), cells))
-    width = max(len("block"), *(len(label) for label, _ in rows)) + 2
-    lines.append(f"\n{'block':<{width}}{'parameters':>14}{'device, GiB':>14}  peak in")
-    lines += [f"{label:<{width}}{cells}" for label, cells in rows]
+    lines += ["", *_blocks(plan)]
     notes = [*plan.notes, _FULL_NOTE] if full else plan.notes
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     lines += [f"\n{_step_time(plan)}"] if plan.time else []
     return "\n".join([*verdict, *lines])
+
+
+def _needs(plan: Plan) -> str:
+    """Return a sentence on the memory that a rank needs."""
+    needs = [f"{_size(sum(plan.device.values()))} on the device", f"{_size(sum(plan.host.values()))} of host memory"]
+    needs += [f"{_size(total)} in files"] if (total := sum(plan.nvme.values())) else []
+    each = "Each rank" if plan.request.ranks > 1 else "The run"
+    if plan.request.ranks > 1 and plan.request.weights == "cpu":
+        needs[1] += " (weights once on a machine)"
+    return f"{each} needs {', '.join(needs[:-1])} and {needs[-1]}."
+
+
+def _blocks(plan: Plan) -> list[str]:
+    """Return the lines of the table of blocks. Consecutive ones of the same size and phase share a line."""
+    rows = []
+    for (numel, phase), found in groupby(plan.blocks, key=lambda block: (block.numel, block.phase)):
+        blocks = list(found)
+        name = blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} to {blocks[-1].name}, each"
+        totals = [sum(block.device.values()) for block in blocks]
+        sizes = list(dict.fromkeys((_size(min(totals)), _size(max(totals)))))
+        label = textwrap.shorten(name, _LONGEST_NAME, placeholder=" ...")
+        rows.append((label, f"{numel:,}", " to ".join(sizes), _PHASES[phase]))
+    rows.insert(0, ("block", "parameters", "device", "peak in"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows]
+
+
+def _size(nbytes: int) -> str:
+    """Return a size with the unit that leaves digits to read."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes / 2**10:.2f} KiB" if nbytes else "0"
 
 
 def _step_time(plan: Plan) -> str:

@@ -272,6 +272,10 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert shown.startswith("The run fits on")
     for text in (f"{TOTAL:,} parameters", "optimizer state", "full fine-tuning", "model.layers.0", "The run fits on"):
         assert text in shown
+    assert f"{2 * TOTAL / 2**20:.2f} MiB" in shown  # the weights, in bf16
+    assert f"of host memory. A step trains at most {LAYER:,} parameters" in shown
+    (layers,) = (line for line in shown.splitlines() if line.startswith("model.layers.0 to model.layers.2, each"))
+    assert f" {LAYER:,} " in layers
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     config = tmp_path / "ds.json"
