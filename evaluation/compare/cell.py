@@ -170,13 +170,12 @@ class Cells:
                 measured, encoded = _untrained(), {"truncated": 0}
                 model = self._model(task, dtype).to(get_accelerator().current_device_name())
             with spent.part("validation"):
-                dev = self._predict(task, model, data.dev, shown) if tune and data.dev else None
+                validated = self._validate(task, model, data.dev, shown) if tune and data.dev else (None, None)
             with spent.part("test"):
                 tested = self._predict(task, model, data.test, shown)
             total = sum(numel_of(p) for p in model.parameters())
         with spent.part("scores"):
             scores = self._scores(task, data.test, tested.values)
-        score = functools.partial(task.score, classified=self.classifies)
         record = {
             **_identity(row, task, budget, seed, self.comparison.model_name),
             "status": "ok",
@@ -201,13 +200,7 @@ class Cells:
         record["notes"] = notes + [f"{name} is missing: {metrics.MISSING[name]}" for name in missing]
         if tested.losses:
             record["metrics"]["answer_loss"] = statistics.fmean(tested.losses)
-        if dev is None:
-            return Outcome(record)
-        loss = statistics.fmean(dev.losses) if dev.losses else None
-        if task.max_new_tokens and loss is not None:
-            # A small model writes few right answers, so exact match cannot rank rates; the loss of the answers can.
-            return Outcome(record, -loss, loss)
-        return Outcome(record, score(dev.values, data.dev)[task.metrics[0]], loss)
+        return Outcome(record, *validated)
 
     def not_run(
         self,
@@ -343,6 +336,20 @@ class Cells:
             with self.spent.part("answer losses"):
                 found.losses = self._answer_losses(model, examples, shown)
         return found
+
+    def _validate(
+        self, task: Task, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]
+    ) -> tuple[float, float | None]:
+        """Return the score by which rates are chosen, and the mean loss on the right answers, if there is one.
+
+        Nothing is written. A small model writes few right answers, so exact match cannot rank rates; the loss can.
+        """
+        if task.max_new_tokens and not self.classifies:
+            loss = statistics.fmean(self._answer_losses(model, examples, shown))
+            return -loss, loss
+        found = self._predict(task, model, examples, shown)
+        score = task.score(found.values, examples, classified=self.classifies)[task.metrics[0]]
+        return score, statistics.fmean(found.losses) if found.losses else None
 
     def _answer_losses(self, model: Any, examples: Sequence[TaskExample], shown: Sequence[TaskExample]) -> list[float]:
         """Return the mean loss of each reference answer's tokens."""

@@ -9,6 +9,7 @@ make the same calls.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,13 @@ from transformers.generation import StoppingCriteria
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
 from hift_ds.evaluation.tasks.loading import classification_rows, few_shot
 from hift_ds.launch.data.answers import Decoder, has_ended, read_answer, until
-from hift_ds.launch.data.batches import collate, collate_prompts
+from hift_ds.launch.data.batches import collate, collate_prompts, on_device
 from hift_ds.launch.data.encoding import EvalExample, Example, beginning, encode, spaced, tokenize_segments
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.loading import evaluating
 from hift_ds.model.positions import position_limit
+
+CHUNK = 2**26  # at most so many fp32 logits of candidates' tokens are computed at a time: 256 MiB
 
 
 @dataclass
@@ -129,27 +132,27 @@ def classify(
     # A causal model with a head finds the last token by the padding token of its config.
     padding = _padding(tokenizer) if model.config.pad_token_id is None else model.config.pad_token_id
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
-    values: list[Any] = [None] * len(encoded)
-    losses = [] if task.regression else [0.0] * len(encoded)
+    found: list[Tensor] = []  # logits (texts, classes) in this order, on the device
     with evaluating(model):
+        device = next(model.parameters()).device
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = collate([encoded[i] for i in batch], padding)
+            inputs = collate([encoded[i] for i in order[start : start + batch_size]], padding)
             del inputs["labels"]
-            device = next(model.parameters()).device
-            logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
-            if logits.shape[-1] != len(task.labels):
+            (inputs,) = on_device([inputs], device)
+            found.append(model(**inputs).logits.float())
+            if (outputs := found[-1].shape[-1]) != len(task.labels):
                 raise UserError(
-                    f"{task.name} has {len(task.labels)} classes, but the model's head has {logits.shape[-1]} outputs"
+                    f"{task.name} has {len(task.labels)} classes, but the model's head has {outputs} outputs"
                 )
-            chosen = logits.squeeze(-1) if task.regression else logits.argmax(dim=-1)
-            for i, value in zip(batch, chosen.tolist(), strict=True):
-                values[i] = value
-            if not task.regression:
-                for i, chances in zip(batch, logits.log_softmax(-1).tolist(), strict=True):
-                    losses[i] = -chances[examples[i].target]
             after_batch()
-    return Predictions(values, counts["truncated"], losses)
+    ordered = torch.cat(found).cpu()  # the host waits only here
+    logits = torch.empty_like(ordered)
+    logits[order] = ordered
+    if task.regression:
+        return Predictions(logits.squeeze(-1).tolist(), counts["truncated"])
+    chances = logits.log_softmax(-1).tolist()
+    losses = [-chances[i][one.target] for i, one in enumerate(examples)]
+    return Predictions(logits.argmax(dim=-1).tolist(), counts["truncated"], losses)
 
 
 def average_log_likelihoods(
@@ -169,9 +172,10 @@ def average_log_likelihoods(
     """
     cases = []  # tokens of prompt and candidate
     truncated = []
+    fit = functools.partial(_fitted, tokenizer, beginning(tokenizer))
     for prompt, candidate in pairs:
         prompt_ids, answer = tokenize_segments(tokenizer, [prompt, spaced(prompt, candidate)])
-        kept, cut = _fitted(tokenizer, prompt_ids, max_length and max_length - len(answer))
+        kept, cut = fit(prompt_ids, max_length and max_length - len(answer))
         truncated.append(cut)
         cases.append((kept, answer))
     # The last token predicts nothing, so one-token candidates after the same prompt share a forward pass.
@@ -179,34 +183,57 @@ def average_log_likelihoods(
     for i, (kept, answer) in enumerate(cases):
         inputs.setdefault((*kept, *answer[:-1]), []).append(i)
     order = sorted(inputs, key=len, reverse=True)  # little padding, and out-of-memory errors come first
-    means = [0.0] * len(pairs)
+    read: list[int] = []  # the pairs in the order in which their chances are computed
+    chances: list[Tensor] = []  # log-probabilities of the candidates' tokens, on the device
     with evaluating(model):
+        device = next(model.parameters()).device
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             # The first position that predicts an answer token.
             first = min(len(cases[i][0]) - 1 for ids in batch for i in inputs[ids])
-            logits = _logits(model, tokenizer, batch, first)
-            for row, ids in enumerate(batch):
-                for i in inputs[ids]:
-                    targets = torch.tensor(cases[i][1], device=logits.device)
-                    begin = len(cases[i][0]) - 1 - first
-                    chances = logits[row, begin : begin + len(targets)].float().log_softmax(-1)
-                    means[i] = chances.gather(-1, targets[:, None]).mean().item()
+            rows = [(row, i) for row, ids in enumerate(batch) for i in inputs[ids]]
+            read += [i for _, i in rows]
+            # The row, the position and the token of each token of a candidate, (3, tokens).
+            where = torch.tensor(
+                [
+                    (row, len(cases[i][0]) - 1 - first + number, token)
+                    for row, i in rows
+                    for number, token in enumerate(cases[i][1])
+                ]
+            ).T.contiguous()
+            logits, where = _logits(model, tokenizer, batch, first, where, device)
+            for row, position, token in where.split(max(1, CHUNK // logits.shape[-1]), dim=1):
+                some = logits[row, position].float().log_softmax(-1)
+                chances.append(some.gather(-1, token[:, None]).squeeze(-1))
+            del logits
             after_batch()
+    means = [0.0] * len(pairs)
+    found = torch.cat(chances).cpu() if chances else torch.empty(0)  # the host waits only here
+    for i, own in zip(read, found.split([len(cases[i][1]) for i in read]), strict=True):
+        means[i] = own.mean().item()
     return means, truncated
 
 
-def _logits(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[int, ...]], first: int) -> Tensor:
-    """Return the logits (sequences, positions from `first` on, vocabulary) of right-padded sequences."""
+def _logits(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[tuple[int, ...]],
+    first: int,
+    where: Tensor,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits (sequences, positions from `first` on, vocabulary) of right-padded sequences.
+
+    Also return the tensor `where` on the device.
+    """
     inputs = collate([Example(list(ids), []) for ids in batch], _padding(tokenizer))
     del inputs["labels"]
-    longest = inputs["input_ids"].shape[1]
-    positions = torch.arange(first, longest)
-    some = "logits_to_keep" in inspect.signature(model.forward).parameters  # logits of whole prompts are large
-    device = next(model.parameters()).device
-    options = {"logits_to_keep": positions.to(device)} if some else {}
-    logits = model(**{key: value.to(device) for key, value in inputs.items()}, **options, use_cache=False).logits
-    return logits[:, -len(positions) :]
+    positions = torch.arange(first, inputs["input_ids"].shape[1])
+    (moved,) = on_device([{**inputs, "logits_to_keep": positions, "where": where}], device)
+    where = moved.pop("where")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:  # logits of whole prompts are large
+        del moved["logits_to_keep"]
+    return model(**moved, use_cache=False).logits[:, -len(positions) :], where
 
 
 def _write(
@@ -223,8 +250,8 @@ def _write(
 
     Solutions are searched for their answer, so what comes before it stays.
     """
-    limit = max_length and max_length - task.max_new_tokens
-    fitted = [_fitted(tokenizer, tokenize_segments(tokenizer, [prompt])[0], limit) for prompt in prompts]
+    limit, opening = max_length and max_length - task.max_new_tokens, beginning(tokenizer)
+    fitted = [_fitted(tokenizer, opening, tokenize_segments(tokenizer, [prompt])[0], limit) for prompt in prompts]
     cases = [kept for kept, _ in fitted]
     order = sorted(range(len(cases)), key=lambda i: len(cases[i]), reverse=True)
     end = model.generation_config.eos_token_id
@@ -234,18 +261,19 @@ def _write(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = collate_prompts([EvalExample([], [], prompt_ids=cases[i]) for i in batch], _padding(tokenizer))
-            device = next(model.parameters()).device
+            (inputs,) = on_device([inputs], next(model.parameters()).device)
             length = inputs["input_ids"].shape[1]
+            ends = _AnswerEnds(written, length) if beams["num_beams"] == 1 else _BeamEnds(written, length)
             tokens = model.generate(  # (sequences, prompt + new tokens)
-                **{key: value.to(device) for key, value in inputs.items()},
+                **inputs,
                 **beams,
-                stopping_criteria=[_AnswerEnds(written, length)],
+                stopping_criteria=[ends],
                 do_sample=False,
                 max_new_tokens=task.max_new_tokens,
                 pad_token_id=_padding(tokenizer),
                 eos_token_id=tokenizer.eos_token_id if end is None else end,
             )
-            for i, answer in zip(batch, written.answers(tokens[:, length:]), strict=True):
+            for i, answer in zip(batch, written.answers(tokens[:, length:].tolist()), strict=True):
                 values[i] = answer
             after_batch()
     return Predictions(values, sum(cut for _, cut in fitted))
@@ -256,23 +284,37 @@ class _Written:
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self._task, self._tokenizer, self._decode = task, tokenizer, Decoder(tokenizer)
+        self._can_stop: dict[int, bool] = {}
 
-    def answers(self, tokens: Tensor) -> list[str]:
-        """Return the answers in new tokens (sequences, tokens)."""
+    def answers(self, rows: list[list[int]]) -> list[str]:
+        """Return the answers in rows of new tokens."""
         read = _solution if self._task.solution else read_answer
-        return [read(text, self._task.stops) for text in self._texts(tokens)]
+        return [read(text, self._task.stops) for text in self._texts(rows)]
 
-    def have_ended(self, tokens: Tensor) -> list[bool]:
-        """Return whether each answer has come to one of the task's stop texts."""
-        stops = self._task.stops
-        if self._task.solution:
-            return [any(stop in text for stop in stops) for text in self._texts(tokens)]
-        return [has_ended(text, stops) for text in self._texts(tokens)]
+    def has_stop(self, row: list[int]) -> tuple[bool, bool]:
+        """Return whether the text of new tokens has one of the task's stop texts, and whether that ends the answer."""
+        (text,) = self._texts([row])
+        has = any(stop in text for stop in self._task.stops)
+        return has, has and (self._task.solution or has_ended(text, self._task.stops))
 
-    def _texts(self, tokens: Tensor) -> list[str]:
+    def can_stop(self, token: int) -> bool:
+        """Return whether a text may have a stop text after this token that it did not have before.
+
+        Then the token's own text has the last character of a stop text, or a part of a character, which the tokens
+        before it may complete.
+        """
+        if token not in self._can_stop:
+            (text,) = self._texts([[token, token]])  # twice, because some tokenizers drop the first space of a text
+            ends = [stop[-1:] for stop in self._task.stops]
+            # Some tokenizers drop a space at the end of a text, or an apostrophe's spaces once both are there.
+            hidden = any(end in " '" for end in ends)
+            self._can_stop[token] = hidden or "\ufffd" in text or any(end in text for end in ends)
+        return self._can_stop[token]
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
         if self._task.solution:  # as lm-evaluation-harness decodes them
-            return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return self._decode(tokens.tolist())
+            return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self._decode(rows)
 
 
 def _solution(text: str, stops: Sequence[str]) -> str:
@@ -280,23 +322,61 @@ def _solution(text: str, stops: Sequence[str]) -> str:
 
 
 class _AnswerEnds(StoppingCriteria):
-    """Ends a sequence when its answer has ended. A stop text before the answer, such as a line break, ends nothing."""
+    """Ends a sequence when its answer has ended. A stop text before the answer, such as a line break, ends nothing.
+
+    It looks at the sequences whose newest token may have ended them: to decode all of them after each token would take
+    longer than a small model. Sequences keep their rows in greedy decoding.
+    """
 
     def __init__(self, written: _Written, prompt_length: int) -> None:
-        self._written, self._prompt_length = written, prompt_length
+        self._written, self._length = written, prompt_length
+        self._open: dict[int, list[int]] = {}  # new tokens of the rows that have not ended
+        self._ended: Tensor | None = None
+        self._stopped: set[int] = set()  # rows with a stop text before the answer, which each token may end
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = self._written.have_ended(input_ids[:, self._prompt_length :])
-        return torch.tensor(ended, device=input_ids.device)
+        if self._ended is None:
+            self._open = {row: [] for row in range(len(input_ids))}
+            self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        newest = input_ids[:, self._length :].tolist()
+        self._length = input_ids.shape[1]
+        ended = []
+        for row, tokens in self._open.items():
+            tokens += newest[row]
+            if row in self._stopped or any(map(self._written.can_stop, newest[row])):
+                has_stop, ends = self._written.has_stop(tokens)
+                if has_stop:
+                    self._stopped.add(row)
+                if ends:
+                    ended.append(row)
+        if ended:
+            for row in ended:
+                del self._open[row]
+            over = [row not in self._open for row in range(len(input_ids))]
+            self._ended = torch.tensor(over, device=input_ids.device)
+        return self._ended
 
 
-def _fitted(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], limit: int | None) -> tuple[list[int], bool]:
-    """Return a prompt's tokens with the beginning-of-sequence token, and whether it was cut on the left to `limit`.
+class _BeamEnds(StoppingCriteria):
+    """The same for beams, which change their rows."""
+
+    def __init__(self, written: _Written, prompt_length: int) -> None:
+        self._written, self._length = written, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        rows = input_ids[:, self._length :].tolist()
+        return torch.tensor([self._written.has_stop(row)[1] for row in rows], device=input_ids.device)
+
+
+def _fitted(
+    tokenizer: PreTrainedTokenizerBase, opening: list[int], prompt_ids: list[int], limit: int | None
+) -> tuple[list[int], bool]:
+    """Return a prompt's tokens after those of `opening`, and whether it was cut on the left to `limit`.
 
     Some token must predict the first answer token, so an empty prompt becomes the beginning-of-sequence token (or
     end-of-sequence), even if the tokenizer does not add it.
     """
-    start = beginning(tokenizer)
+    start = opening
     if not start and not prompt_ids:
         start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if limit is None or len(start) + len(prompt_ids) <= limit:

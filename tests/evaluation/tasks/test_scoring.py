@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 
 from hift_ds.evaluation.tasks.catalog import TaskExample, find_task
 from hift_ds.evaluation.tasks.loading import few_shot, load_task
-from hift_ds.evaluation.tasks.scoring import average_log_likelihoods, predict
+from hift_ds.evaluation.tasks.scoring import _AnswerEnds, _BeamEnds, _Written, average_log_likelihoods, predict
+from hift_ds.launch.data.answers import Decoder, has_ended
 from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests.support.data_fixtures import SHARED, bpe, needs_shared
+from tests.support.waits import Waits
 
 
 @functools.cache
@@ -254,6 +260,115 @@ def test_a_stop_text_ends_writing_after_the_answer_has_begun() -> None:
         assert writer.written == len(f"\n<think>\n{solution}{stop}")
         assert find_task("arithmetic").score(found.values, [example]) == {"exact_match": 1.0}
     assert find_task("gsm8k").unanswered(["", "4", "#### $4", "#### 4", "<think>"]) == 4
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """A tokenizer that decodes as those of SentencePiece do: bytes make characters, and the first space is dropped."""
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {text: i for i, text in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), "\u2581"])}
+    for text in ("Paris", "\u2581Paris", "Quest", "ion", ":", "\u2581:", ")", "\u2581)", "\n", "a", "\u2581a", "'"):
+        vocabulary[text] = len(vocabulary)
+    backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    backend.add_special_tokens(special)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+PARTS = ("Question:", "Quest", "ion", "\n", " ", ")", ":", ": ", "Paris", "a", "a'", "é", "日", "🙂", "Answer:",
+         "<think>", "</think>", "```", "```py\n", "<|im_start|>", "assistant", "the answer is", "\u200b", "</",
+         "s>")  # fmt: skip
+
+
+def tokens_of(tokenizer: Any, n: int, random: Random) -> list[int]:
+    """Tokens that a model could write: pieces of texts, single bytes and any others."""
+    ids: list[int] = []
+    while len(ids) < n:
+        text = random.choice(PARTS)
+        whole = tokenizer(text, add_special_tokens=False).input_ids
+        names = [f"<0x{byte:02X}>" for byte in text.encode()]
+        known = tokenizer.get_vocab()
+        pieces = [known[name] for name in names if name in known] or whole
+        ids += random.choice([whole, whole, pieces, pieces[:1], [random.randrange(len(tokenizer))]])
+    return ids[:n]
+
+
+@pytest.mark.parametrize("stops", [("\n",), ("Question:", "</s>"), (")", "é"), ("a'", "日"), (": ",)])
+@pytest.mark.parametrize("make", [bpe, byte_tokenizer, llama_like])
+@pytest.mark.parametrize("name", ["squad", "gsm8k"])
+def test_answers_end_as_if_each_text_was_read_after_each_token(name: str, make: Any, stops: tuple[str, ...]) -> None:
+    task, tokenizer, random = dataclasses.replace(find_task(name), stops=stops), make(), Random(f"{name} {stops}")
+    decode = Decoder(tokenizer)
+    ended = 0
+    for _ in range(8):
+        rows = [tokens_of(tokenizer, 20, random) for _ in range(6)]
+        greedy, beams = (kind(_Written(task, tokenizer), 3) for kind in (_AnswerEnds, _BeamEnds))
+        over = [False] * len(rows)
+        for n in range(1, 21):
+            if task.solution:
+                texts = [tokenizer.decode(row[:n], skip_special_tokens=True) for row in rows]
+                now = [any(stop in text for stop in stops) for text in texts]
+            else:
+                now = [has_ended(text, stops) for text in decode([row[:n] for row in rows])]
+            over = [a or b for a, b in zip(over, now, strict=True)]
+            ids = torch.tensor([[5, 6, 7, *row[:n]] for row in rows])
+            assert greedy(ids, None).tolist() == over, [tokenizer.decode(row[:n]) for row in rows]
+            assert beams(ids, None).tolist() == now
+        ended += sum(over)
+    assert 0 < ended < 48
+
+
+def test_texts_are_read_where_a_token_may_end_them() -> None:
+    tokenizer = byte_tokenizer()
+    read: list[int] = []
+
+    class Counting(_Written):
+        def has_stop(self, row: list[int]) -> tuple[bool, bool]:
+            read.append(len(row))
+            return super().has_stop(row)
+
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids for text in ("Rome\nRome", "London.Rn")])
+    ends = _AnswerEnds(Counting(find_task("squad"), tokenizer), 0)
+    for n in range(1, ids.shape[1] + 1):
+        over = ends(ids[:, :n], None).tolist()
+    assert over == [True, False] and read == [len("Rome\n")]  # not after the line break of a sequence that has ended
+
+
+def forward_passes(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    """The shapes of the inputs of the forward passes from now on."""
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def test_the_host_waits_once_for_all_candidates() -> None:
+    model, tokenizer = copy.deepcopy(llama()), bpe()
+    expected = average_log_likelihoods(model, tokenizer, PAIRS, 2)
+    passes = forward_passes(model)
+    with Waits() as waits:
+        found = average_log_likelihoods(model, tokenizer, PAIRS, 2)
+    assert found == expected
+    assert len(passes) == 3  # of six sequences: two candidates of one token share theirs
+    assert [wait.kind for wait in waits.outside_the_model()] == ["blocking copy to the host"], waits.report()
+
+
+def test_candidates_of_one_token_share_a_forward_pass() -> None:
+    model, tokenizer = copy.deepcopy(llama()), byte_tokenizer()
+    passes = forward_passes(model)
+    average_log_likelihoods(model, tokenizer, [("a b ", "x"), ("a b ", "y"), ("a ", "x"), ("a b ", "xy")], 8)
+    assert passes == [(3, 5)]
+
+
+def test_the_host_waits_once_for_each_token_that_is_written() -> None:
+    tokenizer = byte_tokenizer()
+    writer = Writer("Paris in France", tokenizer)
+    with Waits() as waits:
+        predict(find_task("squad"), writer, tokenizer, [about_paris("squad")] * 4, batch_size=2)
+    ours = [wait for wait in waits.outside_the_model() if wait.site.startswith("hift_ds/evaluation")]
+    assert {wait.kind for wait in ours} == {"tolist"}, waits.report()
+    assert len(ours) == 2 * (writer.written + 1)  # and once for the answers of a batch
 
 
 def test_a_repeated_prompt_is_an_answer_and_a_wrong_one() -> None:
