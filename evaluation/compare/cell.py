@@ -28,7 +28,7 @@ from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.process_memory import peak_memory
 from hift_ds.evaluation.cost.spent import Spent, process_age
-from hift_ds.evaluation.report.resampling import bootstrap_scores, interval
+from hift_ds.evaluation.report.resampling import bootstrap_means, bootstrap_scores, interval, resamples
 from hift_ds.evaluation.tasks import metrics
 from hift_ds.evaluation.tasks.catalog import Task, TaskExample
 from hift_ds.evaluation.tasks.loading import TaskData, classification_rows, few_shot, training_rows
@@ -374,7 +374,13 @@ class Cells:
             some, about = [values[i] for i in indices], [examples[i] for i in indices]
             return score(some, about, headline_only=True)[headline]
 
-        replicates = bootstrap_scores(of_units, len(members), self.comparison.evaluation.bootstrap, seed=task.name)
+        count = self.comparison.evaluation.bootstrap
+        if task.averaged:
+            pairs = zip(values, examples, strict=True)
+            each = [score([value], [one], headline_only=True)[headline] for value, one in pairs]
+            replicates = bootstrap_means(each, members, resamples(len(members), count, task.name))
+        else:
+            replicates = bootstrap_scores(of_units, len(members), count, task.name)
         return {
             "metric": headline,
             "score": found[headline],

@@ -45,7 +45,7 @@ from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.report.content import write_report
 from hift_ds.evaluation.report.results import RESULTS, SETTINGS
 from hift_ds.evaluation.report.wandb_report import log_report
-from hift_ds.evaluation.tasks.loading import TaskData, load_task
+from hift_ds.evaluation.tasks.loading import TaskData, load_seeds
 from hift_ds.launch.config import credentials
 from hift_ds.launch.errors import NotApplicable, UserError
 from hift_ds.launch.exit_codes import RANK_LOST, STOPPED
@@ -289,13 +289,10 @@ def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[i
     problems = []
     loaded: list[dict[int, TaskData]] = []
     for entry in comparison.tasks:
-        by_seed = {}
+        given = {"seeds": comparison.seeds, "revision": entry.revision, **comparison.sizes(entry)}
         try:
-            for seed in comparison.seeds:
-                sizes = comparison.sizes(entry)
-                by_seed[seed] = load_task(entry.task, entry.path, revision=entry.revision, seed=seed, **sizes)
-                progress()
-            loaded.append(by_seed)
+            loaded.append(load_seeds(entry.task, entry.path, **given))
+            progress()
         except UserError as error:
             problems.append(str(error))
     if problems:

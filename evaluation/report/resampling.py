@@ -6,6 +6,7 @@ Those of means over tasks also show the variation between seeds, see `mean_diffe
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,13 @@ class MeanDifference:
 def bootstrap_scores(
     score: Callable[[Sequence[int]], float], n: int, replicates: int = 500, seed: str = ""
 ) -> list[float]:
-    """Return the metric of `replicates` resamples. Each draws n of the indices 0 to n - 1 with replacement.
+    """Return the metric of each of the :func:`resamples`."""
+    return [float(score(drawn)) for drawn in resamples(n, replicates, seed).tolist()]
+
+
+@functools.lru_cache(maxsize=8)  # all methods are tested on the same examples
+def resamples(n: int, replicates: int = 500, seed: str = "") -> np.ndarray:
+    """Draw resamples: n of the indices 0 to n - 1 with replacement, int64 of shape (replicates, n).
 
     The same n and seed give the same resamples, so that methods tested on the same examples can be paired. Do not put
     the training seed into `seed` if the test examples are the same for all seeds: averages over seeds would then look
@@ -65,8 +72,26 @@ def bootstrap_scores(
     """
     if n < 1 or replicates < 1:
         raise ValueError(f"{replicates} resamples of {n} examples; expected at least 1 resample of 1 example")
-    draw = random.Random(f"bootstrap {seed}")
-    return [float(score(draw.choices(range(n), k=n))) for _ in range(replicates)]
+    # numpy's generator in the state of Python's draws the numbers of `random.Random(...).choices(range(n), k=n)`.
+    _, state, _ = random.Random(f"bootstrap {seed}").getstate()
+    draw = np.random.RandomState()
+    draw.set_state(("MT19937", np.array(state[:-1], np.uint32), state[-1], 0, 0.0))
+    drawn = np.floor(draw.random_sample((replicates, n)) * n).astype(np.int64)
+    drawn.flags.writeable = False
+    return drawn
+
+
+def bootstrap_means(scores: Sequence[float], units: Sequence[Sequence[int]], drawn: np.ndarray) -> list[float]:
+    """Return the mean of the examples' scores in each resample of units, as a metric that is such a mean.
+
+    Args:
+        scores: of each example.
+        units: the examples, as indices, that are drawn together.
+        drawn: from :func:`resamples` of the units.
+    """
+    of_example = np.asarray(scores, float)
+    sums, sizes = np.array([of_example[list(unit)].sum() for unit in units]), np.array([len(unit) for unit in units])
+    return (sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)).tolist()
 
 
 def interval(replicates: Sequence[float], level: float = LEVEL) -> tuple[float, float]:

@@ -94,6 +94,11 @@ class Task:
         """Whether a classification head can be trained on it (a regression has no classes)."""
         return bool(self.labels) and not self.regression
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the score is the mean of the scores of single examples. F1 of classes is no task's score."""
+        return self.metrics[0] in ("accuracy", "exact_match", "f1")
+
     def unanswered(self, texts: Sequence[str]) -> int:
         """Return how many written answers are empty; of solutions, how many have no final number."""
         answered = scores.extract_number if self.solution else has_words

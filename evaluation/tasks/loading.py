@@ -50,19 +50,67 @@ class TaskData:
         return random.Random(f"demonstrations {seed}").sample(self.train, k)
 
 
-def load_task(
+@dataclass(frozen=True)
+class _Splits:
+    """The examples of a task's splits, from which sets are drawn.
+
+    Attributes:
+        distinct: of the training split, without those that the held-out split has, each once.
+        tested: of the held-out split; [] if there is none.
+        files: path -> sha256.
+        read: rows by split.
+        unlabeled, duplicates, in_test: see `TaskData.report`.
+    """
+
+    distinct: list[TaskExample]
+    tested: list[TaskExample]
+    files: dict[str, str]
+    read: dict[str, int]
+    unlabeled: int
+    duplicates: int
+    in_test: int
+
+    @classmethod
+    def of(cls, task: Task, rows: dict[str, list[Row]], files: dict[str, str]) -> _Splits:
+        """Convert rows of "train" and "eval"."""
+        pool = _examples(task, rows["train"])
+        published = _examples(task, rows["eval"])
+        tested = [one for one in published if one is not None]
+        if task.grouped:
+            tested = merged(tested)
+        known = {one.fingerprint for one in tested}
+        labeled = [(one, one.fingerprint) for one in pool if one is not None]
+        unseen = [(one, mark) for one, mark in labeled if mark not in known]
+        kinds = {(mark, one.completion if task.grouped else ""): one for one, mark in reversed(unseen)}
+        return cls(
+            list(kinds.values())[::-1],  # the first of each
+            tested,
+            files,
+            {"train": len(pool), "test": len(published)},
+            unlabeled=sum(one is None for one in (*pool, *published)),
+            duplicates=len(unseen) - len(kinds),
+            in_test=len(labeled) - len(unseen),
+        )
+
+
+def load_task(task: Task, path: str | None = None, *, seed: int, **options: Any) -> TaskData:
+    """Read a task and draw its sets for one seed; see `load_seeds`."""
+    return load_seeds(task, path, seeds=[seed], **options)[seed]
+
+
+def load_seeds(
     task: Task,
     path: str | None = None,
     *,
-    seed: int,
+    seeds: Sequence[int],
     train_examples: int = 1000,
     dev_examples: int = 500,
     test_examples: int = 1000,
     k_shot: int | None = None,
     test_split: str | None = None,
     revision: str | None = None,
-) -> TaskData:
-    """Read a task and draw its sets; the same arguments give the same sets.
+) -> dict[int, TaskData]:
+    """Read a task once and draw its sets for each seed; the same arguments give the same sets.
 
     If no labelled split is held out, the test set is drawn from the training split. If the training split is too small
     for all sets drawn from it, they share it. Sets drawn from one split have no passage in common, and no example of
@@ -88,28 +136,28 @@ def load_task(
     if k_shot is not None:
         n = k_shot * len(task.labels)
         wanted |= {"train": n, "dev": n if dev_examples else 0}
-    files: dict[str, str] = {}
-    if task.built_in:
-        rows = _built_in_rows(task, path or test_split or revision, wanted, seed)
-    else:
-        rows, files = read_task(task, path, test_split, revision)
-    if not rows["train"]:
-        raise UserError(f"{task.name}: {path or task.data!r} has no training rows; give another path")
-    notes: list[str] = []
-    pool = _examples(task, rows["train"])
-    published = _examples(task, rows["eval"])
-    unlabeled = sum(one is None for one in (*pool, *published))
-    tested = [one for one in published if one is not None]
-    if task.grouped:
-        tested = merged(tested)
-    known = {one.fingerprint for one in tested}
-    unseen = [one for one in pool if one is not None and one.fingerprint not in known]
-    in_test = sum(one is not None for one in pool) - len(unseen)
-    kinds = [(one.fingerprint, one.completion if task.grouped else "") for one in unseen]
-    distinct = list(dict(zip(reversed(kinds), reversed(unseen), strict=True)).values())[::-1]  # the first of each
+    drawn: dict[int, TaskData] = {}
+    splits: _Splits | None = None
+    for seed in seeds:
+        if splits is None or task.built_in:
+            files: dict[str, str] = {}
+            if task.built_in:  # rows depend on the seed
+                rows = _built_in_rows(task, path or test_split or revision, wanted, seed)
+            else:
+                rows, files = read_task(task, path, test_split, revision)
+            if not rows["train"]:
+                raise UserError(f"{task.name}: {path or task.data!r} has no training rows; give another path")
+            splits = _Splits.of(task, rows, files)
+        drawn[seed] = _drawn(task, splits, wanted, k_shot, seed)
+    return drawn
 
-    if unlabeled:
-        notes.append(f"{unlabeled} of {len(pool) + len(published)} rows have no label or answer and are left out")
+
+def _drawn(task: Task, splits: _Splits, wanted: dict[str, int], k_shot: int | None, seed: int) -> TaskData:
+    """Draw the sets of one seed."""
+    distinct, tested = splits.distinct, splits.tested
+    notes: list[str] = []
+    if splits.unlabeled:
+        notes.append(f"{splits.unlabeled} of {sum(splits.read.values())} rows have no label or answer and are left out")
     parts = ("train", "dev") if tested else SETS
     shares = shares_of(len(distinct), {part: wanted[part] for part in parts})
     if any(shares[part] < wanted[part] for part in parts):
@@ -124,17 +172,17 @@ def load_task(
     else:
         held = {} if tested else divide(distinct, {"test": shares["test"], "train": len(distinct)}, seed)
         drawn = held | of_each_class(held.get("train", distinct), k_shot, seed)
-        drawn["dev"] = drawn["dev"] if dev_examples else []
-        for part in ("train", "dev") if dev_examples else ("train",):
+        drawn["dev"] = drawn["dev"] if wanted["dev"] else []
+        for part in ("train", "dev") if wanted["dev"] else ("train",):
             counts = Counter(one.target for one in drawn[part])
             few = [f"{name} {counts[i]}" for i, name in enumerate(task.labels) if counts[i] < k_shot]
             notes += [f"{part}: fewer than {k_shot} examples per class: {', '.join(few)}"] if few else []
     if tested:
-        drawn["test"] = draw(tested, test_examples, f"test {seed}")
-        if len(drawn["test"]) < min(test_examples, len(tested)):
-            notes.append(f"test: {len(drawn['test'])} of {test_examples}, because a question's answers stay together")
-        elif len(tested) < test_examples:
-            notes.append(f"test: the split has only {len(tested)} of {test_examples} examples; all are used")
+        drawn["test"] = draw(tested, wanted["test"], f"test {seed}")
+        if len(drawn["test"]) < min(wanted["test"], len(tested)):
+            notes.append(f"test: {len(drawn['test'])} of {wanted['test']}, because a question's answers stay together")
+        elif len(tested) < wanted["test"]:
+            notes.append(f"test: the split has only {len(tested)} of {wanted['test']} examples; all are used")
     for part in ("train", "test"):
         if not drawn[part]:
             raise UserError(
@@ -145,12 +193,12 @@ def load_task(
     report = {
         "task": task.name,
         "seed": seed,
-        "files": files,
+        "files": splits.files,
         "test_from": "held-out split" if tested else "training split",
-        "read": {"train": len(pool), "test": len(published)},
-        "unlabeled": unlabeled,
-        "duplicates": len(unseen) - len(distinct),
-        "in_test": in_test,
+        "read": splits.read,
+        "unlabeled": splits.unlabeled,
+        "duplicates": splits.duplicates,
+        "in_test": splits.in_test,
         **{part: {"examples": len(drawn[part]), "sha256": _sha256(drawn[part])} for part in SETS},
         "notes": notes,
     }

@@ -2,7 +2,7 @@
 
 Values are from 0 to 1 (correlations from -1 to 1; NIST and CIDEr have no upper bound); higher is better.
 
-Accuracy, F1 of labels and correlations come from scikit-learn and scipy. The text comparisons of SQuAD, ReCoRD and DROP
+F1 of labels and correlations come from scikit-learn and scipy. The text comparisons of SQuAD, ReCoRD and DROP
 are implemented here, because no maintained package offers them without a download.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import string
 from collections.abc import Hashable, Iterator, Sequence
 
+import numpy as np
 from scipy import stats
 from sklearn import metrics
 
@@ -33,7 +34,9 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
     """Return `accuracy`, the share of right predictions."""
-    return {"accuracy": float(metrics.accuracy_score(labels, predictions))}
+    if len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
+    return {"accuracy": float(np.mean(np.equal(labels, predictions)))}  # scikit-learn's takes milliseconds
 
 
 def accuracy_and_macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:

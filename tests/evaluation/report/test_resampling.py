@@ -13,10 +13,12 @@ import scipy.stats
 from hift_ds.evaluation.report.resampling import (
     EXAMPLES,
     SEEDS,
+    bootstrap_means,
     bootstrap_scores,
     interval,
     mean_difference,
     paired_difference,
+    resamples,
 )
 
 
@@ -41,6 +43,22 @@ def test_resamples_are_of_all_indices_with_replacement_and_the_same_for_the_same
     assert scores == bootstrap_scores(lambda some: len(set(some)), 30, 50, "a")
     assert scores[:20] == bootstrap_scores(lambda some: len(set(some)), 30, 20, "a")
     assert scores != bootstrap_scores(lambda some: len(set(some)), 30, 50, "b")
+
+
+def test_resamples_are_those_of_pythons_generator() -> None:
+    for n in (1, 2, 277):
+        draw = random.Random("bootstrap sst2")
+        assert resamples(n, 40, "sst2").tolist() == [draw.choices(range(n), k=n) for _ in range(40)]
+
+
+def test_means_of_resamples_are_those_of_the_examples_that_were_drawn() -> None:
+    scores, units = [float(one) for one in answers(3, 60, 0.4)], [[0, 5, 7], [2], [1, 3], *([i] for i in range(8, 60))]
+    expected = []
+    for drawn in resamples(len(units), 50, "a").tolist():
+        some = [scores[i] for unit in drawn for i in units[unit]]
+        expected.append(sum(some) / len(some))
+    assert bootstrap_means(scores, units, resamples(len(units), 50, "a")) == expected
+    assert len(set(expected)) > 5
 
 
 def test_interval_is_numpys_and_near_scipys() -> None:

@@ -7,11 +7,13 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import datasets
 import pytest
 
+from hift_ds.evaluation.tasks import loading
 from hift_ds.evaluation.tasks.catalog import TASKS, TaskExample, find_task
 from hift_ds.evaluation.tasks.loading import TaskData, check_disjoint, few_shot, load_task, training_rows
 from hift_ds.evaluation.tasks.sampling import SETS
@@ -463,3 +465,52 @@ def test_hub_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert task.score([1] * 12, data.test) == {"f1a": pytest.approx(2 / 3), "exact_match": 0.0, "accuracy": 0.5}
     with pytest.raises(UserError, match="nyu-mll/glue .mnli. has no split 'all'"):
         load_task(find_task("mnli"), seed=0, test_split="all")
+
+
+# Several seeds, and scores of single examples ---------------------------------------------------------
+
+
+def test_the_files_are_read_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"a film no. {i % 50}\t{i % 2}" for i in range(60)]  # ten occur twice
+    for part, own in (("train", rows), ("validation", [f"held out {i}\t1" for i in range(20)])):
+        (tmp_path / f"{part}.tsv").write_text("\n".join(["sentence\tlabel", *own]) + "\n")
+    sizes = {"train_examples": 12, "dev_examples": 6, "test_examples": 8}
+    alone = {seed: load("sst2", tmp_path, seed, **sizes) for seed in (3, 5)}
+    read: list[Path] = []
+    read_file = loading.read_file
+    monkeypatch.setattr(loading, "read_file", lambda path, name: read.append(path) or read_file(path, name))
+    assert loading.load_seeds(find_task("sst2"), str(tmp_path), seeds=[3, 5], **sizes) == alone
+    assert sorted(path.name for path in read) == ["train.tsv", "validation.tsv"]
+    assert alone[3].train != alone[5].train and alone[3].report["duplicates"] == 10
+
+
+def test_built_in_tasks_are_made_for_each_seed() -> None:
+    sizes = {"train_examples": 12, "dev_examples": 6, "test_examples": 8}
+    together = loading.load_seeds(find_task("yes-no"), seeds=[3, 5], **sizes)
+    assert together == {seed: load_task(find_task("yes-no"), seed=seed, **sizes) for seed in (3, 5)}
+    assert together[3].train != together[5].train
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_score_of_an_averaged_task_is_the_mean_of_those_of_its_examples(name: str) -> None:
+    task, draw = TASKS[name], Random(name)
+    texts = ["Paris", "the Paris", "London Paris", "#### 4", "#### 5", "in Rome"]
+    examples, predictions = [], []
+    for i in range(40):
+        solution = draw.choice(texts[3:5])
+        references: tuple[Any, ...] = (solution,) if task.solution else tuple(draw.sample(texts, 2))
+        if name == "drop":
+            references = tuple((one,) for one in references)
+        label = draw.randrange(max(2, len(task.labels)))
+        about = {"label": label, "options": ("Paris", "Rome"), "question": f"{i // 2}", "target": label}
+        examples.append(TaskExample(f"row {i}", "p", "", ("a", "b"), references=references, **about))
+        predictions.append(draw.choice(texts) if task.max_new_tokens else draw.randrange(2))
+    headline = task.metrics[0]
+
+    def score(some: list[int]) -> float:
+        return task.score([predictions[i] for i in some], [examples[i] for i in some], headline_only=True)[headline]
+
+    if task.averaged:
+        assert score([*range(40)]) == pytest.approx(sum(score([i]) for i in range(40)) / 40, abs=1e-12)
+    else:
+        assert headline in ("f1a", "matthews", "spearman", "bleu")  # the metrics of a whole set
