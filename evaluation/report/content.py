@@ -221,7 +221,8 @@ def _section(section: Section, drawn: Mapping[str, list[Picture]]) -> list[Part]
     notes = tables.Notes()
     differences = [Heading("Differences to full fine-tuning", 3), *tables.differences(section, notes), *notes.parts()]
     parts += [*scores, *differences, *drawn.get("time", ()), *drawn.get("memory", ()), Heading("Training and cost", 3)]
-    parts += [*tables.costs(section), *drawn.get("parts", ()), Heading("Training loss", 3), *drawn.get("loss", ())]
+    parts += [*tables.costs(section), *drawn.get("parts", ()), *tables.spent(section), *tables.rates(section)]
+    parts += [Heading("Training loss", 3), *drawn.get("loss", ())]
     if not drawn.get("loss"):
         parts.append(Paragraph("No method has a loss curve."))
     if drawn.get("ablation"):

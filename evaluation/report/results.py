@@ -111,6 +111,10 @@ def _check(where: Place, record: Record) -> None:
         for value in need(where, record, name, (list, _NONE), "a list") or ():
             if not is_right(value):
                 raise UserError(f"{where}: {name!r}: expected each to be {expected}, got {shown(value)}")
+    if "spent" in record:  # as above
+        for name, seconds in need(where, record, "spent", dict, "an object of parts and their seconds").items():
+            if not is_finite(seconds if _is_number_or_null(seconds) else None):
+                raise UserError(f"{where}: 'spent': {name!r}: expected seconds, got {shown(seconds)}")
     planned = need(where, record, "planned_memory", (dict, _NONE), "an object or null")
     for part in (*MEMORY_PARTS, "total") if planned else ():
         need(f"{where}: 'planned_memory'", planned, part, _NUMBER, "bytes")
@@ -125,9 +129,9 @@ def _is_point(value: Any) -> bool:
 
 
 def _is_trial(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        name in value and _is_number_or_null(value[name]) for name in ("learning_rate", "score")
-    )
+    if not isinstance(value, dict) or not _is_number_or_null(value.get("loss")):  # earlier versions have no loss
+        return False
+    return all(name in value and _is_number_or_null(value[name]) for name in ("learning_rate", "score"))
 
 
 def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:

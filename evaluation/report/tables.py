@@ -15,6 +15,7 @@ from hift_ds.evaluation.report.results import FAILED, OK, Section, is_finite, me
 MEAN = "mean"
 NOTHING = "-"  # a cell of a table that has no value
 MIB, GIB = 2**20, 2**30
+TRAINING, SMALL = "training", 0.01  # a part of a cell's seconds, and the share below which a part has no column
 
 
 def joined(texts: Iterable[str]) -> str:
@@ -276,6 +277,66 @@ def _cost(found: Sequence[Record], full: Mapping[int, Record]) -> list[str]:
         format_bytes(max(plans)) if plans else NOTHING,
         _flops(mean_of(found, "flops")),
     ]
+
+
+def spent(section: Section) -> list[Part]:
+    """Make the table of the seconds of a cell by part; an empty list for records of earlier versions."""
+    cells = {
+        label: [one for task in section.tasks for one in section.ok(label, task) if one.get("spent")]
+        for label in section.rows
+    }
+    cells = {label: some for label, some in cells.items() if some}
+    if not cells:
+        return []
+    means = {
+        label: {name: sum(one["spent"].get(name, 0) for one in some) / len(some) for name in _parts(some)}
+        for label, some in cells.items()
+    }
+    whole = {label: sum(of.values()) for label, of in means.items()}
+    named = [TRAINING, *(name for name in _parts([one for some in cells.values() for one in some]) if name != TRAINING)]
+    named = [name for name in named if any(of.get(name, 0) > SMALL * whole[label] for label, of in means.items())]
+    rows = []
+    for label, of in means.items():
+        shown = [of.get(name, 0) for name in named]
+        rows.append([label, *(f"{seconds:,.1f}" for seconds in (whole[label], *shown, whole[label] - sum(shown)))])
+    caption = (
+        "Means over tasks and seeds, in seconds of the clock while the comparison ran. The first cell of a process has "
+        f"also its start. Parts of less than {100 * SMALL:.0f} % are together."
+    )
+    heading = Heading("Seconds of a cell", 3)
+    return [heading, Paragraph(caption), Table(["method", "cell", *named, "the rest"], rows)]
+
+
+def _parts(some: Sequence[Record]) -> list[str]:
+    """Return the parts' names, the largest first."""
+    names = {name for one in some for name in one["spent"]}
+    return sorted(names, key=lambda name: (-sum(one["spent"].get(name, 0) for one in some), name))
+
+
+def rates(section: Section) -> list[Part]:
+    """Make the table of the learning rates that were tried, if there were several."""
+    rows = []
+    for label in section.rows:
+        for task in section.tasks:
+            record = next((one for one in section.ok(label, task) if len(tried_rates(one)) > 1), None)
+            if record is not None:
+                tried = "; ".join(
+                    f"{format_rate(one['learning_rate'])}: {_trial(one, record)}" for one in record["tuning"]
+                )
+                rows.append([label, task, format_rate(record["learning_rate"]), tried])
+    if not rows:
+        return []
+    caption = "On the validation set, with the first seed: the score in %, and the loss on the right answers if known."
+    return [Heading("Learning rates", 3), Paragraph(caption), Table(["method", "task", "chosen", "tried"], rows)]
+
+
+def _trial(trial: Mapping[str, Any], record: Record) -> str:
+    score, loss = trial["score"], trial.get("loss")
+    if is_finite(score) and score < 0 and "answer_loss" in record["metrics"] and loss in (None, -score):
+        return f"loss {-score:.3f}"  # written answers are chosen by their loss
+    known = [f"{100 * score:.1f}"] if is_finite(score) else []
+    known += [f"loss {loss:.3f}"] if is_finite(loss) else []
+    return ", ".join(known) or NOTHING
 
 
 def _is_at_end(record: Record) -> bool:

@@ -181,6 +181,42 @@ def test_costs() -> None:
     assert "1e-05, 3e-05, 0.0001 (full), or 1e-05, 0.0001 (hift)" in text
 
 
+def test_seconds_of_a_cell_by_part() -> None:
+    found = [
+        cell("full", seed=0, spent={"start": 20.0, "training": 60.0, "test": 10.0, "plan": 0.1}),
+        cell("full", seed=1, spent={"training": 62.0, "test": 12.0}),
+        cell("hift", spent={"training": 30.0, "test": 11.0, "model": 0.25}),
+    ]
+    text, _ = words([*found, cell("lora")])  # a record of an earlier version
+    (table,) = tables(text, "Seconds of a cell")
+    assert table["method"] == ["cell", "training", "test", "start", "the rest"]
+    assert table["full"] == ["82.0", "61.0", "11.0", "10.0", "0.0"] and table["hift"] == [
+        "41.2",
+        "30.0",
+        "11.0",
+        "0.0",
+        "0.2",
+    ]
+    assert "lora" not in table and "Seconds of a cell" not in words([cell("full")])[0]
+    with pytest.raises(UserError, match="'spent': 'test': expected seconds, got 'x'"):
+        words([cell("full", spent={"test": "x"})])
+
+
+def test_learning_rates_that_were_tried() -> None:
+    trials = [{"learning_rate": 1e-5, "score": 0.5, "loss": 0.7}, {"learning_rate": 1e-4, "score": None, "loss": None}]
+    written = [{"learning_rate": 1e-5, "score": -1.25}, {"learning_rate": 1e-4, "score": -1.5, "loss": 1.5}]
+    lost = {"metrics": {"exact_match": 0.0, "answer_loss": 1.0}, "metric": "exact_match"}
+    found = [cell("full", tuning=trials), cell("full", task="gsm8k", tuning=written, **lost)]
+    text, _ = words([*found, cell("hift", tuning=trials[:1])])
+    (table,) = tables(text, "Learning rates")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| full +\| +(sst2|gsm8k)", line)]
+    assert [row[3].strip() for row in rows] == [
+        "1e-05: 50.0, loss 0.700; 0.0001: -",
+        "1e-05: loss 1.250; 0.0001: loss 1.500",
+    ]
+    assert set(table) == {"method", "full"}
+
+
 def test_other_metrics_have_a_table() -> None:
     losses = [{"accuracy": 0.5, "answer_loss": loss} for loss in (1.25, 1.75)]
     found = [cell("full", seed=seed, metrics=metrics) for seed, metrics in enumerate(losses)]
@@ -273,6 +309,7 @@ def test_a_record_that_lacks_a_key_is_named(key: str, tmp_path: Path, capsys: py
         ({"score": "0.9"}, "'score': expected a number, got '0.9'"),
         ({"bootstrap": [0.5, "x"]}, "'bootstrap': expected each to be a number, got 'x'"),
         ({"curve": [[1, 2, 3]]}, r"'curve': expected each to be [step, seconds, tokens, loss], got [1, 2, 3]"),
+        ({"tuning": [{"learning_rate": 1, "score": 1, "loss": "x"}]}, "'tuning': expected each to be an object"),
         ({"tuning": [3e-5]}, "'tuning': expected each to be an object with learning_rate and score"),
         ({"planned_memory": {"parameters": 1}}, "'planned_memory': 'gradients': expected bytes"),
         ({"metric": "f1"}, "'metric': 'f1', but record 1 has 'accuracy' for this task"),
