@@ -23,7 +23,8 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *FRAMEWORKS]
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *FRAMEWORKS, *RESULTS]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 INTEGRATIONS = ROOT / "docs" / "integrations.md"
 WIDTH = 120  # columns of everything but tables; of the README, of tables too
@@ -98,8 +99,9 @@ def linked_from(page: Path) -> set[Path]:
 
 
 def test_readme_links_to_every_page():
-    assert {*PAGES} - {ROOT / "README.md", *FRAMEWORKS} <= linked_from(ROOT / "README.md")
+    assert {*PAGES} - {ROOT / "README.md", *FRAMEWORKS, *RESULTS} <= linked_from(ROOT / "README.md")
     assert {*FRAMEWORKS} <= linked_from(INTEGRATIONS)
+    assert {*RESULTS} <= linked_from(ROOT / "docs" / "results.md")
 
 
 def test_python_code_compiles_and_its_names_exist():

@@ -1,8 +1,7 @@
 """The overview of one model and budget: each method against full fine-tuning, over all tasks.
 
 A method is compared with full fine-tuning on their common cells: the tasks and seeds on which both have a score. Scores
-and losses are never averaged together. A task is judged by the loss on its right answers if no row solves `FLOOR` of
-it, as a small model does with GSM8K.
+and losses are never averaged together: some tasks are judged by their loss (`Section.judged_by_loss`).
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from dataclasses import dataclass
 from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.report.document import Items, Paragraph, Part, Picture, Table
 from hift_ds.evaluation.report.resampling import EXAMPLES, SEEDS, MeanDifference, mean_difference, paired_difference
-from hift_ds.evaluation.report.results import FAILED, NOT_APPLICABLE, Section, is_finite, mean_of
+from hift_ds.evaluation.report.results import FAILED, FLOOR, LOSS, NOT_APPLICABLE, Section, is_finite
 from hift_ds.evaluation.report.tables import NOTHING, Notes, format_bytes, format_seconds, joined
 
-FLOOR = 0.05  # a score below it says little about a method
 SAME = 1.2  # times that differ by less than this factor count as the same
-LOSS = "answer_loss"
 Pair = tuple[Record, Record]  # a method's record and that of full fine-tuning, with the same task and seed
 
 
@@ -46,23 +43,12 @@ class Compared:
     complete: bool
 
 
-def judged_by_loss(section: Section) -> list[str]:
-    """Return the tasks that no row solves `FLOOR` of, if all their records have the loss on the right answers."""
-    found = []
-    for task in section.tasks:
-        rows = [some for some in (section.ok(label, task) for label in section.rows) if some]
-        low = all((mean_of(some, "score") or 0) < FLOOR for some in rows)
-        if rows and low and all(is_finite(record["metrics"].get(LOSS)) for some in rows for record in some):
-            found.append(task)
-    return found
-
-
 def compare_with_full(section: Section) -> list[Compared]:
     """Compare each row with full fine-tuning, which is the first one; an empty list if it has no score."""
     full = section.full
     if full is None or full not in section.shown():
         return []
-    by_loss = judged_by_loss(section)
+    by_loss = section.judged_by_loss()
     found = []
     for label in sorted(section.rows, key=lambda label: label != full):
         pairs = {task: _pairs(section, label, full, task) for task in section.tasks}
@@ -126,7 +112,7 @@ def parts(section: Section, pictures: Sequence[Picture] = ()) -> list[Part]:
     if not rows:
         why = "no cell has a score" if not section.shown() else "it has no score" if full else "it was not run"
         return [Paragraph(f"There is no comparison with full fine-tuning: {why}."), *_missing(section)]
-    by_loss = judged_by_loss(section)
+    by_loss = section.judged_by_loss()
     scored = [task for task in section.tasks if task not in by_loss and section.metric(task)]
     equal, notes = same_time(rows), Notes()
     lines = [_own_values(section, rows, scored, by_loss)]

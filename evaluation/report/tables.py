@@ -64,8 +64,10 @@ def _about_mean(section: Section) -> list[Part]:
         return []
     if not _has_mean(section):
         return [Paragraph("There is no mean over tasks, because fewer than two tasks have a score for every row.")]
-    left = [task for task in section.tasks if task not in common]
+    by_loss = section.judged_by_loss()
+    left = [task for task in section.tasks if task not in common and task not in by_loss]
     without = f" It leaves out {joined(left)}, because some rows have no score there." if left else ""
+    without += f" It leaves out {joined(by_loss)}, judged by the loss on the right answers." if by_loss else ""
     return [Paragraph(f"The mean is over {joined(common)}; its ± is the standard deviation of a seed's mean.{without}")]
 
 

@@ -78,12 +78,13 @@ def test_points_and_nats_are_never_averaged() -> None:
     found += [scored("hift", 0.9, seed=0), scored("hift", 0.7, seed=1)]
     found += [lost("hift", 1.1, 0), lost("hift", 1.3, 1, score=0.04)]
     section = section_of(found)
-    assert glance.judged_by_loss(section) == ["gsm8k"]
+    assert section.judged_by_loss() == ["gsm8k"]
     rows = table_of(section)
     assert rows["full"]["score - full's, points"] == "0 (80.0 %)" and rows["full"]["loss - full's, nats"] == "0 (1.000)"
     # 0.2 on average, a variance of 0.02 / 2 with one degree of freedom: 12.706 * 0.1
     assert rows["hift"]["loss - full's, nats"] == "+0.200 (-1.071 to +1.471) [1]"
     assert "seeds only" in said(section) and rows["hift"]["score - full's, points"].startswith("+0.0 (")
+    assert section.common_tasks() == ["sst2"]  # of the mean in the table of scores
     only = section_of([lost("full", 1.0), lost("hift", 1.1)])
     assert "score - full's, points" not in table_of(only)["hift"]
     assert table_of(only)["hift"]["loss - full's, nats"] == "+0.100 [1]" and "there is no interval" in said(only)
@@ -92,7 +93,7 @@ def test_points_and_nats_are_never_averaged() -> None:
 @pytest.mark.parametrize("change", [{"score": 0.06}, {"metrics": {"exact_match": 0.0}}])
 def test_a_task_that_some_row_solves_or_that_lacks_losses_is_judged_by_its_score(change: dict[str, Any]) -> None:
     section = section_of([lost("full", 1.0), lost("hift", 1.0) | change])
-    assert glance.judged_by_loss(section) == [] and "loss - full's, nats" not in table_of(section)["hift"]
+    assert section.judged_by_loss() == [] and "loss - full's, nats" not in table_of(section)["hift"]
 
 
 def test_in_the_same_time_the_time_is_that_of_a_step() -> None:
@@ -272,3 +273,19 @@ def test_the_picture_is_a_file_in_the_report(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "1-glance.png").stat().st_size > 10_000
     text = (tmp_path / "report.md").read_text("utf-8")
     assert text.index("plots/1-glance.png") < text.index("## What was run")
+
+
+# --- the page of results --------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_committed_records() -> None:
+    root = Path(__file__).resolve().parents[3]
+    page = (root / "docs" / "results.md").read_text("utf-8")
+    command = page.split("python -m evaluation.report ", 1)[1].split("```", 1)[0]
+    folders = re.findall(r"docs/results/\w+", command)
+    assert len(folders) > 3 and "--join-budgets" in command
+    found = results.read_results(*[root / folder / "results.jsonl" for folder in folders])
+    pages = page + (root / "docs" / "results" / "cpu.md").read_text("utf-8")
+    for section in results.arrange(results.with_joined_budgets(found)):
+        (table,) = (part for part in glance.parts(section) if isinstance(part, Table))
+        assert markdown([table]).strip() in pages, f"{section.model}, {section.budget}"
