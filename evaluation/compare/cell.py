@@ -21,10 +21,11 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from hift_ds import collectives
 from hift_ds.blocks.block import numel_of
-from hift_ds.collectives import gather
 from hift_ds.evaluation.compare.planned_memory import planned_memory
 from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
+from hift_ds.evaluation.compare.step_times import MOST_STEPS, StepClock, StepTimes
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.process_memory import peak_memory
 from hift_ds.evaluation.cost.spent import Spent, process_age
@@ -35,7 +36,6 @@ from hift_ds.evaluation.tasks.loading import TaskData, classification_rows, few_
 from hift_ds.evaluation.tasks.scoring import Predictions, average_log_likelihoods, classify, predict
 from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.callbacks.skipped import SkippedSteps
-from hift_ds.launch.callbacks.time_limit import TimeLimit
 from hift_ds.launch.config.settings import Settings
 from hift_ds.launch.cuts import cut_of, lr_factor
 from hift_ds.launch.data.encoding import EvalExample, encode
@@ -77,9 +77,12 @@ class Cells:
     Args:
         machine: a description of the machine for the records.
         progress: called after each training step and each evaluated batch.
+        say: prints a note; each note is said once, not for each cell.
     """
 
-    def __init__(self, comparison: Comparison, machine: str, progress: Callable[[], object]):
+    def __init__(
+        self, comparison: Comparison, machine: str, progress: Callable[[], object], say: Callable[[str], object]
+    ):
         self.comparison, self.progress = comparison, progress
         self.spent = Spent()  # of the next or present cell; of the first one with the start of the process
         self.spent.add("start", process_age())
@@ -87,10 +90,10 @@ class Cells:
             self.tokenizer = loading.load_tokenizer(comparison.model)
         self.versions = summary.versions()
         self.machine = machine
-        rank0 = dist.get_rank() == 0  # copies on other machines may have additional files next to the weights
-        self.model_identity = gather(loading.identity(comparison.model) if rank0 else None)[0]
+        rank0 = collectives.rank() == 0  # copies on other machines may have additional files next to the weights
+        self.model_identity = collectives.gather(loading.identity(comparison.model) if rank0 else None)[0]
         self._loaded: dict[str, Any] = {}
-        self._say = functools.cache(functools.partial(logs.say, dist.get_rank()))  # each note once, not for each cell
+        self._say = functools.cache(say)
         self._plans: dict[Any, dict[str, int] | None] = {}
         self._configs: dict[int | None, Any] = {}
         self._encoded: dict[tuple[str, str], tuple[list[Any], dict[str, Any]]] = {}
@@ -125,23 +128,48 @@ class Cells:
         for texts in dict.fromkeys((*one.content, one.completion, one.text, one.text_pair or "") for one in examples):
             yield self.tokenizer(" ".join(texts), add_special_tokens=False).input_ids
 
-    def run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
+    def run(
+        self,
+        row: Row,
+        task: Task,
+        data: TaskData,
+        budget: Budget,
+        seed: int,
+        rate: float,
+        tune: bool,
+        steps: int,
+        times: StepTimes | None = None,
+    ) -> Outcome:
         """Train on the training set and evaluate on the test set; with `tune`, evaluate on the validation set too.
+
+        Args:
+            times: of the steps without other trainings, if others run meanwhile; the record has these.
 
         Raises:
             NotApplicable: the method does not apply to the model or the task.
         """
         try:
             with self.spent.part("other"), freed():
-                outcome = self._run(row, task, data, budget, seed, rate, tune)
+                outcome = self._run(row, task, data, budget, seed, rate, tune, steps, times)
             outcome.record["spent"] = {name: round(seconds, 3) for name, seconds in self.spent.seconds.items()}
             return outcome
         finally:
             self.spent = Spent()
 
-    def _run(self, row: Row, task: Task, data: TaskData, budget: Budget, seed: int, rate: float, tune: bool) -> Outcome:
+    def _run(
+        self,
+        row: Row,
+        task: Task,
+        data: TaskData,
+        budget: Budget,
+        seed: int,
+        rate: float,
+        tune: bool,
+        steps: int,
+        times: StepTimes | None,
+    ) -> Outcome:
         world, spent = dist.get_world_size(), self.spent
-        settings = self.comparison.run_settings(row, budget, seed, rate, world) if row.trained else None
+        settings = self.comparison.run_settings(row, steps, seed, rate, world) if row.trained else None
         dtype = _dtype(row) if settings is None else settings.dtype
         if not self._made_anew:
             self._pretrained(dtype)  # load before memory is measured and random numbers are drawn
@@ -153,7 +181,8 @@ class Cells:
         with contextlib.ExitStack() as engines, contextlib.ExitStack() as measuring:
             peak = measuring.enter_context(peak_memory())
             if settings is not None:
-                engine, measured, encoded = self._train(row, settings, task, data, budget, engines)
+                engine, measured, encoded = self._train(settings, task, data, engines)
+                measured = times.as_alone(measured) if times else measured
                 measuring.close()  # the peak of training; methods without training report the peak of evaluation
                 with spent.part("plan"):
                     measured["planned_memory"] = self._planned(row, settings, task, encoded["longest"])
@@ -182,6 +211,7 @@ class Cells:
             "reason": None,
             **scores,
             **measured,
+            "seconds_are": "timed alone" if times else "measured",
             "truncated": {"train": encoded["truncated"], "test": tested.truncated},
             "unanswered": task.unanswered(tested.values) if task.max_new_tokens and not self.classifies else None,
             "test_cut": "end" if self.classifies else "beginning",
@@ -208,16 +238,17 @@ class Cells:
         task: Task,
         budget: Budget,
         seed: int,
+        rate: float,
         status: str,
         reason: str,
         out_of_memory: bool = False,
     ) -> dict[str, Any]:
-        """Return the record of a cell without a result.
+        """Return the record of a training without a result.
 
         Args:
-            out_of_memory: see `ran_out_of_memory`. Such a cell may succeed when it has the device for itself.
+            out_of_memory: see `ran_out_of_memory`. Such a training may succeed when it has the device for itself.
         """
-        identity = _identity(row, task, budget, seed, self.comparison.model_name)
+        identity = _identity(row, task, budget, seed, self.comparison.model_name) | {"learning_rate": rate or None}
         told = {"status": status, "reason": reason, "out_of_memory": out_of_memory}
         return {**identity, **told, "versions": self.versions, "machine": self.machine}
 
@@ -231,19 +262,47 @@ class Cells:
             return "a new classification head has random weights and must be trained"
         return None
 
+    def time_steps(self, row: Row, task: Task, data: TaskData) -> dict[str, Any]:
+        """Time the steps of a method on a task, and return the record of the timing. No other training may run.
+
+        Raises:
+            NotApplicable: the method does not apply to the model or the task.
+        """
+        world, rate = dist.get_world_size(), row.learning_rates[0]
+        settings = self.comparison.run_settings(row, MOST_STEPS, self.comparison.seeds[0], rate, world)
+        if not self._made_anew:
+            self._pretrained(settings.dtype)
+        seed_generators(settings.training.seed)
+        clocks: list[StepClock] = []
+
+        def clock(engine: Any) -> list[StepClock]:
+            enough = max(one.seconds or math.inf for one in self.comparison.budgets)
+            clocks.append(StepClock(cycle_steps(engine, settings) or 1, enough))
+            return clocks
+
+        kept, self.spent = self.spent, Spent()  # what the next cell spends is not spent here
+        try:
+            with freed(), contextlib.ExitStack() as engines:
+                self._train(settings, task, data, engines, clock)
+        finally:
+            self.spent = kept
+        times = collectives.gather(clocks[0].times())[0]
+        about = {"label": row.label, "task": task.name, "machine": self.machine}
+        return {"status": "ok", "reason": None, **about, "first": list(times.first), "later": times.later}
+
     def _train(
         self,
-        row: Row,
         settings: Settings,
         task: Task,
         data: TaskData,
-        budget: Budget,
         engines: contextlib.ExitStack,
+        more: Callable[[Any], Sequence[Callback]] = lambda engine: (),
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Train, and return the engine, the measurements, and the counts of `encode` with `longest` and `remarks`.
 
         Args:
             engines: destroys the engine when it is closed.
+            more: makes callbacks for an engine.
         """
         spent = self.spent
         with spent.part("encoding"):
@@ -258,11 +317,7 @@ class Cells:
             engines.push(functools.partial(_destroy, engine))
         recorder = _Recorder(engine, settings, self.progress)
         only_train = Data(list(examples), [], report, None)
-        callbacks = [
-            recorder,
-            SkippedSteps(engine, settings),
-            TimeLimit(budget.seconds or math.inf),
-        ]
+        callbacks = [recorder, SkippedSteps(engine, settings), *more(engine)]
         with deterministic(settings.training.deterministic), spent.part("around steps"):
             train(engine, only_train, self.tokenizer.pad_token_id, settings, callbacks)
             spent.add("training", sum(record["seconds"] for record in recorder.records))

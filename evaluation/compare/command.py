@@ -1,297 +1,225 @@
 """Compare fine-tuning methods on tasks, over seeds and learning rates, in one process or under the launcher.
 
     python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]... [--only ROW...]
+        [--jobs N] [--minutes M]
     deepspeed --num_gpus N --module hift_ds.evaluation.compare.command --config ...
 
 A cell is a method on a task with one seed. The learning rate of a cell is the one with the best score on the validation
-set; it is chosen with the first seed and kept for the others. The command writes into output.dir:
+set; it is chosen with the first seed and kept for the others. The first seed of all methods comes before the second
+one. The command writes into output.dir:
 
-    runs.jsonl     one record per training, appended when it finishes
-    results.jsonl  one record per cell, of the chosen learning rate
+    runs.jsonl        one record per training, appended when it finishes
+    step_times.jsonl  seconds a step, timed alone, for budgets in seconds and for trainings that share a device
+    results.jsonl     one record per cell, of the chosen learning rate
     report.md, report.html, plots/
 
 The same command continues an interrupted comparison: it runs only what is missing.
 
 Exit codes: 0 every cell has a result or does not apply, 1 some cells failed, 2 the settings need a change, 75 stopped
-by SIGTERM or SIGINT, 76 another rank was lost.
+by --minutes, SIGTERM or SIGINT, 76 another rank was lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deepspeed import comm as dist
+import psutil
 from tqdm import tqdm
 
+from hift_ds import collectives
 from hift_ds.checkpoint.files import write_durably
 from hift_ds.checkpoint.lock import Lock
-from hift_ds.evaluation.compare.cell import Cells, Outcome, ran_out_of_memory
-from hift_ds.evaluation.compare.settings import Budget, Comparison, Row, TaskEntry, load_comparison
+from hift_ds.evaluation.compare.cell import Cells
+from hift_ds.evaluation.compare.jobs import Job, Sets, Timing
+from hift_ds.evaluation.compare.processes import Died, Place, Processes, ThisProcess, without_shared_locks
+from hift_ds.evaluation.compare.runs import ATTEMPTS, Runs
+from hift_ds.evaluation.compare.settings import Comparison, load_comparison
+from hift_ds.evaluation.compare.table import Identity, Table
 from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.report.content import write_report
 from hift_ds.evaluation.report.results import RESULTS, SETTINGS
 from hift_ds.evaluation.report.wandb_report import log_report
 from hift_ds.evaluation.tasks.loading import TaskData, load_seeds
-from hift_ds.launch.config import credentials
-from hift_ds.launch.errors import NotApplicable, UserError
+from hift_ds.launch.errors import UserError
 from hift_ds.launch.exit_codes import RANK_LOST, STOPPED
 from hift_ds.launch.runtime import extensions, logs, outputs
 from hift_ds.launch.runtime.determinism import deterministic
 from hift_ds.launch.runtime.process import Parser, report_mistake, run_process, world_of_one
 from hift_ds.launch.runtime.ranks import RankWatch, check_same, decide, join, together
 
-ATTEMPTS = 3  # give up on a cell after the process has died in it this often
+FOR_THE_REPORT = 20.0  # seconds of --minutes that are left for the report
 
 
-class Runs:
-    """The finished trainings by key, one line of runs.jsonl each. Rank 0 reads and writes the files for all ranks."""
-
-    def __init__(self, folder: Path, rank: int):
-        self.path, self.rank = folder / "runs.jsonl", rank
-        self.begun_path = folder / "begun.jsonl"
-        finished, begun = decide(lambda: (self._lines(self.path), self._lines(self.begun_path)))
-        self.done = {run["key"]: run for run in finished}
-        self.asked: set[str] = set()  # keys of the trainings that this command needs
-        self.tries: Counter[str] = Counter()  # attempts of this command
-        # How often the process died in a training: the training began, and no stop was recorded.
-        self.deaths: Counter[str] = Counter()
-        for line in begun:
-            self.deaths[line["key"]] += -1 if line.get("stopped") else 1
-
-    def begin(self, key: str) -> str:
-        """Record that a training begins; return the name of this attempt for `RankWatch`."""
-        self.tries[key] += 1
-        self._append(self.begun_path, {"key": key})
-        return f"{key} {self.tries[key]}"
-
-    def stop(self, key: str) -> None:
-        """Record that a training was stopped on purpose, so that it does not count as a death."""
-        self._append(self.begun_path, {"key": key, "stopped": True})
-
-    def add(self, key: str, run: dict[str, Any]) -> None:
-        """Store a finished training."""
-        self.done[key] = run
-        self._append(self.path, {"key": key, **run})
-
-    def _lines(self, path: Path) -> list[dict[str, Any]]:
-        """Read the complete lines of a file, and remove an incomplete last line, which a killed process leaves."""
-        if not path.exists():
-            return []
-        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
-        if cut:
-            write_durably(path, whole + "\n" if whole else "")
-        found = []
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(
-                    f"{path}:{number}: broken JSON ({error}); delete the line, and its training runs again"
-                ) from None
-        return found
-
-    def _append(self, path: Path, line: dict[str, Any]) -> None:
-        if self.rank == 0:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+class OutOfTime(KeyboardInterrupt):
+    """The minutes of --minutes are over."""
 
 
-def compare(comparison: Comparison, rank: int, retry_failed: bool, watch: RankWatch) -> list[dict[str, Any]]:
-    """Run what is missing, and return the records of all cells in the order of the settings."""
-    world, remedy = dist.get_world_size(), "The same command continues with what is missing."
-    for note in comparison.notes:
-        logs.say(rank, note)
+def prepare(
+    comparison: Comparison, rank: int, arguments: argparse.Namespace, watch: RankWatch
+) -> tuple[Table, Cells, Place]:
+    """Load the data and what has been done; return the table, and what runs the missing trainings."""
+    world, remedy = collectives.world_size(), "The same command continues with what is missing."
     watch.start(comparison.folder / outputs.LOGS, rank, world, comparison.rank_timeout, keep=True, remedy=remedy)
+    say = functools.partial(logs.say, rank)
+    for note in comparison.notes:
+        say(note)
     runs = Runs(comparison.folder, rank)
     if runs.done:
-        logs.say(rank, f"{runs.path}: {len(runs.done)} trainings are finished; this run does the missing ones")
-    loaded = together(lambda: _load(comparison, watch.progress))
-    hashes = {
-        f"{entry.task.name} {part}, seed {seed}": data.report[part]["sha256"]
-        for entry, by_seed in zip(comparison.tasks, loaded, strict=True)
-        for seed, data in by_seed.items()
-        for part in ("train", "dev", "test")
-    }
-    check_same("data", hashes, "Give every machine the same files.")
-    for entry, parts in zip(comparison.tasks, loaded, strict=True):
-        for note in dict.fromkeys(note for part in parts.values() for note in part.report["notes"]):
-            logs.say(rank, f"{entry.task.name}: {note}")
-    cells = Cells(comparison, machine(), watch.progress)
-    by_task = {entry.task.name: parts.values() for entry, parts in zip(comparison.tasks, loaded, strict=True)}
-    together(lambda: cells.check_tokens(by_task))
-    records: list[dict[str, Any]] = []
-    total = len(comparison.budgets) * len(comparison.tasks) * len(comparison.rows) * len(comparison.seeds)
-    with tqdm(total=total, unit="cell", disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
-        for budget in comparison.budgets:
-            for entry, parts in zip(comparison.tasks, loaded, strict=True):
-                for row in comparison.rows:
-                    bar.set_postfix_str(f"{entry.task.name}, {row.label}")
-                    rates = row.learning_rates
-                    for number, seed in enumerate(comparison.seeds):
-                        tune = number == 0 and len(rates) > 1
-                        trainings = [Training(row, entry, parts[seed], budget, seed, rate, tune) for rate in rates]
-                        tried = [_one(cells, runs, watch, training, retry_failed) for training in trainings]
-                        best = _best(tried)
-                        own = ("key", "dev_score", "dev_loss")  # of runs, not of cells
-                        record = {key: value for key, value in best.items() if key not in own}
-                        if number == 0:
-                            tuning = [
-                                {
-                                    "learning_rate": one.get("learning_rate"),
-                                    "score": one.get("dev_score"),
-                                    "loss": one.get("dev_loss"),
-                                }
-                                for one in tried
-                            ]
-                            rates = (best.get("learning_rate") or rates[0],) if best["status"] == "ok" else rates[:1]
-                        records.append(record | {"tuning": tuning})
-                        bar.update()
-                        if rank == 0:
-                            lines = "".join(json.dumps(one) + "\n" for one in records)
-                            write_durably(comparison.folder / RESULTS, lines)
-                            if bar.disable:
-                                print(_line(records[-1]), flush=True)
-    if others := len(runs.done.keys() - runs.asked):
-        kept = f"{runs.path} has {others} more trainings, of other settings or rows"
-        logs.say(rank, f"note: {kept}; {RESULTS} and the report leave them out")
-    return records
+        say(f"{runs.path}: {len(runs.done)} trainings are finished; this run does the missing ones")
+    data = _loaded(comparison, watch.progress, say)
+    cells = Cells(comparison, machine(), watch.progress, say)
+    together(lambda: cells.check_tokens({name: by_seed.values() for name, by_seed in data.items()}))
+    beside = arguments.jobs > 1
+    place: Place = Processes(arguments.jobs, comparison, data, say) if beside else ThisProcess(cells, data, watch)
+    given = Identity(cells.model_identity, cells.machine, world)
+    table = Table(comparison, data, runs, given, beside=beside, retry_failed=arguments.retry_failed)
+    return table, cells, place
 
 
-@dataclass(frozen=True)
-class Training:
-    """One training: everything that decides its result."""
+def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, until: float) -> bool:
+    """Run the jobs that are missing, as many at a time as `place` has room for; write the records of finished cells.
 
-    row: Row
-    entry: TaskEntry
-    data: TaskData
-    budget: Budget
-    seed: int
-    rate: float
-    tune: bool  # whether to score it on the validation set too
+    Args:
+        until: when to stop, as `time.time()`.
 
-    def key(self, cells: Cells) -> str:
-        """Hash everything that decides the result. A stored training is reused only if all of it is the same."""
-        comparison = cells.comparison
-        training = {key: value for key, value in self.row.sections["training"].items() if key != "rank_timeout"}
-        parts = {
-            "model": cells.model_identity,
-            "method": self.row.method,
-            "sections": self.row.sections | {"training": training},
-            "shots": self.row.shots if self.row.method == "icl" else None,
-            "task": self.entry.task.name,
-            "data": {part: self.data.report[part]["sha256"] for part in ("train", "dev", "test")},
-            "max_length": comparison.data.max_length,
-            "budget": str(self.budget) if self.row.trained else None,
-            "seed": self.seed,
-            "learning_rate": self.rate,
-            "tune": self.tune,
-            "bootstrap": comparison.evaluation.bootstrap,
-            "ranks": dist.get_world_size(),
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _one(cells: Cells, runs: Runs, watch: RankWatch, one: Training, retry_failed: bool) -> dict[str, Any]:
-    """Return the stored record of a training, or run it and store its record."""
-    key, task = one.key(cells), one.entry.task
-    runs.asked.add(key)
-    known = runs.done.get(key)
-    if known is not None and not (retry_failed and known["status"] == "failed"):
-        return known | {"label": one.row.label, "budget": str(one.budget)}  # several rows may share a run
-
-    def not_run(status: str, reason: str, out_of_memory: bool = False) -> dict[str, Any]:
-        return cells.not_run(one.row, task, one.budget, one.seed, status, reason, out_of_memory)
-
-    if (reason := cells.why_not(one.row, task)) is not None:
-        run = not_run("not_applicable", reason)
-    elif runs.deaths[key] >= ATTEMPTS and not retry_failed:
-        run = not_run("failed", f"the process died {ATTEMPTS} times in this cell without a message (out of memory?)")
-    else:
-        name = runs.begin(key)
-        train = functools.partial(cells.run, one.row, task, one.data, one.budget, one.seed, one.rate, one.tune)
-        try:
-            run = _guarded(train, not_run, watch, name)
-        except KeyboardInterrupt:
-            # Otherwise the launcher ends this rank because another one has exited.
-            if not watch.any_fails(f"{name} ") and not watch.any_lost():
-                runs.stop(key)
-            watch.stop()
-            raise
-    run |= {"learning_rate": one.rate or None}
-    runs.add(key, run)
-    return run
-
-
-def _guarded(
-    run: Callable[[], Outcome], not_run: Callable[..., dict[str, Any]], watch: RankWatch, name: str
-) -> dict[str, Any]:
-    """Run a training and return its record, also if it fails.
-
-    Raises:
-        Exception: only this rank failed. The others wait in a collective, so the comparison cannot go on.
+    Returns:
+        Whether the table is finished, and not the time.
     """
-    began = time.monotonic()
+    runs = table.runs
+    running: dict[str, tuple[str, Job, float]] = {}  # by the name of the attempt: key, job, and when it began
+    seconds: dict[tuple[str, str, bool], float] = {}  # of the last such job
+    bar = tqdm(total=table.total(), unit="cell", disable=None if runs.rank == 0 else True, dynamic_ncols=True)
+    shown: set[tuple[Any, ...]] = set()
+
+    def show() -> None:
+        """Write the records, if some are new, and show the progress."""
+        bar.set_postfix_str("; ".join(str(job) for _, job, _ in running.values()))
+        records = table.records()
+        if runs.rank != 0 or len(records) == len(shown):
+            return
+        write_durably(table.comparison.folder / RESULTS, "".join(json.dumps(one) + "\n" for one in records))
+        for record in records:
+            name = tuple(record[key] for key in ("budget", "task", "label", "seed"))
+            if name not in shown:
+                shown.add(name)
+                bar.update()
+                if bar.disable:
+                    print(_line(record), flush=True)
+
+    def fits(job: Job) -> bool:
+        # Ranks have different clocks, and must agree on the next job.
+        return collectives.world_size() > 1 or time.time() + seconds.get(_kind(job), 0.0) < until
+
+    def start_next() -> bool:
+        """Start the next job, if one can start now."""
+        if not place.free or any(job.alone for _, job, _ in running.values()):
+            return False
+        found = table.next([key for key, _, _ in running.values()], fits)
+        if found is None or (found[1].alone and running):
+            return False
+        key, job = found
+        if (record := _without_running(cells, table, key, job)) is not None:
+            runs.add(key, job, record)
+        else:
+            name = runs.begin(key)
+            running[name] = key, job, time.time()
+            place.start(name, job)
+        show()
+        return True
+
     try:
-        outcome = run()
-        return outcome.record | {"dev_score": outcome.dev_score, "dev_loss": outcome.dev_loss}
-    except Exception as error:
-        place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-        place_hash = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
-        if not watch.fails_everywhere(f"{name} {place_hash}", time.monotonic() - began, error):
-            print("error: only some ranks failed; the same command tries this cell again", file=sys.stderr)
+        with bar, _alarm(until):
+            show()
+            while True:
+                if start_next():
+                    continue
+                if not running:
+                    break
+                for name, outcome in place.finished():
+                    key, job, began = running.pop(name)
+                    if isinstance(outcome, Died):
+                        runs.deaths[key] += 1
+                    else:
+                        seconds[_kind(job)] = time.time() - began
+                    if isinstance(outcome, Died) or (outcome.get("out_of_memory") and not job.alone):
+                        table.must_be_alone.add(key)
+                        why = f"its process died ({outcome})" if isinstance(outcome, Died) else "out of memory"
+                        logs.warn(f"{job}: {why}; it is tried again without other trainings")
+                    else:
+                        runs.add(key, job, outcome)
+                    show()
+    except KeyboardInterrupt as interrupt:
+        # Otherwise the launcher ends this rank because another one has exited.
+        if not any(watch.any_fails(f"{name} ") for name in running) and not watch.any_lost():
+            for key, _, _ in running.values():
+                runs.stop(key)
+        watch.stop()
+        if not isinstance(interrupt, OutOfTime):
             raise
-        if isinstance(error, NotApplicable):
-            return not_run("not_applicable", str(error))
-        if isinstance(error, UserError):
-            return not_run("failed", str(error), ran_out_of_memory(error))
-        print(credentials.redacted(traceback.format_exc()), file=sys.stderr, flush=True)
-        reason = credentials.redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return not_run("failed", reason[:500], ran_out_of_memory(error))
+    finally:
+        place.stop()
+    return len(table.records()) == table.total()
 
 
-def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the run with the best validation score, of equal ones that with the least loss; if none is ok, the first.
-
-    Runs of earlier versions have no loss; a loss that is not a number counts as the greatest.
-    """
-    ok = [run for run in tried if run["status"] == "ok"]
-    scored = [run for run in ok if run.get("dev_score") is not None and run["dev_score"] == run["dev_score"]]
-
-    def rank(run: dict[str, Any]) -> tuple[float, float]:
-        loss = run.get("dev_loss")
-        return run["dev_score"], -loss if loss is not None and loss == loss else -math.inf
-
-    return max(scored, key=rank) if scored else (ok or list(tried))[0]
+def _kind(job: Job) -> tuple[str, str, bool]:
+    """Name jobs that take about as long as each other."""
+    return job.row.label, job.entry.task.name, isinstance(job, Timing)
 
 
-def _load(comparison: Comparison, progress: Callable[[], object]) -> list[dict[int, TaskData]]:
-    """Load the data of each task by seed, before any training.
+def _without_running(cells: Cells, table: Table, key: str, job: Job) -> dict[str, Any] | None:
+    """Return the record of a job that cannot run, or None."""
+    if (why := cells.why_not(job.row, job.entry.task)) is not None:
+        status, reason = "not_applicable", why
+    elif table.runs.deaths[key] >= ATTEMPTS and not (table.retry_failed and table.runs.tries[key] < ATTEMPTS):
+        status = "failed"
+        reason = f"the process died {ATTEMPTS} times in this cell without a message (out of memory?)"
+    elif not isinstance(job, Timing) and (untimed := table.why_untimed(job)) is not None:
+        status, reason = untimed["status"], untimed["reason"]
+    else:
+        return None
+    if isinstance(job, Timing):
+        return {"status": status, "reason": reason}
+    return cells.not_run(job.row, job.entry.task, job.budget, job.seed, job.rate, status, reason)
+
+
+def _loaded(comparison: Comparison, progress: Callable[[], object], say: Callable[[str], None]) -> Sets:
+    """Load the data of each task by seed, before any training; check that the ranks have the same.
 
     Raises:
         UserError: with the problems of all tasks.
     """
+    loaded = together(lambda: _load(comparison, progress))
+    hashes = {
+        f"{name} {part}, seed {seed}": sets.report[part]["sha256"]
+        for name, by_seed in loaded.items()
+        for seed, sets in by_seed.items()
+        for part in ("train", "dev", "test")
+    }
+    check_same("data", hashes, "Give every machine the same files.")
+    for name, by_seed in loaded.items():
+        for note in dict.fromkeys(note for sets in by_seed.values() for note in sets.report["notes"]):
+            say(f"{name}: {note}")
+    return loaded
+
+
+def _load(comparison: Comparison, progress: Callable[[], object]) -> dict[str, dict[int, TaskData]]:
     problems = []
-    loaded: list[dict[int, TaskData]] = []
+    loaded: dict[str, dict[int, TaskData]] = {}
     for entry in comparison.tasks:
         given = {"seeds": comparison.seeds, "revision": entry.revision, **comparison.sizes(entry)}
         try:
-            loaded.append(load_seeds(entry.task, entry.path, **given))
+            loaded[entry.task.name] = load_seeds(entry.task, entry.path, **given)
             progress()
         except UserError as error:
             problems.append(str(error))
@@ -315,44 +243,103 @@ def _claim(comparison: Comparison) -> Lock:
     return lock
 
 
-def run(arguments: argparse.Namespace, watch: RankWatch) -> int:
-    """Load the settings, run the comparison and write its report; return the exit code."""
+def run(arguments: argparse.Namespace, watch: RankWatch, began: float) -> int:
+    """Load the settings, run the comparison and write its report; return the exit code.
+
+    Args:
+        began: when the minutes of --minutes began, as `time.time()`.
+    """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _check(arguments, world)
     comparison = load_comparison(arguments.config, arguments.set, world, arguments.only)
     logs.quieten(comparison.logging, rank)
     extensions.prepare(rank)
-    join(comparison.rank_timeout)
+    if arguments.jobs == 1:  # otherwise the processes that train join groups of their own
+        join(comparison.rank_timeout)
     check_same("settings", comparison.as_dict(), "Start them all with the same command and the same YAML.")
     locks: list[Lock] = []  # rank 0's
     decide(lambda: locks.append(_claim(comparison)))
-    wanted = any(row.sections["training"].get("deterministic") for row in comparison.rows)
-    with deterministic(wanted):  # one setting for all rows: the accelerator is set up once
-        records = compare(comparison, rank, arguments.retry_failed, watch)
+    until = began + 60 * arguments.minutes - FOR_THE_REPORT
+    with deterministic(comparison.deterministic and arguments.jobs == 1):
+        table, cells, place = prepare(comparison, rank, arguments, watch)
+        is_finished = run_missing(table, cells, place, watch, until)
+    records = table.records()
     if rank == 0:
-        write_report(records, comparison.folder, comparison.title)
-        if comparison.logging.wandb != "off":
-            logging = comparison.logging
-            log_report(
-                records,
-                comparison.folder,
-                comparison.title,
-                mode=logging.wandb,
-                project=logging.wandb_project,
-                name=logging.wandb_name,
-                config=comparison.as_dict(),
+        _report(comparison, records)
+        if others := len(table.runs.done.keys() - table.asked):
+            kept = f"{table.runs.path} has {others} more trainings, of other settings or rows"
+            print(f"note: {kept}; {RESULTS} and the report leave them out")
+        if not is_finished:
+            print(
+                f"stopped after {arguments.minutes:g} minutes: {len(records)} of {table.total()} cells are finished; "
+                "the same command continues"
             )
-        counts = {
-            status: sum(one["status"] == status for one in records) for status in ("ok", "not_applicable", "failed")
-        }
-        print(f"{counts['ok']} cells ok, {counts['not_applicable']} not applicable, {counts['failed']} failed")
-        print(f"report             {comparison.folder / 'report.md'}, {comparison.folder / 'report.html'}")
+    elif not is_finished:
+        time.sleep(FOR_THE_REPORT)  # the launcher ends rank 0 as soon as another rank has exited
     for lock in locks:
         lock.release()
+    if not is_finished:
+        return STOPPED
     return int(any(one["status"] == "failed" for one in records))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` and return its exit code."""
+def _check(arguments: argparse.Namespace, world: int) -> None:
+    problems = [] if arguments.jobs >= 1 else [f"--jobs: got {arguments.jobs}; expected 1 or more"]
+    if arguments.jobs > 1 and world > 1:
+        problems.append(f"--jobs: got {arguments.jobs}; with {world} ranks, one cell runs at a time; remove --jobs")
+    if not 60 * arguments.minutes > FOR_THE_REPORT:
+        problems.append(
+            f"--minutes: got {arguments.minutes:g}; expected more than {FOR_THE_REPORT / 60:.2g}, the report's time"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _report(comparison: Comparison, records: list[dict[str, Any]]) -> None:
+    write_report(records, comparison.folder, comparison.title)
+    logging = comparison.logging
+    if logging.wandb != "off":
+        log_report(
+            records,
+            comparison.folder,
+            comparison.title,
+            mode=logging.wandb,
+            project=logging.wandb_project,
+            name=logging.wandb_name,
+            config=comparison.as_dict(),
+        )
+    counts = {status: sum(one["status"] == status for one in records) for status in ("ok", "not_applicable", "failed")}
+    print(f"{counts['ok']} cells ok, {counts['not_applicable']} not applicable, {counts['failed']} failed")
+    print(f"report             {comparison.folder / 'report.md'}, {comparison.folder / 'report.html'}")
+
+
+@contextlib.contextmanager
+def _alarm(until: float) -> Iterator[None]:
+    """Raise `OutOfTime` in this thread at a time of `time.time()`."""
+
+    def ring(*_: Any) -> NoReturn:
+        raise OutOfTime
+
+    if until == math.inf:
+        yield
+        return
+    earlier = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, until - time.time()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
+def main(argv: Sequence[str] | None = None, began: float | None = None) -> int:
+    """Run the command line `argv` and return its exit code.
+
+    Args:
+        began: when the minutes of --minutes began, as `time.time()`; None = now.
+    """
+    began = time.time() if began is None else began
+    without_shared_locks()
     world_of_one()
     parser = Parser(
         prog="hift-compare" if Path(sys.argv[0]).name == "hift-compare" else "python -m evaluation.compare",
@@ -364,13 +351,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--config", required=True, metavar="FILE", help="the YAML of the comparison, e.g. configs/compare_tiny.yaml")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
     add("--only", nargs="+", default=[], metavar="ROW", help="run only the rows with these labels or methods")
+    jobs = "trainings at a time, each in a process, which share the device (default: %(default)s)"
+    add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    minutes = "stop in time to have a report after M minutes; the same command continues"
+    add("--minutes", type=float, default=math.inf, metavar="M", help=minutes)
     add("--retry-failed", action="store_true", help="run failed cells again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt
     try:
         with RankWatch() as watch:
             try:
-                return run(parser.parse_args(argv), watch)
+                return run(parser.parse_args(argv), watch, began)
             except UserError as error:
                 mistake = error
             except Exception as error:
@@ -391,4 +382,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The process of ``python -m evaluation.compare``: `main`, then its exit."""
-    run_process(main)
+    # The imports before this line take seconds, which count.
+    run_process(lambda: main(began=psutil.Process().create_time()))

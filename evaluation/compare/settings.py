@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hift_ds.launch.errors import UserError, looked_in, nearest, shown
 from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
-UNLIMITED = 10**9  # steps for a budget in seconds
+MANY = 1_000_000  # steps, for checks before the number is known
 DRY_STEPS, DRY_EXAMPLES = 2, 4  # of each training, and of each evaluation, in a dry run
 SIZES = ("train_examples", "dev_examples", "test_examples")
 ROW_KEYS = ("name", "label", "learning_rates", "shots", "method", "training", "deepspeed")
@@ -89,18 +89,26 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of each training: samples, or seconds (then the learning rate must be constant)."""
+    """The budget of each training: samples, or seconds that it would take alone on the device."""
 
     samples: int | None = None
     seconds: float | None = None
-    at_most: int = UNLIMITED  # steps of any training; lower in a dry run
+    at_most: int | None = None  # steps of any training, in a dry run
 
     def __str__(self) -> str:
         return f"{self.samples} samples" if self.samples else f"{self.seconds:g} s"
 
-    def steps(self, batch_size: int) -> int:
-        """Return the number of optimizer steps; practically unlimited for a budget in seconds."""
-        return min(self.at_most, math.ceil(self.samples / batch_size)) if self.samples else self.at_most
+    @property
+    def is_timed(self) -> bool:
+        """Whether the number of steps comes from the times of steps."""
+        return self.seconds is not None and self.at_most is None
+
+    def steps(self, batch_size: int, steps_in: Callable[[float], int]) -> int:
+        """Return the number of optimizer steps; `steps_in` returns the steps that a number of seconds suffices for."""
+        if self.samples is not None:
+            steps = math.ceil(self.samples / batch_size)
+            return steps if self.at_most is None else min(steps, self.at_most)
+        return steps_in(self.seconds or 0.0) if self.at_most is None else self.at_most
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,11 @@ class Row:
     def trained(self) -> bool:
         """Whether the method trains anything (zero-shot and ICL do not)."""
         return self.method in TRAINED
+
+    @property
+    def batch_size(self) -> int:
+        """The examples of a step."""
+        return self.sections["training"].get("batch_size", TrainingSettings.batch_size)
 
 
 @dataclass(frozen=True)
@@ -148,19 +161,21 @@ class Comparison:
         """Return the sizes of a task's sets, for `load_task`."""
         return {key: getattr(self.data, key) for key in (*SIZES, "k_shot")} | dict(entry.sizes)
 
-    def run_settings(self, row: Row, budget: Budget, seed: int, learning_rate: float, world_size: int) -> Settings:
+    @property
+    def deterministic(self) -> bool:
+        """Whether a row wants deterministic kernels. All rows get them then: the accelerator is set up once."""
+        return any(row.sections["training"].get("deterministic") for row in self.rows)
+
+    def run_settings(self, row: Row, steps: int, seed: int, learning_rate: float, world_size: int) -> Settings:
         """Return the settings of one training, which `load_comparison` has checked."""
         problems: list[str] = []
-        found = check_settings(self._raw(row, budget, seed, learning_rate), world_size, problems)
+        found = check_settings(self._raw(row, steps, seed, learning_rate), world_size, problems)
         if found is None:
             raise UserError(problem_list(row.label, problems))
         return found
 
-    def _raw(self, row: Row, budget: Budget, seed: int, learning_rate: float) -> dict[str, Any]:
-        training = dict(row.sections["training"])
-        size = training.get("batch_size", TrainingSettings.batch_size)
-        steps = budget.steps(size) if isinstance(size, int) and size > 0 else 1  # otherwise another check reports it
-        training |= {"max_steps": steps, "seed": seed}
+    def _raw(self, row: Row, steps: int, seed: int, learning_rate: float) -> dict[str, Any]:
+        training = row.sections["training"] | {"max_steps": steps, "seed": seed}
         training["learning_rate"] = learning_rate
         sections = row.sections | {"training": training, "method": row.sections["method"] | {"name": row.method}}
         return self.base | sections | {"output": {"dir": str(self.folder)}}
@@ -438,16 +453,6 @@ def _problems_together(comparison: Comparison) -> list[str]:
         found.append(
             f"data.k_shot: {comparison.data.k_shot}, but {', '.join(without)} has no classes; remove one of them"
         )
-    for row in comparison.rows if any(one.seconds for one in comparison.budgets) else ():
-        training, scheduler = row.sections["training"], row.sections["deepspeed"].get("scheduler")
-        wrong = {"training.lr_schedule": training.get("lr_schedule", "constant"), "deepspeed.scheduler": scheduler}
-        wrong["training.warmup_ratio"] = training.get("warmup_ratio") or None
-        found += [
-            f"budgets: seconds, but {key} is {value!r} and the number of steps is not known; use samples, or a "
-            "constant learning rate"
-            for key, value in wrong.items()
-            if value not in (None, "constant")
-        ]
     return found
 
 
@@ -457,7 +462,7 @@ def _run_problems(comparison: Comparison, world_size: int) -> list[str]:
     for row in comparison.rows:
         if row.trained and comparison.budgets and comparison.seeds:
             problems: list[str] = []
-            raw = comparison._raw(row, comparison.budgets[0], comparison.seeds[0], row.learning_rates[0])
+            raw = comparison._raw(row, MANY, comparison.seeds[0], row.learning_rates[0])
             settings = check_settings(raw, world_size, problems)
             problems += library_problems(settings) if settings is not None else []
             found += [problem if problem.startswith("model") else f"{row.label}: {problem}" for problem in problems]

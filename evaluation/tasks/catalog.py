@@ -84,6 +84,10 @@ class Task:
     regression: bool = False  # the head predicts a number; the only label is the number's name
     prompted: bool = True  # whether the task has a prompt template
 
+    def __reduce__(self) -> tuple[Callable[[str], Task], tuple[str]]:
+        """Pickle a task by its name, because its functions cannot be pickled."""
+        return find_task, (self.name,)
+
     @property
     def built_in(self) -> bool:
         """Whether the examples are generated, without files or network."""

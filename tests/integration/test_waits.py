@@ -10,13 +10,13 @@ import deepspeed
 import pytest
 import torch
 
+from hift_ds.evaluation.compare.step_times import StepClock
 from hift_ds.launch.callbacks.callback import Callback, Step
 from hift_ds.launch.callbacks.checkpoints import Checkpoints
 from hift_ds.launch.callbacks.forecast import Forecast
 from hift_ds.launch.callbacks.records import Records, RunLog
 from hift_ds.launch.callbacks.skipped import SkippedSteps
 from hift_ds.launch.callbacks.stop_on_signal import Stopping
-from hift_ds.launch.callbacks.time_limit import TimeLimit
 from hift_ds.launch.config.settings import load_settings
 from hift_ds.launch.data.loading import load_data
 from hift_ds.launch.loop import train
@@ -154,7 +154,7 @@ def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
             watcher,
             Records(log, Forecast(settings.training, False)),
             SkippedSteps(engine, settings),
-            TimeLimit(3600.0),
+            StepClock(cycle=1000, enough=3600.0),
             checkpoints,
             stopping,
         ]

@@ -26,7 +26,7 @@ from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_on_ranks
 
 TINY = str(REPOSITORY / "configs" / "compare_tiny.yaml")
-WALL = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory", "spent")
+WALL = ("seconds", "seconds_are", "step_seconds", "tokens_per_second", "peak_memory", "date", "planned_memory", "spent")
 MEZO = ("mezo", "mezo-adam", "mezo-lora", "mezo-prefix")
 FEW = "methods=[zero-shot, full, hift, {name: mezo, learning_rates: [1e-6]}]"
 
@@ -95,7 +95,7 @@ def compare(argv: Sequence[str], broken: str | None = None) -> dict[str, Any]:
 
     def spy(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
         assert not any(one() for one in failed)
-        ran.append((row.label, task.name, *rest))
+        ran.append((row.label, task.name, *rest[:3]))
         tested = {one.fingerprint for one in data.test}
         leaked.update(tested & {one.fingerprint for one in (*data.train, *data.dev)})
         return run(cells, row, task, data, budget, *rest)
@@ -122,9 +122,11 @@ def fabricated(argv: Sequence[str], template: dict[str, Any], dev: dict[float, f
 
     ran: list[Any] = []
 
-    def stub(cells: Any, row: Any, task: Any, data: Any, budget: Any, seed: int, rate: float, tune: bool) -> Any:
+    def stub(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
+        seed, rate, tune, *_ = rest
         ran.append((row.label, task.name, seed, rate, tune))
         own = {"label": row.label, "method": row.method, "task": task.name, "seed": seed, "budget": str(budget)}
+        own |= {"learning_rate": rate}
         return cell.Outcome(template | own | {"score": 1 - dev[rate]}, dev[rate] if tune else None)
 
     return _recorded(command, argv, ran, stub, cell.make_engine)

@@ -59,7 +59,7 @@ def planned(tmp_path: Path, name: str, **sections: dict[str, Any]) -> dict[str, 
     path = tmp_path / "compare.yaml"
     path.write_text(json.dumps(text))
     comparison = load_comparison(str(path), world_size=2)
-    settings = comparison.run_settings(comparison.rows[0], comparison.budgets[0], 0, 1e-3, 2)
+    settings = comparison.run_settings(comparison.rows[0], 4, 0, 1e-3, 2)
     return planned_memory(settings, CONFIG, 512, ranks=2)
 
 
@@ -169,7 +169,7 @@ def test_shipped_comparisons_have_plans_for_the_planner_s_methods() -> None:
         comparison = load_comparison(str(path), overrides)
         for row in comparison.rows:
             if row.method in ("full", "hift", "lora", "mezo"):
-                settings = comparison.run_settings(row, comparison.budgets[0], 0, 1e-3, 1)
+                settings = comparison.run_settings(row, 4, 0, 1e-3, 1)
                 assert planned_memory(settings, smollm2, 64, ranks=1), (path, row.label)
 
 
