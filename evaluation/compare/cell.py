@@ -204,7 +204,7 @@ class Cells:
                 tested = self._predict(task, model, data.test, shown)
             total = sum(numel_of(p) for p in model.parameters())
         with spent.part("scores"):
-            scores = self._scores(task, data.test, tested.values)
+            scores = self._scores(task, data.test, tested.values, tested.losses)
         record = {
             **_identity(row, task, budget, seed, self.comparison.model_name),
             "status": "ok",
@@ -414,7 +414,10 @@ class Cells:
         means, _ = average_log_likelihoods(model, self.tokenizer, pairs, size, length, self.progress)
         return [-value for value in means]
 
-    def _scores(self, task: Task, examples: Sequence[TaskExample], values: list[Any]) -> dict[str, Any]:
+    def _scores(
+        self, task: Task, examples: Sequence[TaskExample], values: list[Any], losses: Sequence[float] = ()
+    ) -> dict[str, Any]:
+        """Return the fields of a cell's record about predictions, and the losses on the right answers if known."""
         score = functools.partial(task.score, classified=self.classifies)
         found, headline = score(values, examples), task.metrics[0]
         # Answers to the same question are drawn together. They are sorted by content, so that seeds with the same test
@@ -436,6 +439,7 @@ class Cells:
             replicates = bootstrap_means(each, members, resamples(len(members), count, task.name))
         else:
             replicates = bootstrap_scores(of_units, len(members), count, task.name)
+        lost = bootstrap_means(losses, members, resamples(len(members), count, task.name)) if losses else []
         return {
             "metric": headline,
             "score": found[headline],
@@ -443,6 +447,7 @@ class Cells:
             "metrics": found,
             "interval": list(interval(replicates)),
             "bootstrap": [round(value, 6) for value in replicates],
+            "loss_bootstrap": [round(value, 6) for value in lost],
         }
 
 

@@ -87,8 +87,8 @@ def _pairs(section: Section, label: str, full: str, task: str) -> list[Pair]:
 
 
 def _as_loss(record: Record) -> Record:
-    """Return a record whose score is its loss. There are no replicates of losses."""
-    return record | {"score": record["metrics"][LOSS], "bootstrap": []}
+    """Return a record whose score is its loss. Records of earlier versions have no replicates of losses."""
+    return record | {"score": record["metrics"][LOSS], "bootstrap": record.get("loss_bootstrap") or []}
 
 
 def _ratio(tasks: Iterable[Sequence[Pair]], name: str) -> float | None:

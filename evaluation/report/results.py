@@ -112,7 +112,10 @@ def _check(where: Place, record: Record) -> None:
         for value in need(where, record, name, (list, _NONE), "a list") or ():
             if not is_right(value):
                 raise UserError(f"{where}: {name!r}: expected each to be {expected}, got {shown(value)}")
-    if "spent" in record:  # as above
+    for value in need(where, record, "loss_bootstrap", list, "a list") if "loss_bootstrap" in record else ():
+        if not _is_number_or_null(value):
+            raise UserError(f"{where}: 'loss_bootstrap': expected each to be a number, got {shown(value)}")
+    if "spent" in record:
         for name, seconds in need(where, record, "spent", dict, "an object of parts and their seconds").items():
             if not is_finite(seconds if _is_number_or_null(seconds) else None):
                 raise UserError(f"{where}: 'spent': {name!r}: expected seconds, got {shown(seconds)}")

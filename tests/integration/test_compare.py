@@ -396,6 +396,7 @@ def test_the_loss_decides_between_rates_with_equal_accuracy(tmp_path: Path) -> N
     rows = f"methods=[{{name: full, learning_rates: [{', '.join(map(str, grid))}]}}]"
     _, (record,) = constructed_comparison(tmp_path, "yes-no", rows, right=right, losses=losses)
     assert record["learning_rate"] == GOOD and record["metrics"]["answer_loss"] == 0.25
+    assert record["loss_bootstrap"] == [0.25] * 50  # of test examples that all have this loss
 
 
 def test_methods_share_their_resamples(tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_points_and_nats_are_never_averaged() -> None:
     assert table_of(only)["hift"]["loss - full's, nats"] == "+0.100 [1]" and "there is no interval" in said(only)
 
 
+def test_replicates_of_losses_give_one_seed_an_interval() -> None:
+    gaps = [0.05, 0.15] * 50  # a standard deviation of 0.05 but for one of a hundred, times 1.96
+    found = [lost("full", 1.0, loss_bootstrap=[1.0] * 100), lost("hift", 1.1, loss_bootstrap=[1 + gap for gap in gaps])]
+    assert table_of(section_of(found))["hift"]["loss - full's, nats"] == "+0.100 (+0.002 to +0.198) [1]"
+    assert "test examples only" in said(section_of(found))
+    with pytest.raises(UserError, match="'loss_bootstrap': expected each to be a number, got 'x'"):
+        section_of([lost("full", 1.0, loss_bootstrap=["x"])])
+
+
 @pytest.mark.parametrize("change", [{"score": 0.06}, {"metrics": {"exact_match": 0.0}}])
 def test_a_task_that_some_row_solves_or_that_lacks_losses_is_judged_by_its_score(change: dict[str, Any]) -> None:
     section = section_of([lost("full", 1.0), lost("hift", 1.0) | change])
