@@ -15,7 +15,7 @@ from hift_ds.evaluation.report.results import OK, Section, as_text, tried_rates
 from hift_ds.evaluation.report.tables import NOTHING, joined
 from hift_ds.launch.errors import UserError
 
-MEASURED = "measured"  # of the field `seconds_are`
+TIMED_ALONE = "timed alone"  # in the field `seconds_are`
 
 
 def write_report(records: list[Record], folder: Path, title: str, *, verdicts: list[Record] | None = None) -> None:
@@ -153,20 +153,17 @@ def _header(sections: Sequence[Section]) -> list[Part]:
 
 
 def _times(good: Sequence[Record]) -> list[str]:
-    """Say how the seconds of training were measured. Records of earlier versions ran one at a time."""
+    """Say how the seconds of training were found. Those of earlier versions were measured."""
     trained = [record for record in good if record["steps"]]
-    jobs = sorted({record.get("jobs", 1) for record in trained})
-    alone = [record for record in trained if record.get("seconds_are", MEASURED) != MEASURED]
-    if not trained or jobs == [1] and not alone:
-        return []
-    at_a_time = f"{jobs[0]}" if len(jobs) == 1 else f"{jobs[0]} to {jobs[-1]}"
-    text = f"{at_a_time} cells at a time shared the machine."
+    alone = [record for record in trained if record.get("seconds_are") == TIMED_ALONE]
     if not alone:
-        return [f"{text} Seconds of training were measured while they did, so they are longer than alone."]
-    some = "" if len(alone) == len(trained) else f" in {len(alone)} of {len(trained)} cells, measured in the others"
+        return ["Seconds of training were measured in each training."] if trained else []
+    rest = (
+        "" if len(alone) == len(trained) else f", in {len(alone)} of {len(trained)} trainings; the others were measured"
+    )
     return [
-        f"{text} Seconds of training are what it would take alone{some}: the number of steps times the time of a step, "
-        "which was measured alone, once for each method and task."
+        "Seconds of training are what it would take alone on the device, by the times of steps that were measured "
+        f"alone, once for each method and task{rest}. Several trainings may have shared the device."
     ]
 
 
