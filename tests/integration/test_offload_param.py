@@ -15,7 +15,7 @@ from tests.integration.test_device_memory import SMALL, wide
 from tests.support import tiny
 from tests.support.device_memory import DeviceMemory, skip_on_a_device
 from tests.support.lazy_streams import LazyStreams
-from tests.support.pairwise import Row, pairwise
+from tests.support.pairwise import Row, others_slow, pairwise
 from tests.support.parity import FINER, STRATEGIES
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
@@ -87,11 +87,12 @@ TABLE = [Case(stage=3, waiting="cpu", cycles=1, **row) for row in pairwise(FACTO
 SAMPLE = [
     Case(stage=3, waiting="cpu", ranks=2, dtype="bf16", strategy="top2down"),
     Case(stage=3, waiting="cpu", layers_per_block=2, strategy="random", tied=True, checkpointing=True),
-    Case(stage=3, waiting="cpu", ranks=2, dtype="bf16", max_block_numel=FINER, offload=True, cycles=1),
+    Case(stage=3, waiting="cpu", ranks=2, dtype="bf16", offload=True, cycles=1),
 ]
+FINER_ON_HOST = Case(stage=3, waiting="cpu", ranks=2, dtype="bf16", max_block_numel=FINER, offload=True, cycles=1)
 
 
-@pytest.mark.parametrize("case", [*SAMPLE, *(pytest.param(case, marks=pytest.mark.slow) for case in TABLE)], ids=str)
+@pytest.mark.parametrize("case", others_slow([*SAMPLE, FINER_ON_HOST, *TABLE], SAMPLE), ids=str)
 def test_the_place_of_weights_does_not_matter(case: Case) -> None:
     for found in run_on_ranks(case.ranks, differences, case, evaluates=case in SAMPLE):
         assert found == []
@@ -101,8 +102,11 @@ def test_the_place_of_weights_does_not_matter(case: Case) -> None:
     "case",
     [
         Case(stage=3, waiting="cpu", dtype="bf16", step="streamed"),
-        Case(stage=3, waiting="cpu", dtype="bf16", step="block", ranks=2, checkpointing=True),
-        Case(stage=3, dtype="bf16", step="streamed", ranks=2),
+        Case(stage=3, dtype="bf16", step="streamed", ranks=2, cycles=1),
+        pytest.param(
+            Case(stage=3, waiting="cpu", dtype="bf16", step="block", ranks=2, checkpointing=True),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(Case(stage=3, waiting="cpu", offload=True, ranks=2), marks=pytest.mark.slow),
         pytest.param(Case(stage=3, waiting="cpu", tied=True, strategy="random"), marks=pytest.mark.slow),
         pytest.param(Case(stage=3, waiting="cpu", max_block_numel=FINER, ranks=2), marks=pytest.mark.slow),

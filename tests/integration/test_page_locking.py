@@ -83,7 +83,7 @@ def run(limit: int, *more: str) -> dict[str, Any]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
 
 
-@pytest.mark.parametrize("limit", [0, MOST], ids=["none", "some"])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.slow), MOST], ids=["none", "some"])
 def test_a_limit_of_locked_memory(limit: int, tmp_path: Path) -> None:
     """State in host memory, then in files, whose transfers go through memory that libaio's allocator locks."""
     found = run(limit, str(tmp_path))

@@ -161,7 +161,7 @@ def test_more_stopped_runs_continue_bit_for_bit(case: Case, tmp_path: Path) -> N
             Case(stage=s, ranks=r, max_block_numel=FINER, clip=0.005, cycles=cycles)
             for s, r, cycles in ((0, 1, 2), (1, 2, 2), (2, 1, 2), (3, 2, 1), (3, 2, 2))
         ],
-        [Case(stage=s, ranks=r, max_block_numel=FINER, clip=0.005, cycles=c) for s, r, c in ((0, 1, 2), (3, 2, 1))],
+        [Case(max_block_numel=FINER, clip=0.005)],
     ),
     ids=str,
 )
@@ -226,7 +226,7 @@ EIGHT_BITS = [
 ]
 
 
-@pytest.mark.parametrize("case", others_slow(EIGHT_BITS, [EIGHT_BITS[i] for i in (0, 3, 9, 15)]), ids=str)
+@pytest.mark.parametrize("case", others_slow(EIGHT_BITS, [EIGHT_BITS[i] for i in (0, 9, 14)]), ids=str)
 def test_with_moments_in_8_bits(case: Case, tmp_path: Path) -> None:
     for rank, (_, differences) in enumerate(run_on_ranks(case.ranks, interrupted, case, str(tmp_path), (1, LATER))):
         assert not differences, f"rank {rank}: " + "\n".join(differences[:20])

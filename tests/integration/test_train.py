@@ -237,9 +237,7 @@ def test_diverged_training_stops(tmp_path: Path) -> None:
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage"), [(1, 2), (2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1), (1, 0)))]
-)
+@pytest.mark.parametrize(("ranks", "stage"), others_slow([(1, 2), (2, 3), (2, 1), (1, 0)], [(1, 2)]))
 def test_resumed_run_equals_the_straight_one(ranks: int, stage: int, tmp_path: Path) -> None:
     """Stopped after step 10, the last checkpoint being of step 8, in the middle of the second cycle."""
     settings = ["training.save_every=4", f"deepspeed.zero_optimization.stage={stage}"]

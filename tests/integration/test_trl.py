@@ -414,7 +414,7 @@ def check(case: Case, place: Path) -> Result:
     return ours
 
 
-CASES = [Case("sft", 2), Case("dpo", 0), Case("dpo", 1, lora=True), Case("grpo", 3, ranks=2), Case("reward", 1)]
+CASES = [Case("sft", 3), Case("dpo", 0), Case("dpo", 1, lora=True), Case("grpo", 2, ranks=2), Case("reward", 1)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -26,6 +26,7 @@ from hift_ds.launch.runtime.preemption import Preemption
 from hift_ds.launch.runtime.ranks import RankWatch
 from hift_ds.model import activations, loss
 from tests.support import tiny
+from tests.support.pairwise import others_slow
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
 from tests.support.training import TINY
@@ -103,9 +104,12 @@ CONFIGURATIONS: list[tuple[Case, dict[str, bool], int]] = [
 
 
 def _named(case: Case, options: dict[str, bool], most: int) -> object:
-    mark = pytest.mark.xfail(raises=AssertionError, strict=True, reason=f"{most} waits in a step")
-    name = "-".join([str(case), *options])
-    return pytest.param(case, options, id=name, marks=mark if most > MOST else ())
+    marks = []
+    if most > MOST:
+        marks.append(pytest.mark.xfail(raises=AssertionError, strict=True, reason=f"{most} waits in a step"))
+    if case.stage == 3 and case.ranks == 2 and not case.checkpointing:  # one of the longest is enough each time
+        marks.append(pytest.mark.slow)
+    return pytest.param(case, options, id="-".join([str(case), *options]), marks=marks)
 
 
 @pytest.mark.parametrize(("case", "options"), [_named(*one) for one in CONFIGURATIONS])
@@ -165,6 +169,7 @@ def run_of_the_loop(out: str, overrides: list[str]) -> Steady:
 
 
 BF16 = "deepspeed.bf16.enabled=true"
+CHUNKED_AT_STAGE_3 = [BF16, "deepspeed.zero_optimization.stage=3", "training.loss_chunk=16"]
 # Ranks, settings, and the most waits in a step: the loop itself has none beside the engine's.
 RUNS: dict[str, tuple[int, list[str], int]] = {
     "hift": (1, [], 1),
@@ -173,11 +178,8 @@ RUNS: dict[str, tuple[int, list[str], int]] = {
         [BF16, "deepspeed.zero_optimization.stage=2", "training.micro_batch_size=4"],
         1,
     ),
-    "hift at stage 3, in chunks of the loss": (
-        2,
-        [BF16, "deepspeed.zero_optimization.stage=3", "training.loss_chunk=16"],
-        1,
-    ),
+    "hift at stage 3, in chunks of the loss": (1, CHUNKED_AT_STAGE_3, 1),
+    "hift at stage 3 on two ranks, in chunks of the loss": (2, CHUNKED_AT_STAGE_3, 1),
     "badam": (1, ["method.name=badam", "method.badam_switch_every=1000"], 2),  # one is in its package
     "mezo, in micro-batches": (
         1,
@@ -187,7 +189,7 @@ RUNS: dict[str, tuple[int, list[str], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", others_slow(RUNS, [name for name in RUNS if "on two ranks" not in name]))
 def test_the_loop_adds_no_wait_to_the_engines(name: str, tmp_path: Path) -> None:
     ranks, overrides, most = RUNS[name]
     steps = ["training.max_steps=12", "training.batch_size=8", "data.train_examples=32", "data.eval_examples=0"]

@@ -34,8 +34,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int
         pytest.skip("a small file system cannot be mounted here")
     try:
         zero = f"deepspeed.zero_optimization.stage={stage}"
-        settings = (*SETTINGS, "output.export=false", f"method.name={method}", zero, "training.save_every=1")
-        with Job(out, 2, *settings) as job:
+        settings = (*SETTINGS, "output.export=false", f"method.name={method}", zero)
+        with Job(out, 2, *settings, "training.save_every=1") as job:
             job.wait_for_step(1)
             ranks = [job.rank(0), job.rank(1)]
             assert job.code(300) == 2, job.text()

@@ -40,8 +40,9 @@ def stop_in_save(rank: psutil.Process, folder: Path, numbers: random.Random) -> 
         rank.resume()  # the save was over, so wait for the next
 
 
-def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random, in_save: bool) -> tuple[str, int]:
-    """Start or continue the run, and kill a rank of it; where it was hit, and the step that is committed then."""
+def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random, in_save: bool) -> tuple[str, int, bool]:
+    """Start or continue the run, and kill a rank of it; where it was hit, the step that is committed then, and whether
+    the other rank names it."""
     before, rank = committed(out), 0 if in_save else numbers.randrange(2)
     with Job(out, 2, *settings, resume="auto") as job:
         beginning = f"continues after step {before}" if before else "the run begins at its first step"
@@ -56,10 +57,12 @@ def kill_once(out: Path, settings: tuple[str, ...], numbers: random.Random, in_s
         where = "while saving" if any((out / "checkpoints").glob(".saving-*")) else "between saves"
         victim.send_signal(signal.SIGKILL)
         assert job.code(120) != 0
-    return where, committed(out)
+        is_named = f"error: rank {rank} (pid {victim.pid} on " in job.text() and "is dead" in job.text()
+    return where, committed(out), is_named
 
 
-def kills(tmp_path: Path, count: int, stage: int, seed: int) -> None:
+def kills(tmp_path: Path, count: int, stage: int, seed: int) -> list[bool]:
+    """Kill a run a number of times; whether each killed rank was named."""
     numbers = random.Random(seed)
     steps = 6 * count + 6
     settings = (*SETTINGS, f"training.max_steps={steps}", f"deepspeed.zero_optimization.stage={stage}")
@@ -67,11 +70,13 @@ def kills(tmp_path: Path, count: int, stage: int, seed: int) -> None:
     assert run_tiny(2, straight, *settings)["code"] == 0
     saving = (*settings, "training.save_every=1")
     places: list[str] = []
+    named: list[bool] = []
     for number in range(count):
         if committed(killed) >= steps - 5:
             break
-        place, step = kill_once(killed, saving, numbers, in_save=count == 1 or numbers.random() < 0.5)
+        place, step, is_named = kill_once(killed, saving, numbers, in_save=count == 1 or numbers.random() < 0.5)
         places.append(place)
+        named.append(is_named)
         print(f"kill {number + 1}: {place}, step {step} is committed", flush=True)
     assert len(places) == count
     ended = run_tiny(2, killed, *saving, resume="yes")
@@ -81,10 +86,12 @@ def kills(tmp_path: Path, count: int, stage: int, seed: int) -> None:
     ours, truth = (load_file(out / "model" / "model.safetensors") for out in (killed, straight))
     assert ours.keys() == truth.keys() and all(ours[name].equal(truth[name]) for name in truth)
     print(f"{count} of {count} continued, 0 bits different; {places.count('while saving')} of them while saving")
+    return named
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:
-    kills(tmp_path, 1, stage=2, seed=3)
+    """The other rank names the killed one, as in training (`test_a_killed_rank_is_named`)."""
+    assert kills(tmp_path, 1, stage=2, seed=3) == [True]
 
 
 @pytest.mark.slow

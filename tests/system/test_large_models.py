@@ -1,4 +1,7 @@
-"""A model that is larger than what a rank may have, through the real launcher: anonymous memory of the processes."""
+"""A model that is larger than what a rank may have, through the real launcher: anonymous memory of the processes.
+
+``tests/integration/test_partitioned_loading.py`` measures the same on ranks that live through the session.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +11,7 @@ import torch
 
 from tests.support import large
 from tests.support.jobs import launch
-from tests.support.training import SHORT, arguments
+from tests.support.training import arguments
 
 MEASURED = """
 import json, os, sys
@@ -35,9 +38,8 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(
-    ("hidden", "saved"), [(512, "bfloat16"), pytest.param(1024, "float32", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("hidden", "saved"), [(512, "bfloat16"), (1024, "float32")])
 def test_no_process_has_the_model(hidden: int, saved: str, tmp_path: Path) -> None:
     numel = large.save(tmp_path / "model", hidden, 20, getattr(torch, saved))
     size = 2 * numel  # bf16
@@ -51,7 +53,8 @@ def test_no_process_has_the_model(hidden: int, saved: str, tmp_path: Path) -> No
         "deepspeed.bf16.enabled=true",
         f"output.max_shard_size={size // 5}",
         "data.max_length=128",
-        *SHORT,
+        "data.eval_examples=0",
+        "training.max_steps=1",
     ]
     done = launch(2, arguments(tmp_path / "run", *overrides), script=str(script))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -90,6 +90,7 @@ def launch_apart(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess
     return launch(2, arguments(Path("~/run"), *SHORT, *overrides, resume="auto"), script=str(script))
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_files_do_not_part(tmp_path: Path) -> None:
     """Rank 1 sees checkpoints of an earlier run, rank 0 none, and each sees other rows: one error, and no hang."""
     for rank in (0, 1):

@@ -3,6 +3,8 @@
 import functools
 from pathlib import Path
 
+import pytest
+
 from tests.integration.test_page_locking import MIB, MOST
 from tests.support.jobs import launch
 from tests.support.limited_memory import limit_locked_memory
@@ -27,22 +29,33 @@ with page_locking_by_mlock():
 """
 
 
-def test_a_limit_is_said_once_before_weights_are_read(tmp_path: Path) -> None:
-    script = tmp_path / "locking.py"
+def locking(folder: Path) -> str:
+    """A script for the launcher that says when weights are read, and where mlock takes the place of a GPU's driver."""
+    script = folder / "locking.py"
     script.write_text(LOCKING.format(repository=str(REPOSITORY)))
-    zero = "deepspeed=configs/deepspeed/zero2.json"
+    return str(script)
+
+
+ZERO = "deepspeed=configs/deepspeed/zero2.json"
+
+
+def test_a_limit_that_is_too_low_is_said_once_before_weights_are_read(tmp_path: Path) -> None:
+    script = locking(tmp_path)
     large = f"model.config.vocab_size={MOST * 2 // (10 * 64)}"
     demanded = "deepspeed.hift.offload.pin_memory=true"
     limited = functools.partial(limit_locked_memory, MOST)
-    done = launch(2, arguments(tmp_path / "no", zero, *SHORT, large, demanded), script=str(script), before=limited)
+    done = launch(2, arguments(tmp_path / "no", ZERO, *SHORT, large, demanded), script=script, before=limited)
     printed = done.stdout + done.stderr
     assert done.returncode == 2 and "Traceback" not in printed and "weights are read" not in printed, printed
     assert printed.count("deepspeed: hift.offload.pin_memory=true: masters and optimizer state need ") == 1, printed
     limit = f"{2 * MOST / MIB:.3g} MiB (ulimit -l: {MOST / MIB:.3g} MiB)"  # that of a process, twice
     assert f"the system allows {limit}" in printed and not (tmp_path / "no").exists()
 
+
+@pytest.mark.slow
+def test_a_run_without_page_locked_memory_says_so_once_before_weights_are_read(tmp_path: Path) -> None:
     none = functools.partial(limit_locked_memory, 0)
-    done = launch(2, arguments(tmp_path / "run", zero, *SHORT), script=str(script), before=none)
+    done = launch(2, arguments(tmp_path / "run", ZERO, *SHORT), script=locking(tmp_path), before=none)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert printed.count("the system allows 0 MiB (ulimit -l: 0 MiB)") == 1, printed

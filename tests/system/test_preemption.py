@@ -175,6 +175,7 @@ def stop_a_rank(out: Path, limit: float, stopped: int, draw: Any = None, wait: b
         return seconds
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     with Job(tmp_path / "run", 2, *ENDLESS) as job:
         job.wait_for_step(3)

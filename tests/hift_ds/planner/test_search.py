@@ -20,7 +20,7 @@ from hift_ds.planner.search import Fit, _weights_elsewhere, default_host_reserve
 from tests.hift_ds.planner.test_plan import SMALL
 
 GIB = 2**30
-MODEL = {**SMALL, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
+MODEL = {**SMALL, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 8192}
 RUN: dict[str, Any] = {"seq_len": 256, "buffer_size": 2**20}
 PLANNER = Planner(Request(MODEL, **RUN))
 
