@@ -133,7 +133,10 @@ def without(name: str, is_removed: bool) -> bool:
         return not same(trained(case, lazy, prefetch=False), truth)
 
 
-@pytest.mark.parametrize("name", MISSING)
+LATE = ["all parts are written", "events of the writer", "upper halves are fetched"]
+
+
+@pytest.mark.parametrize("name", others_slow(MISSING, LATE))
 def test_a_late_rank_is_waited_for(name: str) -> None:
     assert run_on_ranks(2, without, name, False) == [False, False]
     assert any(run_on_ranks(2, without, name, True))

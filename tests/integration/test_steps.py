@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support import tiny
-from tests.support.pairwise import others_slow, pairwise
+from tests.support.pairwise import each_value, others_slow, pairwise
 from tests.support.parity import STAGES, cases, expected_order
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import Case
@@ -69,12 +69,13 @@ FACTORS = {
 }
 
 
+TABLE = pairwise(FACTORS, lambda row: row["stage"] > 0 or not row["offload"])
+MORE = [Case(stage=3, ranks=2), Case(stage=2, tied=True, scheduler="WarmupLR")]
+
+
 @pytest.mark.parametrize(
     "case",
-    cases(
-        [Case(**row) for row in pairwise(FACTORS, lambda row: row["stage"] > 0 or not row["offload"])],
-        [Case(stage=3, ranks=2), Case(stage=2, tied=True, scheduler="WarmupLR")],
-    ),
+    others_slow(cases([Case(**row) for row in TABLE], MORE), [*(Case(**row) for row in each_value(TABLE)), *MORE]),
     ids=str,
 )
 def test_a_step_moves_its_block_and_nothing_else(case: Case) -> None:

@@ -1,7 +1,8 @@
 """Pairwise tables: few rows of a product of factors in which every possible pair of two factors' values occurs.
 
 Most bugs need two settings to meet, seldom three. `pairwise` picks such rows, `params` turns them into parameters of a
-test and marks every other row of the product as slow.
+test and marks every other row of the product as slow. Where a row takes seconds, the table itself is slow, and
+`each_value` picks a sample of it.
 """
 
 import itertools
@@ -61,6 +62,19 @@ def pairwise(
         table.append(rows[best])
         missing &= ~bits[best]
     return list({tuple(row.items()): row for row in table}.values())
+
+
+def each_value(rows: Sequence[Row]) -> list[Row]:
+    """Return few of the rows of a table, in which each value of each factor occurs: a sample of the table.
+
+    They come from a greedy search, in the order of the table where rows are equally good.
+    """
+    missing = {item for row in rows for item in row.items()}
+    chosen = []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(missing & set(row.items()))))
+        missing -= set(chosen[-1].items())
+    return chosen
 
 
 def params(

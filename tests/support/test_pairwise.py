@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.pairwise import Row, others_slow, pairwise, params, product
+from tests.support.pairwise import Row, each_value, others_slow, pairwise, params, product
 
 FACTORS = {"stage": (0, 1, 2, 3), "dtype": ("fp32", "bf16", "fp16"), "ranks": (1, 2), "offload": (False, True)}
 
@@ -55,6 +55,14 @@ def test_pinned_rows_come_first_and_count() -> None:
     assert table[1] == {"stage": 1, "dtype": "fp32", "ranks": 1, "offload": False}
     assert pairs(table) == pairs(product(FACTORS, possible))
     assert pairwise(FACTORS, possible, pinned=table) == table, "nothing is missing, so nothing is added"
+
+
+def test_a_sample_has_each_value_once_more() -> None:
+    table = pairwise(FACTORS, possible)
+    sample = each_value(table)
+    assert all(row in table for row in sample) and 4 <= len(sample) <= 5 < len(table)
+    assert {item for row in sample for item in row.items()} == {item for row in table for item in row.items()}
+    assert each_value([{"a": 1}, {"a": 1}]) == [{"a": 1}] and each_value([]) == []
 
 
 @pytest.mark.parametrize("row", [{"stage": 0, "dtype": "fp16"}, {"stage": 4}, {"stages": 1}])

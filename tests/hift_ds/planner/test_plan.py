@@ -230,6 +230,7 @@ def test_written_configs_are_deepspeeds(options: dict[str, Any], tmp_path: Path)
     assert parsed.zero_optimization_stage == small(**options).stage
 
 
+@pytest.mark.slow
 def test_checkpoints_in_host_memory_are_a_change_that_fits() -> None:
     """Between the need with checkpoints on the device and the one without only their offload helps."""
     options = {"seq_len": 512, "batch_size": 1, "loss_chunk": 64, "buffer_size": 2**17}
