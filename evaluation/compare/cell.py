@@ -53,6 +53,7 @@ from hift_ds.launch.runtime.determinism import deterministic, seed_generators
 from hift_ds.model.positions import position_limit
 from hift_ds.model.reach import unreached_by_text
 
+PLANNED_TOKENS = 32
 POINTS = 200  # at most about so many points of a loss curve are stored
 
 
@@ -339,7 +340,12 @@ class Cells:
         return self._encoded[key]
 
     def _planned(self, row: Row, settings: Settings, task: Task, length: int) -> dict[str, int] | None:
-        """Plan the memory for sequences of `length` tokens, once for each row, task and length, on rank 0."""
+        """Plan the memory for sequences of `length` tokens on rank 0.
+
+        A plan takes seconds. Lengths are rounded up to a multiple of `PLANNED_TOKENS`, so that seeds, whose longest
+        examples differ little, share one.
+        """
+        length = min(-(-length // PLANNED_TOKENS) * PLANNED_TOKENS, max(length, self.comparison.data.max_length))
         key = (row.label, task.name, length)
         if key not in self._plans and dist.get_rank() == 0:
             config = self._config(task)

@@ -29,7 +29,7 @@ from hift_ds.launch.errors import UserError
 from hift_ds.launch.model.loading import evaluating
 from hift_ds.model.positions import position_limit
 
-CHUNK = 2**26  # at most so many fp32 logits of candidates' tokens are computed at a time: 256 MiB
+CHUNK = 2**20  # about so many fp32 logits of candidates' tokens exist at a time: 4 MiB, which fits into caches
 
 
 @dataclass

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from hift_ds.evaluation.compare.cell import freed, ran_out_of_memory
+from hift_ds.evaluation.compare import cell as cell_module
+from hift_ds.evaluation.compare.cell import Cells, freed, ran_out_of_memory
 
 
 class Engine:
@@ -67,6 +70,18 @@ def test_a_lack_of_memory_is_recognized_wherever_it_began() -> None:
         assert ran_out_of_memory(error)
     assert not ran_out_of_memory(RuntimeError("shapes differ"))
     assert not ran_out_of_memory(ValueError("out of memory is not what this says"))
+
+
+def test_nearly_equal_lengths_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    monkeypatch.setattr(cell_module, "planned_memory", lambda settings, config, length, ranks: planned.append(length))
+    monkeypatch.setattr(cell_module, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
+    comparison = SimpleNamespace(data=SimpleNamespace(max_length=90))
+    cells: Any = SimpleNamespace(_plans={}, _config=lambda task: None, comparison=comparison)
+    row, task = SimpleNamespace(label="full"), SimpleNamespace(name="sst2")
+    for length in (61, 64, 33, 65, 90, 4):
+        Cells._planned(cells, row, None, task, length)  # type: ignore[arg-type]
+    assert planned == [64, 90, 32]  # 96 tokens are more than any example has
 
 
 def test_torchs_own_error_of_the_host_is_a_lack_of_memory() -> None:

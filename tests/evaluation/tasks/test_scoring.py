@@ -266,7 +266,21 @@ def llama_like() -> PreTrainedTokenizerFast:
     """A tokenizer that decodes as those of SentencePiece do: bytes make characters, and the first space is dropped."""
     special = ["<unk>", "<s>", "</s>"]
     vocabulary = {text: i for i, text in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), "\u2581"])}
-    for text in ("Paris", "\u2581Paris", "Quest", "ion", ":", "\u2581:", ")", "\u2581)", "\n", "a", "\u2581a", "'"):
+    for text in (
+        "Paris",
+        "\u2581Paris",
+        "Quest",
+        "ion",
+        ":",
+        "\u2581:",
+        ")",
+        "\u2581)",
+        "\n",
+        "a",
+        "\u2581a",
+        "'",
+        "<|channel|>final",
+    ):
         vocabulary[text] = len(vocabulary)
     backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     backend.add_special_tokens(special)
@@ -316,6 +330,13 @@ def test_answers_end_as_if_each_text_was_read_after_each_token(name: str, make: 
             assert beams(ids, None).tolist() == now
         ended += sum(over)
     assert 0 < ended < 48
+
+
+def test_a_token_may_show_that_a_stop_text_was_in_the_answer() -> None:
+    tokenizer = llama_like()
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(["<|channel|>final", "a"])])
+    ends = _AnswerEnds(_Written(dataclasses.replace(find_task("squad"), stops=(">",)), tokenizer), 0)
+    assert [ends(ids[:, :n], None).tolist() for n in (1, 2)] == [[False], [True]]  # "finala" opens nothing
 
 
 def test_texts_are_read_where_a_token_may_end_them() -> None:
