@@ -59,7 +59,7 @@ def test_files_change_no_bit(case: Case) -> None:
     assert run_on_ranks(case.ranks, is_same, case, False) == [True] * case.ranks
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", others_slow([CASES[2], CASES[4], CASES[6]], [CASES[2], CASES[6]]), ids=str)
 def test_lazy_streams_change_no_training_in_files(case: Case) -> None:
     skip_on_a_device()
     direct_io.library()

@@ -229,7 +229,7 @@ EIGHT_BITS = [
 ]
 
 
-@pytest.mark.parametrize("case", others_slow(EIGHT_BITS, [EIGHT_BITS[i] for i in (0, 9, 14)]), ids=str)
+@pytest.mark.parametrize("case", others_slow(EIGHT_BITS, [EIGHT_BITS[i] for i in (0, 9, 12)]), ids=str)
 def test_with_moments_in_8_bits(case: Case, tmp_path: Path) -> None:
     for rank, (_, differences) in enumerate(run_on_ranks(case.ranks, interrupted, case, str(tmp_path), (1, LATER))):
         assert not differences, f"rank {rank}: " + "\n".join(differences[:20])

@@ -298,7 +298,7 @@ DEFERRED = [
     for stage in (0, 1, 2)
     for strategy in STRATEGIES
 ]
-SAMPLE = [Case(stage=0), Case(stage=2, dtype="bf16", strategy="top2down")]
+SAMPLE = [Case(stage=2, dtype="bf16", strategy="top2down")]
 
 
 @pytest.mark.parametrize("case", others_slow(DEFERRED, SAMPLE), ids=str)
@@ -319,7 +319,7 @@ ON_THE_HOST = [
 ]
 
 
-@pytest.mark.parametrize("case", others_slow(ON_THE_HOST, ON_THE_HOST[:2]), ids=str)
+@pytest.mark.parametrize("case", others_slow(ON_THE_HOST, ON_THE_HOST[:1]), ids=str)
 def test_lazy_streams_and_small_chunks_change_no_step_on_the_host(case: Case) -> None:
     skip_on_a_device()
     ways = [Way(chunk=2048), Way(lazy=True), Way(lazy=True, chunk=2048, meddle=evaluate)]

@@ -1,4 +1,7 @@
-"""A disk that fills up while two ranks save: the old checkpoint stays, both ranks end, and the run continues later."""
+"""A disk that fills up while two ranks save: the old checkpoint stays, both ranks end, and the run continues later.
+
+``tests/hift_ds/checkpoint/test_store.py`` lets each operation of a save fail in turn.
+"""
 
 import os
 import random
@@ -21,10 +24,8 @@ def full_disks() -> list[tuple[str, int, int]]:
     return [(("hift", "full")[i % 2], rng.choice((1, 2, 3)), rng.randrange(2500, 9000)) for i in range(20)]
 
 
-@pytest.mark.parametrize(
-    ("method", "stage", "size"),
-    [pytest.param(*one, marks=pytest.mark.slow if i else ()) for i, one in enumerate(full_disks())],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "stage", "size"), full_disks())
 def test_a_full_disk_keeps_the_old_checkpoint(method: str, stage: int, size: int, tmp_path: Path) -> None:
     """Both ranks end within a minute, through the launcher, and the run continues when there is room."""
     out = tmp_path / "run"
