@@ -48,7 +48,7 @@ from hift_ds.launch.data.batches import collate
 from hift_ds.launch.data.loading import Data, open_data, prepare_data
 from hift_ds.launch.data.stream import Stream
 from hift_ds.launch.errors import UserError
-from hift_ds.launch.learning_rates import low_rate_warning
+from hift_ds.launch.learning_rates import few_updates_warning, low_rate_warning, with_rate
 from hift_ds.launch.loop import train
 from hift_ds.launch.make_engine import (
     block_names,
@@ -249,16 +249,14 @@ class Run:
 
     def find_run(self) -> None:
         """Find the run and the checkpoint to continue from; then fill in what depends on the model."""
+        continues = bool(self.resume) and decide(lambda: outputs.has_checkpoint(self.folder))
+        self.recorded = decide(lambda: outputs.recorded(self.folder)) if continues else {}
+        self.settings = with_rate(self.settings, len(self.blocks), outputs.rate_of(self.recorded))
         self.identity = outputs.identity(self.settings, self.world, self.data, self.config, self.tokenizer)
         self.settings = self.settings.for_model(self.config, self.ticks)
         self.cuts, self.asked = [cut_of(self.settings, len(self.blocks))], None
-        self.recorded = decide(
-            lambda: (
-                outputs.check_same_run(self.folder, self.identity)
-                if self.resume and outputs.has_checkpoint(self.folder)
-                else {}
-            )
-        )
+        if continues:
+            decide(lambda: outputs.check_same_run(self.folder, self.recorded, self.identity))
         self.found = outputs.find_checkpoint(self.folder) if self.recorded else None
         if self.found:
             self.find_cut(self.found)
@@ -295,6 +293,10 @@ class Run:
         cycle = len(self.blocks) * hift.get("steps_per_block", 1) if hift.get("lr_ticks") != "step" else 1
         if warning := low_rate_warning(self.settings, self.ticks, cycle or 1):
             self.say(warning)
+        if self.settings.training.full_learning_rate:
+            skeleton = loading.skeleton(self.settings.model, self.config)
+            if warning := few_updates_warning(self.settings, len(self.blocks), skeleton):
+                self.say(warning)
         self.build_engine(self.say)
 
     def build_engine(self, say: Callable[[str], None]) -> None:

@@ -44,7 +44,16 @@ SECTIONS = (
     "deepspeed", "evaluation", "output", "logging",
 )  # fmt: skip
 # Keys of `training` that only the comparison sets.
-DECIDED = ("max_steps", "epochs", "seed", "learning_rate", "save_every", "eval_every", "keep_best")
+DECIDED = (
+    "max_steps",
+    "epochs",
+    "seed",
+    "learning_rate",
+    "full_learning_rate",
+    "save_every",
+    "eval_every",
+    "keep_best",
+)
 
 
 @dataclass(frozen=True)

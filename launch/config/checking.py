@@ -222,6 +222,8 @@ def _outside(value: Any, limits: Mapping) -> str | None:
         return got + "Expected a finite number."
     if isinstance(value, int) and abs(value) >= LARGEST:
         return got + "Expected a number below 2^63."
+    if isinstance(value, str):
+        return None  # such as "auto" in place of a number
     if "at_least" in limits and value < limits["at_least"]:
         return got + f"Expected at least {limits['at_least']}."
     if "above" in limits and value <= limits["above"]:

@@ -85,7 +85,16 @@ def complete(
     )
     _agree(section, ("gradient_clipping",), "max_grad_norm", training.max_grad_norm, problems)
     _agree(section, ("optimizer", "type"), "optimizer", training.optimizer, problems)
-    _agree(section, ("optimizer", "params", "lr"), "learning_rate", training.learning_rate, problems)
+    rate = training.learning_rate
+    if rate == "auto":  # the number is known when the model is (launch/learning_rates.py)
+        rate = training.full_learning_rate
+        if "lr" in params:
+            rate = None
+            problems.append(
+                f"deepspeed.optimizer.params.lr: got {params['lr']!r}, but training.learning_rate is 'auto'. Expected "
+                "one of them; remove the other."
+            )
+    _agree(section, ("optimizer", "params", "lr"), "learning_rate", rate, problems)
     _agree(section, ("optimizer", "params", "weight_decay"), "weight_decay", training.weight_decay, problems)
 
     if section.get("scheduler") and has_lr_schedule:

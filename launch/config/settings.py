@@ -12,17 +12,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hift_ds import paths
 from hift_ds.launch.config import deepspeed_section
 from hift_ds.launch.config.checking import build, not_storable, problem_list, setting
 from hift_ds.launch.config.reading import read_yaml, source
 from hift_ds.launch.data.settings import DataSettings
-from hift_ds.launch.errors import UserError, expected
+from hift_ds.launch.errors import UserError, expected, shown
 from hift_ds.launch.methods.lr_schedules import SCHEDULES
 from hift_ds.launch.methods.settings import MethodSettings
-from hift_ds.launch.methods.table import TRAINED
+from hift_ds.launch.methods.table import METHODS, TRAINED
 from hift_ds.launch.model.settings import ModelSettings
 
 MAX_SHARD_SIZE = "50GB"  # transformers' default
@@ -37,7 +37,9 @@ class TrainingSettings:
     epochs: float | None = setting(None, above=0)  # passes over the training data, in place of max_steps
     batch_size: int = setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
     micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank, at most
-    learning_rate: float | None = setting(None, above=0, at_most=1e30)
+    # "auto": HiFT's, from the next key, the number of blocks and the number of steps (launch/learning_rates.py).
+    learning_rate: float | Literal["auto"] | None = setting(None, above=0, at_most=1e30)
+    full_learning_rate: float | None = setting(None, above=0, at_most=1e30)  # of full fine-tuning with as many steps
     lr_schedule: str = setting("constant", choices=tuple(SCHEDULES))
     warmup_ratio: float = setting(0.0, at_least=0, at_most=1)  # of the schedule's ticks (under HiFT: cycles)
     weight_decay: float | None = setting(None, at_least=0)
@@ -200,6 +202,7 @@ def check_settings(raw: Mapping[str, Any], world_size: int, problems: list[str])
             f"{sections['model'].task!r}, which has few logits. Remove it."
         )
     problems += _training_problems(sections["training"], sections["method"], sections["data"], raw.get("training"))
+    problems += _rate_problems(sections["training"], sections["method"], sections["deepspeed"])
     problems += sections["data"].problems()
     fp16 = sections["deepspeed"].get("fp16")
     is_fp16 = isinstance(fp16, Mapping) and bool(fp16.get("enabled"))
@@ -244,6 +247,47 @@ def _shard_problems(size: int | str) -> list[str]:
         f"output.max_shard_size: got {size!r}, expected a number of bytes, or at least 1 with the unit KB, MB, GB or "
         f"TB, such as {MAX_SHARD_SIZE}."
     ]
+
+
+def _rate_problems(training: TrainingSettings, method: MethodSettings, section: Mapping[str, Any]) -> list[str]:
+    """Return the problems of `training.learning_rate: auto` and `training.full_learning_rate`.
+
+    Args:
+        section: the deepspeed section as it is in the YAML.
+    """
+    rate, of_full = training.learning_rate, training.full_learning_rate
+    if rate != "auto":
+        if of_full is None:
+            return []
+        return [
+            f"training.full_learning_rate: got {of_full!r}, but training.learning_rate is {shown(rate)}, so it has no "
+            "effect. Set training.learning_rate=auto, or remove it (training.full_learning_rate=null)."
+        ]
+    problems = []
+    if method.name in METHODS and not METHODS[method.name].block_wise:
+        problems.append(
+            f"training.learning_rate: got 'auto', which is HiFT's, but method.name is {method.name!r}. Set a number, "
+            "e.g. training.learning_rate=1e-4, or method.name=hift."
+        )
+    if of_full is None:
+        problems.append(
+            "training.full_learning_rate: not set, but training.learning_rate is 'auto'. Expected the rate that you "
+            "would use for full fine-tuning with as many steps, e.g. training.full_learning_rate=2e-5."
+        )
+    optimizer = section.get("optimizer")
+    given = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    name = training.optimizer or (given if isinstance(given, str) and given != "auto" else "AdamW")
+    if name.lower() not in ("adam", "adamw"):
+        problems.append(
+            f"training.learning_rate: got 'auto', which is for Adam and AdamW, but the optimizer is {name}. Set a "
+            "number, or training.optimizer=AdamW."
+        )
+    if section.get("scheduler"):
+        problems.append(
+            "training.learning_rate: got 'auto', but deepspeed.scheduler has rates of its own. Use "
+            "training.lr_schedule instead (deepspeed.scheduler=null), or set a number."
+        )
+    return problems
 
 
 def _training_problems(training: TrainingSettings, method: MethodSettings, data: DataSettings, given: Any) -> list[str]:

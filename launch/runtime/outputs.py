@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,31 +250,49 @@ def _config_hash(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_same_run(folder: Path, current: dict[str, Any]) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
     """Return the content of run.json.
 
     Raises:
-        UserError: naming each setting that differs from the run in the folder.
+        UserError: it is missing, unreadable, or of an earlier version.
     """
     try:
-        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
             f"--resume: {str(folder / 'run.json')!r} is missing or unreadable, so these settings cannot be compared "
             f"with the run's. Start a new run in another output.dir."
         ) from None
-    if "cuts" not in recorded:
+    if "cuts" not in found:
         raise UserError(
             f"--resume: an earlier version of hift_ds made {str(folder)!r}. Continue it with that version, or start a "
             "new run in another output.dir."
         )
+    return found
+
+
+def rate_of(recorded: Mapping[str, Any]) -> float | None:
+    """Return the highest learning rate of a run, from its run.json; None if that has none."""
+    section = recorded.get("settings", {}).get("deepspeed", {})
+    return section.get("optimizer", {}).get("params", {}).get("lr")
+
+
+def check_same_run(folder: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that a run continues with its own settings.
+
+    Args:
+        recorded: the content of run.json.
+        current: from `identity`.
+
+    Raises:
+        UserError: naming each setting that differs.
+    """
     now = json.loads(json.dumps(current))  # tuples as lists, as in the file
     before = recorded["identity"]
     differing = [text for key, value in now.items() for text in _differences(key, before.get(key), value)]
     if differing:
         first = f"--resume: {str(folder)!r} was made with other settings. Use the same, or another output.dir:"
         raise UserError("\n".join([first, *differing]))
-    return recorded
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:

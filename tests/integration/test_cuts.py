@@ -1,5 +1,6 @@
 """A run that continues with other blocks, in this session's ranks: what it says, keeps and records."""
 
+import json
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,29 @@ def test_a_run_that_ends_before_the_cycle_does_keeps_its_blocks(tmp_path: Path) 
     assert "updates from       step 13 on: 1 x embeddings" in back["printed"]
     assert "18 steps, 2 whole cycles of 6 blocks, then 1 of 3, then 0 of 6\n" in back["printed"]
     assert summary(out)["cycles"] == 3
+
+
+def test_an_automatic_rate_stays_when_steps_and_blocks_change(tmp_path: Path) -> None:
+    """6 blocks x 2e-4, in run.json, in every record and after the run got longer and coarser."""
+    out = tmp_path / "run"
+    auto = (*SETTINGS, "training.learning_rate=auto", "training.full_learning_rate=2e-4")
+    short = run_tiny(1, out, *auto, "training.max_steps=6")
+    assert short["code"] == 0, short["printed"]
+    says = (
+        "note: training.learning_rate: auto is 0.0012: 0.0002 (training.full_learning_rate) x 6 blocks; 6 steps update"
+        " each block 1 times",
+        "warning: 6 steps update each of 6 blocks 1 times; with fewer than 8 updates, blocks may learn little at any "
+        "rate. Raise training.max_steps or training.epochs to 48 steps.",
+    )
+    assert all(text in short["printed"] for text in says), short["printed"]
+    longer = run_tiny(1, out, *auto, "training.max_steps=12", TWO, resume="yes")
+    assert longer["code"] == 0, longer["printed"]
+    stays = "auto stays 0.0012, the rate of the run so far; a new run with these settings would use 0.0006 (3 blocks)"
+    assert stays in longer["printed"], longer["printed"]
+    assert [record["learning_rate"] for record in records(out)] == pytest.approx([1.2e-3] * 12)
+    recorded = json.loads((out / "run.json").read_text())["settings"]
+    assert recorded["training"]["learning_rate"] == pytest.approx(1.2e-3)
+    assert recorded["deepspeed"]["optimizer"]["params"]["lr"] == pytest.approx(1.2e-3)
 
 
 def first_is_best(argv: Sequence[str], stop_after: int | None = None) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import re
 import pytest
 
 from hift_ds.launch.config.settings import Settings, load_settings
-from hift_ds.launch.learning_rates import learning_rates, low_rate_warning
+from hift_ds.launch.learning_rates import few_updates_warning, learning_rates, low_rate_warning, with_rate
+from hift_ds.launch.make_engine import find_blocks
+from hift_ds.launch.model import loading
+from hift_ds.launch.model.tokenizer import byte_tokenizer
 from tests.support.training import TINY
 
 CYCLE = 6  # blocks of the tiny model
@@ -116,3 +119,60 @@ def test_the_rates_are_those_of_the_schedule() -> None:
     assert rates == pytest.approx([0, 0, 3e-6, 6e-6])
     rates = learning_rates(settings_of("training.lr_schedule=linear", "training.warmup_ratio=0.5", ticks=4), 4)
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 1.5e-3])
+
+
+AUTO = ("training.learning_rate=auto", "training.full_learning_rate=2e-5")
+
+
+@pytest.mark.parametrize(
+    ("steps", "blocks", "rate"), [(96, 6, 1.2e-4), (96, 3, 6e-5), (1000, 34, 6.8e-4), (8, 1, 2e-5)]
+)
+def test_the_rate_is_that_of_full_fine_tuning_times_blocks(steps: int, blocks: int, rate: float) -> None:
+    settings = with_rate(load_settings(TINY, [*AUTO, f"training.max_steps={steps}"]), blocks)
+    assert settings.training.learning_rate == pytest.approx(rate, rel=1e-12)
+    assert settings.deepspeed["optimizer"]["params"]["lr"] == settings.training.learning_rate
+    (note,) = settings.notes
+    assert f"auto is {rate:.4g}: 2e-05 (training.full_learning_rate) x {blocks} block" in note
+    assert f"; {steps} steps update each block {steps / blocks:.4g} times" in note
+    assert ("measured with up to 8 blocks" in note) is (blocks == 34)
+    rates = learning_rates(settings.for_model(type("Config", (), {"hidden_size": 64}), 4), 4)
+    assert rates == pytest.approx([rate] * 4)
+
+
+def test_a_run_keeps_its_rate() -> None:
+    settings = load_settings(TINY, [*AUTO, "training.max_steps=96"])
+    same, other = (with_rate(settings, 6, recorded) for recorded in (settings_rate(settings, 6), 3e-4))
+    assert same.training.learning_rate == pytest.approx(1.2e-4) and other.training.learning_rate == 3e-4
+    assert same.notes == ("training.learning_rate: auto stays 0.00012, the rate of the run so far",)
+    assert "stays 0.0003, the rate" in other.notes[0] and "would use 0.00012 (6 blocks)" in other.notes[0]
+    number = load_settings(TINY)
+    assert with_rate(number, 6) is number and with_rate(number, 6, 1e-5) is number
+
+
+def settings_rate(settings: Settings, blocks: int) -> float:
+    rate = with_rate(settings, blocks).training.learning_rate
+    assert isinstance(rate, float)
+    return rate
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["deepspeed.hift.layers_per_block=1"], ["deepspeed.hift.max_block_numel=20000"]],
+)
+@pytest.mark.parametrize("steps", [4, 8, 16, 31, 47, 48, 400])
+def test_too_few_updates_are_said_and_the_remedy_works(overrides: list[str], steps: int) -> None:
+    def warned(*more: str) -> str:
+        settings = load_settings(TINY, [*AUTO, f"training.max_steps={steps}", *overrides, *more])
+        model = loading.skeleton(settings.model, loading.load_config(settings.model, byte_tokenizer()))
+        return few_updates_warning(settings, len(find_blocks(settings, model)), model)
+
+    warning = warned()
+    if not overrides[0].startswith("deepspeed.hift.max_block_numel"):
+        assert bool(warning) is (steps < 48)  # six blocks with eight updates each
+    if warning:
+        larger = re.findall(r"Set (deepspeed\.hift\.layers_per_block=\d+)", warning)
+        (enough,) = re.findall(r"training\.epochs to (\d+) steps", warning)
+        assert warned(f"training.max_steps={enough}") == ""
+        assert warned(f"training.max_steps={int(enough) - 1}") != ""
+        assert not larger or warned(*larger) == ""
+        assert larger or steps < 8 or "max_block_numel" in overrides[0]

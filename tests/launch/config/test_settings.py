@@ -182,6 +182,8 @@ def test_the_dtype_of_the_weights() -> None:
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
+AUTO = ("training.learning_rate=auto", "training.full_learning_rate=2e-5")
+
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what the message must hold)
     "unknown section": (["modell.x=1"], ["modell", "did you mean 'model'?"]),
     "unknown key": (["training.max_stepz=3"], ["training.max_stepz", "did you mean 'max_steps'?"]),
@@ -217,6 +219,29 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # name: (overrides, what t
     "list for deepspeed": (["deepspeed=[1]"], ["deepspeed", "[1]", "path of a JSON file"]),
     "zero steps": (["training.max_steps=0"], ["training.max_steps", "at least 1"]),
     "negative rate": (["training.learning_rate=-1e-3"], ["training.learning_rate", "-0.001", "more than 0"]),
+    "HiFT's rate for LoRA": (
+        [*AUTO, "method.name=lora"],
+        ["training.learning_rate: got 'auto'", "method.name is 'lora'", "method.name=hift"],
+    ),
+    "no rate of full fine-tuning": (
+        ["training.learning_rate=auto"],
+        ["training.full_learning_rate: not set", "training.full_learning_rate=2e-5"],
+    ),
+    "two kinds of rates": (
+        ["training.full_learning_rate=2e-5"],
+        ["training.full_learning_rate: got 2e-05", "training.learning_rate is 0.003", "training.learning_rate=auto"],
+    ),
+    "a rate for SGD": ([*AUTO, "training.optimizer=SGD"], ["'auto'", "the optimizer is SGD", "AdamW"]),
+    "a rate for SGD of the section": ([*AUTO, "deepspeed.optimizer.type=SGD"], ["'auto'", "the optimizer is SGD"]),
+    "a scheduler with rates": (
+        [*AUTO, "deepspeed.scheduler={type: WarmupLR, params: {warmup_max_lr: 1e-4}}"],
+        ["'auto'", "deepspeed.scheduler=null"],
+    ),
+    "auto and a number": (
+        [*AUTO, "deepspeed.optimizer.params.lr=1e-5"],
+        ["deepspeed.optimizer.params.lr: got 1e-05", "training.learning_rate is 'auto'"],
+    ),
+    "automatic": (["training.learning_rate=automatic"], ["'automatic'", "a number or 'auto'"]),
     "warm-up above 1": (["training.warmup_ratio=1.5"], ["training.warmup_ratio", "at most 1"]),
     "unknown choice": (
         ["training.lr_schedule=cosin"],
@@ -293,6 +318,14 @@ def test_mistake_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in expected:
         assert text in message
     assert "1 problem in" in message or name in ("two models", "unknown hift key"), message
+
+
+def test_all_mistakes_of_an_automatic_rate_are_named_at_once() -> None:
+    overrides = ["training.learning_rate=auto", "method.name=full", "training.optimizer=SGD"]
+    message = problems(*overrides, "deepspeed.scheduler={type: WarmupLR}", "deepspeed.optimizer.params.lr=1e-5")
+    assert "5 problems in" in message, message
+    for text in ("method.name is 'full'", "full_learning_rate: not set", "is SGD", "deepspeed.scheduler", "lr: got"):
+        assert text in message
 
 
 def test_what_trains_nothing_is_told_apart_from_a_typo() -> None:
