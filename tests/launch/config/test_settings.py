@@ -49,8 +49,11 @@ def needs(name: str, folder: Path) -> list[str]:
     return []
 
 
-# Configs of the comparison are of `hift_ds.evaluation.compare.command`, which has its own tests.
-@pytest.mark.parametrize("path", sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith("compare")))
+# Configs of comparisons are of `hift_ds.evaluation.compare.command`, which has its own tests.
+RUNS = sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith(("compare_", "gpu_")))
+
+
+@pytest.mark.parametrize("path", RUNS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_shipped_config_is_valid(path: str, ranks: int, tmp_path: Path) -> None:
     settings = load(*needs(path, tmp_path), world_size=ranks, path=str(CONFIGS / path))
