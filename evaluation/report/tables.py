@@ -300,7 +300,8 @@ def spent(section: Section) -> list[Part]:
     rows = []
     for label, of in means.items():
         shown = [of.get(name, 0) for name in named]
-        rows.append([label, *(f"{seconds:,.1f}" for seconds in (whole[label], *shown, whole[label] - sum(shown)))])
+        rest = max(0.0, whole[label] - sum(shown))  # not -0.0 by rounding
+        rows.append([label, *(f"{seconds:,.1f}" for seconds in (whole[label], *shown, rest))])
     caption = (
         "Means over tasks and seeds, in seconds of the clock while the comparison ran. The first cell of a process has "
         f"also its start. Parts of less than {100 * SMALL:.0f} % are together."
