@@ -1,7 +1,7 @@
 """Compare fine-tuning methods on tasks, over seeds and learning rates, in one process or under the launcher.
 
     python -m evaluation.compare --config configs/compare_NAME.yaml [--set KEY=VALUE]... [--only ROW...]
-        [--jobs N] [--minutes M]
+        [--jobs N] [--minutes M] [--dry-run]
     deepspeed --num_gpus N --module hift_ds.evaluation.compare.command --config ...
 
 A cell is a method on a task with one seed. The learning rate of a cell is the one with the best score on the validation
@@ -13,7 +13,8 @@ one. The command writes into output.dir:
     results.jsonl     one record per cell, of the chosen learning rate
     report.md, report.html, plots/
 
-The same command continues an interrupted comparison: it runs only what is missing.
+The same command continues an interrupted comparison: it runs only what is missing. With --dry-run, every cell takes its
+first steps instead, and nothing is written to output.dir.
 
 Exit codes: 0 every cell has a result or does not apply, 1 some cells failed, 2 the settings need a change, 75 stopped
 by --minutes, SIGTERM or SIGINT, 76 another rank was lost.
@@ -29,6 +30,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,10 +43,11 @@ from hift_ds import collectives
 from hift_ds.checkpoint.files import write_durably
 from hift_ds.checkpoint.lock import Lock
 from hift_ds.evaluation.compare.cell import Cells
+from hift_ds.evaluation.compare.dry_run import cells_text
 from hift_ds.evaluation.compare.jobs import Job, Sets, Timing
 from hift_ds.evaluation.compare.processes import Died, Place, Processes, ThisProcess, without_shared_locks
 from hift_ds.evaluation.compare.runs import ATTEMPTS, Runs
-from hift_ds.evaluation.compare.settings import Comparison, load_comparison
+from hift_ds.evaluation.compare.settings import Comparison, dry, load_comparison
 from hift_ds.evaluation.compare.table import Identity, Table
 from hift_ds.evaluation.cost.machine import machine
 from hift_ds.evaluation.report.content import write_report
@@ -244,14 +247,23 @@ def _claim(comparison: Comparison) -> Lock:
 
 
 def run(arguments: argparse.Namespace, watch: RankWatch, began: float) -> int:
-    """Load the settings, run the comparison and write its report; return the exit code.
+    """Load the settings, run the comparison or its first steps; return the exit code.
 
     Args:
         began: when the minutes of --minutes began, as `time.time()`.
     """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = int(os.environ["WORLD_SIZE"])
     _check(arguments, world)
     comparison = load_comparison(arguments.config, arguments.set, world, arguments.only)
+    if not arguments.dry_run:
+        return _run(comparison, arguments, watch, began)
+    with tempfile.TemporaryDirectory(prefix="hift-dry-run-") as folder:
+        return _run(dry(comparison, Path(folder)), arguments, watch, began)
+
+
+def _run(comparison: Comparison, arguments: argparse.Namespace, watch: RankWatch, began: float) -> int:
+    """Run the comparison and write its report; return the exit code."""
+    rank = int(os.environ["RANK"])
     logs.quieten(comparison.logging, rank)
     extensions.prepare(rank)
     if arguments.jobs == 1:  # otherwise the processes that train join groups of their own
@@ -265,7 +277,11 @@ def run(arguments: argparse.Namespace, watch: RankWatch, began: float) -> int:
         is_finished = run_missing(table, cells, place, watch, until)
     records = table.records()
     if rank == 0:
-        _report(comparison, records)
+        if arguments.dry_run:
+            write_report(records, comparison.folder, comparison.title)
+            print(cells_text(records, table.total()))
+        else:
+            _report(comparison, records)
         if others := len(table.runs.done.keys() - table.asked):
             kept = f"{table.runs.path} has {others} more trainings, of other settings or rows"
             print(f"note: {kept}; {RESULTS} and the report leave them out")
@@ -291,6 +307,8 @@ def _check(arguments: argparse.Namespace, world: int) -> None:
         problems.append(
             f"--minutes: got {arguments.minutes:g}; expected more than {FOR_THE_REPORT / 60:.2g}, the report's time"
         )
+    if arguments.dry_run and world > 1:
+        problems.append(f"--dry-run: it runs on one rank, and there are {world}; run it without the launcher")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -355,6 +373,8 @@ def main(argv: Sequence[str] | None = None, began: float | None = None) -> int:
     add("--jobs", type=int, default=1, metavar="N", help=jobs)
     minutes = "stop in time to have a report after M minutes; the same command continues"
     add("--minutes", type=float, default=math.inf, metavar="M", help=minutes)
+    dry_run = "the first steps and answers of every cell, with the real model and data, in a temporary folder"
+    add("--dry-run", action="store_true", help=dry_run)
     add("--retry-failed", action="store_true", help="run failed cells again")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: KeyboardInterrupt

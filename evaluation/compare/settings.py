@@ -265,8 +265,8 @@ def dry(comparison: Comparison, folder: Path) -> Comparison:
     """Return the first steps of every cell: what would fail in a comparison fails in them, in a small part of its time.
 
     Each row runs on each task with each budget, with the real model and training data, the first seed and the first
-    learning rate. A training ends after two steps, so that HiFT trains two blocks, and its evaluations have a few
-    examples.
+    learning rate. A training ends after two steps, so that HiFT trains two blocks. A few examples of the validation and
+    the test set are evaluated.
 
     Args:
         folder: where the records and the report are written.
@@ -277,7 +277,8 @@ def dry(comparison: Comparison, folder: Path) -> Comparison:
         title=f"{comparison.title}: dry run",
         data=replace(comparison.data, **few),
         tasks=[replace(one, sizes={k: v for k, v in one.sizes.items() if k not in few}) for one in comparison.tasks],
-        rows=[replace(row, learning_rates=row.learning_rates[:1]) for row in comparison.rows],
+        # Twice the same rate: there is a choice, so the validation set is used, and equal trainings run once.
+        rows=[replace(row, learning_rates=row.learning_rates[:1] * 2) for row in comparison.rows],
         seeds=comparison.seeds[:1],
         budgets=[replace(one, at_most=DRY_STEPS) for one in comparison.budgets],
         evaluation=replace(comparison.evaluation, bootstrap=50),

@@ -235,7 +235,7 @@ def test_a_dry_run_has_the_first_steps_of_every_cell(data: Path, tmp_path: Path)
     whole = load_comparison(TINY, given)
     small = dry(whole, tmp_path / "aside")
     assert [str(one) for one in small.budgets] == ["64 samples", "60 s"] and small.seeds == [7]
-    assert [row.learning_rates for row in small.rows] == [(0.0,), (1e-3,), (1e-3,)]
+    assert [row.learning_rates for row in small.rows] == [(0.0, 0.0), (1e-3, 1e-3), (1e-3, 1e-3)]
     for row in small.rows[1:]:
         for budget in small.budgets:
             settings = small.run_settings(row, budget.steps(row.batch_size, round), 7, 1e-3, 1)
