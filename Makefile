@@ -2,9 +2,11 @@
 # $(VENV) and installs the versions pinned in constraints.txt. Later targets find the stamp and start at once.
 #   PYTHON=python3.12   the Python that creates the environment
 #   ARGS='...'          additional arguments for the command of the target
+#   CONFIG=FILE         the comparison of gpu-compare
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+CONFIG ?= configs/gpu_smollm2.yaml
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
@@ -24,7 +26,7 @@ CHECK_DEVICE := import sys; from deepspeed.accelerator import get_accelerator; \
 	sys.exit(get_accelerator().device_name() == "cpu")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench gpu-check clean
+.PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench gpu-check gpu-compare clean
 
 help:
 	@echo "make setup        set up $(VENV), and do nothing else"
@@ -37,6 +39,7 @@ help:
 	@echo "make format       set up, then sort the imports and format the code"
 	@echo "make bench        set up, then measure step times of HiFT, full fine-tuning and a plain loop"
 	@echo "make gpu-check    check weights, memory and step times on this machine's GPU, with what is installed"
+	@echo "make gpu-compare  compare methods by $(CONFIG) on this machine's GPU, with what is installed"
 	@echo "make clean        remove $(VENV), builds and caches (runs/ stays)"
 
 setup: $(KERNELS)
@@ -111,6 +114,16 @@ gpu-check:
 	else \
 		$(MAKE) --no-print-directory $(STAMP) && echo "== gpu-check: without a GPU, on a tiny model" && \
 		$(RUN) python -m evaluation.gpu_check $(ARGS); \
+	fi
+
+# As gpu-check. Without a GPU, the tiny model of `make compare` is trained in two processes.
+gpu-compare:
+	@if "$(PYTHON)" -c '$(CHECK_DEVICE)' 2>/dev/null; then \
+		echo "== gpu-compare: $(PYTHON) -m evaluation.compare --config $(CONFIG) $(ARGS)"; \
+		"$(PYTHON)" -m evaluation.compare --config "$(CONFIG)" $(ARGS); \
+	else \
+		$(MAKE) --no-print-directory $(STAMP) && echo "== gpu-compare: without a GPU, on a tiny model" && \
+		$(RUN) python -m evaluation.compare --config configs/compare_tiny.yaml --jobs 2 $(ARGS); \
 	fi
 
 clean:
