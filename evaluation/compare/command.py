@@ -102,23 +102,6 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
     runs = table.runs
     running: dict[str, tuple[str, Job, float]] = {}  # by the name of the attempt: key, job, and when it began
     seconds: dict[tuple[str, str, bool], float] = {}  # of the last such job
-    bar = tqdm(total=table.total(), unit="cell", disable=None if runs.rank == 0 else True, dynamic_ncols=True)
-    shown: set[tuple[Any, ...]] = set()
-
-    def show() -> None:
-        """Write the records, if some are new, and show the progress."""
-        bar.set_postfix_str("; ".join(str(job) for _, job, _ in running.values()))
-        records = table.records()
-        if runs.rank != 0 or len(records) == len(shown):
-            return
-        write_durably(table.comparison.folder / RESULTS, "".join(json.dumps(one) + "\n" for one in records))
-        for record in records:
-            name = tuple(record[key] for key in ("budget", "task", "label", "seed"))
-            if name not in shown:
-                shown.add(name)
-                bar.update()
-                if bar.disable:
-                    print(_line(record), flush=True)
 
     def fits(job: Job) -> bool:
         # Ranks have different clocks, and must agree on the next job.
@@ -138,13 +121,12 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
             name = runs.begin(key)
             running[name] = key, job, time.time()
             place.start(name, job)
-        show()
         return True
 
     try:
-        with bar, _alarm(until):
-            show()
+        with _Progress(table) as progress, _alarm(until):
             while True:
+                progress.show([job for _, job, _ in running.values()])
                 if start_next():
                     continue
                 if not running:
@@ -161,8 +143,7 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
                         logs.warn(f"{job}: {why}; it is tried again without other trainings")
                     else:
                         runs.add(key, job, outcome)
-                    show()
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, UserError) as interrupt:
         # Otherwise the launcher ends this rank because another one has exited.
         if not any(watch.any_fails(f"{name} ") for name in running) and not watch.any_lost():
             for key, _, _ in running.values():
@@ -173,6 +154,37 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
     finally:
         place.stop()
     return len(table.records()) == table.total()
+
+
+class _Progress:
+    """Writes the records of finished cells and shows them; a context, at whose end all are written."""
+
+    def __init__(self, table: Table) -> None:
+        self._table, self._shown = table, set[tuple[Any, ...]]()
+        disable = None if table.runs.rank == 0 else True
+        self._bar = tqdm(total=table.total(), unit="cell", disable=disable, dynamic_ncols=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.show([])
+        self._bar.close()
+
+    def show(self, running: Sequence[Job]) -> None:
+        """Write the records if some are new, and show them and the jobs that run."""
+        self._bar.set_postfix_str("; ".join(map(str, running)))
+        records = self._table.records()
+        if self._table.runs.rank != 0 or len(records) == len(self._shown):
+            return
+        write_durably(self._table.comparison.folder / RESULTS, "".join(json.dumps(one) + "\n" for one in records))
+        for record in records:
+            name = tuple(record[key] for key in ("budget", "task", "label", "seed"))
+            if name not in self._shown:
+                self._shown.add(name)
+                self._bar.update()
+                if self._bar.disable:
+                    print(_line(record), flush=True)
 
 
 def _kind(job: Job) -> tuple[str, str, bool]:

@@ -92,6 +92,7 @@ class _Process:
     process: Any
     connection: Connection
     name: str | None = None  # of its job
+    is_ready: bool = False  # whether it has loaded what its first job needs
 
 
 class Processes:
@@ -113,6 +114,8 @@ class Processes:
 
     def start(self, name: str, job: Job) -> None:
         """Give the job to an idle process, or to a new one."""
+        for number in [n for n, one in self._processes.items() if one.name is None and not one.process.is_alive()]:
+            del self._processes[number]
         idle = [number for number, one in self._processes.items() if one.name is None]
         number = idle[0] if idle else min(set(range(self._count)) - set(self._processes))
         if not idle:
@@ -126,7 +129,11 @@ class Processes:
         self._processes[number].connection.send(job)
 
     def finished(self) -> Iterator[tuple[str, dict[str, Any] | Died]]:
-        """Wait until a job ends; yield the names and records of the jobs that have ended."""
+        """Wait until a job ends; yield the names and records of the jobs that have ended.
+
+        Raises:
+            UserError: a process cannot start.
+        """
         ended = 0
         while not ended:
             by_connection = {one.connection: number for number, one in self._processes.items() if one.name is not None}
@@ -138,9 +145,17 @@ class Processes:
                 except (EOFError, OSError):
                     one.process.join()
                     del self._processes[number]
+                    if not one.is_ready:
+                        code = one.process.exitcode
+                        raise UserError(
+                            f"--jobs {self._count}: a process ended with exit code {code} before its first training; "
+                            "its messages are above. If memory is short, lower --jobs"
+                        ) from None
                     kind, value = "ended", Died(f"exit code {one.process.exitcode}")
+                one.is_ready |= kind != "note"
                 if kind == "note":
                     self._say(value)
+                if kind != "ended":
                     continue
                 assert one.name is not None
                 name, one.name = one.name, None
@@ -210,6 +225,7 @@ def _serve(connection: Connection, number: int, count: int, comparison: Comparis
         watch.start(comparison.folder / outputs.LOGS / f"process{number}", 0, 1, comparison.rank_timeout, keep=True)
         stack.enter_context(deterministic(comparison.deterministic))
         cells = Cells(comparison, machine(), watch.progress, say=lambda text: connection.send(("note", text)))
+        connection.send(("ready", None))
         while True:
             job = connection.recv()
             connection.send(("ended", run_job(cells, data, job, watch, "job")))

@@ -144,6 +144,34 @@ def test_a_process_that_dies_costs_one_attempt(data: Path, tmp_path: Path) -> No
     assert found["full"]["seconds_are"] == "measured" and found["hift"]["seconds_are"] == "timed alone"
 
 
+UNSTARTED = """
+import multiprocessing, sys
+from hift_ds.evaluation.compare import command, processes
+if __name__ == "__main__":
+    sys.exit(command.main(sys.argv[1:]))
+def join(timeout):
+    raise RuntimeError("no such device")
+processes.join = join
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_start_ends_the_comparison(data: Path, tmp_path: Path) -> None:
+    """With one message, and no training counts as tried."""
+    script = tmp_path / "unstarted.py"
+    script.write_text(UNSTARTED)
+    argv = [*arguments(data, tmp_path / "out", "methods=[full, hift]", "tasks=[rte]"), "--jobs", "2"]
+    command = [sys.executable, str(script), *argv]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment_alone(), capture_output=True, timeout=400, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "no such device" in done.stderr
+    assert "error: --jobs 2: a process ended with exit code 1 before its first training" in done.stderr
+    begun = lines(tmp_path / "out" / "begun.jsonl")
+    assert [one.get("stopped", False) for one in begun] == [False, True] and not (
+        tmp_path / "out" / "runs.jsonl"
+    ).exists()
+
+
 def test_stopped_by_a_signal_side_by_side(data: Path, tmp_path: Path) -> None:
     """SIGTERM ends the processes, and the trainings that ran are no deaths."""
     process = started([*arguments(data, tmp_path, FEW, "tasks=[rte]", ENDLESS.replace("32", "100000")), "--jobs", "2"])
