@@ -71,7 +71,7 @@ class Table:
         for key, job in self._missing():
             if key in running or not fits(job):
                 continue
-            if isinstance(job, Timing) or not job.alone:
+            if key not in self.must_be_alone:
                 return key, job
             later = later or (key, job)
         return later
