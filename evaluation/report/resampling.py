@@ -148,7 +148,7 @@ def mean_difference(
     task has its number of seeds less one, and the replicates have infinitely many. Where each seed has test examples
     of its own, the first part contains the second one, and the interval is a little too wide. A percentile interval
     of replicates that resample seeds and test examples would be too narrow: with three seeds it holds the truth in 73
-    to 92 % of simulated comparisons instead of 95 %, and this one in 93 to 97 %.
+    to 94 % of simulated comparisons instead of 95 %, and this one in 93 to 97 %.
 
     A task with one seed has no variation between seeds, so the interval shows test examples only; if records have no
     replicates, it shows seeds only.
