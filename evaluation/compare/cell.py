@@ -95,6 +95,7 @@ class Cells:
         self.model_identity = collectives.gather(loading.identity(comparison.model) if rank0 else None)[0]
         self._loaded: dict[str, Any] = {}
         self._say = functools.cache(say)
+        self._is_warm = False  # whether this process has taken a step
         self._plans: dict[Any, dict[str, int] | None] = {}
         self._configs: dict[int | None, Any] = {}
         self._encoded: dict[tuple[str, str], tuple[list[Any], dict[str, Any]]] = {}
@@ -283,6 +284,11 @@ class Cells:
 
         kept, self.spent = self.spent, Spent()  # what the next cell spends is not spent here
         try:
+            if not self._is_warm:  # the first step of a process also loads kernels
+                self._is_warm = True
+                once = self.comparison.run_settings(row, 1, self.comparison.seeds[0], rate, world)
+                with freed(), contextlib.ExitStack() as engines:
+                    self._train(once, task, data, engines)
             with freed(), contextlib.ExitStack() as engines:
                 self._train(settings, task, data, engines, clock)
         finally:
@@ -445,7 +451,9 @@ class Cells:
             replicates = bootstrap_means(each, members, resamples(len(members), count, task.name))
         else:
             replicates = bootstrap_scores(of_units, len(members), count, task.name)
-        lost = bootstrap_means(losses, members, resamples(len(members), count, task.name)) if losses else []
+        # An example whose right answer is no candidate has no loss.
+        every = len(losses) == len(examples)
+        lost = bootstrap_means(losses, members, resamples(len(members), count, task.name)) if every else []
         return {
             "metric": headline,
             "score": found[headline],

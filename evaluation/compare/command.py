@@ -104,8 +104,7 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
     seconds: dict[tuple[str, str, bool], float] = {}  # of the last such job
 
     def fits(job: Job) -> bool:
-        # Ranks have different clocks, and must agree on the next job.
-        return collectives.world_size() > 1 or time.time() + seconds.get(_kind(job), 0.0) < until
+        return until == math.inf or time.time() + seconds.get(_kind(job), 0.0) < until
 
     def start_next() -> bool:
         """Start the next job, if one can start now."""
@@ -133,15 +132,17 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
                     break
                 for name, outcome in place.finished():
                     key, job, began = running.pop(name)
+                    if isinstance(outcome, Died) or outcome.get("out_of_memory"):
+                        why = f"its process died ({outcome})" if isinstance(outcome, Died) else "out of memory"
+                        if not job.alone:
+                            runs.leave_alone(key)
+                            logs.warn(f"{job}: {why}; it is tried again without other trainings")
+                            continue
                     if isinstance(outcome, Died):
                         runs.deaths[key] += 1
+                        logs.warn(f"{job}: its process died ({outcome})")
                     else:
                         seconds[_kind(job)] = time.time() - began
-                    if isinstance(outcome, Died) or (outcome.get("out_of_memory") and not job.alone):
-                        table.must_be_alone.add(key)
-                        why = f"its process died ({outcome})" if isinstance(outcome, Died) else "out of memory"
-                        logs.warn(f"{job}: {why}; it is tried again without other trainings")
-                    else:
                         runs.add(key, job, outcome)
     except (KeyboardInterrupt, UserError) as interrupt:
         # Otherwise the launcher ends this rank because another one has exited.
@@ -160,7 +161,8 @@ class _Progress:
     """Writes the records of finished cells and shows them; a context, at whose end all are written."""
 
     def __init__(self, table: Table) -> None:
-        self._table, self._shown = table, set[tuple[Any, ...]]()
+        self._table = table
+        self._shown: set[tuple[Any, ...]] | None = None  # None: nothing has been written
         disable = None if table.runs.rank == 0 else True
         self._bar = tqdm(total=table.total(), unit="cell", disable=disable, dynamic_ncols=True)
 
@@ -175,8 +177,9 @@ class _Progress:
         """Write the records if some are new, and show them and the jobs that run."""
         self._bar.set_postfix_str("; ".join(map(str, running)))
         records = self._table.records()
-        if self._table.runs.rank != 0 or len(records) == len(self._shown):
+        if self._table.runs.rank != 0 or (self._shown is not None and len(records) == len(self._shown)):
             return
+        self._shown = self._shown or set()
         write_durably(self._table.comparison.folder / RESULTS, "".join(json.dumps(one) + "\n" for one in records))
         for record in records:
             name = tuple(record[key] for key in ("budget", "task", "label", "seed"))
@@ -302,8 +305,6 @@ def _run(comparison: Comparison, arguments: argparse.Namespace, watch: RankWatch
                 f"stopped after {arguments.minutes:g} minutes: {len(records)} of {table.total()} cells are finished; "
                 "the same command continues"
             )
-    elif not is_finished:
-        time.sleep(FOR_THE_REPORT)  # the launcher ends rank 0 as soon as another rank has exited
     for lock in locks:
         lock.release()
     if not is_finished:
@@ -315,6 +316,8 @@ def _check(arguments: argparse.Namespace, world: int) -> None:
     problems = [] if arguments.jobs >= 1 else [f"--jobs: got {arguments.jobs}; expected 1 or more"]
     if arguments.jobs > 1 and world > 1:
         problems.append(f"--jobs: got {arguments.jobs}; with {world} ranks, one cell runs at a time; remove --jobs")
+    if arguments.minutes != math.inf and world > 1:
+        problems.append(f"--minutes: got {arguments.minutes:g}; with {world} ranks, SIGTERM stops; remove --minutes")
     if not 60 * arguments.minutes > FOR_THE_REPORT:
         problems.append(
             f"--minutes: got {arguments.minutes:g}; expected more than {FOR_THE_REPORT / 60:.2g}, the report's time"

@@ -10,14 +10,17 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +95,6 @@ class _Process:
     process: Any
     connection: Connection
     name: str | None = None  # of its job
-    is_ready: bool = False  # whether it has loaded what its first job needs
 
 
 class Processes:
@@ -103,9 +105,10 @@ class Processes:
     """
 
     def __init__(self, count: int, comparison: Comparison, data: Sets, say: Callable[[str], None]) -> None:
-        self._count, self._arguments, self._say = count, (comparison, data), say
+        self._count, self._comparison, self._data, self._say = count, comparison, data, say
         self._context = multiprocessing.get_context("spawn")  # a device cannot be used after a fork
         self._processes: dict[int, _Process] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="comparison")
 
     @property
     def free(self) -> int:
@@ -113,54 +116,81 @@ class Processes:
         return self._count - sum(one.name is not None for one in self._processes.values())
 
     def start(self, name: str, job: Job) -> None:
-        """Give the job to an idle process, or to a new one."""
-        for number in [n for n, one in self._processes.items() if one.name is None and not one.process.is_alive()]:
-            del self._processes[number]
-        idle = [number for number, one in self._processes.items() if one.name is None]
-        number = idle[0] if idle else min(set(range(self._count)) - set(self._processes))
-        if not idle:
-            ours, theirs = self._context.Pipe()
-            arguments = (theirs, number, self._count, *self._arguments)
-            process = self._context.Process(target=_serve, args=arguments, name=f"comparison {number}", daemon=True)
-            process.start()
-            theirs.close()
-            self._processes[number] = _Process(process, ours)
-        self._processes[number].name = name
-        self._processes[number].connection.send(job)
-
-    def finished(self) -> Iterator[tuple[str, dict[str, Any] | Died]]:
-        """Wait until a job ends; yield the names and records of the jobs that have ended.
+        """Give the job to an idle process; all processes start before the first job.
 
         Raises:
             UserError: a process cannot start.
         """
+        while True:
+            self._start_missing()
+            one = next(one for one in self._processes.values() if one.name is None)
+            try:
+                one.connection.send(job)
+            except OSError:  # it has been killed while it was idle
+                self._remove(one)
+                continue
+            one.name = name
+            return
+
+    def finished(self) -> Iterator[tuple[str, dict[str, Any] | Died]]:
+        """Wait until a job ends; yield the names and records of the jobs that have ended."""
         ended = 0
         while not ended:
-            by_connection = {one.connection: number for number, one in self._processes.items() if one.name is not None}
+            by_connection = {one.connection: one for one in self._processes.values() if one.name is not None}
             for connection in wait(list(by_connection)):
-                number = by_connection[connection]  # type: ignore[index]
-                one = self._processes[number]
-                try:
-                    kind, value = one.connection.recv()
-                except (EOFError, OSError):
-                    one.process.join()
-                    del self._processes[number]
-                    if not one.is_ready:
-                        code = one.process.exitcode
-                        raise UserError(
-                            f"--jobs {self._count}: a process ended with exit code {code} before its first training; "
-                            "its messages are above. If memory is short, lower --jobs"
-                        ) from None
-                    kind, value = "ended", Died(f"exit code {one.process.exitcode}")
-                one.is_ready |= kind != "note"
-                if kind == "note":
-                    self._say(value)
-                if kind != "ended":
-                    continue
+                one = by_connection[connection]  # type: ignore[index]
                 assert one.name is not None
+                value = self._receive(one)
+                if value is None:
+                    continue
+                # A process ends after a failure, because its device may be unusable.
+                if isinstance(value, Died) or value["status"] == "failed":
+                    self._remove(one)
                 name, one.name = one.name, None
                 ended += 1
                 yield name, value
+
+    def _start_missing(self) -> None:
+        """Start the processes that are missing, at the same time, and wait until they are ready."""
+        data = Path(self._folder.name) / "data"
+        if not data.exists():
+            data.write_bytes(pickle.dumps(self._data))  # `Process.start` would wait until a process has read so much
+        new = []
+        for number in set(range(self._count)) - set(self._processes):
+            ours, theirs = self._context.Pipe()
+            arguments = (theirs, number, self._count, self._comparison, data)
+            process = self._context.Process(target=_serve, args=arguments, name=f"comparison {number}", daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[number] = _Process(process, ours)
+            new.append(self._processes[number])
+        for one in new:
+            while (value := self._receive(one)) is None:
+                pass
+            if isinstance(value, Died):
+                raise UserError(
+                    f"--jobs {self._count}: a process ended ({value}) before its first training; its messages are "
+                    "above. If memory is short, lower --jobs"
+                )
+
+    def _receive(self, one: _Process) -> dict[str, Any] | Died | None:
+        """Return the next message of a process; print a note, and return None."""
+        try:
+            kind, value = one.connection.recv()
+        except (EOFError, OSError):
+            one.process.join()
+            return Died(f"exit code {one.process.exitcode}")
+        if kind == "note":
+            self._say(value)
+            return None
+        return value
+
+    def _remove(self, one: _Process) -> None:
+        one.connection.close()  # it ends
+        one.process.join(GRACE)
+        one.process.kill()
+        one.process.join()
+        self._processes = {number: other for number, other in self._processes.items() if other is not one}
 
     def stop(self) -> None:
         """End all processes, also those that run a job."""
@@ -173,6 +203,7 @@ class Processes:
                 one.process.kill()
                 one.process.join()
         self._processes.clear()
+        self._folder.cleanup()
 
 
 def run_job(cells: Cells, data: Sets, job: Job, watch: RankWatch, name: str) -> dict[str, Any]:
@@ -206,29 +237,38 @@ def run_job(cells: Cells, data: Sets, job: Job, watch: RankWatch, name: str) -> 
         return cells.not_run(job.row, task, job.budget, job.seed, job.rate, status, reason, ran_out_of_memory(error))
 
 
-def _serve(connection: Connection, number: int, count: int, comparison: Comparison, data: Sets) -> None:
-    """Run the jobs that arrive, until there are no more; the process ends here."""
+def _serve(connection: Connection, number: int, count: int, comparison: Comparison, data: Path) -> None:
+    """Run the jobs that arrive, until one fails or there are no more; the process ends here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     without_shared_locks()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    if get_accelerator().device_name() != "cpu":
-        os.environ["LOCAL_RANK"] = str(number % get_accelerator().device_count())
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
     world_of_one()
+    on_cpu = get_accelerator().device_name() == "cpu"
+    if not on_cpu:
+        os.environ["LOCAL_RANK"] = str(number % get_accelerator().device_count())
     logs.quieten(comparison.logging, 0)
     extensions.prepare(1)  # silent: the first process has said it
     join(comparison.rank_timeout)
+    threads = torch.get_num_threads()
     with RankWatch() as watch, contextlib.ExitStack() as stack:
         watch.start(comparison.folder / outputs.LOGS / f"process{number}", 0, 1, comparison.rank_timeout, keep=True)
         stack.enter_context(deterministic(comparison.deterministic))
         cells = Cells(comparison, machine(), watch.progress, say=lambda text: connection.send(("note", text)))
-        connection.send(("ready", None))
-        while True:
-            job = connection.recv()
-            connection.send(("ended", run_job(cells, data, job, watch, "job")))
+        sets = pickle.loads(data.read_bytes())
+        connection.send(("ready", {}))
+        record: dict[str, Any] = {"status": "ok"}
+        while record["status"] != "failed":
+            try:
+                job = connection.recv()
+            except EOFError:
+                break
+            if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(threads if job.alone else max(1, threads // count))
+            record = run_job(cells, sets, job, watch, "job")
+            connection.send(("ended", record))
+    os._exit(0)  # as `run_process`: threads of gloo now and then abort a process that Python takes down
 
 
 def without_shared_locks() -> None:

@@ -38,6 +38,7 @@ class Runs:
         self.deaths: Counter[str] = Counter()
         for line in begun:
             self.deaths[line["key"]] += -1 if line.get("stopped") else 1
+        self.must_be_alone = {line["key"] for line in begun if line.get("alone")}  # failed beside others
 
     def begin(self, key: str) -> str:
         """Record that a training begins; return the name of this attempt for `RankWatch`."""
@@ -48,6 +49,11 @@ class Runs:
     def stop(self, key: str) -> None:
         """Record that a training was stopped on purpose, so that it does not count as a death."""
         self._append(self.begun_path, {"key": key, "stopped": True})
+
+    def leave_alone(self, key: str) -> None:
+        """Record that a training failed beside others, so that it runs without them; that does not count as a death."""
+        self.must_be_alone.add(key)
+        self._append(self.begun_path, {"key": key, "stopped": True, "alone": True})
 
     def add(self, key: str, job: Job, record: dict[str, Any]) -> None:
         """Store a finished training or timing."""

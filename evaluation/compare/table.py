@@ -58,27 +58,20 @@ class Table:
         self.comparison, self.data, self.runs, self.given = comparison, data, runs, given
         self.beside, self.retry_failed = beside, retry_failed
         self.asked: set[str] = set()  # keys of the trainings that the cells need
-        self.must_be_alone: set[str] = set()  # keys of trainings that failed beside others
 
     def next(self, running: Collection[str], fits: Callable[[Job], bool] = lambda job: True) -> tuple[str, Job] | None:
-        """Return the next job that can start, with its key, or None. Trainings that must be alone come last.
+        """Return the next job that can start, with its key, or None.
 
         Args:
             running: keys of the jobs that run.
             fits: whether there is time for a job.
         """
-        later: tuple[str, Job] | None = None
-        for key, job in self._missing():
-            if key in running or not fits(job):
-                continue
-            if key not in self.must_be_alone:
-                return key, job
-            later = later or (key, job)
-        return later
+        missing = ((key, job) for key, job in self._missing() if key not in running and fits(job))
+        return next(missing, None)
 
     def why_untimed(self, training: Training) -> dict[str, Any] | None:
-        """Return the record of a training's timing if that has failed, else None."""
-        timed = self._times(training.row, training.entry) if self._is_timed(training.row, training.budget) else None
+        """Return the record of a training's timing if that has failed, so that its steps are unknown; else None."""
+        timed = self._times(training.row, training.entry) if training.budget.is_timed and training.row.trained else None
         return timed if timed is not None and timed["status"] != "ok" else None
 
     def total(self) -> int:
@@ -110,7 +103,7 @@ class Table:
                         yield self.key(training), training
 
     def _is_timed(self, row: Row, budget: Budget) -> bool:
-        return row.trained and (self.beside or budget.is_timed)
+        return row.trained and budget.at_most is None and (self.beside or budget.is_timed)
 
     def _times(self, row: Row, entry: TaskEntry) -> dict[str, Any] | None:
         """Return the record of a timing, or None if it has not been done."""
@@ -138,7 +131,9 @@ class Table:
             rates = (best.get("learning_rate") or rates[0],) if best["status"] == "ok" else rates[:1]
         tune, seed = number == 0 and len(rates) > 1, self.comparison.seeds[number]
         trainings = [Training(row, entry, budget, seed, rate, tune, times) for rate in rates]
-        return [replace(one, beside=self.beside and self.key(one) not in self.must_be_alone) for one in trainings]
+        # What could not be timed runs alone, so that its seconds can be measured.
+        beside = self.beside and (times is not None or not self._is_timed(row, budget))
+        return [replace(one, beside=beside and self.key(one) not in self.runs.must_be_alone) for one in trainings]
 
     def _tried(self, row: Row, entry: TaskEntry, budget: Budget, number: int) -> list[dict[str, Any]] | None:
         """Return the records of a cell's trainings, or None if one is missing."""

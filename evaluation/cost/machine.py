@@ -19,6 +19,8 @@ def machine() -> str:
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     device = get_accelerator().device_name()
+    module = torch.get_device_module(device)
+    device = module.get_device_name() if hasattr(module, "get_device_name") else device
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, device {device}, "
         f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"

@@ -37,7 +37,7 @@ class TrainingSettings:
     epochs: float | None = setting(None, above=0)  # passes over the training data, in place of max_steps
     batch_size: int = setting(16, at_least=1)  # examples a step, over all ranks and micro-batches
     micro_batch_size: int | None = setting(None, at_least=1)  # examples a forward pass, on one rank, at most
-    # "auto": HiFT's, from the next key, the number of blocks and the number of steps (launch/learning_rates.py).
+    # "auto": HiFT's, from the next key and the number of blocks (launch/learning_rates.py).
     learning_rate: float | Literal["auto"] | None = setting(None, above=0, at_most=1e30)
     full_learning_rate: float | None = setting(None, above=0, at_most=1e30)  # of full fine-tuning with as many steps
     lr_schedule: str = setting("constant", choices=tuple(SCHEDULES))

@@ -140,6 +140,8 @@ def test_a_process_that_dies_costs_one_attempt(data: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "its process died (exit code -9); it is tried again without other trainings" in done.stderr
+    begun = lines(out / "begun.jsonl")
+    assert sum(-1 if one.get("stopped") else 1 for one in begun) == 4  # two timings and two trainings: no death counts
     found = {one["label"]: one for one in lines(out / "results.jsonl")}
     assert found["full"]["seconds_are"] == "measured" and found["hift"]["seconds_are"] == "timed alone"
 
@@ -165,7 +167,7 @@ def test_a_process_that_cannot_start_ends_the_comparison(data: Path, tmp_path: P
     done = subprocess.run(command, cwd=REPOSITORY, env=environment_alone(), capture_output=True, timeout=400, text=True)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "no such device" in done.stderr
-    assert "error: --jobs 2: a process ended with exit code 1 before its first training" in done.stderr
+    assert "error: --jobs 2: a process ended (exit code 1) before its first training" in done.stderr
     begun = lines(tmp_path / "out" / "begun.jsonl")
     assert [one.get("stopped", False) for one in begun] == [False, True] and not (
         tmp_path / "out" / "runs.jsonl"

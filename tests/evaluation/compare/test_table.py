@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hift_ds.evaluation.compare.jobs import Job, Timing, Training
-from hift_ds.evaluation.compare.runs import Runs
-from hift_ds.evaluation.compare.settings import load_comparison
+from hift_ds.evaluation.compare.runs import ATTEMPTS, Runs
+from hift_ds.evaluation.compare.settings import dry, load_comparison
 from hift_ds.evaluation.compare.table import Identity, Table
 from hift_ds.evaluation.tasks.loading import TaskData
 from tests.support.comparisons import TINY
@@ -24,6 +24,7 @@ def table(folder: Path, *overrides: str, beside: bool = False, retry_failed: boo
     comparison = load_comparison(TINY, settings)
     report = {part: {"sha256": part} for part in ("train", "dev", "test")}
     data = {one.task.name: {seed: TaskData([], [], [], report) for seed in range(seeds)} for one in comparison.tasks}
+    folder.mkdir(exist_ok=True)
     runs = Runs(folder, 0)
     return Table(comparison, data, runs, Identity("a model", "a machine", 1), beside=beside, retry_failed=retry_failed)
 
@@ -149,16 +150,38 @@ def test_a_failed_timing_fails_the_trainings(tmp_path: Path) -> None:
     assert drain(retried) == ["time yes-no full", "yes-no full 0 0.001", "yes-no full 0 0.0001"]
 
 
-def test_what_failed_beside_others_runs_alone_at_the_end(tmp_path: Path) -> None:
+def test_what_failed_beside_others_runs_alone(tmp_path: Path) -> None:
+    """Also after the next command, and however often it was tried beside others: that is no death."""
+    for _ in range(ATTEMPTS):
+        made = table(tmp_path, "tasks=[yes-no]", beside=True, seeds=1)
+        while (found := made.next([])) is not None and name(found[1]) != "yes-no full 0 0.001":
+            finish(made, *found)
+        assert found is not None
+        made.runs.begin(found[0])
+        made.runs.leave_alone(found[0])
     made = table(tmp_path, "tasks=[yes-no]", beside=True, seeds=1)
-    for _ in range(2):
-        finish(made, *made.next([]))  # type: ignore[misc]
-    finish(made, *made.next([]))  # type: ignore[misc]
     key, job = made.next([])  # type: ignore[misc]
-    assert name(job) == "yes-no full 0 0.001" and not job.alone
-    made.must_be_alone.add(key)
-    names = drain(made)
-    assert names[-1] == "yes-no full 0 0.001" and len(names) == 4
+    assert name(job) == "yes-no full 0 0.001" and job.alone and made.runs.deaths[key] == 0
+    finish(made, key, job)
+    assert not made.next([])[1].alone  # type: ignore[index]
+
+
+def test_what_cannot_be_timed_runs_alone(tmp_path: Path) -> None:
+    """If its budget is in samples: its seconds are measured. A dry run times nothing."""
+    made = table(tmp_path, "tasks=[yes-no]", beside=True, seeds=1)
+    key, job = made.next([])  # type: ignore[misc]
+    finish(made, key, job, status="failed", reason="no room")
+    found = {}
+    while (one := made.next([])) is not None:
+        assert isinstance(one[1], Timing) or made.why_untimed(one[1]) is None
+        found[name(one[1])] = one[1].alone
+        finish(made, *one)
+    assert [label for label, alone in found.items() if alone] == [
+        "time yes-no hift", "yes-no full 0 0.001", "yes-no full 0 0.0001"
+    ]  # fmt: skip
+    few = table(tmp_path / "dry", beside=True)
+    few.comparison = dry(few.comparison, tmp_path / "dry")
+    assert not any(one.startswith("time") for one in drain(few))
 
 
 def test_what_does_not_fit_into_the_time_is_passed_over(tmp_path: Path) -> None:
