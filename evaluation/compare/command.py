@@ -144,6 +144,8 @@ def run_missing(table: Table, cells: Cells, place: Place, watch: RankWatch, unti
                     else:
                         seconds[_kind(job)] = time.time() - began
                         runs.add(key, job, outcome)
+                        if isinstance(job, Timing) and outcome["status"] == "ok":
+                            progress.say(f"{job}: {outcome['later']:.3g} s a step")
     except (KeyboardInterrupt, UserError) as interrupt:
         # Otherwise the launcher ends this rank because another one has exited.
         if not any(watch.any_fails(f"{name} ") for name in running) and not watch.any_lost():
@@ -173,6 +175,12 @@ class _Progress:
         self.show([])
         self._bar.close()
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._table.runs.rank == 0:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
     def show(self, running: Sequence[Job]) -> None:
         """Write the records if some are new, and show them and the jobs that run."""
         self._bar.set_postfix_str("; ".join(map(str, running)))
@@ -187,7 +195,7 @@ class _Progress:
                 self._shown.add(name)
                 self._bar.update()
                 if self._bar.disable:
-                    print(_line(record), flush=True)
+                    self.say(_line(record))
 
 
 def _kind(job: Job) -> tuple[str, str, bool]:
@@ -301,10 +309,9 @@ def _run(comparison: Comparison, arguments: argparse.Namespace, watch: RankWatch
             kept = f"{table.runs.path} has {others} more trainings, of other settings or rows"
             print(f"note: {kept}; {RESULTS} and the report leave them out")
         if not is_finished:
-            print(
-                f"stopped after {arguments.minutes:g} minutes: {len(records)} of {table.total()} cells are finished; "
-                "the same command continues"
-            )
+            done = f"{len(records)} of {table.total()} cells are finished"
+            advice = "the same command continues" if records else "give more minutes; a start takes some of them"
+            print(f"stopped, to have the report within {arguments.minutes:g} minutes: {done}; {advice}")
     for lock in locks:
         lock.release()
     if not is_finished:
@@ -320,7 +327,8 @@ def _check(arguments: argparse.Namespace, world: int) -> None:
         problems.append(f"--minutes: got {arguments.minutes:g}; with {world} ranks, SIGTERM stops; remove --minutes")
     if not 60 * arguments.minutes > FOR_THE_REPORT:
         problems.append(
-            f"--minutes: got {arguments.minutes:g}; expected more than {FOR_THE_REPORT / 60:.2g}, the report's time"
+            f"--minutes: got {arguments.minutes:g}; expected more than {FOR_THE_REPORT / 60:.2g}, the time kept for "
+            "the report, and that of a start; try 3"
         )
     if arguments.dry_run and world > 1:
         problems.append(f"--dry-run: it runs on one rank, and there are {world}; run it without the launcher")

@@ -58,7 +58,7 @@ class Timing:
     alone: bool = field(default=True, init=False)
 
     def __str__(self) -> str:
-        return f"{self.entry.task.name}, {self.row.label}, step times"
+        return f"{self.entry.task.name}, {self.row.label}, timed alone"
 
 
 Job = Training | Timing

@@ -155,7 +155,9 @@ class Processes:
         data = Path(self._folder.name) / "data"
         if not data.exists():
             data.write_bytes(pickle.dumps(self._data))  # `Process.start` would wait until a process has read so much
-        new = []
+        new: list[_Process] = []
+        if not self._processes:
+            self._say(f"starting {self._count} processes, each of which loads the model")
         for number in set(range(self._count)) - set(self._processes):
             ours, theirs = self._context.Pipe()
             arguments = (theirs, number, self._count, self._comparison, data)
