@@ -48,8 +48,9 @@ def _draw(
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for old in (folder / "plots").glob("*.png"):
         old.unlink()
-    labels = [label for method in _ordered(sections) for label in method]
-    styles = plots.make_styles([*labels, *(one["model"] for one in summary[SINGLE])])
+    rows = {label: method for section in sections for label, method in section.rows.items()}
+    judged = {one["model"]: rows.get(one["model"], one["model"]) for one in summary[SINGLE]}
+    styles = plots.make_styles({label: rows[label] for some in _ordered(sections) for label in some} | judged)
     drawn = []
     for number, section in enumerate(sections, 1):
         pictures = plots.draw_section(number, section, styles, folder)

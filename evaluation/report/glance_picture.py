@@ -23,6 +23,7 @@ TEXT = (
     "Difference to full fine-tuning against time and peak memory, both relative to full fine-tuning's; error "
     "bars are 95 % intervals, up and left is better, and a hollow marker lacks some tasks or seeds"
 )
+LEAST = {"score": 1.0, "loss": 0.01}  # points and nats above and below 0 that an axis shows at least
 LOG = 10  # an axis is logarithmic if its values differ by more than this factor
 AWAY = (7, 13, 20, 30, 42, 56, 72)  # points between a marker and its label, the nearest free one is taken
 ANGLES = tuple(math.radians(degrees) for degrees in (0, 180, 90, 270, 45, 315, 135, 225))
@@ -72,6 +73,8 @@ def draw(section: Section, styles: Mapping[str, Style]) -> Figure | None:
             placed.append((axes, _draw_points(axes, points)))
             axes.set_xlabel(cost)
         line[0].set_ylabel(name)
+        least, (low, high) = LEAST[name.partition(" ")[0]], line[0].get_ylim()
+        line[0].set_ylim(min(low, -least), max(high, least))
         if "loss" in name:
             line[0].invert_yaxis()  # up is better in all panels
             line[0].set_ylabel(f"{name} (up = lower = better)")

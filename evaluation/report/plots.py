@@ -1,4 +1,7 @@
-"""Draw the pictures of a comparison with matplotlib. A label has the same color, line and marker in all of them."""
+"""Draw the pictures of a comparison with matplotlib.
+
+A method has the same color in the pictures of all reports; its labels differ in line and marker.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.mt_bench.questions import SINGLE, TEMPERATURES
 from hift_ds.evaluation.report.document import Picture, clean
-from hift_ds.evaluation.report.results import MEMORY_PARTS, Section, is_finite, mean_of, std_of
+from hift_ds.evaluation.report.results import MEMORY_PARTS, METHODS, Section, is_finite, mean_of, std_of
 
-# Okabe and Ito's colors for color-blind readers, without yellow, which is too faint for lines.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+# Okabe and Ito's colors for color-blind readers, without yellow, which is too faint for lines, and with Tol's wine and
+# olive and a gray. The methods that are compared most come first: no two of them share a color.
+COLORS = ("#000000", "#D55E00", "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#E69F00", "#882255", "#888888", "#999933")
+FIRST = ("full", "hift", "lora", "mezo", "lomo", "prefix", "bitfit", "linear-probing", "zero-shot", "icl")
+LINES: tuple[Any, ...] = (
+    *("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (9, 3)), (0, (1, 3)), (0, (4, 1, 1, 1)), (0, (10, 2, 2, 2))),
+    *((0, (5, 1, 5, 4)), (0, (2, 2))),
+)
 MARKERS = "osD^vP*X<>pd"
 HATCHES = ("", "///", "xxx", "...")
 PARTS = dict(zip(MEMORY_PARTS, ("#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#999999"), strict=True))
@@ -45,14 +53,26 @@ class Style:
     hatch: str
 
 
-def make_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """Assign a style to each label. Colors repeat after 7 labels with another line, markers after 12."""
-    return {
-        label: Style(
-            _name(label), COLORS[i % 7], LINES[i // 7 % len(LINES)], MARKERS[i % len(MARKERS)], HATCHES[i // 7 % 4]
-        )
-        for i, label in enumerate(dict.fromkeys(labels))
-    }
+def make_styles(rows: Mapping[str, str]) -> dict[str, Style]:
+    """Assign a style to each label: its color by its method, line and marker by its place among the method's labels.
+
+    Methods that share a color, as there are more methods than colors, have other lines and markers.
+
+    Args:
+        rows: label -> method.
+    """
+    order = list(dict.fromkeys((*FIRST, *METHODS, *rows.values())))
+    counts: dict[str, int] = {}
+    styles = {}
+    for label, method in rows.items():
+        turn, color = divmod(order.index(method), len(COLORS))
+        nth = counts[method] = counts.get(method, -1) + 1
+        line, marker = turn + 2 * nth, order.index(method) + nth
+        styles[label] = Style(
+            _name(label), COLORS[color], LINES[line % len(LINES)], MARKERS[marker % len(MARKERS)],
+            HATCHES[nth % len(HATCHES)],
+        )  # fmt: skip
+    return styles
 
 
 def _name(text: str, longest: int = 32) -> str:

@@ -460,7 +460,7 @@ def section() -> results.Section:
 
 @pytest.fixture(scope="module")
 def styles(section: results.Section) -> dict[str, plots.Style]:
-    return plots.make_styles(list(section.rows))
+    return plots.make_styles(section.rows)
 
 
 def legend(figure: Figure) -> list[str]:
@@ -470,8 +470,18 @@ def legend(figure: Figure) -> list[str]:
 def test_styles_differ_and_are_the_labels_own(styles: dict[str, plots.Style]) -> None:
     assert len({(s.color, s.line) for s in styles.values()}) == len(styles) == 23
     assert len({(s.color, s.marker) for s in styles.values()}) == len(styles)
-    assert plots.make_styles(["_hidden", "$x$"])["_hidden"].name == " _hidden"
-    assert plots.make_styles(["$x$"])["$x$"].name == r"\$x\$"
+    named = plots.make_styles({"_hidden": "full", "$x$": "hift"})
+    assert (named["_hidden"].name, named["$x$"].name) == (" _hidden", r"\$x\$")
+
+
+def test_a_method_has_one_color_in_all_reports() -> None:
+    few = plots.make_styles({"icl": "icl", "ours": "hift", "hift, m = 8": "hift"})
+    many_rows = plots.make_styles({"full": "full", "lora": "lora", "a stranger": "other", "hift": "hift", "icl": "icl"})
+    assert few["ours"].color == few["hift, m = 8"].color == many_rows["hift"].color
+    assert few["icl"] == many_rows["icl"] and few["ours"].line != few["hift, m = 8"].line
+    assert few["ours"].marker != few["hift, m = 8"].marker and few["ours"].hatch != few["hift, m = 8"].hatch
+    ten = plots.make_styles({method: method for method in plots.FIRST})
+    assert len({style.color for style in ten.values()}) == 10
 
 
 def test_loss_curves_have_a_line_for_each_trained_row(section: results.Section, styles: Any) -> None:
@@ -535,7 +545,7 @@ def test_radar_has_the_eight_categories(tmp_path: Path) -> None:
     (ratings,) = tables(text, "MT-Bench")
     assert ratings["hift"] == ["7.00"] * 9 + ["8", "0"] and ratings["stranger"][0] == "4.00"
     assert (tmp_path / "plots" / "mt-bench-1.png").stat().st_size > 10_000
-    styles = plots.make_styles(["full", "hift", "stranger"])
+    styles = plots.make_styles({label: label for label in ("full", "hift", "stranger")})
     figure = plots.radar(summarize(judged)["single"], styles)
     assert figure is not None
     (axes,) = figure.axes
