@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hift_ds.evaluation.json_lines import Record
 from hift_ds.evaluation.report.document import Items, Paragraph, Part, Picture, Table
 from hift_ds.evaluation.report.resampling import EXAMPLES, SEEDS, MeanDifference, mean_difference, paired_difference
-from hift_ds.evaluation.report.results import FAILED, FLOOR, LOSS, NOT_APPLICABLE, Section, is_finite
+from hift_ds.evaluation.report.results import FAILED, FLOOR, LOSS, NOT_APPLICABLE, Section, is_finite, mean_of
 from hift_ds.evaluation.report.tables import NOTHING, Notes, format_bytes, format_seconds, joined
 
 SAME = 1.2  # times that differ by less than this factor count as the same
@@ -120,12 +120,12 @@ def parts(section: Section, pictures: Sequence[Picture] = ()) -> list[Part]:
         points = [_difference(row.points, 100, 1, notes)] if scored else []
         loss = [_difference(row.loss, 1, 3, notes)] if by_loss else []
         costs = [_relative(row.step_time if equal else row.time, "no training"), _relative(row.memory, "0")]
-        lines.append([row.label, *points, *loss, *costs, *_counts(section, row)])
+        lines.append([row.label, *points, *loss, _steps(section, row.label), *costs, *_counts(section, row)])
     head = [
         "method",
         *(["score - full's, points"] if scored else []),
         *(["loss - full's, nats"] if by_loss else []),
-        *(time_name(rows), "peak memory / full's", "tasks", "seeds"),
+        *("steps", time_name(rows), "peak memory / full's", "tasks", "seeds"),
     ]
     table = Table(head, lines)
     return [table, *notes.parts(), *pictures, Items(_explained(section, scored, by_loss, equal)), *_missing(section)]
@@ -142,6 +142,7 @@ def _explained(section: Section, scored: Sequence[str], by_loss: Sequence[str], 
             f"{joined(by_loss)}. No row solves {100 * FLOOR:.0f} % there, so the score says nothing."
         )
     texts.append(f"In brackets: 95 % intervals over seeds and test examples, and for {section.full} its own values.")
+    texts.append(f"Steps: of the optimizer on {joined(section.tasks)}, the mean over seeds.")
     if untold := _no_better_than_untrained(section, scored):
         texts.append(
             f"On {joined(untold)}, full fine-tuning is not clearly above zero-shot, so differences there tell little."
@@ -182,6 +183,7 @@ def _own_values(section: Section, rows: Sequence[Compared], scored: Sequence[str
         rows[0].label,
         *([NOTHING if score is None else f"0 ({100 * score:.1f} %)"] if scored else []),
         *([NOTHING if loss is None else f"0 ({loss:.3f})"] if by_loss else []),
+        _steps(section, rows[0].label),
         NOTHING if seconds is None else f"1 ({format_seconds(seconds)})",
         NOTHING if memory is None else f"1 ({format_bytes(memory)})",
         *_counts(section, rows[0]),
@@ -204,6 +206,12 @@ def _difference(found: MeanDifference | None, scale: float, digits: int, notes: 
         mark = notes.mark("The interval shows seeds only, because there are no replicates over test examples to pair.")
         return f"{text} {mark}"
     return text
+
+
+def _steps(section: Section, label: str) -> str:
+    """Return the steps on each task, the mean over seeds."""
+    means = [mean_of(section.ok(label, task), "steps") for task in section.tasks]
+    return ", ".join(NOTHING if mean is None else f"{mean:.0f}" for mean in means)
 
 
 def _relative(ratio: float | None, zero: str) -> str:
@@ -229,11 +237,15 @@ def _missing(section: Section) -> list[Part]:
     counted = ", ".join(f"{size} {what}{'s' * (size != 1)}" for what, size in sizes.items())
     if good == total:
         return [Paragraph(f"All {total} cells have a score: {counted}.")]
+    begun = sum(len(section.at(label, task)) for label in section.rows for task in section.tasks)
+    stopped = ""
+    if section.planned and begun < total:
+        stopped = f"The comparison was stopped before the end: {total - begun} of its {total} cells were not run. "
     complete = "; ".join(label for label, texts in lacking.items() if not texts) or "no row"
     parts: list[Part] = [
         Paragraph(
-            f"{good} of {total} cells have a score ({counted}). Complete: {complete}. A row is compared with full "
-            "fine-tuning on the cells that both have, so incomplete rows are about fewer tasks or seeds."
+            f"{stopped}{good} of {total} cells have a score ({counted}). Complete: {complete}. A row is compared with "
+            "full fine-tuning on the cells that both have, so incomplete rows are about fewer tasks or seeds."
         )
     ]
     return [*parts, Items([f"{label}: {'; '.join(texts)}." for label, texts in lacking.items() if texts])]

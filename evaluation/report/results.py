@@ -169,11 +169,13 @@ def _distinct(lines: Iterable[tuple[Place, Record]]) -> list[Record]:
 def with_joined_budgets(found: Sequence[Record]) -> list[Record]:
     """Give all cells of a model with budgets in samples one budget, and those with budgets in seconds another one.
 
-    The joined budget names that of each task. A model with a single budget of a kind keeps it.
+    The joined budget names that of each task. A model with a single budget of a kind keeps it. Cells without training
+    do not depend on a budget, so they stand beside both kinds, where the same data were used.
 
     Raises:
         UserError: a task has two budgets of the same kind, so they cannot be joined.
     """
+    found = [*found, *_untrained_elsewhere(found)]
     kinds: dict[tuple[str, str], dict[str, str]] = {}  # (model, kind) -> task -> budget
     for record in found:
         budgets = kinds.setdefault((record["model"], _kind(record)), {})
@@ -188,6 +190,22 @@ def with_joined_budgets(found: Sequence[Record]) -> list[Record]:
         each = ", ".join(f"{budget} on {' and '.join(some)}" for budget, some in tasks.items())
         names[key] = next(iter(tasks)) if len(tasks) == 1 else f"equal {key[1]}: {each}"
     return [record | {"budget": names[record["model"], _kind(record)]} for record in found]
+
+
+def _untrained_elsewhere(found: Sequence[Record]) -> list[Record]:
+    """Return copies of the cells without training for the budgets on the same data that lack them."""
+    good = [record for record in found if record["status"] == OK]
+    taken = {tuple(record[name] for name in ("model", "budget", "label", "task", "seed")) for record in found}
+    copies = []
+    for record in good:
+        if record["steps"] != 0:
+            continue
+        same = ("model", "task", "seed", "n", "data_sha256")
+        beside = [other for other in good if all(record.get(name) == other.get(name) for name in same)]
+        for budget in dict.fromkeys(other["budget"] for other in beside if _kind(other) != _kind(record)):
+            if (record["model"], budget, record["label"], record["task"], record["seed"]) not in taken:
+                copies.append(record | {"budget": budget})
+    return copies
 
 
 def _kind(record: Record) -> str:
@@ -235,6 +253,7 @@ class Section:
         rows: label -> method, in the order of the tables' rows.
         seeds: the seeds of the records.
         wanted: the seeds that each row should have on each task.
+        planned: whether the rows, tasks and seeds are those of a plan.
     """
 
     model: str
@@ -243,6 +262,7 @@ class Section:
     tasks: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
+    planned: bool = False
     cells: dict[tuple[str, str], dict[int, Record]] = field(default_factory=dict)  # (label, task) -> seed -> record
 
     def at(self, label: str, task: str) -> list[Record]:
@@ -335,7 +355,7 @@ def arrange(found: Sequence[Record], plan: Plan | None = None) -> list[Section]:
         for name in ((plan.model, budget) for budget in plan.budgets):
             section = sections.setdefault(name, Section(*name))
             section.tasks += [task for task in plan.tasks if task not in section.tasks]
-            section.wanted = list(plan.seeds)
+            section.wanted, section.planned = list(plan.seeds), True
             methods[name] = methods.get(name, {}) | dict(plan.rows)
     for name, section in sections.items():
         section.wanted = sorted({*section.wanted, *section.seeds})

@@ -140,9 +140,15 @@ def test_a_partial_table_compares_common_cells_and_names_the_others() -> None:
     assert rows["hift"]["score - full's, points"] == "+10.0 (+10.0 to +10.0) [1]"
     assert (rows["hift"]["tasks"], rows["hift"]["seeds"]) == ("1 of 2", "1 of 4")
     assert (rows["full"]["tasks"], rows["full"]["seeds"]) == ("2 of 2", "2 to 3 of 4")
-    nothing = {"score - full's, points": "-", "training time / full's": "-", "peak memory / full's": "-"}
+    nothing = {
+        "score - full's, points": "-",
+        "steps": "-, -",
+        "training time / full's": "-",
+        "peak memory / full's": "-",
+    }
     assert rows["lora"] == rows["bitfit"] == nothing | {"tasks": "0 of 2", "seeds": "0 of 4"}
     text = said(section)
+    assert "stopped before the end: 18 of its 32 cells were not run. " in text
     assert "7 of 32 cells have a score (4 methods, 2 tasks, 4 seeds). Complete: no row." in text
     for line in (
         "full: 3 of 4 seeds (1 not run) on sst2; 2 of 4 seeds (2 not run) on rte.",
@@ -156,6 +162,7 @@ def test_a_partial_table_compares_common_cells_and_names_the_others() -> None:
 
 def test_without_full_fine_tuning_every_row_is_still_named() -> None:
     text = said(section_of([cell("hift"), missing("lora")]))
+    assert "stopped" not in text
     assert "no comparison with full fine-tuning: it was not run." in text and "1 of 2 cells" in text
     assert "Complete: hift." in text and "- lora: 0 of 1 seeds (1 failed) on sst2." in text
     assert "fine-tuning: it has no score." in said(section_of([cell("hift"), missing("full")]))
@@ -193,6 +200,23 @@ def test_budgets_of_tasks_are_joined_by_kind() -> None:
         results.with_joined_budgets([*found, cell("hift", budget="512 samples")])
 
 
+def test_cells_without_training_stand_beside_both_kinds_of_budget() -> None:
+    found = [cell(label, seed=seed) for label in ("full", "zero-shot") for seed in (0, 1)]
+    found += [cell("full", budget="60 s"), cell("full", seed=1, budget="60 s", data_sha256="other")]
+    samples, time = results.arrange(results.with_joined_budgets(found))
+    assert [one["seed"] for one in samples.ok("zero-shot", "sst2")] == [0, 1]
+    assert [one["seed"] for one in time.ok("zero-shot", "sst2")] == [0]  # the other seed has other data
+    assert len(results.with_joined_budgets([*found, cell("zero-shot", budget="60 s")])) == 7  # it has its own
+
+
+def test_steps_are_those_of_each_task() -> None:
+    found = [cell("full", steps=32), cell("full", task="rte", steps=8), cell("hift", steps=17), cell("zero-shot")]
+    found += [cell("hift", seed=1, steps=18), cell("full", seed=1, steps=32)]
+    rows = table_of(section_of(found))
+    assert (rows["full"]["steps"], rows["hift"]["steps"], rows["zero-shot"]["steps"]) == ("32, 8", "18, -", "0, -")
+    assert "Steps: of the optimizer on sst2, rte, the mean over seeds." in said(section_of(found))
+
+
 # --- the report around it -------------------------------------------------------------------------------
 
 
@@ -215,7 +239,7 @@ def test_the_report_says_what_seconds_are(changes: list[dict[str, Any]], expecte
 
 
 def drawn(section: results.Section) -> Any:
-    return glance_picture.draw(section, plots.make_styles(list(section.rows)))
+    return glance_picture.draw(section, plots.make_styles(section.rows))
 
 
 def test_the_picture_has_a_point_for_each_row_in_both_panels() -> None:
@@ -248,6 +272,12 @@ def test_losses_have_panels_of_their_own_in_which_up_is_better() -> None:
     assert "points" in top.get_ylabel() and "nats" in bottom.get_ylabel()
     assert top.get_ylim()[0] < top.get_ylim()[1] and bottom.get_ylim()[0] > bottom.get_ylim()[1]
     assert bottom.containers[1].lines[0].get_ydata() == pytest.approx([0.2])
+
+
+def test_an_axis_shows_at_least_a_point_and_a_hundredth_of_a_nat() -> None:
+    twins = [scored("full", 0.8), lost("full", 1.0), scored("hift", 0.8), lost("hift", 1.0)]
+    points, _, nats, _ = drawn(section_of(twins)).axes
+    assert points.get_ylim() == (-1, 1) and nats.get_ylim() == (0.01, -0.01)
 
 
 def test_costs_that_differ_much_are_on_a_logarithmic_axis() -> None:
@@ -286,11 +316,17 @@ def test_the_picture_is_a_file_in_the_report(tmp_path: Path) -> None:
 def test_the_tables_of_the_results_page_are_those_of_the_committed_records() -> None:
     root = Path(__file__).resolve().parents[3]
     page = (root / "docs" / "results.md").read_text("utf-8")
-    command = page.split("python -m evaluation.report ", 1)[1].split("```", 1)[0]
-    folders = re.findall(r"docs/results/\w+", command)
-    assert len(folders) > 3 and "--join-budgets" in command
-    found = results.read_results(*[root / folder / "results.jsonl" for folder in folders])
     pages = page + (root / "docs" / "results" / "cpu.md").read_text("utf-8")
-    for section in results.arrange(results.with_joined_budgets(found)):
-        (table,) = (part for part in glance.parts(section) if isinstance(part, Table))
-        assert markdown([table]).strip() in pages, f"{section.model}, {section.budget}"
+    commands = [part.split("```", 1)[0] for part in pages.split("\npython -m evaluation.report ")[1:]]
+    assert len(commands) == 2
+    for command in commands:
+        folders = re.findall(r"docs/results/\w+", command)
+        assert len(folders) > 1 and "--join-budgets" in command
+        found = results.read_results(*[root / folder / "results.jsonl" for folder in folders])
+        for section in results.arrange(results.with_joined_budgets(found)):
+            (table,) = (part for part in glance.parts(section) if isinstance(part, Table))
+            assert markdown([table]).strip() in pages, f"{section.model}, {section.budget}"
+    readme = (root / "README.md").read_text("utf-8")
+    values = re.findall(r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)", readme)
+    assert len(values) > 5
+    assert [value for value in values if value not in page] == []
