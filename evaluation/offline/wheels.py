@@ -45,7 +45,8 @@ def download(folder: Path, version: str, packages: Sequence[str]) -> None:
     """
     for command in commands(folder, version, packages):
         if subprocess.run(command, env={**os.environ, **BUILD}).returncode:
+            another = "" if set(packages) <= set(carried()) else "another version in --add, "
             raise UserError(
-                f"pip could not get the wheels for Python {version} (its message is above); give another --python, or "
-                "a folder that has them as --wheels"
+                f"pip could not get the wheels for Python {version} (its message is above); give {another}another "
+                "--python, or a folder that has them as --wheels"
             )
