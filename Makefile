@@ -23,7 +23,18 @@ CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <
 CHECK_HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 CHECK_DEVICE := import sys; from deepspeed.accelerator import get_accelerator; \
-	sys.exit(get_accelerator().device_name() == "cpu")
+	sys.exit(3 if get_accelerator().device_name() == "cpu" else 0)
+# Sets the shell's `device` to 0 if $(PYTHON) finds a GPU. An unpacked copy (docs/offline.md) has a file COMMIT. No
+# environment is set up for it: its packages are beside it, and there may be no network.
+FIND_DEVICE = device=0; said=$$("$(PYTHON)" -c '$(CHECK_DEVICE)' 2>&1 >/dev/null) || device=$$?; \
+	if [ -f COMMIT ] && [ $$device = 3 ]; then \
+		echo "error: DeepSpeed finds no GPU with $(PYTHON); see nvidia-smi, and DS_ACCELERATOR, which must not be cpu" >&2; \
+		exit 1; \
+	elif [ -f COMMIT ] && [ $$device != 0 ]; then \
+		echo "error: deepspeed cannot be imported by $(PYTHON); in this shell, run: . '$(abspath ..)/env.sh'" >&2; \
+		echo "$$said" | tail -n 1 >&2; \
+		exit 1; \
+	fi
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart compare test test-fast test-slow lint typecheck format bench gpu-check gpu-compare clean
@@ -108,7 +119,7 @@ bench: $(STAMP)
 
 # With a GPU, $(PYTHON) runs what is installed for it. Without one, the environment runs the same code on a tiny model.
 gpu-check:
-	@if "$(PYTHON)" -c '$(CHECK_DEVICE)' 2>/dev/null; then \
+	@$(FIND_DEVICE); if [ $$device = 0 ]; then \
 		echo "== gpu-check: $(PYTHON) -m evaluation.gpu_check $(ARGS)"; \
 		"$(PYTHON)" -m evaluation.gpu_check $(ARGS); \
 	else \
@@ -118,7 +129,7 @@ gpu-check:
 
 # As gpu-check. Without a GPU, the tiny model of `make compare` is trained in two processes.
 gpu-compare:
-	@if "$(PYTHON)" -c '$(CHECK_DEVICE)' 2>/dev/null; then \
+	@$(FIND_DEVICE); if [ $$device = 0 ]; then \
 		echo "== gpu-compare: $(PYTHON) -m evaluation.compare --config $(CONFIG) $(ARGS)"; \
 		"$(PYTHON)" -m evaluation.compare --config "$(CONFIG)" $(ARGS); \
 	else \

@@ -3,7 +3,7 @@
     python -m evaluation.offline FOLDER --model FILE_OR_FOLDER... --data FOLDER
 
 FOLDER gets part-001-of-004 and so on, SHA256SUMS and unpack.sh. Copy them, in any order, one at a time if need be.
-There, `sh unpack.sh FOLDER` checks and unpacks them. docs/offline.md has the whole way.
+There, `sh unpack.sh THERE` checks and unpacks them. docs/offline.md has the whole way.
 
 The project is packed as it was committed. The same commit, wheels, models and data give the same bytes.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,8 @@ from hift_ds.launch.exit_codes import MISTAKE
 ROOT = Path(__file__).resolve().parents[2]
 UNPACK = Path(__file__).with_name("unpack.sh")
 MEGABYTE = 10**6
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # requires-python of pyproject.toml
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,9 +40,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("folder", type=Path, help="where the parts go; it is created and must be empty")
-    add("--model", type=Path, nargs="+", required=True, help="files and folders of models")
+    add("--model", type=Path, nargs="+", required=True, help="files and folders of models, no Hub ids")
     add("--data", type=Path, required=True, help="the folder that contains the publishers' folders")
-    add("--python", default="3.12", metavar="X.Y", help="the version on the other machine (default: %(default)s)")
+    add("--python", default="3.12", metavar="X.Y", help="the version there (default: %(default)s)")
     add("--part-mb", type=float, default=60, metavar="MB", help="millions of bytes of a part (default: %(default)s)")
     add("--add", nargs="+", default=[], metavar="NAME==VERSION", help="more packages that the other machine lacks")
     add("--wheels", type=Path, help="pack the wheels of this folder instead of downloading any")
@@ -49,11 +51,13 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def problems(options: argparse.Namespace) -> list[str]:
     """Return all that keeps the pack from being complete."""
-    found = [f"--model: {str(path)!r} does not exist" for path in options.model if not path.exists()]
+    found = [f"--model: {_missing(path)}" for path in options.model if not path.exists()]
     names = [path.resolve().name for path in options.model]
     found += [f"--model: two are named {name!r}; rename one" for name in sorted(set(names)) if names.count(name) > 1]
     if not options.data.is_dir():
         found.append(f"--data: {str(options.data)!r} is no folder")
+    if options.python not in PYTHONS:
+        found.append(f"--python: got {options.python!r}; expected one of {', '.join(PYTHONS)}")
     if options.wheels is not None and not any(options.wheels.glob("*.whl")):
         found.append(f"--wheels: {str(options.wheels)!r} has no wheels")
     if options.wheels is not None and options.add:
@@ -72,6 +76,15 @@ def problems(options: argparse.Namespace) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         found.append(f"{ROOT} is no clone of the project ({error}); pack from a clone")
     return found
+
+
+def _missing(model: Path) -> str:
+    if not HUB_ID.fullmatch(str(model)):
+        return f"{str(model)!r} does not exist"
+    return (
+        f"{str(model)!r} does not exist here; download a model of the Hub first (hf download {model} --local-dir "
+        f"{model.name}), and give its folder"
+    )
 
 
 def entries(options: argparse.Namespace, wheels: Path) -> Iterator[Entry]:
@@ -119,11 +132,12 @@ def main(given: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    shutil.copyfile(UNPACK, options.folder / UNPACK.name)
+    script = UNPACK.read_text(encoding="utf-8").replace("packed_for=X.Y", f"packed_for={options.python}")
+    (options.folder / UNPACK.name).write_text(script, encoding="utf-8")
     size = sum((options.folder / name).stat().st_size for name in sums)
     print(
         f"{len(packed)} files, {size / MEGABYTE:.1f} MB, are packed into {options.folder}: "
         f"{len(sums)} parts, SHA256SUMS and unpack.sh"
     )
-    print("on the other machine: sh unpack.sh FOLDER")
+    print(f"on the other machine, with Python {options.python}: sh unpack.sh THERE")
     return 0

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from packaging.requirements import Requirement
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # pip's copy finds out what else is missing beside packaging
+    from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
 
 UNUSED = ("wandb", "requests")  # of the extra `train`: nothing imports them unless a setting asks for them
 _SECTION = r"^{} = \[\n(.*?)^\]"
@@ -46,19 +50,30 @@ def lacking(texts: list[str], site: Path) -> Iterator[str]:
             yield f"{wanted.name} is {found}; {by} needs {wanted.name}{wanted.specifier}"
 
 
+def environment(site: Path) -> str:
+    """Return the text of env.sh: this Python, and the packages that were unpacked for it."""
+    path = shlex.quote(str(site)) + "${PYTHONPATH:+:$PYTHONPATH}"
+    return f"export PYTHON={shlex.quote(sys.executable)}\nexport PYTHONPATH={path}\n"
+
+
 def main(folder: Path) -> int:
-    """Print what is missing, or the command of a comparison; return the exit code."""
+    """Write env.sh, and print what is missing, or the command of a comparison; return the exit code."""
+    (folder / "env.sh").write_text(environment(folder / "site"))
     problems = sorted(set(lacking(requirements((folder / "project" / "pyproject.toml").read_text()), folder / "site")))
     if problems:
         print("error: this machine lacks packages:", *problems, sep="\n", file=sys.stderr)
         print("install them here, or pack again with --add NAME==VERSION for each", file=sys.stderr)
         return 1
-    for model in sorted((folder / "models").iterdir()):
-        print(f"model              {model}")
-    print(f"data               {folder / 'data'}")
-    print(f"to run             cd {folder / 'project'} && export PYTHONPATH={folder / 'site'}")
-    arguments = f"--set model.name_or_path=MODEL --set data.path={folder / 'data'}"
-    print(f"                   make gpu-compare ARGS='{arguments}'")
+    models = sorted((folder / "models").iterdir())
+    for model in models:
+        print(f"model  {model}")
+    print(f"data   {folder / 'data'}")
+    model_path = str(models[0]) if len(models) == 1 else "MODEL"
+    arguments = ["--set", f"model.name_or_path={model_path}", "--set", f"data.path={folder / 'data'}"]
+    arguments += ["--jobs", "4", "--minutes", "8", "--only", "zero-shot", "full", "hift", "lora"]
+    print("to run, in any shell" + ("" if len(models) == 1 else ", with one of the models as MODEL") + ":")
+    place, project = shlex.quote(str(folder / "env.sh")), shlex.quote(str(folder / "project"))
+    print(f". {place} && cd {project} && make gpu-compare ARGS={shlex.quote(shlex.join(arguments))}")
     return 0
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import pip
 import pytest
 
 from hift_ds.evaluation.offline import ready
@@ -65,4 +69,39 @@ def test_a_machine_with_all_of_it_is_told_the_command(tmp_path: Path, capsys: py
         patch.syspath_prepend(str(place / "site"))  # as unpack.sh does
         assert ready.main(place) == 0
     said = capsys.readouterr().out
-    assert str(place / "models" / "small") in said and f"--set data.path={place / 'data'}" in said
+    sourced, _, rest = said.splitlines()[-1].partition(" make ")
+    assert sourced == f". {place / 'env.sh'} && cd {place / 'project'} &&"
+    target, arguments = shlex.split(rest)
+    assert target == "gpu-compare" and arguments.startswith("ARGS=--set model.name_or_path=")
+    assert shlex.split(arguments)[1:4] == [
+        f"model.name_or_path={place / 'models' / 'small'}",
+        "--set",
+        f"data.path={place / 'data'}",
+    ]
+
+    (place / "models" / "other").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(place / "site"))
+        assert ready.main(place) == 0
+    said = capsys.readouterr().out
+    assert "model.name_or_path=MODEL" in said and str(place / "models" / "other") in said
+
+
+def test_a_machine_without_packaging_is_told_all_that_it_lacks(tmp_path: Path) -> None:
+    """Only pip is there."""
+    place = folder(tmp_path, PYPROJECT)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "pip").symlink_to(Path(pip.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-S", ready.__file__, str(place)],
+        env={"PYTHONPATH": str(tmp_path / "only")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    for expected in (
+        "packaging is not installed; hift_ds needs packaging<20\n",
+        "numpy is not",
+        "nobody-s-package is not",
+    ):
+        assert expected in done.stderr
