@@ -31,7 +31,8 @@ main() {
     sed 's/^[^ ]*  //' SHA256SUMS | xargs cat | tar -x -C "$to" -f -
     set -- "$to"/wheels/*.whl
     if [ -f "$1" ]; then
-        "$python" -m pip install --quiet --root-user-action ignore --no-index --no-deps --target "$to/site" "$@"
+        # by the variable, because pip before 22.1 refuses the option
+        PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --no-index --no-deps --target "$to/site" "$@"
     fi
     if there "$to/kept-runs"; then
         mv "$to/kept-runs" "$to/project/runs"
