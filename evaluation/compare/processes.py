@@ -10,17 +10,14 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -108,7 +105,6 @@ class Processes:
         self._count, self._comparison, self._data, self._say = count, comparison, data, say
         self._context = multiprocessing.get_context("spawn")  # a device cannot be used after a fork
         self._processes: dict[int, _Process] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="comparison")
 
     @property
     def free(self) -> int:
@@ -152,21 +148,21 @@ class Processes:
 
     def _start_missing(self) -> None:
         """Start the processes that are missing, at the same time, and wait until they are ready."""
-        data = Path(self._folder.name) / "data"
-        if not data.exists():
-            data.write_bytes(pickle.dumps(self._data))  # `Process.start` would wait until a process has read so much
         new: list[_Process] = []
         if not self._processes:
             self._say(f"starting {self._count} processes, each of which loads the model")
         for number in set(range(self._count)) - set(self._processes):
             ours, theirs = self._context.Pipe()
-            arguments = (theirs, number, self._count, self._comparison, data)
+            arguments = (theirs, number, self._count, self._comparison)
             process = self._context.Process(target=_serve, args=arguments, name=f"comparison {number}", daemon=True)
             process.start()
             theirs.close()
             self._processes[number] = _Process(process, ours)
             new.append(self._processes[number])
         for one in new:
+            # Not among the arguments: `Process.start` would wait until the process has imported all and read so much.
+            with contextlib.suppress(OSError):  # it has ended
+                one.connection.send(self._data)
             while (value := self._receive(one)) is None:
                 pass
             if isinstance(value, Died):
@@ -205,7 +201,6 @@ class Processes:
                 one.process.kill()
                 one.process.join()
         self._processes.clear()
-        self._folder.cleanup()
 
 
 def run_job(cells: Cells, data: Sets, job: Job, watch: RankWatch, name: str) -> dict[str, Any]:
@@ -239,8 +234,8 @@ def run_job(cells: Cells, data: Sets, job: Job, watch: RankWatch, name: str) -> 
         return cells.not_run(job.row, task, job.budget, job.seed, job.rate, status, reason, ran_out_of_memory(error))
 
 
-def _serve(connection: Connection, number: int, count: int, comparison: Comparison, data: Path) -> None:
-    """Run the jobs that arrive, until one fails or there are no more; the process ends here."""
+def _serve(connection: Connection, number: int, count: int, comparison: Comparison) -> None:
+    """Run the jobs that arrive after the data, until one fails or there are no more; the process ends here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     without_shared_locks()
@@ -258,7 +253,7 @@ def _serve(connection: Connection, number: int, count: int, comparison: Comparis
         watch.start(comparison.folder / outputs.LOGS / f"process{number}", 0, 1, comparison.rank_timeout, keep=True)
         stack.enter_context(deterministic(comparison.deterministic))
         cells = Cells(comparison, machine(), watch.progress, say=lambda text: connection.send(("note", text)))
-        sets = pickle.loads(data.read_bytes())
+        sets = connection.recv()
         connection.send(("ready", {}))
         record: dict[str, Any] = {"status": "ok"}
         while record["status"] != "failed":
