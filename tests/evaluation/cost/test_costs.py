@@ -83,7 +83,8 @@ def test_peak_memory_of_a_stretch_of_work() -> None:
             some = [torch.ones(2**22), torch.ones(2**22)]  # 16 MiB each
             time.sleep(0.2)  # the sampler must see it
             del some
-    assert len(before) == 2**23 and 2**25 * 0.9 < peak.above < 2**25 * 1.5
+    # Two rounds together would be twice as much. The allocator may keep one tensor of the round before.
+    assert len(before) == 2**23 and 2**25 * 0.9 < peak.above < 2**25 * 1.9
     assert "above its start" in peak.kind
 
 
