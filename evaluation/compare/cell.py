@@ -23,9 +23,10 @@ from deepspeed.accelerator import get_accelerator
 
 from hift_ds import collectives
 from hift_ds.blocks.block import numel_of
+from hift_ds.evaluation.compare.jobs import Training
 from hift_ds.evaluation.compare.planned_memory import planned_memory
-from hift_ds.evaluation.compare.settings import Budget, Comparison, Row
-from hift_ds.evaluation.compare.step_times import MOST_STEPS, StepClock, StepTimes
+from hift_ds.evaluation.compare.settings import Comparison, Row
+from hift_ds.evaluation.compare.step_times import MOST_STEPS, StepClock
 from hift_ds.evaluation.cost.flops import step_flops, trained_names
 from hift_ds.evaluation.cost.process_memory import peak_memory
 from hift_ds.evaluation.cost.spent import Spent, process_age
@@ -130,48 +131,28 @@ class Cells:
         for texts in dict.fromkeys((*one.content, one.completion, one.text, one.text_pair or "") for one in examples):
             yield self.tokenizer(" ".join(texts), add_special_tokens=False).input_ids
 
-    def run(
-        self,
-        row: Row,
-        task: Task,
-        data: TaskData,
-        budget: Budget,
-        seed: int,
-        rate: float,
-        tune: bool,
-        steps: int,
-        times: StepTimes | None = None,
-    ) -> Outcome:
+    def run(self, training: Training, data: TaskData) -> Outcome:
         """Train on the training set and evaluate on the test set; with `tune`, evaluate on the validation set too.
 
         Args:
-            times: of the steps without other trainings, if others run meanwhile; the record has these.
+            data: the sets of the training's task and seed.
 
         Raises:
             NotApplicable: the method does not apply to the model or the task.
         """
         try:
             with self.spent.part("other"), freed():
-                outcome = self._run(row, task, data, budget, seed, rate, tune, steps, times)
+                outcome = self._run(training, data)
             outcome.record["spent"] = {name: round(seconds, 3) for name, seconds in self.spent.seconds.items()}
             return outcome
         finally:
             self.spent = Spent()
 
-    def _run(
-        self,
-        row: Row,
-        task: Task,
-        data: TaskData,
-        budget: Budget,
-        seed: int,
-        rate: float,
-        tune: bool,
-        steps: int,
-        times: StepTimes | None,
-    ) -> Outcome:
+    def _run(self, training: Training, data: TaskData) -> Outcome:
+        row, task, seed, rate, tune = training.row, training.entry.task, training.seed, training.rate, training.tune
+        times = training.times if training.beside else None  # if others run meanwhile, the record has the times alone
         world, spent = dist.get_world_size(), self.spent
-        settings = self.comparison.run_settings(row, steps, seed, rate, world) if row.trained else None
+        settings = self.comparison.run_settings(row, training.steps, seed, rate, world) if row.trained else None
         dtype = _dtype(row) if settings is None else settings.dtype
         if not self._made_anew:
             self._pretrained(dtype)  # load before memory is measured and random numbers are drawn
@@ -208,7 +189,7 @@ class Cells:
         with spent.part("scores"):
             scores = self._scores(task, data.test, tested.values, tested.losses)
         record = {
-            **_identity(row, task, budget, seed, self.comparison.model_name),
+            **_identity(training, self.comparison.model_name),
             "status": "ok",
             "reason": None,
             **scores,
@@ -234,23 +215,13 @@ class Cells:
             record["metrics"]["answer_loss"] = statistics.fmean(tested.losses)
         return Outcome(record, *validated)
 
-    def not_run(
-        self,
-        row: Row,
-        task: Task,
-        budget: Budget,
-        seed: int,
-        rate: float,
-        status: str,
-        reason: str,
-        out_of_memory: bool = False,
-    ) -> dict[str, Any]:
+    def not_run(self, training: Training, status: str, reason: str, out_of_memory: bool = False) -> dict[str, Any]:
         """Return the record of a training without a result.
 
         Args:
             out_of_memory: see `ran_out_of_memory`. Such a training may succeed when it has the device for itself.
         """
-        identity = _identity(row, task, budget, seed, self.comparison.model_name) | {"learning_rate": rate or None}
+        identity = _identity(training, self.comparison.model_name) | {"learning_rate": training.rate or None}
         told = {"status": status, "reason": reason, "out_of_memory": out_of_memory}
         return {**identity, **told, "versions": self.versions, "machine": self.machine}
 
@@ -582,12 +553,12 @@ def _dtype(row: Row) -> str:
     return "bfloat16" if row.sections["deepspeed"].get("bf16", {}).get("enabled") else "float32"
 
 
-def _identity(row: Row, task: Task, budget: Budget, seed: int, model: str) -> dict[str, Any]:
+def _identity(training: Training, model: str) -> dict[str, Any]:
     return {
-        "label": row.label,
-        "method": row.method,
+        "label": training.row.label,
+        "method": training.row.method,
         "model": model,
-        "task": task.name,
-        "seed": seed,
-        "budget": str(budget),
+        "task": training.entry.task.name,
+        "seed": training.seed,
+        "budget": str(training.budget),
     }

@@ -216,7 +216,7 @@ def _without_running(cells: Cells, table: Table, key: str, job: Job) -> dict[str
         return None
     if isinstance(job, Timing):
         return {"status": status, "reason": reason}
-    return cells.not_run(job.row, job.entry.task, job.budget, job.seed, job.rate, status, reason)
+    return cells.not_run(job, status, reason)
 
 
 def _loaded(comparison: Comparison, progress: Callable[[], object], say: Callable[[str], None]) -> Sets:

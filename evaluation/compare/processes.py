@@ -209,13 +209,12 @@ def run_job(cells: Cells, data: Sets, job: Job, watch: RankWatch, name: str) -> 
     Raises:
         Exception: only this rank failed. The others wait in a collective, so the comparison cannot go on.
     """
-    task, sets = job.entry.task, data[job.entry.task.name][job.seed]
+    sets = data[job.entry.task.name][job.seed]
     began = time.monotonic()
     try:
         if isinstance(job, Timing):
-            return cells.time_steps(job.row, task, sets)
-        times = job.times if job.beside else None
-        outcome = cells.run(job.row, task, sets, job.budget, job.seed, job.rate, job.tune, job.steps, times)
+            return cells.time_steps(job.row, job.entry.task, sets)
+        outcome = cells.run(job, sets)
         return outcome.record | {"dev_score": outcome.dev_score, "dev_loss": outcome.dev_loss}
     except Exception as error:
         place = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
@@ -231,7 +230,7 @@ def run_job(cells: Cells, data: Sets, job: Job, watch: RankWatch, name: str) -> 
             reason = credentials.redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")[:500]
         if isinstance(job, Timing):
             return {"status": status, "reason": reason}
-        return cells.not_run(job.row, task, job.budget, job.seed, job.rate, status, reason, ran_out_of_memory(error))
+        return cells.not_run(job, status, reason, ran_out_of_memory(error))
 
 
 def _serve(connection: Connection, number: int, count: int, comparison: Comparison) -> None:

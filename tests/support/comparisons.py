@@ -93,12 +93,12 @@ def compare(argv: Sequence[str], broken: str | None = None) -> dict[str, Any]:
     leaked: set[str] = set()
     failed: list[weakref.ref[Any]] = []  # engines and models of the method `broken`
 
-    def spy(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
+    def spy(cells: Any, training: Any, data: Any) -> Any:
         assert not any(one() for one in failed)
-        ran.append((row.label, task.name, *rest[:3]))
+        ran.append((training.row.label, training.entry.task.name, training.seed, training.rate, training.tune))
         tested = {one.fingerprint for one in data.test}
         leaked.update(tested & {one.fingerprint for one in (*data.train, *data.dev)})
-        return run(cells, row, task, data, budget, *rest)
+        return run(cells, training, data)
 
     def failing(engine: Any, data: Any, padding: int, settings: Any, callbacks: Any) -> None:
         if settings.method.name == broken:
@@ -122,10 +122,11 @@ def fabricated(argv: Sequence[str], template: dict[str, Any], dev: dict[float, f
 
     ran: list[Any] = []
 
-    def stub(cells: Any, row: Any, task: Any, data: Any, budget: Any, *rest: Any) -> Any:
-        seed, rate, tune, *_ = rest
+    def stub(cells: Any, training: Any, data: Any) -> Any:
+        row, task, seed, rate, tune = training.row, training.entry.task, training.seed, training.rate, training.tune
         ran.append((row.label, task.name, seed, rate, tune))
-        own = {"label": row.label, "method": row.method, "task": task.name, "seed": seed, "budget": str(budget)}
+        own = {"label": row.label, "method": row.method, "task": task.name, "seed": seed}
+        own |= {"budget": str(training.budget)}
         own |= {"learning_rate": rate}
         return cell.Outcome(template | own | {"score": 1 - dev[rate]}, dev[rate] if tune else None)
 
